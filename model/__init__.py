@@ -1,0 +1,1 @@
+"""SeqSetVAE, the model; it knows of the pipeline only the batch and the words."""

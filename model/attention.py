@@ -1,0 +1,165 @@
+"""Attention blocks over sets: MAB, ISAB, PMA (Lee et al. 2019, Set Transformer, arXiv:1810.00825).
+
+The maths is the design's: ``MAB(q, k) = LN(a + FF(a))`` with ``a = LN(attention(q, k, k))``; residuals stand around
+ISAB and PMA, not inside MAB.  Identities that hold exactly save most of the work:
+
+* A key's bias adds the same to all scores of a query, and softmax does not see it: there is none.
+* ``score(q, k) = (q Wq)·(k Wk) = (q Wq Wkᵀ)·k``.  Queries that all sets share (inducing points, seeds) are projected
+  through both matrices once per batch and meet the events directly; where sets bring their own queries, the few events
+  are projected twice rather than the many inducing rows once.
+* ``(Σ w v Wv) Wo = Σ w (v Wv Wo)``: value and output projection are one matrix per head, on the side with fewer rows.
+* With one key, attention is that key's value for every query: the inducing rows of a set of one event are all the
+  same row, which is computed once.
+
+Per set of n events and m inducing points an ISAB then costs ``10·n + 4·m`` dense products of width × width where the
+plain form costs ``8·n + 7·m`` (feed-forward of twice the width): 121 instead of 158 at n = 5.7, m = 16.
+
+Shape suffixes: R rows of a :class:`model.ragged.SetLayout`, G sets of a class, N rows a set, M queries, H heads, D
+width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.feed_forward import FeedForward
+from model.ragged import SetLayout
+
+
+class _Tail(nn.Module):
+    """What follows attention in a MAB: ``LN(a + FF(a))`` of ``a = LN(attended)``."""
+
+    def __init__(self, width: int, feed_forward: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, feed_forward)
+        self.norm_output = nn.LayerNorm(width)
+
+    def forward(self, attended: Tensor) -> Tensor:
+        normed = self.norm_attention(attended)
+        return self.norm_output(normed + self.feed_forward(normed))
+
+
+class OneKeyMAB(nn.Module):
+    """A MAB whose keys are always a single one: any query gets that key's value, so queries, scores and the product
+    of two projections in a row are left out.  [S, D] -> [S, D], what every query of the set gets.
+    """
+
+    def __init__(self, width: int, feed_forward: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(width, width)
+        self.tail = _Tail(width, feed_forward)
+
+    def forward(self, key_SD: Tensor) -> Tensor:
+        return self.tail(self.value(key_SD))
+
+
+class MAB(nn.Module):
+    """Multihead attention block whose two products of projections are folded where that saves work.
+
+    Args:
+        width: D.
+        heads: H.
+        feed_forward: hidden width.
+    """
+
+    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.tail = _Tail(width, feed_forward)
+
+    def shared_queries(self, queries_MD: Tensor, rows_RD: Tensor, layout: SetLayout, *, one_per_row: bool) -> Tensor:
+        """Queries that are the same for every set attend to the set's rows.
+
+        Args:
+            queries_MD: the queries; with ``one_per_row`` a set of N rows uses the first N of them, else all M.
+            rows_RD: keys.
+
+        Returns:
+            [·, D]: the queries' rows of each set, sets in the layout's order.  Without ``one_per_row`` a set of one row
+            has one query row, standing for M equal ones.
+        """
+        width = queries_MD.shape[1]
+        projected_HMK = self.query(queries_MD).view(-1, self.heads, width // self.heads).transpose(0, 1)
+        key_HKD = self.key.weight.view(self.heads, -1, width)
+        queries_HMD = projected_HMK @ key_HKD / math.sqrt(width // self.heads)
+        values_RHD = F.linear(rows_RD, self._value_output().reshape(-1, width))
+        attended = []
+        for c, keys, values in zip(layout.classes, layout.split(rows_RD), layout.split(values_RHD), strict=True):
+            values = values.view(c.num_sets, c.size * self.heads, width)
+            if c.size == 1:
+                attended.append(values.sum(1))
+                continue
+            queries = queries_HMD[:, : c.size] if one_per_row else queries_HMD
+            scores = F.linear(keys, queries.reshape(-1, width)).view(c.num_sets, c.size, self.heads, -1)
+            if c.real is not None:
+                scores = scores.masked_fill(~c.real[:, :, None, None], -math.inf)
+            weights = scores.softmax(1, dtype=torch.float32).to(values.dtype).view(c.num_sets, c.size * self.heads, -1)
+            attended.append((weights.transpose(1, 2) @ values).view(-1, width))
+        return self._after_attention(torch.cat(attended) if attended else rows_RD[:0])
+
+    def own_queries(self, rows_RD: Tensor, keys: Tensor, layout: SetLayout) -> Tensor:
+        """[R, D]: each set's rows attend to the rows that :meth:`shared_queries` gave for the set."""
+        width = rows_RD.shape[1]
+        scale = 1 / math.sqrt(width // self.heads)
+        key_HKD = self.key.weight.view(self.heads, -1, width)
+        query_HKD = self.query.weight.view(self.heads, -1, width)
+        folded_HDD = key_HKD.transpose(1, 2) @ query_HKD * scale
+        bias_HD = (self.query.bias.view(self.heads, 1, -1) @ key_HKD * scale).view(-1)
+        queries_RHD = F.linear(rows_RD, folded_HDD.reshape(-1, width), bias_HD)
+        pooled = []
+        queries_of, keys_of = layout.split(queries_RHD), layout.split_shared(keys)
+        for c, queries, own_keys in zip(layout.classes, queries_of, keys_of, strict=True):
+            if c.size == 1:
+                pooled.append(own_keys.repeat(1, self.heads))
+                continue
+            own_keys = own_keys.view(c.num_sets, -1, width)
+            queries = queries.view(c.num_sets, c.size * self.heads, width)
+            weights = (queries @ own_keys.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(own_keys.dtype)
+            pooled.append((weights @ own_keys).view(c.num_rows, self.heads * width))
+        folded = self._value_output().transpose(0, 1).reshape(width, -1)
+        return self._after_attention(F.linear(torch.cat(pooled), folded) if pooled else rows_RD[:0])
+
+    def _value_output(self) -> Tensor:
+        """[H, D, D]: the matrix that takes a key to its contribution to the output, per head."""
+        width = self.value.weight.shape[1]
+        output_HDK = self.output.weight.view(width, self.heads, -1).transpose(0, 1)
+        return output_HDK @ self.value.weight.view(self.heads, -1, width)
+
+    def _after_attention(self, attended: Tensor) -> Tensor:
+        # Weights sum to one, so the value's bias goes through the output projection once.
+        return self.tail(attended + F.linear(self.value.bias, self.output.weight, self.output.bias))
+
+
+class ISAB(nn.Module):
+    """Induced set attention, ``MAB(x, MAB(I, x))``: linear in the size of a set.  The residual is the caller's."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int, points: int) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.empty(points, width))
+        nn.init.xavier_uniform_(self.points)
+        self.gather = MAB(width, heads, feed_forward)
+        self.scatter = MAB(width, heads, feed_forward)
+
+    def forward(self, rows_RD: Tensor, layout: SetLayout) -> Tensor:
+        induced = self.gather.shared_queries(self.points, rows_RD, layout, one_per_row=False)
+        return self.scatter.own_queries(rows_RD, induced, layout)
+
+
+class PMA(nn.Module):
+    """Pooling by multihead attention with one seed per row wanted, ``s + MAB(s, x)``."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        self.attend = MAB(width, heads, feed_forward)
+
+    def forward(self, seeds_ND: Tensor, rows_RD: Tensor, layout: SetLayout) -> Tensor:
+        return seeds_ND[layout.place_in_set] + self.attend.shared_queries(seeds_ND, rows_RD, layout, one_per_row=True)

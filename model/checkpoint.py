@@ -1,0 +1,116 @@
+"""Checkpoints: complete or absent, and data only, never code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import SeqSetVAEConfig
+from model.seqsetvae import SeqSetVAE
+from pipeline.schema import UserError
+from pipeline.shards import Manifest, write_atomically
+
+CHECKPOINT_VERSION = 1
+
+# What reading a stranger's archive can raise: of the system, of the archive, of the restricted unpickler.
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """Everything a run needs to go on as if it had not stopped, or a reader to predict.
+
+    Attributes:
+        config: :class:`SeqSetVAEConfig` as a dictionary.
+        vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
+        model: weights.
+        optimizer, scaler: their states.
+        loader: place in the data, of the next batch.
+        progress: the trainer's own counters.
+        version: of this layout.
+    """
+
+    config: dict[str, Any]
+    vocabulary_fingerprint: str
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    loader: dict[str, Any]
+    progress: dict[str, Any]
+    version: int = CHECKPOINT_VERSION
+
+    def save(self, *paths: Path) -> None:
+        """Write each path so that it is the old checkpoint or this one at every moment."""
+        buffer = io.BytesIO()
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, buffer)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a checkpoint onto the CPU; nothing in the file can run code.
+
+        Raises:
+            UserError: the file is missing, damaged, or not one of ours.
+        """
+        try:
+            with zipfile.ZipFile(
+                path
+            ) as archive:  # what torch.save writes; its checksums are not looked at by torch.load
+                damaged = archive.testzip()
+            content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such checkpoint") from None
+        except _UNREADABLE as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: not a readable checkpoint ({first_line})") from None
+        if damaged:
+            raise UserError(f"{path}: not a readable checkpoint (checksum of {damaged} is wrong)")
+        if not isinstance(content, dict) or set(content) != {field.name for field in fields(cls)}:
+            raise UserError(f"{path}: not a checkpoint of train.py")
+        if content["version"] != CHECKPOINT_VERSION:
+            raise UserError(f"{path}: checkpoint version {content['version']}, this program reads {CHECKPOINT_VERSION}")
+        return cls(**content)
+
+    def build_model(self, path: Path, manifest: Manifest) -> SeqSetVAE:
+        """The trained model, on the CPU.
+
+        Raises:
+            UserError: the data has another vocabulary, or the weights are another model's; ``path`` is for the message.
+        """
+        if self.vocabulary_fingerprint != manifest.vocabulary_fingerprint:
+            raise UserError(
+                f"{path}: trained with another vocabulary than this data has; prepare the data with "
+                "preprocess.py --like the checkpoint's data set"
+            )
+        try:
+            model = SeqSetVAE(SeqSetVAEConfig(**self.config))
+            model.load_state_dict(self.model)
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[0]})") from None
+        return model
+
+    def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:
+        """Raise UserError, naming the first difference, unless the checkpoint is of a model of this shape."""
+        asked = asdict(config)
+        for name in sorted(set(asked) | set(self.config)):
+            if asked.get(name) != self.config.get(name):
+                there, here = self.config.get(name), asked.get(name)
+                raise UserError(f"{path}: checkpoint of another model: {name} is {there} there, {here} here")

@@ -1,0 +1,101 @@
+"""One run on several devices: who am I, start the others, add up what we have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from pipeline.schema import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the run's.
+
+    Attributes:
+        rank: 0 … size − 1; rank 0 writes the files.
+        size: processes of the run.
+        device: where this one computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """``tensor`` added up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, item: T) -> list[T]:
+        """The item of every rank, on every rank."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is raised on any rank; all ranks must ask."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.size > 1 else flag
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` -> this process's device.
+
+    Raises:
+        UserError: CUDA is asked for and there are not enough GPUs.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: {torch.cuda.device_count()} GPUs here, {local_rank + 1} wanted")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
+    """Call ``worker`` in one process per device and return its exit code.
+
+    Under ``torchrun`` this process is one of them already; otherwise ``devices`` > 1 starts PyTorch's own launcher,
+    which ends the others when one fails.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return _join(worker, device)
+    if devices == 1:
+        return worker(World(0, 1, choose_device(device, 0)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    return max(elastic_launch(config, _join)(worker, device).values())
+
+
+def _join(worker: Callable[[World], int], device: str) -> int:
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        return worker(World(dist.get_rank(), dist.get_world_size(), chosen))
+    finally:
+        dist.destroy_process_group()

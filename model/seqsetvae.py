@@ -1,0 +1,188 @@
+"""SeqSetVAE: a set VAE over each set, a causal transformer over the sets, a decoder and an outcome head.
+
+Patients in, everything a loss or a gauge needs out; there is no loop over patients or sets.
+
+Shape suffixes: B patients, S sets, E events, R rows of the set layout, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.config import SeqSetVAEConfig
+from model.events import EventEncoder
+from model.losses import LossCounts, LossWeights, chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
+from model.noise import Noise, patient_keys
+from model.ragged import SetLayout
+from model.sequence import CausalTransformer, SequenceLayout
+from model.set_vae import Posterior, SetDecoder, SetEncoder
+from pipeline.batch import PatientBatch
+
+_SAMPLE_SALT, _HEAD_SALT = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """A batch with the shapes that its sizes decide, worked out on the CPU and moved to the device together.
+
+    Waiting for a GPU to say how large a set is would stall every step; so this is made from a batch on the CPU.
+    """
+
+    batch: PatientBatch
+    sets: SetLayout
+    sequences: SequenceLayout
+    patient_key: Tensor
+
+    @classmethod
+    def of(cls, batch: PatientBatch) -> ModelInput:
+        sets, sequences = SetLayout.build(batch.set_offsets), SequenceLayout.build(batch.patient_offsets.cpu())
+        device = batch.code.device
+        return cls(batch, sets.to(device), sequences.to(device), patient_keys(batch.patient_id).to(device))
+
+    def to(self, device: torch.device | str) -> ModelInput:
+        key = self.patient_key.to(device, non_blocking=True)
+        batch = self.batch.to(device, non_blocking=True)
+        return ModelInput(batch, self.sets.to(device), self.sequences.to(device), key)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeqSetVAEOutput:
+    """What one forward pass gives.
+
+    Attributes:
+        posteriors: of each level, [S, D] each, in the batch's order of sets; the last is the set's.
+        context: [S, D], the transformer's output h.
+        logits: [B, 2].
+        events: [R, D], what was to be reconstructed, in rows of the set layout; no gradient.
+        decoded: [R, D], what was reconstructed.
+        sets: the layout of those rows.
+    """
+
+    posteriors: list[Posterior]
+    context: Tensor
+    logits: Tensor
+    events: Tensor
+    decoded: Tensor
+    sets: SetLayout
+
+    @property
+    def probability(self) -> Tensor:
+        """[B] float32, of the outcome."""
+        return self.logits.float().softmax(1)[:, 1]
+
+
+class SeqSetVAE(nn.Module):
+    """The model of design §7.
+
+    Args:
+        config: its shape.
+        embeddings: [num_codes, embedding_dim] float32, given embeddings of the variables.
+    """
+
+    def __init__(self, config: SeqSetVAEConfig, embeddings: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.events = EventEncoder(config, embeddings)
+        self.encoder = SetEncoder(config)
+        self.transformer = CausalTransformer(config)
+        self.decoder = SetDecoder(config)
+        self.head = nn.Sequential(nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, 2))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, patients: PatientBatch | ModelInput, *, seed: int | None = None, step: int = 0
+    ) -> SeqSetVAEOutput:
+        """Outputs of every patient of a batch.
+
+        Args:
+            patients: the batch, on the model's device; a :class:`ModelInput` spares a GPU one wait.
+            seed: of the posterior's sample and of dropout at ``step``; None = no noise: latents are means.
+        """
+        given = patients if isinstance(patients, ModelInput) else ModelInput.of(patients)
+        batch, sets, sequences = given.batch, given.sets, given.sequences
+        checkpointed = self.gradient_checkpointing
+        row = sets.event_of_row
+        events_RD = self.events(batch.code[row], batch.value[row], batch.has_value[row])
+        posteriors = [
+            Posterior(p.mu[sets.set_rank], p.logvar[sets.set_rank])
+            for p in self.encoder(events_RD, sets, checkpointed=checkpointed)
+        ]
+        noise = None
+        z_SD = posteriors[-1].mu
+        if seed is not None:
+            noise = Noise.of_step(seed, step, given.patient_key[sequences.patient], sequences.place)
+            z_SD = z_SD + (posteriors[-1].logvar / 2).exp() * noise.normal(_SAMPLE_SALT, z_SD.shape[1])
+        context_SD = self.transformer(z_SD, batch.minute, sequences, noise, checkpointed=checkpointed)
+        decoded_RD = self.decoder(context_SD[sets.set_order], sets, checkpointed=checkpointed)
+        pooled_BD = _pool(context_SD, z_SD, sequences)
+        if seed is not None:
+            head_noise = Noise.of_step(seed, step, given.patient_key, torch.full_like(given.patient_key, -1))
+            pooled_BD = head_noise.dropout(pooled_BD, _HEAD_SALT, self.config.dropout)
+        return SeqSetVAEOutput(
+            posteriors=posteriors,
+            context=context_SD,
+            logits=self.head(pooled_BD),
+            events=events_RD.detach(),
+            decoded=decoded_RD,
+            sets=sets,
+        )
+
+
+def _pool(context_SD: Tensor, z_SD: Tensor, sequences: SequenceLayout) -> Tensor:
+    """[B, D]: softmax of h·z/√D over a patient's sets weighs its h, in float32."""
+    with torch.autocast(context_SD.device.type, enabled=False):
+        context_SD = context_SD.float()
+        score_S = (context_SD * z_SD.float()).sum(1) * context_SD.shape[1] ** -0.5
+        most_B = score_S.new_full((sequences.num_patients,), -torch.inf)
+        most_B = most_B.scatter_reduce(0, sequences.patient, score_S.detach(), "amax")
+        weight_S = (score_S - most_B[sequences.patient]).exp()
+        total_B = weight_S.new_zeros(sequences.num_patients).index_add(0, sequences.patient, weight_S)
+        pooled_BD = context_SD.new_zeros(sequences.num_patients, context_SD.shape[1])
+        pooled_BD = pooled_BD.index_add(0, sequences.patient, context_SD * weight_S[:, None])
+        return pooled_BD / total_B[:, None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Losses:
+    """One batch's share of the losses; over all ranks each adds up to the loss of the global batch.
+
+    Attributes:
+        total: what is differentiated.
+        reconstruction, kl, classification: its parts before their weights, without gradient.
+        kl_levels: [levels], KL divergence a set without free bits, without gradient.
+    """
+
+    total: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    classification: Tensor
+    kl_levels: Tensor
+
+
+def losses(
+    output: SeqSetVAEOutput, label_B: Tensor, weights: LossWeights, counts: LossCounts, *, beta: float
+) -> Losses:
+    """Sums over this batch divided by the counts of the global batch.
+
+    Args:
+        label_B: [B] int64, -1 = unlabelled.
+        beta: weight of the KL divergence at this step.
+    """
+    direction, magnitude, squared = chamfer_sums(output.events, output.decoded, output.sets)
+    parts = weights.direction * direction + weights.magnitude * magnitude + weights.squared * squared
+    reconstruction = parts / max(counts.num_events, 1)
+    kl = kl_sum(output.posteriors, weights.free_bits) / max(counts.num_sets, 1)
+    classification = cross_entropy_sum(output.logits, label_B) / max(counts.num_labelled, 1)
+    total = weights.reconstruction * reconstruction + beta * kl + weights.classification * classification
+    with torch.no_grad():
+        levels = torch.stack([kl_per_dimension(p).sum() for p in output.posteriors]) / max(counts.num_sets, 1)
+    return Losses(
+        total=total,
+        reconstruction=reconstruction.detach(),
+        kl=kl.detach(),
+        classification=classification.detach(),
+        kl_levels=levels,
+    )

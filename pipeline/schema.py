@@ -1,0 +1,46 @@
+"""Words, columns, dtypes and errors that every other file shares.
+
+An *event* is one (variable, value) recorded for a patient at a minute.  A *set* is all events of one
+patient in one minute.  A *patient* is one sequence of sets.  ``num_events`` and ``num_sets`` are a
+patient's two lengths; a bare "length" appears nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+FORMAT_VERSION: Final = 1
+"""Version of the layout in docs/format.md; a reader refuses any other."""
+
+PADDING_CODE: Final = 0
+UNKNOWN_CODE: Final = 1
+FIRST_CODE: Final = 2
+"""Code of the first variable; variables are numbered in the order of their names."""
+
+UNLABELLED: Final = -1
+
+SPLITS: Final = ("train", "valid", "test")
+
+# Canonical columns of an event table, as every source gives them.
+PATIENT_ID: Final = "patient_id"  # string
+MINUTE: Final = "minute"  # float64, from the patient's time origin, may be negative
+VARIABLE: Final = "variable"  # string
+VALUE: Final = "value"  # float32, null = the event has no number
+SET_INDEX: Final = "set_index"  # int64, optional
+
+# Names inside a data directory.
+MANIFEST_FILE: Final = "manifest.json"
+INDEX_FILE: Final = "index.parquet"
+VOCABULARY_FILE: Final = "vocabulary.parquet"
+EMBEDDINGS_FILE: Final = "embeddings.npy"
+REJECTS_FILE: Final = "rejects.parquet"
+SUMMARY_FILE: Final = "summary.json"
+REPORT_FILE: Final = "report.html"
+
+
+class UserError(ValueError):
+    """Something the user can mend.
+
+    The message is one line that names the file, row or flag and says what to do.  Command lines print it
+    on standard error and exit with code 2; everything else that is raised is a defect of this program.
+    """

@@ -1,0 +1,284 @@
+"""Shards, index, vocabulary and manifest: how patients lie on disk, and the checks on the way back.
+
+A Parquet shard has a row a patient (``SHARD_SCHEMA``), sorted by ``num_events``, in row groups of about
+``ROW_GROUP_EVENTS`` events, so that a range of lengths is a range of row groups.  The lists of a row are slices
+of flat Arrow buffers: reading a shard gives flat arrays and offsets, and touches no single patient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.schema import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, UNLABELLED, VOCABULARY_FILE, UserError
+
+ROW_GROUP_EVENTS = 1 << 17
+"""About how many events share a row group: 1 MiB of codes and values, the least worth a read of its own."""
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("label", pa.int8()),  # null = unlabelled
+        pa.field("num_events", pa.int32(), nullable=False),
+        pa.field("num_sets", pa.int32(), nullable=False),
+        pa.field("minute", pa.list_(pa.field("item", pa.float64(), nullable=False)), nullable=False),  # a set
+        pa.field("set_size", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # a set
+        pa.field("code", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # an event
+        pa.field("value", pa.list_(pa.field("item", pa.float32())), nullable=False),  # an event; null = no number
+    ]
+)
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("label", pa.int8()),
+        pa.field("shard", pa.string(), nullable=False),  # path below the data directory
+        pa.field("position", pa.int32(), nullable=False),  # row of the shard
+        pa.field("num_events", pa.int32(), nullable=False),
+        pa.field("num_sets", pa.int32(), nullable=False),
+        pa.field("max_set_size", pa.int32(), nullable=False),
+    ]
+)
+
+VOCABULARY_SCHEMA = pa.schema(
+    [
+        pa.field("code", pa.int32(), nullable=False),
+        pa.field("variable", pa.string(), nullable=False),
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("mean", pa.float64(), nullable=False),
+        pa.field("std", pa.float64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """One shard, as the manifest names it."""
+
+    path: str
+    num_patients: int
+    num_sets: int
+    num_events: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a data directory holds.  Written last: where it is, everything it names was complete.
+
+    Attributes:
+        splits: the shards of each split.
+        files: sha256 of every other file that training reads, by name.
+        vocabulary_fingerprint: sha256 over names, means and stds; a checkpoint carries it and refuses another.
+        num_codes: rows of the vocabulary, padding and unknown included.
+        embedding_dim: width of ``embeddings.npy``, or null where the data has none.
+        options: what preprocess was asked, resolved.
+        fingerprint: sha256 over input and options.
+    """
+
+    splits: dict[str, list[ShardEntry]]
+    files: dict[str, str]
+    vocabulary_fingerprint: str
+    num_codes: int
+    embedding_dim: int | None
+    options: dict[str, Any]
+    fingerprint: str
+    format_version: int = FORMAT_VERSION
+
+    def save(self, directory: Path) -> None:
+        write_atomically(
+            directory / MANIFEST_FILE, (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """The manifest of a data directory.
+
+        Raises:
+            UserError: there is none, it is not one of ours, or it is of another format version.
+        """
+        path = directory / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no manifest here; run preprocess.py --output {directory} (again) first") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as a manifest ({error}); run preprocess.py again") from None
+        try:
+            version = content["format_version"]
+            if version == FORMAT_VERSION:
+                entries = {
+                    split: [ShardEntry(**entry) for entry in shards] for split, shards in content.pop("splits").items()
+                }
+                return cls(splits=entries, **content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a manifest of this project ({error}); run preprocess.py again") from None
+        raise UserError(
+            f"{path}: format version {version}, this program reads {FORMAT_VERSION}; run preprocess.py again"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatPatients:
+    """Patients as flat arrays and offsets; P patients, S sets, E events.
+
+    Attributes:
+        patient_offsets: [P+1] int64, into the sets.
+        set_offsets: [S+1] int64, into the events.
+        minute: [S] float32.
+        code: [E] int32.
+        value: [E] float32, 0 where the event has no number.
+        has_value: [E] bool.
+        label: [P] int64, -1 where unlabelled.
+        patient_id: [P] strings, as Arrow holds them.
+    """
+
+    patient_offsets: npt.NDArray[np.int64]
+    set_offsets: npt.NDArray[np.int64]
+    minute: npt.NDArray[np.float32]
+    code: npt.NDArray[np.int32]
+    value: npt.NDArray[np.float32]
+    has_value: npt.NDArray[np.bool_]
+    label: npt.NDArray[np.int64]
+    patient_id: pa.StringArray
+
+
+def write_shard(table: pa.Table, directory: Path, path: str) -> ShardEntry:
+    """Write ``table`` (``SHARD_SCHEMA``, sorted) as the Parquet file ``directory/path``; its entry for the manifest."""
+    target = directory / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    events_before = np.concatenate([[0], np.cumsum(table["num_events"].to_numpy(), dtype=np.int64)])
+    group = events_before[:-1] // ROW_GROUP_EVENTS
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [table.num_rows]])
+    with pq.ParquetWriter(target, SHARD_SCHEMA, compression="zstd", version="2.6", write_statistics=True) as writer:
+        for start, stop in itertools.pairwise(starts.tolist()):
+            writer.write_table(table.slice(start, stop - start))
+    sync(target)
+    return ShardEntry(
+        path=path,
+        num_patients=table.num_rows,
+        num_sets=int(np.sum(table["num_sets"].to_numpy(), dtype=np.int64)),
+        num_events=int(events_before[-1]),
+        num_bytes=target.stat().st_size,
+        sha256=file_sha256(target),
+    )
+
+
+def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> FlatPatients:
+    """The patients of one Parquet shard, in its order.
+
+    Raises:
+        UserError: the file is missing, its checksum is not the manifest's, or its content contradicts itself.
+    """
+    path = directory / entry.path
+    hint = "the data set is damaged: copy it again, or run preprocess.py again"
+    try:
+        if verify and file_sha256(path) != entry.sha256:
+            raise UserError(f"{path}: checksum differs from the manifest's; {hint}")
+        table = pq.read_table(path, schema=SHARD_SCHEMA).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
+    if not table.num_rows:
+        raise UserError(f"{path}: holds no patients; {hint}")
+    columns = {name: table[name].chunk(0) for name in SHARD_SCHEMA.names}
+
+    def flat(name: str) -> pa.Array:
+        return columns[name].flatten()
+
+    set_size = flat("set_size").to_numpy()
+    value = flat("value")
+    patients = FlatPatients(
+        patient_offsets=_offsets(columns["num_sets"].to_numpy()),
+        set_offsets=_offsets(set_size),
+        minute=flat("minute").to_numpy().astype(np.float32),
+        code=flat("code").to_numpy(),
+        value=pc.fill_null(value, 0.0).to_numpy(),
+        has_value=pc.is_valid(value).to_numpy(zero_copy_only=False),
+        label=pc.fill_null(columns["label"].cast(pa.int64()), UNLABELLED).to_numpy(),
+        patient_id=columns["patient_id"],
+    )
+    sizes = (len(patients.label), len(patients.minute), len(patients.code), len(patients.value))
+    expected = (entry.num_patients, entry.num_sets, entry.num_events, entry.num_events)
+    ends = (patients.patient_offsets[-1], patients.set_offsets[-1])
+    if sizes != expected or ends != (entry.num_sets, entry.num_events) or set_size.min() < 1:
+        raise UserError(f"{path}: {sizes} patients, sets, events and values, the manifest says {expected}; {hint}")
+    return patients
+
+
+def read_index(directory: Path, manifest: Manifest) -> pa.Table:
+    """``index.parquet``, checked against the manifest; columns as in ``INDEX_SCHEMA``."""
+    return _read_table(directory, manifest, INDEX_FILE, INDEX_SCHEMA)
+
+
+def read_vocabulary(directory: Path, manifest: Manifest) -> pa.Table:
+    """``vocabulary.parquet``, checked against the manifest; columns as in ``VOCABULARY_SCHEMA``, a row a code."""
+    return _read_table(directory, manifest, VOCABULARY_FILE, VOCABULARY_SCHEMA)
+
+
+def _read_table(directory: Path, manifest: Manifest, name: str, schema: pa.Schema) -> pa.Table:
+    path = directory / name
+    check_file(directory, manifest, name)
+    try:
+        return pq.read_table(path, schema=schema)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run preprocess.py again") from None
+
+
+def check_file(directory: Path, manifest: Manifest, name: str) -> None:
+    """Raise UserError unless ``name`` is there with the manifest's checksum."""
+    path = directory / name
+    try:
+        if file_sha256(path) == manifest.files[name]:
+            return
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path}: missing or unreadable ({error}); run preprocess.py again") from None
+    raise UserError(
+        f"{path}: checksum differs from the manifest's; copy the data set again, or run preprocess.py again"
+    )
+
+
+def _offsets(sizes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of ``path`` (a file or a directory) is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``path`` so that it is the old file or the new one at every moment, through power loss too."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)

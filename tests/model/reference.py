@@ -1,0 +1,180 @@
+"""The model's mathematics once more, written from design §7 with plain loops over patients, sets and events.
+
+Slow and literal on purpose: whatever the fast code folds, groups or pads must agree with this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.attention import ISAB, MAB, PMA, OneKeyMAB
+from model.losses import LossWeights
+from model.seqsetvae import SeqSetVAE
+from model.set_vae import sinusoids
+from pipeline.batch import PatientBatch
+
+
+def tail(module: nn.Module, attended: Tensor) -> Tensor:
+    a = module.norm_attention(attended)
+    return module.norm_output(a + module.feed_forward.contract(F.relu(module.feed_forward.expand(a))))
+
+
+def mab(module: MAB, queries: Tensor, keys: Tensor) -> Tensor:
+    """[M, D], [N, D] -> [M, D] with every projection written out."""
+    width = queries.shape[1] // module.heads
+    heads = []
+    for head in range(module.heads):
+        part = slice(head * width, (head + 1) * width)
+        q, k, v = module.query(queries)[:, part], module.key(keys)[:, part], module.value(keys)[:, part]
+        heads.append(torch.softmax(q @ k.T / math.sqrt(width), dim=1) @ v)
+    return tail(module.tail, module.output(torch.cat(heads, dim=1)))
+
+
+def isab(module: ISAB, x: Tensor) -> Tensor:
+    return mab(module.scatter, x, mab(module.gather, module.points, x))
+
+
+def pma(module: PMA, seeds: Tensor, x: Tensor) -> Tensor:
+    return seeds + mab(module.attend, seeds, x)
+
+
+def one_key(module: OneKeyMAB, key: Tensor) -> Tensor:
+    return tail(module.tail, module.value(key))
+
+
+def event(model: SeqSetVAE, code: int, value: float, has_value: bool) -> Tensor:
+    encoder = model.events
+    e = encoder.embedding[code]
+    r = encoder.variable.weight @ e
+    direction = r / r.norm().clamp_min(1e-12)
+    number = has_value and code != 1
+    if encoder.event_form == "product":
+        return direction * (value if number else 0.0)
+    s = encoder.scale.weight @ e
+    return direction + (math.asinh(value) * s / s.norm() if number else encoder.no_number)
+
+
+@dataclass
+class PatientResult:
+    mu: list[Tensor]  # of each level, [sets, D]
+    logvar: list[Tensor]
+    context: Tensor
+    logits: Tensor
+    direction: Tensor
+    magnitude: Tensor
+    squared: Tensor
+
+
+def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
+    """One patient without noise."""
+    width = model.config.width
+    sets = []
+    for s in range(int(batch.patient_offsets[b]), int(batch.patient_offsets[b + 1])):
+        members = range(int(batch.set_offsets[s]), int(batch.set_offsets[s + 1]))
+        sets.append(
+            torch.stack(
+                [event(model, int(batch.code[i]), float(batch.value[i]), bool(batch.has_value[i])) for i in members]
+            )
+        )
+    mu: list[list[Tensor]] = [[] for _ in model.encoder.blocks]
+    logvar: list[list[Tensor]] = [[] for _ in model.encoder.blocks]
+    for x in sets:
+        x = x * math.sqrt(width)
+        for level, (block, head) in enumerate(zip(model.encoder.blocks, model.encoder.heads, strict=True)):
+            x = x + isab(block, x)
+            both = head(x.mean(0))
+            mu[level].append(both[:width])
+            logvar[level].append(both[width:].clamp(-10, 10))
+    z = torch.stack(mu[-1])
+
+    minute = batch.minute[int(batch.patient_offsets[b]) : int(batch.patient_offsets[b + 1])]
+    transformer = model.transformer
+    x = transformer.norm_input(z + sinusoids(torch.arange(len(sets)), width) + transformer.time(minute))
+    for layer in transformer.layers:
+        normed = layer.norm_attention(x)
+        rows = []
+        for k in range(len(sets)):
+            heads = []
+            for head in range(layer.heads):
+                size = width // layer.heads
+                q, keys, v = (
+                    layer.query_key_value(normed)[:, i * width + head * size : i * width + (head + 1) * size]
+                    for i in range(3)
+                )
+                heads.append(torch.softmax(keys[: k + 1] @ q[k] / math.sqrt(size), dim=0) @ v[: k + 1])
+            rows.append(torch.cat(heads))
+        x = x + layer.output(torch.stack(rows))
+        x = x + layer.contract(F.gelu(layer.expand(layer.norm_feed_forward(x))))
+    context = transformer.norm_output(x)
+
+    weights = torch.softmax((context * z).sum(1) / math.sqrt(width), dim=0)
+    logits = model.head(weights @ context)
+    distances = [
+        decoded_distances(target.detach(), decode(model, h, len(target)))
+        for target, h in zip(sets, context, strict=True)
+    ]
+    direction, magnitude, squared = (torch.stack(part).sum() for part in zip(*distances, strict=True))
+    return PatientResult(
+        [torch.stack(m) for m in mu], [torch.stack(v) for v in logvar], context, logits, direction, magnitude, squared
+    )
+
+
+def decode(model: SeqSetVAE, h: Tensor, count: int) -> Tensor:
+    decoder = model.decoder
+    places = sinusoids(torch.arange(count), model.config.width)
+    y = h[None]
+    y = y + one_key(decoder.first_block[1], one_key(decoder.first_block[0], y))
+    y = decoder.seeds[0](places) + one_key(decoder.first_pool, y)
+    for block, pool, seed in zip(decoder.blocks, decoder.pools, decoder.seeds[1:], strict=True):
+        y = y + isab(block, y)
+        y = pma(pool, seed(places), y)
+    return decoder.output(y)
+
+
+def decoded_distances(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chamfer sums of direction, magnitude and squared L2 of one set, pair by pair."""
+
+    def direction(t: Tensor, y: Tensor) -> Tensor:
+        return 1 - (t @ y) / (t.norm().clamp_min(1e-6) * y.norm().clamp_min(1e-6))
+
+    def magnitude(t: Tensor, y: Tensor) -> Tensor:
+        return (t.norm() - y.norm()).abs()
+
+    def squared(t: Tensor, y: Tensor) -> Tensor:
+        return (t - y).square().sum()
+
+    sums = []
+    for distance in (direction, magnitude, squared):
+        forth = sum(min(distance(t, y) for y in output) for t in target)
+        back = sum(min(distance(t, y) for t in target) for y in output)
+        sums.append(forth + back)
+    return sums[0], sums[1], sums[2]
+
+
+def total_loss(model: SeqSetVAE, batch: PatientBatch, weights: LossWeights, beta: float) -> Tensor:
+    """The loss of a batch, a global sum by a global count for each part."""
+    results = [patient(model, batch, b) for b in range(batch.num_patients)]
+    reconstruction = torch.stack(
+        [
+            weights.direction * r.direction + weights.magnitude * r.magnitude + weights.squared * r.squared
+            for r in results
+        ]
+    ).sum()
+    kl = torch.zeros(())
+    for result in results:
+        for mu, logvar in zip(result.mu, result.logvar, strict=True):
+            for m, v in zip(mu, logvar, strict=True):
+                for d in range(len(m)):
+                    kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(weights.free_bits)
+    labelled = [(r.logits, int(label)) for r, label in zip(results, batch.label, strict=True) if label >= 0]
+    crossed = torch.stack([-torch.log_softmax(logits, 0)[label] for logits, label in labelled]).sum()
+    return (
+        weights.reconstruction * reconstruction / batch.num_events
+        + beta * kl / batch.num_sets
+        + weights.classification * crossed / len(labelled)
+    )

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.losses import chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
+from model.ragged import SetLayout
+from model.set_vae import Posterior
+from tests.model import reference
+
+
+def test_chamfer_by_hand() -> None:
+    """One set: events (1,0), (0,2); decoded (1,0), (3,0).
+
+    Direction: events 0 + 1, outputs 0 + 0.  Magnitude: events 0 + min(1, 1), outputs 0 + 1.  Squared: events 0 +
+        min(5, 13),
+    outputs 0 + min(4, 13).
+    """
+    layout = SetLayout.build(torch.tensor([0, 2]))
+    sums = chamfer_sums(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0]]), layout)
+    assert [round(s.item(), 5) for s in sums] == [1.0, 2.0, 9.0]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 1000))
+def test_chamfer_agrees_pair_by_pair(sizes: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    target, output = torch.randn(2, sum(sizes), 4, generator=generator)
+    layout = SetLayout.build(torch.tensor([0, *torch.tensor(sizes).cumsum(0)]))
+    found = chamfer_sums(target[layout.event_of_row], output[layout.event_of_row], layout)
+    naive = [reference.decoded_distances(t, y) for t, y in zip(target.split(sizes), output.split(sizes), strict=True)]
+    for value, parts in zip(found, zip(*naive, strict=True), strict=True):
+        torch.testing.assert_close(value, torch.stack(parts).sum(), atol=1e-4, rtol=1e-5)
+
+
+def test_chamfer_of_a_set_with_itself_is_nothing() -> None:
+    x = torch.randn(9, 4)
+    layout = SetLayout.build(torch.tensor([0, 9]))
+    rows = x[layout.event_of_row]
+    assert all(s.item() == pytest.approx(0, abs=1e-4) for s in chamfer_sums(rows, rows, layout))
+
+
+def test_gradient_at_a_zero_vector_is_finite() -> None:
+    """In the product form an event at the mean is the zero vector."""
+    layout = SetLayout.build(torch.tensor([0, 2]))
+    output = torch.zeros(2, 3, requires_grad=True)
+    sum(chamfer_sums(torch.zeros(2, 3), output, layout)).backward()
+    assert torch.isfinite(output.grad).all()
+
+
+def test_kl_by_hand() -> None:
+    posterior = Posterior(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, math.log(4.0)]]))
+    expected = [2.0, 0.0, 0.5 * (4 - 1 - math.log(4))]
+    torch.testing.assert_close(kl_per_dimension(posterior), torch.tensor([expected]))
+    assert kl_sum([posterior], 0.0).item() == pytest.approx(sum(expected))
+    assert kl_sum([posterior, posterior], 0.1).item() == pytest.approx(2 * (expected[0] + 0.1 + expected[2]))
+
+
+def test_cross_entropy_skips_the_unlabelled() -> None:
+    logits = torch.tensor([[0.0, 0.0], [5.0, -5.0], [1.0, 3.0]])
+    found = cross_entropy_sum(logits, torch.tensor([1, -1, 0])).item()
+    assert found == pytest.approx(math.log(2) + math.log(1 + math.exp(2)))
+    assert cross_entropy_sum(logits, torch.tensor([-1, -1, -1])).item() == 0.0
