@@ -1,7 +1,7 @@
 """Train SeqSetVAE, or evaluate it: ``python train.py --help``.
 
-How training works, top to bottom: :func:`main` parses and starts one process a device, :func:`train` is the loop,
-:func:`validate` and :func:`evaluate` measure, :func:`inspect` shows batches.
+How training works, top to bottom: :func:`main` parses and starts one process a device, :class:`Training` holds the
+state and makes a step, :func:`train` is the loop, :func:`validate` and :func:`evaluate` measure.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,7 +41,7 @@ from pipeline.batch import PatientBatch
 from pipeline.loader import PatientLoader, make_loader
 from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes
 from pipeline.report import write_run_report
-from pipeline.schema import EMBEDDINGS_FILE, UserError
+from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, UNLABELLED, UserError
 from pipeline.shards import Manifest, check_file, write_atomically
 
 console = Console(stderr=True, highlight=False)
@@ -63,205 +64,217 @@ def main(arguments: list[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------ training
 
 
+class Training:
+    """What a run is made of and a checkpoint holds: model, optimiser, scaler, place in the data, counters.
+
+    Attributes:
+        progress: ``step`` (done so far), ``best`` (validation metrics of the best epoch), ``epochs_since_best``,
+            ``seconds`` (spent, over all resumed parts of the run).
+    """
+
+    def __init__(self, options: TrainOptions, manifest: Manifest, world: World) -> None:
+        self.options, self.manifest, self.world = options, manifest, world
+        self.checkpoints = Path(options.output_dir) / "checkpoints"
+        self.loader = open_loader(options, world, "train", shuffle=True)
+        if not self.loader.num_patients:
+            raise UserError(f"{options.data_dir}: no patients to train on; its train split is empty")
+        self.model = new_model(options, manifest).to(world.device)
+        self.model.gradient_checkpointing = options.gradient_checkpointing
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options), lr=options.learning_rate, fused=True)
+        # The usual first scale of 65,536 overflows, and so wastes, the first steps: losses are sums over sets.
+        self.scaler = torch.amp.GradScaler(world.device.type, init_scale=1024, enabled=options.precision == "fp16")
+        self.progress: dict[str, Any] = {"step": 0, "best": None, "epochs_since_best": 0, "seconds": 0.0}
+        self.restore()
+        self._started = time.perf_counter() - self.progress["seconds"]
+        self.stepper = DistributedDataParallel(self.model) if world.size > 1 else self.model
+        self.total_steps = max(len(self.loader) * options.max_epochs, 1)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def restore(self) -> None:
+        """Go on from ``last.pt`` where ``--resume`` asks for it and there is one.
+
+        Raises:
+            UserError: there is one and ``--resume`` was not given; or it is of another model, data or plan.
+        """
+        path, options = self.checkpoints / "last.pt", self.options
+        if not path.exists():
+            return
+        if not options.resume:
+            raise UserError(f"--output_dir {options.output_dir} holds a run; --resume goes on with it, or name another")
+        saved = Checkpoint.load(path)
+        saved.check_same_model(path, self.model.config)
+        saved.check_same_vocabulary(path, self.manifest)
+        self.model.load_state_dict(saved.model)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.scaler.load_state_dict(saved.scaler)
+        self.loader.load_state_dict(saved.loader)
+        self.progress = dict(saved.progress)
+
+    def save(self, *names: str) -> None:
+        """Save under each name; ranks are alike, so the first writes."""
+        self.progress["seconds"] = self.seconds
+        if self.world.is_main:
+            Checkpoint(
+                config=self.model.config.to_dict(),
+                vocabulary_fingerprint=self.manifest.vocabulary_fingerprint,
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(),
+                loader=self.loader.state_dict(),
+                progress=dict(self.progress),
+            ).save(*(self.checkpoints / f"{name}.pt" for name in names))
+
+    def step(self, batch: PatientBatch, counts: LossCounts) -> tuple[Losses, Tensor]:
+        """One step of the optimiser on a global batch, of which this rank has ``batch``; its losses and gradient
+        norm.
+        """
+        options, world, step = self.options, self.world, self.progress["step"]
+        # Schedules and noise are functions of the step alone, so a resumed run needs none of their state.
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(options, step, self.total_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        given = ModelInput.of(batch).to(world.device)
+        with autocast(options, world):
+            output = self.stepper(given, seed=options.seed, step=step)
+            loss = losses(output, given.batch.label, options.loss_weights(), counts, beta=kl_weight(options, step))
+        total = loss.total
+        if world.size > 1:
+            # Losses are shares of a sum, and DDP averages.  Every parameter takes part, also on a rank that got no
+            # patients or only sets of one event, because the others wait for its gradient.
+            total = total * world.size + sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.gradient_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.progress["step"] = step + 1
+        return loss, norm
+
+    def judge(self, metrics: dict[str, Any], epoch: int) -> bool:
+        """Whether these validation metrics are the best so far, which is noted.
+
+        Decided by ``--monitor``, or by the loss where a split without both outcomes has no AUROC; without any
+        validation patients the last is the best.
+        """
+        best, name = self.progress["best"], self.options.monitor
+        name = name if metrics[name] is not None else "loss"
+        sign = -1 if name == "loss" else 1
+        better = best is None or metrics[name] is None or best[name] is None or sign * metrics[name] > sign * best[name]
+        if better:
+            self.progress["best"] = {**metrics, "epoch": epoch, "step": self.progress["step"]}
+        self.progress["epochs_since_best"] = 0 if better else self.progress["epochs_since_best"] + 1
+        return better
+
+
 def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """Train until the last epoch, early stopping or a signal; then evaluate the best checkpoint on the test split."""
     run_dir = Path(options.output_dir)
-    last, best = run_dir / "checkpoints" / "last.pt", run_dir / "checkpoints" / "best.pt"
-    resumed = load_resumed(options, last)
-    started = time.perf_counter()
-
-    loader = open_loader(options, world, "train", shuffle=True)
-    model = new_model(options, manifest)
-    config = model.config
-    model.to(world.device)
-    model.gradient_checkpointing = options.gradient_checkpointing
-    optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate, fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
-    progress: dict[str, Any] = {
-        "step": 0,
-        "best": None,
-        "epochs_since_best": 0,
-        "seconds": 0.0,
-        "first_epoch_waste": None,
-    }
-    if resumed is not None:
-        resumed.check_same_model(last, config)
-        if resumed.vocabulary_fingerprint != manifest.vocabulary_fingerprint:
-            raise UserError(
-                f"{last}: trained with another vocabulary than {options.data_dir} has; resume on its own data"
-            )
-        model.load_state_dict(resumed.model)
-        optimizer.load_state_dict(resumed.optimizer)
-        scaler.load_state_dict(resumed.scaler)
-        loader.load_state_dict(resumed.loader)
-        progress = dict(resumed.progress)
-    stepper: torch.nn.Module = DistributedDataParallel(model) if world.size > 1 else model
-    total_steps = max(len(loader) * options.max_epochs, 1)
-
-    def save(*paths: Path) -> None:
-        progress["seconds"] = spent()
-        if world.is_main:
-            Checkpoint(
-                config=config.to_dict(),
-                vocabulary_fingerprint=manifest.vocabulary_fingerprint,
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
-                loader=loader.state_dict(),
-                progress=dict(progress),
-            ).save(*paths)
-
-    spent_before = progress["seconds"]
-
-    def spent() -> float:
-        return spent_before + time.perf_counter() - started
-
+    training = Training(options, manifest, world)
+    model, loader, progress = training.model, training.loader, training.progress
+    valid_loader = open_loader(options, world, "valid", shuffle=False)
+    pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
+    run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        resolved = {"options": dataclasses.asdict(options), "model": config.to_dict()}
+        resolved = {"options": dataclasses.asdict(options), "model": model.config.to_dict()}
         write_atomically(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
-        say(
-            world,
-            f"{manifest_line(manifest)}; {sum(p.numel() for p in model.parameters()):,} parameters; {world.device}",
-        )
+    parameters = sum(p.numel() for p in model.parameters())
+    say(world, f"{manifest_line(manifest)}; {parameters:,} parameters; {world.size} × {world.device.type}")
 
-    stopping = StopSignal()
+    overall, stop = Throughput(), None
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stopping)
-        memory = stack.enter_context(MemoryMonitor(run_dir / "memory.csv")) if is_profiling(options, world) else None
-        log = (
-            stack.enter_context(JsonLines(run_dir / "metrics.jsonl", resume_step=progress["step"]))
-            if world.is_main
-            else None
-        )
+        stopping = stack.enter_context(StopSignal())
+        log = stack.enter_context(metrics_log(run_dir, world, progress["step"]))
+        mark = stack.enter_context(memory_profile(run_dir, options, world))
         bar = stack.enter_context(EpochBar(world, options.max_epochs))
-        mark = memory.mark if memory else lambda name: None
-        stop: str | None = None
         while loader.epoch < options.max_epochs and stop is None:
-            epoch, throughput, sums = loader.epoch, Throughput(), LossSums(config.levels, world.device)
-            bar.start(epoch, len(loader), loader.cursor)
+            epoch, interval, sums = loader.epoch, Throughput(), LossSums(model.config.levels, world.device)
+            bar.begin(epoch, len(loader), loader.cursor)
             model.train()
             for batch, counts, waited in timed(loader):
-                # The schedule is a function of the step alone, so that a resumed run needs none of its state.
-                step = progress["step"]
-                rate, beta = learning_rate(options, step, total_steps), kl_weight(options, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                step_started = time.perf_counter()
-                given = ModelInput.of(lay_out(batch, options, loader)).to(world.device)
-                optimizer.zero_grad(set_to_none=True)
-                with autocast(options, world):
-                    output = stepper(given, seed=options.seed, step=step)
-                    loss = losses(output, given.batch.label, options.loss_weights(), counts, beta=beta)
-                backward(loss.total, model, scaler, world)
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip or math.inf)
-                scaler.step(optimizer)
-                scaler.update()
-                progress["step"] = step + 1
+                started = time.perf_counter()
+                loss, norm = training.step(lay_out(batch, options, pad_to), counts)
                 sums.add(loss, norm)
-                throughput.add(batch, waited=waited, step_seconds=time.perf_counter() - step_started)
-                if step == 0:
+                for meter in (interval, overall):
+                    meter.add(batch, waited=waited, step_seconds=time.perf_counter() - started, pad_to=pad_to)
+                step = progress["step"]
+                if step == 1:
                     mark("first step")
-
-                if progress["step"] % options.log_steps == 0:
-                    line = {**sums.means(world), **throughput.rates(), "learning_rate": rate, "beta": beta}
-                    check_finite(line["loss"], progress["step"])
-                    if log:
-                        log.write(
-                            {"kind": "train", "step": progress["step"], "epoch": epoch, "seconds": spent(), **line}
-                        )
-                bar.advance(throughput)
-                if options.checkpoint_steps and progress["step"] % options.checkpoint_steps == 0:
-                    save(last)
+                bar.advance(interval)
+                if step % options.log_steps == 0:
+                    means = sums.means(world)
+                    check_finite(means["loss"], step)
+                    schedule = {
+                        "learning_rate": learning_rate(options, step - 1, training.total_steps),
+                        "beta": kl_weight(options, step - 1),
+                        "rss_bytes": psutil.Process().memory_info().rss,
+                    }
+                    log(
+                        "train",
+                        step=step,
+                        epoch=epoch,
+                        seconds=training.seconds,
+                        **means,
+                        **interval.rates(),
+                        **schedule,
+                    )
+                if options.checkpoint_steps and step % options.checkpoint_steps == 0:
+                    training.save("last")
                     mark("checkpoint")
                 # Ranks agree on stopping at steps that all of them reach.
-                if (world.size == 1 or progress["step"] % options.log_steps == 0) and world.any(
-                    stopping.number is not None
-                ):
-                    stop = "signal"
-                    break
-            if stop:
-                break
-            if progress["first_epoch_waste"] is None:
-                progress["first_epoch_waste"] = loader.plan.event_padding_waste
+                if (world.size == 1 or step % options.log_steps == 0) and world.any(stopping.number is not None):
+                    training.save("last")
+                    say(world, f"stopped by signal {stopping.number} at step {step}; go on with --resume")
+                    return 128 + (stopping.number or signal.SIGTERM)
             mark("validation")
-            metrics, _ = validate(model, open_loader(options, world, "valid", shuffle=False), options, world)
-            line = {"kind": "valid", "step": progress["step"], "epoch": epoch, "seconds": spent(), **metrics}
-            if log:
-                log.write(line)
-            better = is_better(options, metrics, progress["best"])
-            if better:
-                progress |= {"best": {**metrics, "epoch": epoch, "step": progress["step"]}, "epochs_since_best": 0}
-            else:
-                progress["epochs_since_best"] += 1
-            save(last, *([best] if better else []))
+            metrics, _ = validate(model, valid_loader, options, world)
+            log("valid", step=progress["step"], epoch=epoch, seconds=training.seconds, **metrics)
+            better = training.judge(metrics, epoch)
+            training.save("last", *(["best"] if better else []), *(["collapsed"] if metrics["collapsed"] else []))
             mark("checkpoint")
-            bar.epoch_line(metrics, better)
+            bar.end(metrics, better)
             if metrics["collapsed"]:
-                say(
-                    world,
-                    f"warning: the posterior has collapsed: {metrics[f'active_units_{config.levels}']} active units",
-                )
-                save(run_dir / "checkpoints" / "collapsed.pt")
+                active = metrics[f"active_units_{model.config.levels}"]
+                say(world, f"warning: the posterior has collapsed, {active} of {model.config.width} units are active")
                 stop = "collapse" if options.stop_on_collapse else None
             if options.patience and progress["epochs_since_best"] >= options.patience:
                 stop = "patience"
-        if stop == "signal":
-            save(last)
-            say(world, f"stopped by signal {stopping.number} at step {progress['step']}; go on with --resume")
-            return 128 + (stopping.number or signal.SIGTERM)
-    finish(options, manifest, world, progress, stop, spent())
+    progress["seconds"] = training.seconds
+    finish(options, manifest, world, progress, {"stopped_by": stop or "max_epochs", **overall.rates()})
     return 0
 
 
 def finish(
-    options: TrainOptions, manifest: Manifest, world: World, progress: dict[str, Any], stop: str | None, seconds: float
+    options: TrainOptions, manifest: Manifest, world: World, progress: dict[str, Any], run: dict[str, Any]
 ) -> None:
     """Evaluate the best checkpoint on the test split, write summary and report, say where they are."""
     run_dir = Path(options.output_dir)
     best = run_dir / "checkpoints" / "best.pt"
     test = None
     if manifest.splits.get("test"):
+        world.wait()  # until the first rank has written it
         model = Checkpoint.load(best).build_model(best, manifest).to(world.device)
-        test, predictions = validate(model, open_loader(options, world, "test", shuffle=False), options, world)
-        if world.is_main:
-            test |= evaluate_predictions(predictions["label"].to_numpy(), predictions["probability"].to_numpy())
-            pq.write_table(predictions, run_dir / "predictions_test.parquet")
+        test = evaluate_split(model, "test", options, world)
     if not world.is_main:
         return
-    waste = progress["first_epoch_waste"]
     summary = {
         "steps": progress["step"],
-        "stopped_by": stop or "max_epochs",
-        "seconds": round(seconds, 2),
+        "seconds": round(progress["seconds"], 2),
+        **run,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None,
-        "event_padding_waste": waste,
         "best": progress["best"],
         "test": test,
     }
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     report = write_run_report(run_dir)
-    if test:
+    if test is not None:
         print(f"test AUROC {shown(test['auroc'])}, AUPRC {shown(test['auprc'])}")
-    print(f"event padding waste of the padded layout {shown(waste)}; batches travel ragged, without padding")
+    ragged = "; batches travelled ragged, without any" if options.use_dynamic_padding is None else ""
+    print(f"padding waste {run['event_padding_waste']:.2%} of events in the padded layout{ragged}")
     print(f"report {report}")
-
-
-def load_resumed(options: TrainOptions, last: Path) -> Checkpoint | None:
-    """The checkpoint to go on from; None = begin anew.
-
-    Raises:
-        UserError: the directory holds a run and ``--resume`` was not given.
-    """
-    if last.exists():
-        if options.resume:
-            return Checkpoint.load(last)
-        raise UserError(
-            f"--output_dir {options.output_dir} holds a run already; --resume goes on with it, or name another"
-        )
-    return None
 
 
 def new_model(options: TrainOptions, manifest: Manifest) -> SeqSetVAE:
@@ -293,11 +306,10 @@ def open_loader(options: TrainOptions, world: World, split: str, *, shuffle: boo
     )
 
 
-def lay_out(batch: PatientBatch, options: TrainOptions, loader: PatientLoader) -> PatientBatch:
+def lay_out(batch: PatientBatch, options: TrainOptions, pad_to: int | None) -> PatientBatch:
     """The batch as it came, or through the padded layout where the user asks for that."""
     if options.use_dynamic_padding is None:
         return batch
-    pad_to = None if options.use_dynamic_padding else loader.longest_patient
     return PatientBatch.from_padded(batch.to_padded(pad_to=pad_to), batch.patient_id)
 
 
@@ -328,31 +340,18 @@ def autocast(options: TrainOptions, world: World) -> torch.autocast:
     return torch.autocast(world.device.type, dtype=dtype, enabled=options.precision != "fp32")
 
 
-def backward(loss: Tensor, model: SeqSetVAE, scaler: torch.amp.GradScaler, world: World) -> None:
-    """Gradients of the global batch's loss on every rank."""
-    if world.size > 1:
-        # Losses are shares of a sum and DDP averages; and every parameter takes part, also on a rank that got no
-        # patients or only sets of one event, because the others wait for its gradient.
-        loss = loss * world.size + sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
-    scaler.scale(loss).backward()
-
-
 def timed(loader: PatientLoader) -> Iterator[tuple[PatientBatch, LossCounts, float]]:
     """Batches with the counts of their global batch and the seconds waited for each."""
     batches = iter(loader)
     while True:
-        started = time.perf_counter()
-        step = loader.cursor
+        started, step = time.perf_counter(), loader.cursor
         batch = next(batches, None)
         if batch is None:
             return
-        counts = loader.step_counts(step)
         waited = time.perf_counter() - started
-        yield (
-            batch,
-            LossCounts(num_events=counts.num_events, num_sets=counts.num_sets, num_labelled=counts.num_labelled),
-            waited,
-        )
+        of = loader.step_counts(step)
+        counts = LossCounts(num_events=of.num_events, num_sets=of.num_sets, num_labelled=of.num_labelled)
+        yield batch, counts, waited
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -361,14 +360,6 @@ def check_finite(loss: float, step: int) -> None:
             f"the loss is {loss} at step {step}: lower --learning_rate, or use --precision bf16 or fp32; "
             "the last checkpoint is untouched"
         )
-
-
-def is_better(options: TrainOptions, metrics: dict[str, Any], best: dict[str, Any] | None) -> bool:
-    """Whether ``metrics`` beat the best so far; by the loss where a split without both outcomes has no AUROC."""
-    name = options.monitor if metrics[options.monitor] is not None else "loss"
-    if best is None or best[name] is None:
-        return True
-    return bool(metrics[name] < best[name] if name == "loss" else metrics[name] > best[name])
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -386,91 +377,89 @@ def validate(
     model.eval()
     sums = LossSums(model.config.levels, world.device)
     gauges = CollapseGauges(model.config.levels, model.config.width, world.device)
-    ids: list[str] = []
-    labels, probabilities = [], []
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
-    totals = np.zeros(3, dtype=np.int64)
+    ids: list[str] = []
+    labels, probabilities = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
+    num_events = num_sets = num_labelled = 0
     for batch, counts, _ in timed(loader):
-        given = ModelInput.of(lay_out(batch, options, loader)).to(world.device)
+        given = ModelInput.of(batch).to(world.device)
         with autocast(options, world):
             output = model(given)
             sums.add(losses(output, given.batch.label, options.loss_weights(), one, beta=options.beta), None)
         gauges.update(output.posteriors)
         ids += batch.patient_id
         labels.append(batch.label)
-        probabilities.append(output.probability)
-        totals += (counts.num_events, counts.num_sets, counts.num_labelled)
+        probabilities.append(output.probability.cpu())
+        num_events, num_sets = num_events + counts.num_events, num_sets + counts.num_sets
+        num_labelled += counts.num_labelled
     world.sum(gauges.sums)
-    label = torch.cat(labels).numpy() if labels else np.zeros(0, np.int64)
-    probability = torch.cat(probabilities).cpu().numpy() if probabilities else np.zeros(0, np.float32)
-    shares = world.gather((ids, label, probability))
-    ids = [name for share in shares for name in share[0]]
-    label = np.concatenate([share[1] for share in shares])
-    probability = np.concatenate([share[2] for share in shares]).astype(np.float64)
+    shares = world.gather((ids, torch.cat(labels), torch.cat(probabilities)))
+    label = torch.cat([share[1] for share in shares]).numpy()
+    probability = torch.cat([share[2] for share in shares]).double().numpy()
 
-    summed = sums.totals(world)
+    totals, weights = sums.totals(world), options.loss_weights()
     metrics: dict[str, Any] = {
-        "reconstruction": summed["reconstruction"] / max(int(totals[0]), 1),
-        "kl": summed["kl"] / max(int(totals[1]), 1),
-        "classification": summed["classification"] / max(int(totals[2]), 1),
+        "reconstruction": totals["reconstruction"] / max(num_events, 1),
+        "kl": totals["kl"] / max(num_sets, 1),
+        "classification": totals["classification"] / max(num_labelled, 1),
     }
-    weights = options.loss_weights()
-    metrics["loss"] = (
-        weights.reconstruction * metrics["reconstruction"]
-        + weights.beta * metrics["kl"]
-        + weights.classification * metrics["classification"]
-    )
+    weighed = {"reconstruction": weights.reconstruction, "kl": weights.beta, "classification": weights.classification}
+    metrics["loss"] = sum(weight * metrics[name] for name, weight in weighed.items()) if num_sets else None
     metrics["auroc"], metrics["auprc"] = auroc_auprc(label, probability)
     levels = gauges.compute()
     for number, gauge in enumerate(levels, start=1):
         metrics[f"kl_level_{number}"] = gauge.kl
         metrics[f"active_units_{number}"] = gauge.active_units
         metrics[f"mean_posterior_variance_{number}"] = gauge.mean_posterior_variance
-    metrics["collapsed"] = is_collapsed(levels, options.least_active_units)
+    metrics["collapsed"] = num_sets > 0 and is_collapsed(levels, options.least_active_units)
     table = pa.table(
         {
-            "patient_id": pa.array(ids, pa.string()),
+            "patient_id": pa.array([name for share in shares for name in share[0]], pa.string()),
             "label": pa.array(label, pa.int8(), mask=label < 0),
             "probability": pa.array(probability, pa.float64()),
         }
-    ).sort_by("patient_id")
-    return metrics, table
+    )
+    return metrics, table.sort_by("patient_id")
+
+
+def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, world: World) -> dict[str, Any]:
+    """Metrics of a split with bootstrap intervals; writes ``predictions_<split>.parquet``."""
+    metrics, predictions = validate(model, open_loader(options, world, split, shuffle=False), options, world)
+    if world.is_main:
+        pq.write_table(predictions, Path(options.output_dir) / f"predictions_{split}.parquet")
+        label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
+        metrics |= evaluate_predictions(label, predictions["probability"].to_numpy())
+    return metrics
 
 
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """``--evaluate``: metrics with intervals, predictions and a report for one split."""
     path, run_dir, split = Path(options.evaluate or ""), Path(options.output_dir), options.evaluate_split
     if not manifest.splits.get(split):
-        raise UserError(f"{options.data_dir}: has no {split} split; choose another with --evaluate_split")
+        raise UserError(f"{options.data_dir}: has no patients in split {split}; choose another with --evaluate_split")
     model = Checkpoint.load(path).build_model(path, manifest).to(world.device)
-    metrics, predictions = validate(model, open_loader(options, world, split, shuffle=False), options, world)
-    if not world.is_main:
-        return 0
-    labels = predictions["label"].fill_null(-1).to_numpy()
-    metrics |= evaluate_predictions(labels, predictions["probability"].to_numpy())
     run_dir.mkdir(parents=True, exist_ok=True)
-    pq.write_table(predictions, run_dir / f"predictions_{split}.parquet")
-    content = {"checkpoint": str(path), "split": split, **metrics}
-    write_atomically(run_dir / f"evaluation_{split}.json", (json.dumps(content, indent=1) + "\n").encode())
-    print(f"{split} AUROC {shown(metrics['auroc'])}, AUPRC {shown(metrics['auprc'])}, loss {metrics['loss']:.4f}")
-    print(f"report {write_run_report(run_dir)}")
+    metrics = evaluate_split(model, split, options, world)
+    if world.is_main:
+        content = {"checkpoint": str(path), "split": split, **metrics}
+        write_atomically(run_dir / f"evaluation_{split}.json", (json.dumps(content, indent=1) + "\n").encode())
+        print(
+            f"{split} AUROC {shown(metrics['auroc'])}, AUPRC {shown(metrics['auprc'])}, loss {shown(metrics['loss'])}"
+        )
+        print(f"report {write_run_report(run_dir)}")
     return 0
 
 
 def inspect(options: TrainOptions, manifest: Manifest) -> int:
-    """``--inspect``: for batches of 1, 2, 4 and 8 patients, their number, every shape, padding, a forward pass and
-    memory.
-    """
+    """``--inspect``: for batches of 1, 2, 4 and 8 patients their number, shapes, padding, a forward pass and memory."""
     world = World(0, 1, torch.device("cpu"))
     model = new_model(options, manifest).eval()
     print(manifest_line(manifest))
     for batch_size in (1, 2, 4, 8):
         loader = open_loader(dataclasses.replace(options, batch_size=batch_size), world, "train", shuffle=True)
         batch = next(iter(loader))
-        padded = lay_out(batch, options, loader).to_padded(
-            model.events.embedding.detach(),
-            pad_to=loader.longest_patient if options.use_dynamic_padding is False else None,
-        )
+        pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
+        padded = batch.to_padded(model.events.embedding.detach(), pad_to=pad_to)
         print(f"\nbatch_size {batch_size}: {len(loader)} batches")
         for name, tensor in padded.items():
             print(f"  {name:<13}{tuple(tensor.shape)!s:<20}{str(tensor.dtype).removeprefix('torch.')}")
@@ -486,7 +475,7 @@ def inspect(options: TrainOptions, manifest: Manifest) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------ in front of the user
+# ------------------------------------------------------------------------------------------- in front of the user
 
 
 class LossSums:
@@ -524,11 +513,11 @@ class StopSignal:
     number: int | None = None
 
     def __enter__(self) -> StopSignal:
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
@@ -536,19 +525,14 @@ class StopSignal:
 
 
 class EpochBar:
-    """One progress bar an epoch with patients/s, waste and memory; lines alone where there is no terminal."""
+    """One progress bar an epoch with patients/s, padding waste and memory; lines alone where there is no terminal."""
 
     def __init__(self, world: World, max_epochs: int) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
-        self.world, self.max_epochs = world, max_epochs
-        self.bar = Progress(*columns, console=console, disable=not world.is_main or not console.is_terminal)
-        self.task: Any = None
+        self.world, self.max_epochs, self.epoch = world, max_epochs, 0
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        shown = world.is_main and console.is_terminal
+        self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not shown)
+        self.task: TaskID | None = None
 
     def __enter__(self) -> EpochBar:
         self.bar.start()
@@ -557,29 +541,43 @@ class EpochBar:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def start(self, epoch: int, steps: int, done: int) -> None:
-        self.epoch = epoch
+    def begin(self, epoch: int, steps: int, done: int) -> None:
         if self.task is not None:
             self.bar.remove_task(self.task)
+        self.epoch = epoch
         self.task = self.bar.add_task(f"epoch {epoch + 1}/{self.max_epochs}", total=steps, completed=done, now="")
 
     def advance(self, throughput: Throughput) -> None:
-        if not self.bar.disable:
-            rates = throughput.rates(reset=False)
-            now = (
-                f"{rates['patients_per_second']:.1f} patients/s, padding {rates['event_padding_waste']:.1%}, "
-                f"{peak_rss_bytes() / 2**30:.2f} GiB"
-            )
+        if self.task is not None and not self.bar.disable:
+            rates, memory = throughput.rates(reset=False), psutil.Process().memory_info().rss / 2**30
+            speed, waste = rates["patients_per_second"], rates["event_padding_waste"]
+            now = f"{speed:.1f} patients/s, padding {waste:.1%}, {memory:.2f} GiB"
             self.bar.update(self.task, advance=1, now=now)
 
-    def epoch_line(self, metrics: dict[str, Any], better: bool) -> None:
+    def end(self, metrics: dict[str, Any], better: bool) -> None:
         quality = f"AUROC {shown(metrics['auroc'])}, AUPRC {shown(metrics['auprc'])}"
-        text = f"epoch {self.epoch + 1}/{self.max_epochs}: loss {metrics['loss']:.4f}, {quality}"
+        text = f"epoch {self.epoch + 1}/{self.max_epochs}: loss {shown(metrics['loss'])}, {quality}"
         say(self.world, text + (" (best so far)" if better else ""))
 
 
-def is_profiling(options: TrainOptions, world: World) -> bool:
-    return options.profile_memory and world.is_main
+@contextlib.contextmanager
+def metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
+    """``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank and does nothing on others."""
+    if not world.is_main:
+        yield lambda kind, **numbers: None
+        return
+    with JsonLines(run_dir / "metrics.jsonl", resume_step=step) as lines:
+        yield lambda kind, **numbers: lines.write({"kind": kind, **numbers})
+
+
+@contextlib.contextmanager
+def memory_profile(run_dir: Path, options: TrainOptions, world: World) -> Iterator[Callable[[str], None]]:
+    """``mark(event)`` in this process's memory profile; each rank has a file of its own."""
+    if not options.profile_memory:
+        yield lambda event: None
+        return
+    with MemoryMonitor(run_dir / ("memory.csv" if world.is_main else f"memory_rank{world.rank}.csv")) as monitor:
+        yield monitor.mark
 
 
 def shown(value: float | None) -> str:
@@ -593,7 +591,7 @@ def say(world: World, text: str) -> None:
 
 def manifest_line(manifest: Manifest) -> str:
     counts = [f"{sum(s.num_patients for s in shards):,} {split}" for split, shards in manifest.splits.items()]
-    return f"patients: {', '.join(counts)}; {manifest.num_codes - 2} variables"
+    return f"patients: {', '.join(counts)}; {manifest.num_codes - FIRST_CODE} variables"
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ class ISAB(nn.Module):
 
     def __init__(self, width: int, heads: int, feed_forward: int, points: int) -> None:
         super().__init__()
-        self.points = nn.Parameter(torch.empty(points, width))
-        nn.init.xavier_uniform_(self.points)
+        # Of the size of the layer-normed rows they stand for: smaller ones would all ask for the same, the mean.
+        self.points = nn.Parameter(torch.randn(points, width))
         self.gather = MAB(width, heads, feed_forward)
         self.scatter = MAB(width, heads, feed_forward)
 

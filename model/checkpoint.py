@@ -95,17 +95,20 @@ class Checkpoint:
         Raises:
             UserError: the data has another vocabulary, or the weights are another model's; ``path`` is for the message.
         """
-        if self.vocabulary_fingerprint != manifest.vocabulary_fingerprint:
-            raise UserError(
-                f"{path}: trained with another vocabulary than this data has; prepare the data with "
-                "preprocess.py --like the checkpoint's data set"
-            )
+        self.check_same_vocabulary(path, manifest)
         try:
             model = SeqSetVAE(SeqSetVAEConfig(**self.config))
             model.load_state_dict(self.model)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[0]})") from None
         return model
+
+    def check_same_vocabulary(self, path: Path, manifest: Manifest) -> None:
+        """Raise UserError unless the data's codes mean what they meant in training."""
+        if self.vocabulary_fingerprint != manifest.vocabulary_fingerprint:
+            raise UserError(
+                f"{path}: trained with another vocabulary than this data has; use the data set it was trained on"
+            )
 
     def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:
         """Raise UserError, naming the first difference, unless the checkpoint is of a model of this shape."""

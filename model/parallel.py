@@ -49,6 +49,11 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is raised on any rank; all ranks must ask."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.size > 1 else flag

@@ -76,7 +76,8 @@ class CausalLayer(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.index = config.heads, config.dropout, index
         self.norm_attention = nn.LayerNorm(config.width)
-        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        # A key's bias has no effect, and Adam would walk along the rounding noise of its gradient; so there is none.
+        self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width)
         self.norm_feed_forward = nn.LayerNorm(config.width)
         self.expand = nn.Linear(config.width, config.feed_forward)

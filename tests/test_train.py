@@ -1,0 +1,301 @@
+"""The command line of training: whole runs on tiny data, in processes of their own where it matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+import train
+from model.checkpoint import Checkpoint
+from tests.data_dirs import make_patients, write_data_dir
+
+ROOT = Path(train.__file__).parent
+QUICK = [
+    "--max_epochs",
+    "2",
+    "--batch_size",
+    "6",
+    "--warmup_steps",
+    "3",
+    "--beta_warmup_steps",
+    "10",
+    "--log_steps",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 patients to train on, 12 to validate, 12 to test; sets of 1 to 11 events."""
+    splits = {
+        name: make_patients(
+            [[1 + (7 * i + k) % 11 for k in range(1 + i % 6)] for i in range(count)], seed=seed, prefix=name
+        )
+        for seed, (name, count) in enumerate({"train": 26, "valid": 12, "test": 12}.items())
+    }
+    return write_data_dir(tmp_path_factory.mktemp("data"), splits)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Runs in this process and in others are compared bit by bit, so they use the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(data: Path, out: Path, *flags: str) -> int:
+    return train.main(["--data_dir", str(data), "--output_dir", str(out), *QUICK, *flags])
+
+
+def start(data: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--data_dir",
+        str(data),
+        "--output_dir",
+        str(out),
+        *QUICK,
+        *flags,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return Checkpoint.load(out / "checkpoints" / f"{name}.pt").model
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert (tensor - right[name]).abs().max() <= tolerance, name
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("run") / "deep" / "er"
+    assert run(data, out) == 0
+    return out
+
+
+def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "predictions_test.parquet",
+        "checkpoints/last.pt", "checkpoints/best.pt",
+    }  # fmt: skip
+    assert yaml.safe_load((finished / "config.yaml").read_text())["options"]["batch_size"] == 6
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] == 2 * 5
+    assert summary["test"]["num_labelled"] + summary["test"]["num_unlabelled"] == 12
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [5, 10]
+    predictions = pq.read_table(finished / "predictions_test.parquet")
+    assert predictions.column_names == ["patient_id", "label", "probability"]
+    stored = pq.read_table(data / "index.parquet").to_pylist()
+    expected = {row["patient_id"]: row["label"] for row in stored if row["split"] == "test"}
+    assert dict(zip(predictions["patient_id"].to_pylist(), predictions["label"].to_pylist(), strict=True)) == expected
+
+
+def test_the_same_seed_gives_the_same_weights(finished: Path, data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path / "again") == 0
+    assert_same(weights(tmp_path / "again"), weights(finished))
+    assert run(data, tmp_path / "other", "--seed", "1") == 0
+    assert any(not torch.equal(w, weights(finished)[n]) for n, w in weights(tmp_path / "other").items())
+
+
+@pytest.mark.parametrize("padding", ["--use_dynamic_padding", "--no-use_dynamic_padding"])
+def test_padding_does_not_change_the_weights(finished: Path, data: Path, tmp_path: Path, padding: str) -> None:
+    assert run(data, tmp_path, padding) == 0
+    assert_same(weights(tmp_path), weights(finished), 1e-5)
+    waste = json.loads((tmp_path / "summary.json").read_text())["event_padding_waste"]
+    least = json.loads((finished / "summary.json").read_text())["event_padding_waste"]
+    assert waste == pytest.approx(least) if padding.startswith("--use") else waste > least + 0.1
+
+
+@pytest.mark.parametrize("flag", [["--gradient_checkpointing"], ["--prefetch", "0"]])
+def test_flags_that_change_no_number(finished: Path, data: Path, tmp_path: Path, flag: list[str]) -> None:
+    assert run(data, tmp_path, *flag) == 0
+    assert_same(weights(tmp_path), weights(finished))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
+    finished: Path, data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(data, tmp_path, "--checkpoint_steps", "1", "--log_steps", "1")
+    last = tmp_path / "checkpoints" / "last.pt"
+    deadline = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    steps = Checkpoint.load(last).progress["step"]
+    assert 1 <= steps < 10, "the run was over before it could be disturbed"
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "--resume" in errors
+    assert run(data, tmp_path, "--resume") == 0
+    assert_same(weights(tmp_path), weights(finished))
+    assert_same(weights(tmp_path, "best"), weights(finished, "best"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps_logged = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps_logged == sorted(set(steps_logged)), "a resumed run holds no step twice"
+
+
+def test_resume_of_a_finished_run_and_of_none(finished: Path, data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "--resume") == 0
+    assert run(data, tmp_path, "--resume") == 0
+    assert_same(weights(tmp_path), weights(finished))
+
+
+def test_two_devices_give_the_weights_of_one(finished: Path, data: Path, tmp_path: Path) -> None:
+    """On the same global batches, with noise on; the last batch of 2 patients is a patient each."""
+    process = start(data, tmp_path, "--devices", "2", "--device", "cpu")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_same(weights(tmp_path), weights(finished), 1e-5)
+    one, two = (pq.read_table(out / "predictions_test.parquet").to_pydict() for out in (finished, tmp_path))
+    assert one["patient_id"] == two["patient_id"]
+    assert one["probability"] == pytest.approx(two["probability"], abs=1e-4)
+    assert output.count("test AUROC") == 1
+
+
+def test_a_rank_without_patients_takes_part(data: Path, tmp_path: Path) -> None:
+    """26 patients in batches of 5 leave one for two ranks."""
+    process = start(data, tmp_path / "two", "--devices", "2", "--batch_size", "5", "--max_epochs", "1")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert run(data, tmp_path / "one", "--batch_size", "5", "--max_epochs", "1") == 0
+    assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_learns_alike(finished: Path, data: Path, tmp_path: Path, precision: str) -> None:
+    assert run(data, tmp_path, "--precision", precision) == 0
+    lines = [(out / "metrics.jsonl").read_text().splitlines()[-1] for out in (finished, tmp_path)]
+    exact, rough = (json.loads(line)["loss"] for line in lines)
+    assert rough == pytest.approx(exact, rel=0.05)
+    assert rough != exact
+
+
+def test_evaluate_gives_what_training_gave(finished: Path, data: Path, tmp_path: Path) -> None:
+    best = str(finished / "checkpoints" / "best.pt")
+    assert run(data, tmp_path, "--evaluate", best) == 0
+    test = json.loads((tmp_path / "evaluation_test.json").read_text())
+    summary = json.loads((finished / "summary.json").read_text())["test"]
+    assert {name: test[name] for name in summary} == summary
+    assert pq.read_table(tmp_path / "predictions_test.parquet").equals(
+        pq.read_table(finished / "predictions_test.parquet")
+    )
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_profile_memory_and_early_stopping(data: Path, tmp_path: Path) -> None:
+    flags = ["--profile_memory", "--patience", "1", "--max_epochs", "30", "--learning_rate", "0"]
+    assert run(data, tmp_path, *flags) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped_by"] == "patience"
+    text = (tmp_path / "memory.csv").read_text()
+    assert all(event in text for event in ("first step", "validation", "checkpoint"))
+
+
+def test_collapse_is_caught(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A KL weight that outweighs everything makes the posterior the prior."""
+    flags = [
+        "--beta",
+        "1000",
+        "--free_bits",
+        "0",
+        "--beta_warmup_steps",
+        "0",
+        "--stop_on_collapse",
+        "--max_epochs",
+        "40",
+    ]
+    assert run(data, tmp_path, *flags, "--learning_rate", "0.01", "--gradient_clip", "100000") == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped_by"] == "collapse"
+    assert (tmp_path / "checkpoints" / "collapsed.pt").exists()
+    assert "collapsed" in capsys.readouterr().err
+
+
+def test_inspect_prints_batches(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--data_dir", str(data), "--inspect"]) == 0
+    text = capsys.readouterr().out
+    for size in (1, 2, 4, 8):
+        assert f"batch_size {size}: {-(-26 // size)} batches" in text
+    for word in ("var", "val", "minute", "set_id", "label", "padding_mask.sum()", "forward", "memory"):
+        assert text.count(word) >= 4
+
+
+def damaged_shard(data: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(data), str(copy)], check=True)
+    shard = copy / "train" / "00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return copy
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = str(finished / "checkpoints" / "best.pt")
+    no_checkpoint = tmp_path / "x.pt"
+    no_checkpoint.write_bytes(b"no")
+    cases = [
+        (["--data_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "o")], "manifest"),
+        (["--data_dir", str(damaged_shard(data, tmp_path)), "--output_dir", str(tmp_path / "o")], "00001.parquet"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--batch_size", "0"], "--batch_size"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--evaluate", str(no_checkpoint)], "x.pt"),
+        (["--data_dir", str(data), "--output_dir", str(finished)], "--resume"),
+        (
+            ["--data_dir", str(data), "--output_dir", str(finished), "--resume", "--preset", "reference"],
+            "another model",
+        ),
+        (["--data_dir", str(data), "--output_dir", str(finished), "--resume", "--batch_size", "3"], "batch_size"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--max_events", "1"], "--max_events"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--device", "cuda"], "--device cuda"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--evaluate", best, "--no_such"], "--no_such"),
+    ]
+    for arguments, expected in cases:
+        if "cuda" in arguments and torch.cuda.is_available():
+            continue
+        assert train.main(arguments) == 2, arguments
+        captured = capsys.readouterr()
+        lines = captured.err.strip().splitlines()
+        assert len(lines) == 1, captured.err
+        assert expected in lines[0]
+        assert not (tmp_path / "o" / "summary.json").exists()
+
+
+def test_training_without_validation_or_test_patients(tmp_path: Path) -> None:
+    splits = {"train": make_patients([[2, 1], [3], [1, 4]]), "valid": [], "test": []}
+    data = write_data_dir(tmp_path / "data", splits)
+    assert run(data, tmp_path / "run") == 0
+    assert_same(weights(tmp_path / "run", "best"), weights(tmp_path / "run"))
+
+
+def test_an_empty_train_split_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data_dir(tmp_path / "data", {"train": [], "valid": [], "test": make_patients([[1]])})
+    assert run(data, tmp_path / "run") == 2
+    assert "no patients" in capsys.readouterr().err
