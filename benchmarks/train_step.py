@@ -1,8 +1,8 @@
 """One training step: patients/s and share of the machine's matrix rate, beside a loop over sets of the same maths.
 
-    python -m benchmarks.train_step [--data_dir DATA] [--preset reference] [--batch_size 16] [--output FILE.json]
+    python -m benchmarks.train_step [--data_dir DATA] [--preset small] [--output FILE.json]
 
-Without ``--data_dir`` a batch with the set sizes of intensive-care stays is made up (73 sets a patient, 5.7 events a set).
+Without ``--data_dir`` a batch with the set sizes of intensive-care stays is made up (73 sets, of 5.7 events each).
 All figures of one run come from the same machine at the same time; compare ratios, not seconds.
 """
 

@@ -27,6 +27,7 @@ class SeqSetVAEConfig:
         set_feed_forward: hidden width of the feed-forward of a MAB.
         layers: layers of the causal transformer over sets.
         feed_forward: hidden width of their feed-forward.
+        variable_axis: whether the head sees each variable across time beside each set in time.
         dropout: probability, in the transformer and the outcome head.
         max_logvar: bound of \|logvar\| of the posterior.
     """
@@ -42,6 +43,7 @@ class SeqSetVAEConfig:
     set_feed_forward: int = 512
     layers: int = 2
     feed_forward: int = 256
+    variable_axis: bool = True
     dropout: float = 0.1
     max_logvar: float = 10.0
 

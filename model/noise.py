@@ -41,25 +41,38 @@ def patient_keys(patient_id: Sequence[str]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Noise:
-    """The noise of one training step.
+class PatientNoise:
+    """The noise of one training step, for the patients of a batch.
 
     Attributes:
-        key: [S] int64, one key a row that wants noise.
+        key: [B] int64, one a patient.
     """
 
     key: Tensor
 
     @classmethod
-    def of_step(cls, seed: int, step: int, patient_key: Tensor, place: Tensor) -> Noise:
-        """Noise for rows of patients.
+    def of_step(cls, seed: int, step: int, patient_key: Tensor) -> PatientNoise:
+        """Args: ``patient_key``: [B] int64, from :func:`patient_keys`."""
+        return cls(_mix(patient_key ^ _signed(seed * _GOLDEN + (step + 1) * 0xD1342543DE82EF95)))
 
-        Args:
-            patient_key: [S] int64, from :func:`patient_keys`, of the patient that each row belongs to.
-            place: [S] int64, the row's place within its patient.
-        """
-        stream = _signed(seed * _GOLDEN + (step + 1) * 0xD1342543DE82EF95)
-        return cls(_mix(_mix(patient_key ^ stream) + place * _signed(_GOLDEN)))
+    def at(self, patient: Tensor, place: Tensor) -> Noise:
+        """Noise for rows [S] of patients: the position in the batch of each row's patient, its place within it."""
+        return Noise(_mix(self.key[patient] + place * _signed(_GOLDEN)))
+
+    def of_patients(self) -> Noise:
+        """Noise for the patients themselves, a row each."""
+        return Noise(_mix(self.key - _signed(_GOLDEN)))
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Noise for rows of a flat array.
+
+    Attributes:
+        key: [S] int64, one a row.
+    """
+
+    key: Tensor
 
     def _bits(self, salt: int, width: int) -> Tensor:
         """[S, width] int64, 64 random bits each."""

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from model.config import SeqSetVAEConfig
 from model.events import EventEncoder
 from model.losses import LossCounts, LossWeights, chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
-from model.noise import Noise, patient_keys
+from model.noise import PatientNoise, patient_keys
+from model.outcome import OutcomeHead, VariableLayout
 from model.ragged import SetLayout
 from model.sequence import CausalTransformer, SequenceLayout
 from model.set_vae import Posterior, SetDecoder, SetEncoder
 from pipeline.batch import PatientBatch
 
-_SAMPLE_SALT, _HEAD_SALT = 0, 1
+_SAMPLE_SALT = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +35,30 @@ class ModelInput:
     batch: PatientBatch
     sets: SetLayout
     sequences: SequenceLayout
+    variables: VariableLayout
     patient_key: Tensor
 
     @classmethod
     def of(cls, batch: PatientBatch) -> ModelInput:
-        sets, sequences = SetLayout.build(batch.set_offsets), SequenceLayout.build(batch.patient_offsets.cpu())
-        device = batch.code.device
-        return cls(batch, sets.to(device), sequences.to(device), patient_keys(batch.patient_id).to(device))
+        on_cpu = batch.to("cpu")
+        sets = SetLayout.build(on_cpu.set_offsets)
+        given = cls(
+            on_cpu,
+            sets,
+            SequenceLayout.build(on_cpu.patient_offsets),
+            VariableLayout.build(on_cpu, sets),
+            patient_keys(batch.patient_id),
+        )
+        return given.to(batch.code.device)
 
     def to(self, device: torch.device | str) -> ModelInput:
-        key = self.patient_key.to(device, non_blocking=True)
-        batch = self.batch.to(device, non_blocking=True)
-        return ModelInput(batch, self.sets.to(device), self.sequences.to(device), key)
+        return ModelInput(
+            self.batch.to(device, non_blocking=True),
+            self.sets.to(device),
+            self.sequences.to(device),
+            self.variables.to(device),
+            self.patient_key.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +102,7 @@ class SeqSetVAE(nn.Module):
         self.encoder = SetEncoder(config)
         self.transformer = CausalTransformer(config)
         self.decoder = SetDecoder(config)
-        self.head = nn.Sequential(nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, 2))
+        self.head = OutcomeHead(config)
         self.gradient_checkpointing = False
 
     def forward(
@@ -110,39 +123,22 @@ class SeqSetVAE(nn.Module):
             Posterior(p.mu[sets.set_rank], p.logvar[sets.set_rank])
             for p in self.encoder(events_RD, sets, checkpointed=checkpointed)
         ]
-        noise = None
         z_SD = posteriors[-1].mu
+        noise = set_noise = None
         if seed is not None:
-            noise = Noise.of_step(seed, step, given.patient_key[sequences.patient], sequences.place)
-            z_SD = z_SD + (posteriors[-1].logvar / 2).exp() * noise.normal(_SAMPLE_SALT, z_SD.shape[1])
-        context_SD = self.transformer(z_SD, batch.minute, sequences, noise, checkpointed=checkpointed)
+            noise = PatientNoise.of_step(seed, step, given.patient_key)
+            set_noise = noise.at(sequences.patient, sequences.place)
+            z_SD = z_SD + (posteriors[-1].logvar / 2).exp() * set_noise.normal(_SAMPLE_SALT, z_SD.shape[1])
+        context_SD = self.transformer(z_SD, batch.minute, sequences, set_noise, checkpointed=checkpointed)
         decoded_RD = self.decoder(context_SD[sets.set_order], sets, checkpointed=checkpointed)
-        pooled_BD = _pool(context_SD, z_SD, sequences)
-        if seed is not None:
-            head_noise = Noise.of_step(seed, step, given.patient_key, torch.full_like(given.patient_key, -1))
-            pooled_BD = head_noise.dropout(pooled_BD, _HEAD_SALT, self.config.dropout)
         return SeqSetVAEOutput(
             posteriors=posteriors,
             context=context_SD,
-            logits=self.head(pooled_BD),
+            logits=self.head(events_RD, context_SD, z_SD, sets, sequences, given.variables, noise),
             events=events_RD.detach(),
             decoded=decoded_RD,
             sets=sets,
         )
-
-
-def _pool(context_SD: Tensor, z_SD: Tensor, sequences: SequenceLayout) -> Tensor:
-    """[B, D]: softmax of h·z/√D over a patient's sets weighs its h, in float32."""
-    with torch.autocast(context_SD.device.type, enabled=False):
-        context_SD = context_SD.float()
-        score_S = (context_SD * z_SD.float()).sum(1) * context_SD.shape[1] ** -0.5
-        most_B = score_S.new_full((sequences.num_patients,), -torch.inf)
-        most_B = most_B.scatter_reduce(0, sequences.patient, score_S.detach(), "amax")
-        weight_S = (score_S - most_B[sequences.patient]).exp()
-        total_B = weight_S.new_zeros(sequences.num_patients).index_add(0, sequences.patient, weight_S)
-        pooled_BD = context_SD.new_zeros(sequences.num_patients, context_SD.shape[1])
-        pooled_BD = pooled_BD.index_add(0, sequences.patient, context_SD * weight_S[:, None])
-        return pooled_BD / total_B[:, None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

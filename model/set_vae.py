@@ -40,6 +40,13 @@ def run_block(block: nn.Module, *arguments: object, checkpointed: bool) -> Tenso
     return block(*arguments)
 
 
+def _posterior_head(width: int) -> nn.Linear:
+    head = nn.Linear(width, 2 * width)
+    # A posterior as wide as the prior would drown the young mean in noise; it begins at a tenth of that width.
+    nn.init.constant_(head.bias[width:], 2 * math.log(0.1))
+    return head
+
+
 class SetEncoder(nn.Module):
     """Levels of ``x + ISAB(x)`` over the events of one set; a posterior from the mean of its elements at each level."""
 
@@ -49,7 +56,7 @@ class SetEncoder(nn.Module):
             ISAB(config.width, config.heads, config.set_feed_forward, config.inducing_points)
             for _ in range(config.levels)
         )
-        self.heads = nn.ModuleList(nn.Linear(config.width, 2 * config.width) for _ in range(config.levels))
+        self.heads = nn.ModuleList(_posterior_head(config.width) for _ in range(config.levels))
         self.max_logvar = config.max_logvar
         # Events are unit vectors; the rows they meet are layer-normed, of norm sqrt(width).
         self.scale = math.sqrt(config.width)

@@ -113,7 +113,10 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     context = transformer.norm_output(x)
 
     weights = torch.softmax((context * z).sum(1) / math.sqrt(width), dim=0)
-    logits = model.head(weights @ context)
+    pooled = weights @ context
+    if model.head.variables is not None:
+        pooled = torch.cat([pooled, variable_axis(model, batch, b, sets, context)])
+    logits = model.head.output(F.gelu(model.head.hidden(model.head.norm(pooled))))
     distances = [
         decoded_distances(target.detach(), decode(model, h, len(target)))
         for target, h in zip(sets, context, strict=True)
@@ -122,6 +125,26 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     return PatientResult(
         [torch.stack(m) for m in mu], [torch.stack(v) for v in logvar], context, logits, direction, magnitude, squared
     )
+
+
+def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tensor], context: Tensor) -> Tensor:
+    """The events of each variable of a patient, pooled head by head, then attention among variables and their mean."""
+    axis = model.head.variables
+    first = int(batch.patient_offsets[b])
+    of_code: dict[int, list[Tensor]] = {}
+    for k, x in enumerate(sets):
+        for place, vector in enumerate(x):
+            row = F.gelu(axis.event(vector * math.sqrt(model.config.width)) + axis.context(context[k]))
+            of_code.setdefault(int(batch.code[int(batch.set_offsets[first + k]) + place]), []).append(row)
+    variables = []
+    for code, rows in of_code.items():
+        stacked = torch.stack(rows)
+        weights = torch.softmax(axis.score(stacked), dim=0)
+        parts = stacked.chunk(model.config.heads, dim=1)
+        pooled = torch.cat([weights[:, head] @ part for head, part in enumerate(parts)])
+        variables.append(axis.norm(pooled + axis.variable.weight[code]))
+    x = torch.stack(variables)
+    return (x + isab(axis.block, x)).mean(0)
 
 
 def decode(model: SeqSetVAE, h: Tensor, count: int) -> Tensor:

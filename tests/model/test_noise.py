@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from model.noise import Noise, patient_keys
+from model.noise import Noise, PatientNoise, patient_keys
 
 IDS = [f"patient {i}" for i in range(50)]
 
 
 def noise(ids: list[str], seed: int = 0, step: int = 0, sets: int = 40) -> Noise:
-    key = patient_keys(ids).repeat_interleave(sets)
-    return Noise.of_step(seed, step, key, torch.arange(sets).repeat(len(ids)))
+    patients = PatientNoise.of_step(seed, step, patient_keys(ids))
+    return patients.at(torch.arange(len(ids)).repeat_interleave(sets), torch.arange(sets).repeat(len(ids)))
 
 
 def test_first_output_of_splitmix64() -> None:

@@ -25,8 +25,12 @@ def gradients(model: SeqSetVAE, batch: PatientBatch, counts: LossCounts, seed: i
 
 
 @pytest.mark.parametrize("event_form", ["additive", "product"])
-def test_agrees_with_the_naive_reference(event_form: str) -> None:
-    model, batch = tiny_model(event_form=event_form), random_batch(SETS, labels=[1, -1, 0, 1, -1])
+@pytest.mark.parametrize("variable_axis", [True, False])
+def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool) -> None:
+    model, batch = (
+        tiny_model(event_form=event_form, variable_axis=variable_axis),
+        random_batch(SETS, labels=[1, -1, 0, 1, -1]),
+    )
     output = model(batch)
     first = 0
     for b in range(batch.num_patients):

@@ -1,0 +1,133 @@
+"""The outcome head: a patient's sets pooled over time and, beside them, its variables (design §7.5).
+
+Over time, softmax of h·z weighs the contexts of sets.  Across time, the events of each variable are pooled with the
+context of their sets, and the variables of a patient attend to one another: the course of one variable is then one
+vector, as it is one group of features to a tree (compare the Bi-Axial Transformer, arXiv:2508.12418).
+
+Shape suffixes: B patients, S sets, R rows of the set layout, V (patient, variable) pairs that occur, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.attention import ISAB
+from model.config import SeqSetVAEConfig
+from model.noise import Noise, PatientNoise
+from model.ragged import SetLayout
+from model.segments import attention_pool
+from model.sequence import SequenceLayout
+from pipeline.batch import PatientBatch
+
+
+@dataclass(frozen=True, slots=True)
+class VariableLayout:
+    """Which variables occur in each patient.
+
+    Attributes:
+        pair: [R] int64, the pair of patient and variable of each row of the set layout.
+        patient, code: [V] int64, of each pair; pairs stand patient by patient, codes ascending.
+        layout: of the pairs, a patient's variables as one set.
+    """
+
+    pair: Tensor
+    patient: Tensor
+    code: Tensor
+    layout: SetLayout
+
+    @classmethod
+    def build(cls, batch: PatientBatch, sets: SetLayout) -> VariableLayout:
+        """From a batch and its set layout, both on the CPU: how many pairs there are decides shapes."""
+        patient_S = torch.repeat_interleave(torch.arange(batch.num_patients), batch.sets_per_patient)
+        patient_E = torch.repeat_interleave(patient_S, batch.set_sizes)
+        num_codes = int(batch.code.max()) + 1 if batch.num_events else 1
+        key, pair_E = torch.unique(patient_E * num_codes + batch.code, return_inverse=True)
+        patient = key // num_codes
+        counts = torch.bincount(patient, minlength=batch.num_patients)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(pair_E[sets.event_of_row], patient, key % num_codes, SetLayout.build(offsets))
+
+    def to(self, device: torch.device | str) -> VariableLayout:
+        pair, patient = self.pair.to(device, non_blocking=True), self.patient.to(device, non_blocking=True)
+        return VariableLayout(pair, patient, self.code.to(device, non_blocking=True), self.layout.to(device))
+
+
+HEAD_SALT, AXIS_SALT = 1, 2
+
+
+class VariableAxis(nn.Module):
+    """Events with the context of their sets, pooled per variable; variables attend to one another; their mean."""
+
+    def __init__(self, config: SeqSetVAEConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.event = nn.Linear(width, width)
+        self.context = nn.Linear(width, width, bias=False)
+        self.score = nn.Linear(width, config.heads)
+        self.variable = nn.Embedding(config.num_codes, width)
+        self.norm = nn.LayerNorm(width)
+        self.block = ISAB(width, config.heads, config.set_feed_forward, config.inducing_points)
+        self.scale = math.sqrt(width)
+        self.dropout = config.dropout
+
+    def forward(
+        self, events_RD: Tensor, context_RD: Tensor, real_R: Tensor, variables: VariableLayout, noise: Noise | None
+    ) -> Tensor:
+        """[R, D] events and the contexts of their sets -> [B, D]; ``noise`` has a row a pair."""
+        rows_RD = F.gelu(self.event(events_RD * self.scale) + self.context(context_RD))
+        score_RH = self.score(rows_RD).float().masked_fill(real_R[:, None] == 0, -torch.inf)
+        heads = rows_RD.chunk(score_RH.shape[1], dim=1)
+        pooled_VD = torch.cat(
+            [
+                attention_pool(values, score, variables.pair, len(variables.code))
+                for values, score in zip(heads, score_RH.unbind(1), strict=True)
+            ],
+            dim=1,
+        )
+        pooled_VD = self.norm(pooled_VD + self.variable(variables.code))
+        if noise is not None:
+            pooled_VD = noise.dropout(pooled_VD, AXIS_SALT, self.dropout)
+        x = pooled_VD[variables.layout.event_of_row]
+        x = x + self.block(x, variables.layout)
+        return variables.layout.mean(x)[variables.layout.set_rank]
+
+
+class OutcomeHead(nn.Module):
+    """Contexts, latents and events -> logits [B, 2]; two layers on what the axes give."""
+
+    def __init__(self, config: SeqSetVAEConfig) -> None:
+        super().__init__()
+        self.variables = VariableAxis(config) if config.variable_axis else None
+        axes = 2 if config.variable_axis else 1
+        self.norm = nn.LayerNorm(axes * config.width)
+        self.hidden = nn.Linear(axes * config.width, config.width)
+        self.output = nn.Linear(config.width, 2)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        events_RD: Tensor,
+        context_SD: Tensor,
+        z_SD: Tensor,
+        sets: SetLayout,
+        sequences: SequenceLayout,
+        variables: VariableLayout,
+        noise: PatientNoise | None,
+    ) -> Tensor:
+        score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
+        pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
+        if self.variables is not None:
+            context_RD = context_SD[sets.set_order][sets.set_of_row()]
+            axis_BD = self.variables(
+                events_RD, context_RD, sets.real_row, variables, noise and noise.at(variables.patient, variables.code)
+            )
+            pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
+        pooled_BD = self.norm(pooled_BD)
+        if noise is not None:
+            pooled_BD = noise.of_patients().dropout(pooled_BD, HEAD_SALT, self.dropout)
+        return self.output(F.gelu(self.hidden(pooled_BD)))
