@@ -6,15 +6,13 @@ D the width of an embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from pipeline.schema import PADDING_CODE
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +74,7 @@ class PatientBatch:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, change) -> PatientBatch:  # type: ignore[no-untyped-def]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
         changed = {
             field.name: change(value)
             for field in fields(self)
@@ -106,21 +104,22 @@ class PatientBatch:
             raise ValueError(f"pad_to={pad_to} is less than the {longest} events of a patient in this batch")
         device = self.code.device
         filled_BL = torch.arange(width, device=device) < num_events_B[:, None]
-        set_E = torch.repeat_interleave(torch.arange(self.num_sets, device=device), self.set_sizes)
-        first_set_S = torch.repeat_interleave(self.patient_offsets[:-1], self.sets_per_patient)
+        set_E = torch.repeat_interleave(self.set_sizes, output_size=self.num_events)
+        first_set_S = torch.repeat_interleave(
+            self.patient_offsets[:-1], self.sets_per_patient, output_size=self.num_sets
+        )
+        set_id_S = torch.arange(self.num_sets, device=device) - first_set_S
 
-        # Boolean assignment fills row by row, which is the order of the flat arrays.
+        # Scattering fills row by row, which is the order of the flat arrays; assigning by mask is five times slower.
         def rectangle(flat_E: Tensor) -> Tensor:
-            padded_BL = flat_E.new_zeros(filled_BL.shape)
-            padded_BL[filled_BL] = flat_E
-            return padded_BL
+            return flat_E.new_zeros(filled_BL.shape).masked_scatter_(filled_BL, flat_E)
 
         padded = {
             "code": rectangle(self.code),
             "val": rectangle(self.value).unsqueeze(-1),
             "has_value": rectangle(self.has_value),
-            "minute": rectangle(self.minute[set_E]).unsqueeze(-1),
-            "set_id": rectangle(set_E - first_set_S[set_E]).unsqueeze(-1),
+            "minute": rectangle(self.minute.index_select(0, set_E)).unsqueeze(-1),
+            "set_id": rectangle(set_id_S.index_select(0, set_E)).unsqueeze(-1),
             "label": self.label,
             "padding_mask": ~filled_BL,
         }

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.flat import offsets_of
 from pipeline.schema import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, UNLABELLED, VOCABULARY_FILE, UserError
 
 ROW_GROUP_EVENTS = 1 << 17
@@ -201,8 +202,8 @@ def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> Fl
     set_size = flat("set_size").to_numpy()
     value = flat("value")
     patients = FlatPatients(
-        patient_offsets=_offsets(columns["num_sets"].to_numpy()),
-        set_offsets=_offsets(set_size),
+        patient_offsets=offsets_of(columns["num_sets"].to_numpy()),
+        set_offsets=offsets_of(set_size),
         minute=flat("minute").to_numpy().astype(np.float32),
         code=flat("code").to_numpy(),
         value=pc.fill_null(value, 0.0).to_numpy(),
@@ -248,12 +249,6 @@ def check_file(directory: Path, manifest: Manifest, name: str) -> None:
     raise UserError(
         f"{path}: checksum differs from the manifest's; copy the data set again, or run preprocess.py again"
     )
-
-
-def _offsets(sizes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
 
 
 def file_sha256(path: Path) -> str:

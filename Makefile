@@ -1,0 +1,53 @@
+# Every target does its own set-up first: it needs Python 3.11 or later and make, nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# One exact version, installed before the rest: the CPU wheel where one is offered, and no second download.
+TORCH ?= torch==2.13.0
+BENCHMARKS ?= train_step
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    synthetic patients: preprocess, train on CPU, evaluate, report (a few minutes)"
+	@echo "make test    all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  ruff, rewriting files"
+	@echo "make bench   the figures of the README, measured again into benchmarks/results"
+	@echo "make clean   remove .venv, demo and caches"
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	rm -rf demo
+	$(BIN)/python preprocess.py synthetic --format synthetic --num_patients 2000 --output demo/data
+	$(BIN)/python train.py --data_dir demo/data --output_dir demo/run --preset small --max_epochs 4
+
+test: $(READY)
+	$(BIN)/python -m pytest --quiet --numprocesses auto
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@set -e; for name in $(BENCHMARKS); do \
+		echo "== $$name"; $(BIN)/python -m benchmarks.$$name --output benchmarks/results/$$name.json; \
+	done
+
+clean:
+	rm -rf .venv demo build seqsetvae.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	find pipeline model tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

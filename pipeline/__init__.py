@@ -1,0 +1,20 @@
+"""Event tables to shards, shards to batches.  Names are imported when first used: plans need no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.batch import PatientBatch
+    from pipeline.loader import PatientLoader, make_loader
+
+__all__ = ["PatientBatch", "PatientLoader", "make_loader"]
+
+_HOME = {"PatientBatch": "pipeline.batch", "PatientLoader": "pipeline.loader", "make_loader": "pipeline.loader"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

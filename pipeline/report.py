@@ -1,0 +1,373 @@
+"""Self-contained HTML reports of a data directory and of a run: one file, no script, nothing loaded from elsewhere.
+
+Text from data (variables, options, messages) is escaped and stands in tables only; figures are SVG images whose
+words are ours, so that no name can break a page or a plot.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.monitor import read_json_lines
+from pipeline.page import COLOURS, Share, figure, preformatted, section, table, write_page
+from pipeline.plan import Lengths, Policy, plan_epoch
+from pipeline.plan_report import padding_waste
+from pipeline.schema import SPLITS, SUMMARY_FILE, UserError
+from pipeline.shards import Manifest, read_index, read_vocabulary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = npt.NDArray[np.float64]
+
+BATCH_SIZES = (4, 8, 16, 32, 64)
+
+MAX_VARIABLES = 300
+"""Rows of the table of variables; the whole vocabulary is in its own file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot of a run's metrics over its steps.
+
+    Attributes:
+        title: above the plot.
+        names: of the metrics, or patterns of names.
+        kinds: of the records that hold them.
+        from_zero: whether the vertical axis begins there.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    kinds: tuple[str, ...] = ("train", "valid")
+    from_zero: bool = False
+
+
+RUN_FIGURES = {
+    "Losses": (
+        Panel("Total", ("loss",)),
+        Panel("Reconstruction", ("reconstruction",)),
+        Panel("KL divergence", ("kl",)),
+        Panel("Classification", ("classification",)),
+    ),
+    "Validation": (
+        Panel("Discrimination", ("auroc", "auprc"), ("valid",)),
+        Panel("Error of the probabilities", ("brier", "ece"), ("valid",)),
+    ),
+    "Optimisation": (
+        Panel("Learning rate", ("learning_rate",)),
+        Panel("Weight of the KL divergence", ("beta",)),
+        Panel("Norm of the gradient", ("grad_norm",)),
+    ),
+    "Throughput": (
+        Panel("Patients per second", ("patients_per_second",), ("train",), from_zero=True),
+        Panel("Events per second", ("events_per_second",), ("train",), from_zero=True),
+        Panel("Waiting and padding, fractions", ("data_wait_fraction", "*_padding_waste"), ("train",), from_zero=True),
+        Panel("Resident bytes of the main process", ("rss_bytes",), ("train",), from_zero=True),
+    ),
+    "Posterior collapse": (
+        Panel("KL divergence by level, nats a set", ("kl_level_*",)),
+        Panel("Active units by level", ("active_units_*",), from_zero=True),
+        Panel("Mean posterior variance by level", ("mean_posterior_variance_*",)),
+    ),
+}
+
+
+def write_data_report(directory: Path) -> Path:
+    """Write ``directory/report.html`` about the data that preprocess put there; its path.
+
+    Raises:
+        UserError: manifest, index or vocabulary is missing or damaged.
+    """
+    manifest = Manifest.load(directory)
+    index, vocabulary = read_index(directory, manifest), read_vocabulary(directory, manifest)
+    summary = _read_summary(directory / SUMMARY_FILE)
+    entries = [entry for shards in manifest.splits.values() for entry in shards]
+    lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
+    rejects: dict[str, int] = summary.get("rejects") or {}
+    num_rejects = sum(rejects.values())
+    headline = {
+        "Patients": index.num_rows,
+        "Sets": int(lengths["num_sets"].sum()),
+        "Events": int(lengths["num_events"].sum()),
+        "Rejected rows": num_rejects,
+        "Variables with events": sum(count > 0 for count in vocabulary["count"].to_pylist()),
+        "Shards": len(entries),
+        "MiB of shards": sum(entry.num_bytes for entry in entries) / 2**20,
+    }
+    by_count = sorted(rejects.items(), key=lambda reason: (-reason[1], reason[0]))
+    sections = [
+        section("Splits", _splits_table(index)),
+        section("Lengths", figure("Histograms of lengths", 2, 2, lambda axes: _draw_lengths(axes, lengths))),
+        section("Expected padding waste", *_waste_table(index)),
+        section(
+            "Rejected rows", table(("reason", "rows", "share"), [(*r, Share(r[1] / num_rejects)) for r in by_count])
+        ),
+        section("Variables", _variables_table(vocabulary), "Events of the train split; the most frequent first."),
+        section("Summary", table((), _flat(summary))),
+        section("Options", preformatted(json.dumps(manifest.options, indent=1, ensure_ascii=False))),
+    ]
+    return write_page(directory, "Data report", headline, sections)
+
+
+def write_run_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` from whatever a run has written so far; its path.
+
+    Reads ``metrics.jsonl``, ``summary.json``, ``evaluation_<split>.json``, ``config.yaml``, ``memory*.csv`` and
+    ``predictions_<split>.parquet`` (``label``, null where unlabelled; ``probability``); each may be missing.
+
+    Raises:
+        UserError: one of them is there and is not what its name says.
+    """
+    metrics_file = run_dir / "metrics.jsonl"
+    records = read_json_lines(metrics_file) if metrics_file.exists() else []
+    headline = dict(_flat(_read_summary(run_dir / SUMMARY_FILE)))
+    if not headline:
+        last: dict[str, Any] = next((record for record in reversed(records) if record.get("kind") == "train"), {})
+        headline = {"state": "no summary yet: running, or ended early"} | last
+    sections = [
+        section(f"Evaluation: {path.stem.removeprefix('evaluation_')}", table((), _flat(_read_summary(path))))
+        for path in sorted(run_dir.glob("evaluation_*.json"))
+    ]
+    sections += [
+        section(f"Predictions: {path.stem.removeprefix('predictions_')}", *_predictions_figure(path))
+        for path in sorted(run_dir.glob("predictions_*.parquet"))
+    ]
+    sections += [
+        section(title, image) for title, panels in RUN_FIGURES.items() if (image := _metrics_figure(records, panels))
+    ]
+    for path in sorted(run_dir.glob("memory*.csv")):
+        image = figure("Memory over time", 1, 1, functools.partial(_draw_memory, path))
+        sections.append(section(f"Memory: {path.stem}", image, "Resident memory counts shared pages in each process."))
+    events = [record for record in records if record.get("kind") == "event"]
+    if events:
+        names = list(dict.fromkeys(name for record in events for name in record if name != "kind"))
+        rows = [[record.get(name) for name in names] for record in events]
+        sections.append(section("Events of the run", table(names, rows)))
+    if (config_file := run_dir / "config.yaml").exists():
+        sections.append(section("Configuration", preformatted(config_file.read_text("utf-8", errors="replace"))))
+    return write_page(run_dir, "Run report", headline, sections)
+
+
+# Tables of the data report.
+
+
+def _splits_table(index: pa.Table) -> str:
+    split = index["split"].to_numpy()
+    label = pc.fill_null(index["label"].cast(pa.int64()), -1).to_numpy()
+    rows: list[list[Any]] = []
+    for name in sorted(set(split), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)):
+        chosen = split == name
+        labelled, positive = int((label[chosen] >= 0).sum()), int((label[chosen] == 1).sum())
+        sums = [int(index[column].to_numpy()[chosen].sum()) for column in ("num_sets", "num_events")]
+        rate = Share(positive / labelled) if labelled else None
+        rows.append([name, int(chosen.sum()), *sums, labelled, positive, rate])
+    return table(("split", "patients", "sets", "events", "labelled", "positive", "positive rate"), rows)
+
+
+def _waste_table(index: pa.Table) -> tuple[str, str]:
+    """Padding waste of one epoch of the largest split by batch size and policy, and what that is."""
+    split = index["split"].to_numpy()
+    name = max(sorted(set(split)), key=lambda name: int((split == name).sum()), default="")
+    num_events, num_sets = (index[column].to_numpy()[split == name] for column in ("num_events", "num_sets"))
+    rows = []
+    for batch_size in BATCH_SIZES if len(num_events) else ():
+        policies = (
+            Policy(batch_size=batch_size, bucket_by=None),
+            Policy(batch_size=batch_size),
+            Policy(batch_size=batch_size, bucket_width=0),
+        )
+        plans = [plan_epoch(num_events, num_sets, policy, seed=0, epoch=0) for policy in policies]
+        wastes = [padding_waste(plan, lengths) for plan in plans for lengths in (num_events, num_sets)]
+        rows.append([batch_size, *map(Share, wastes)])
+    header = [f"{order}: {what}" for order in ("random", "bucketed", "sorted") for what in ("events", "sets")]
+    return table(("batch size", *header), rows), f"Padded cells ÷ all cells of the padded layout, {name} split."
+
+
+def _variables_table(vocabulary: pa.Table) -> str:
+    columns = [vocabulary[name].to_pylist() for name in ("variable", "code", "count", "mean", "std")]
+    rows = sorted(zip(*columns, strict=True), key=lambda row: (-row[2], row[1]))
+    total = max(1, sum(row[2] for row in rows))
+    shown = [(variable, code, count, Share(count / total), mean, std) for variable, code, count, mean, std in rows]
+    rest = len(shown) - MAX_VARIABLES
+    note = f"<p>and {rest:,} more in vocabulary.parquet</p>" if rest > 0 else ""
+    return table(("variable", "code", "events", "share", "mean", "std"), shown[:MAX_VARIABLES]) + note
+
+
+# Figures.
+
+
+def _draw_lengths(axes: list[Axes], lengths: dict[str, Lengths]) -> None:
+    panels: dict[str, npt.NDArray[Any]] = {
+        "Events of a patient": lengths["num_events"],
+        "Sets of a patient": lengths["num_sets"],
+        "Events of a set, mean of a patient": lengths["num_events"] / np.maximum(lengths["num_sets"], 1),
+        "Events of a patient's largest set": lengths["max_set_size"],
+    }
+    for axis, (title, every) in zip(axes, panels.items(), strict=True):
+        values = every[every > 0]
+        axis.set_title(f"{title}: none" if not len(values) else f"{title}: median {np.median(values):,.4g}")
+        axis.set_ylabel("patients")
+        if len(values):
+            low, high = float(values.min()), float(values.max())
+            spaced, scale = (np.geomspace, "log") if high > 30 * low else (np.linspace, "linear")
+            axis.hist(values, bins=spaced(low, max(high, low * 1.01), 41).tolist())
+            axis.set_xscale(scale)
+            axis.xaxis.set_major_formatter("{x:,.4g}")
+
+
+def _metrics_figure(records: list[dict[str, Any]], panels: Iterable[Panel]) -> str:
+    """The panels for which something was recorded, side by side; empty where nothing was."""
+    names = sorted({name for record in records for name in record})
+    filled = []
+    for panel in panels:
+        wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in panel.names)]
+        curves = {(kind, name): _series(records, kind, name) for kind in panel.kinds for name in wanted}
+        if curves := {key: (steps, values) for key, (steps, values) in curves.items() if steps}:
+            filled.append((panel, curves))
+    if not filled:
+        return ""
+
+    def draw(axes: list[Axes]) -> None:
+        for axis, (panel, curves) in zip(axes, filled, strict=False):
+            kinds, wanted = (set(column) for column in zip(*curves, strict=True))
+            for (kind, name), (steps, values) in curves.items():
+                label = kind if len(wanted) == 1 else name if len(kinds) == 1 else f"{name}, {kind}"
+                axis.plot(steps, values, label=label, marker="." if len(steps) < 30 else None)
+            axis.set(title=panel.title, xlabel="step", ylim=(0, None) if panel.from_zero else None)
+            if len(curves) > 1:
+                axis.legend(fontsize="small")
+        for axis in axes[len(filled) :]:
+            axis.set_axis_off()
+
+    columns = len(filled) if len(filled) < 4 else 2
+    return figure(", ".join(panel.title for panel, _ in filled), -(-len(filled) // columns), columns, draw)
+
+
+def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it is a finite number."""
+    points = [
+        (record["step"], record[name])
+        for record in records
+        if record.get("kind") == kind and _is_finite(record.get("step")) and _is_finite(record.get(name))
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _draw_memory(path: Path, axes: list[Axes]) -> None:
+    axis = axes[0]
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("event") is not None]  # a last row cut short has none
+    try:
+        seconds = [float(row["seconds"]) for row in rows]
+        sample_seconds, sample = np.unique(seconds, return_inverse=True)
+
+        def total(column: str, *roles: str) -> Floats:
+            """MiB of all processes of the roles at each sample."""
+            numbers = [float(row[column] or 0) if row["role"] in roles else 0.0 for row in rows]
+            return np.bincount(sample, weights=numbers) / 2**20
+
+        curves = {
+            "main process, resident": total("rss_bytes", "main"),
+            "its children, resident": total("rss_bytes", "child"),
+            "all processes, unique": total("uss_bytes", "main", "child"),
+            "CUDA, allocated": total("cuda_allocated_bytes", "main"),
+            "CUDA, reserved": total("cuda_reserved_bytes", "main"),
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a memory profile ({error}); move the file away") from None
+    for label, mebibytes in curves.items():
+        if mebibytes.any():
+            axis.plot(sample_seconds, mebibytes, label=label)
+    marked: set[str] = set()
+    for second, event in zip(seconds, (row["event"] for row in rows), strict=True):
+        if event:
+            axis.axvline(second, color=COLOURS[-1], linewidth=0.6, linestyle=":")
+        if event and event not in marked:  # validations come again and again: name the first
+            marked.add(event)
+            axis.text(
+                second, 1, event, transform=axis.get_xaxis_transform(), rotation=90, va="top", size=7, parse_math=False
+            )
+    axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, 1.2 * axis.dataLim.ymax))
+    if axis.get_lines():
+        axis.legend(loc="lower center", ncols=3)
+
+
+def _predictions_figure(path: Path) -> tuple[str, str]:
+    """ROC, precision-recall and calibration curves of the labelled patients of one file, and what they show."""
+    from sklearn.calibration import calibration_curve  # noqa: PLC0415 (a second that only predictions need)
+    from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
+
+    try:
+        predictions = pq.read_table(path, columns=["label", "probability"])
+        predictions = predictions.filter(pc.greater_equal(predictions["label"], 0))  # null is not kept either
+        label, probability = predictions["label"].to_numpy(), predictions["probability"].to_numpy()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as predictions ({error}); evaluate again") from None
+    note = f"{len(label):,} labelled patients, {int(label.sum()):,} positive."
+    if len(np.unique(label)) < 2 or not np.isfinite(probability).all():
+        return "", f"{note} No curves: they need patients of both classes, and finite probabilities."
+
+    def draw(axes: list[Axes]) -> None:
+        false_rate, true_rate, _ = roc_curve(label, probability)
+        precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
+        observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
+        dotted: dict[str, Any] = {"color": COLOURS[-1], "linewidth": 0.8, "linestyle": ":"}
+        axes[0].plot(false_rate, true_rate)
+        axes[0].axline((0, 0), slope=1, **dotted)
+        axes[0].set(title="ROC", xlabel="1 − specificity", ylabel="sensitivity")
+        axes[1].plot(recall, precision)
+        axes[1].axhline(label.mean(), **dotted)
+        axes[1].set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+        axes[2].plot(predicted, observed, marker="o", markersize=3)
+        axes[2].axline((0, 0), slope=1, **dotted)
+        axes[2].set(title="Calibration, bins of equal mass", xlabel="predicted", ylabel="observed")
+
+    image = figure("ROC, precision and recall, calibration", 1, 3, draw)
+    return image, f"{note} Dotted: chance; in the last, perfect calibration."
+
+
+# Summaries.
+
+
+def _flat(summary: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Names and values of a nested summary, an interval beside its value."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name} ")
+        elif not name.endswith(("_low", "_high")):
+            low, high = summary.get(f"{name}_low"), summary.get(f"{name}_high")
+            with_interval = _is_finite(value) and _is_finite(low) and _is_finite(high)
+            shown = f"{value:.4g} (95 %: {low:.4g} to {high:.4g})" if with_interval else value
+            rows.append((f"{prefix}{name}", shown))
+    return rows
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_bytes())
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: not a summary; move the file away")
+    return summary
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and bool(np.isfinite(value))

@@ -1,0 +1,55 @@
+"""Data that more than one test needs: tiny data directories, and the real ICU stays where they are there."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data_dirs import Patient, make_patients, write_data_dir
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "physionet2012"
+
+
+def ragged_sizes(num_patients: int, *, seed: int = 0) -> list[list[int]]:
+    """Set sizes of ICU-like patients: 1 to 12 sets of 1 to 8 events."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 9, rng.integers(1, 13)).tolist() for _ in range(num_patients)]
+
+
+@pytest.fixture(scope="session")
+def patients() -> list[Patient]:
+    """53 patients: a prime, so that the last batch is smaller and shares are uneven."""
+    return make_patients(ragged_sizes(53))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, patients: list[Patient]) -> Path:
+    """Train: ``patients`` in shards of 5; valid: one patient; test: none.  Do not change it."""
+    valid = make_patients([[2, 3]], prefix="v")
+    return write_data_dir(tmp_path_factory.mktemp("data"), {"train": patients, "valid": valid, "test": []})
+
+
+@pytest.fixture(scope="session")
+def outcomes_a() -> Path:
+    """Outcomes of PhysioNet-2012 set A."""
+    return _real("Outcomes-a.txt")
+
+
+@pytest.fixture(scope="session")
+def set_a_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the 4,000 records of PhysioNet-2012 set A."""
+    archive = _real("set-a.tar.xz")
+    target = tmp_path_factory.mktemp("physionet2012")
+    with tarfile.open(archive) as tar:
+        tar.extractall(target, filter="data")
+    return target / "set-a"
+
+
+def _real(name: str) -> Path:
+    path = REAL_DATA / name
+    if not path.exists():
+        pytest.skip(f"PhysioNet-2012 set A is not at {REAL_DATA}")
+    return path

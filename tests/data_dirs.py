@@ -1,0 +1,155 @@
+"""Tiny data directories, written through ``pipeline.shards`` alone, and what a batch of them must hold.
+
+The reference is as naive as it can be: loops over patients, sets and events.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.schema import FIRST_CODE, INDEX_FILE, UNLABELLED, VOCABULARY_FILE
+from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA, Manifest, file_sha256, write_shard
+
+NUM_CODES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patient:
+    """A patient in full: ``sets`` of (minute, events), an event being (code, value or None)."""
+
+    patient_id: str
+    label: int | None
+    sets: list[tuple[float, list[tuple[int, float | None]]]]
+
+    @property
+    def num_events(self) -> int:
+        return sum(len(events) for _, events in self.sets)
+
+    @property
+    def num_sets(self) -> int:
+        return len(self.sets)
+
+    def kept(self, first: int, count: int) -> Patient:
+        """The patient with ``count`` events from event ``first`` on, and the sets that still have events."""
+        sets, seen = [], 0
+        for minute, events in self.sets:
+            kept = [event for place, event in enumerate(events, seen) if first <= place < first + count]
+            seen += len(events)
+            if kept:
+                sets.append((minute, kept))
+        return Patient(patient_id=self.patient_id, label=self.label, sets=sets)
+
+
+def make_patients(set_sizes: Sequence[Sequence[int]], *, seed: int = 0, prefix: str = "p") -> list[Patient]:
+    """A patient for each item, with sets of the given sizes; codes, values, minutes and labels at random."""
+    rng = np.random.default_rng(seed)
+    patients = []
+    for number, sizes in enumerate(set_sizes):
+        minutes = np.sort(rng.choice(3000, len(sizes), replace=False)) - 10.5
+        sets = [
+            (
+                float(minute),
+                [
+                    (int(rng.integers(FIRST_CODE, NUM_CODES)), None if rng.random() < 0.2 else float(rng.normal()))
+                    for _ in range(size)
+                ],
+            )
+            for minute, size in zip(minutes, sizes, strict=True)
+        ]
+        label = (0, 1, None)[int(rng.integers(3))]
+        patients.append(Patient(patient_id=f"{prefix}{number}/ü", label=label, sets=sets))
+    return patients
+
+
+def write_data_dir(directory: Path, splits: Mapping[str, Sequence[Patient]], *, shard_size: int = 5) -> Path:
+    """Write a complete data directory; each split's patients stand in order of ``num_events``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, list[Any]] = {}
+    index_rows = []
+    for split, patients in splits.items():
+        entries[split] = []
+        ordered = in_stored_order(patients)
+        for number, first in enumerate(range(0, len(ordered), shard_size)):
+            shard = ordered[first : first + shard_size]
+            path = f"{split}/{number:05d}.parquet"
+            entries[split].append(write_shard(_shard_table(shard), directory, path))
+            index_rows += [_index_row(split, path, position, patient) for position, patient in enumerate(shard)]
+    pq.write_table(pa.Table.from_pylist(index_rows, INDEX_SCHEMA), directory / INDEX_FILE)
+    vocabulary = [
+        {"code": code, "variable": f"v{code}", "count": 1, "mean": 0.0, "std": 1.0} for code in range(NUM_CODES)
+    ]
+    pq.write_table(pa.Table.from_pylist(vocabulary, VOCABULARY_SCHEMA), directory / VOCABULARY_FILE)
+    files = {name: file_sha256(directory / name) for name in (INDEX_FILE, VOCABULARY_FILE)}
+    Manifest(
+        splits=entries,
+        files=files,
+        vocabulary_fingerprint=files[VOCABULARY_FILE],
+        num_codes=NUM_CODES,
+        embedding_dim=None,
+        options={},
+        fingerprint=hashlib.sha256("".join(files.values()).encode()).hexdigest(),
+    ).save(directory)
+    return directory
+
+
+def in_stored_order(patients: Sequence[Patient]) -> list[Patient]:
+    """Patients as :func:`write_data_dir` stores them, and the loader counts them."""
+    return sorted(patients, key=lambda patient: patient.num_events)
+
+
+def expected_batch(patients: Sequence[Patient]) -> dict[str, list[Any]]:
+    """The fields of ``PatientBatch`` for ``patients``, as lists."""
+    batch: dict[str, list[Any]] = {
+        "code": [], "value": [], "has_value": [], "set_offsets": [0], "minute": [], "patient_offsets": [0],
+        "label": [], "patient_id": [],
+    }  # fmt: skip
+    for patient in patients:
+        for minute, events in patient.sets:
+            for code, value in events:
+                batch["code"].append(code)
+                batch["value"].append(0.0 if value is None else float(np.float32(value)))
+                batch["has_value"].append(value is not None)
+            batch["set_offsets"].append(len(batch["code"]))
+            batch["minute"].append(minute)
+        batch["patient_offsets"].append(len(batch["minute"]))
+        batch["label"].append(UNLABELLED if patient.label is None else patient.label)
+        batch["patient_id"].append(patient.patient_id)
+    return batch
+
+
+def _shard_table(patients: Sequence[Patient]) -> pa.Table:
+    rows = [
+        {
+            "patient_id": patient.patient_id,
+            "label": patient.label,
+            "num_events": patient.num_events,
+            "num_sets": patient.num_sets,
+            "minute": [minute for minute, _ in patient.sets],
+            "set_size": [len(events) for _, events in patient.sets],
+            "code": [code for _, events in patient.sets for code, _ in events],
+            "value": [value for _, events in patient.sets for _, value in events],
+        }
+        for patient in patients
+    ]
+    return pa.Table.from_pylist(rows, SHARD_SCHEMA)
+
+
+def _index_row(split: str, path: str, position: int, patient: Patient) -> dict[str, Any]:
+    return {
+        "patient_id": patient.patient_id,
+        "split": split,
+        "label": patient.label,
+        "shard": path,
+        "position": position,
+        "num_events": patient.num_events,
+        "num_sets": patient.num_sets,
+        "max_set_size": max(len(events) for _, events in patient.sets),
+    }

@@ -1,0 +1,136 @@
+"""What preprocess must make of event rows, as naive as it can be, and what it did make, read with no code of ours."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.schema import SPLITS
+from pipeline.statistics import SplitRule
+
+Row = tuple[str | None, float | None, str | None, float | None]
+"""patient, minute, variable, value."""
+
+StoredPatient = tuple[str, int | None, list[tuple[float, list[tuple[int, float | None]]]]]
+"""patient, label, and sets of (minute, events), an event being (code, scaled value)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The content of a data directory: patients of each split in stored order, and what is counted."""
+
+    patients: dict[str, list[StoredPatient]]
+    vocabulary: list[tuple[str, int, float, float]]
+    rejects: Counter[str]
+
+
+def read_prepared(directory: Path) -> Prepared:
+    """What lies in ``directory``; a split's shards one after the other."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    patients: dict[str, list[StoredPatient]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for entry in manifest["splits"][split]:
+            for row in pq.ParquetFile(directory / entry["path"]).read().to_pylist():
+                events = list(zip(row["code"], row["value"], strict=True))
+                ends = np.cumsum(row["set_size"]).tolist()
+                assert ends[-1] == row["num_events"] == len(events)
+                assert len(ends) == row["num_sets"]
+                sets = [
+                    (minute, events[start:end])
+                    for minute, start, end in zip(row["minute"], [0, *ends], ends, strict=False)
+                ]
+                patients[split].append((row["patient_id"], row["label"], sets))
+    vocabulary = pq.ParquetFile(directory / "vocabulary.parquet").read().to_pylist()
+    rejects = pq.ParquetFile(directory / "rejects.parquet").read()
+    return Prepared(
+        patients=patients,
+        vocabulary=[(row["variable"], row["count"], row["mean"], row["std"]) for row in vocabulary],
+        rejects=Counter(rejects["reason"].to_pylist()),
+    )
+
+
+def expected(rows: Sequence[Row], rule: SplitRule, labels: dict[str, int | None]) -> Prepared:
+    """The same from the rows, one by one."""
+    rejects: Counter[str] = Counter()
+    seen: set[Any] = set()
+    stays: dict[str, dict[float, list[tuple[str, float | None, float]]]] = defaultdict(lambda: defaultdict(list))
+    for patient, minute, variable, value in rows:
+        with np.errstate(over="ignore"):
+            number = None if value is None or math.isnan(value) else float(np.float32(value))
+        if patient is None or not patient.strip():
+            rejects["no_patient"] += 1
+        elif variable is None or not variable.strip():
+            rejects["no_variable"] += 1
+        elif minute is None or not math.isfinite(minute):
+            rejects["bad_minute"] += 1
+        elif number is not None and math.isinf(number):
+            rejects["infinite_value"] += 1
+        elif (patient, minute, variable, number) in seen:
+            rejects["duplicate"] += 1
+        else:
+            seen.add((patient, minute, variable, number))
+            stays[patient][math.floor(minute)].append((variable, number, minute))
+
+    split_of = {patient: SPLITS[rule.split([patient])[0]] for patient in stays}
+    values: dict[str, list[float]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    for patient, stay in stays.items():
+        if split_of[patient] == "train":
+            for variable, number, _ in (event for events in stay.values() for event in events):
+                counts[variable] += 1
+                values[variable] += [] if number is None else [number]
+    vocabulary = [("<padding>", 0, 0.0, 1.0), ("<unknown>", 0, 0.0, 1.0)]
+    for variable in sorted(counts):
+        numbers = np.array(values[variable] or [0.0])
+        vocabulary.append((variable, counts[variable], numbers.mean(), numbers.std() or 1.0))
+    code_of = {variable: code for code, (variable, *_) in enumerate(vocabulary)}
+
+    patients: dict[str, list[StoredPatient]] = {split: [] for split in SPLITS}
+    for patient, stay in stays.items():
+        sets = []
+        for key in sorted(stay):
+            events = []
+            for variable, number, _ in stay[key]:
+                code = code_of.get(variable, 1)
+                _, _, mean, std = vocabulary[code]
+                scaled = None if number is None else (number - mean) / std
+                events.append((code, variable, math.inf if number is None else number, scaled))
+            minute = min(minute for *_, minute in stay[key])
+            sets.append(
+                (minute, [(code, scaled) for code, _, _, scaled in sorted(events, key=lambda event: event[:3])])
+            )
+        patients[split_of[patient]].append((patient, labels.get(patient), sets))
+    for stored in patients.values():
+        stored.sort(key=lambda patient: (sum(len(events) for _, events in patient[2]), len(patient[2]), patient[0]))
+    return Prepared(patients=patients, vocabulary=vocabulary, rejects=rejects)
+
+
+def assert_same(prepared: Prepared, naive: Prepared) -> None:
+    """Equal in everything but the last bits of means, stds and scaled values."""
+    assert prepared.rejects == naive.rejects
+    assert [row[:2] for row in prepared.vocabulary] == [row[:2] for row in naive.vocabulary]
+    for mine, theirs in zip(prepared.vocabulary, naive.vocabulary, strict=True):
+        np.testing.assert_allclose(mine[2:], theirs[2:], rtol=1e-9, atol=1e-9)
+    for split in SPLITS:
+        assert [patient[:2] for patient in prepared.patients[split]] == [
+            patient[:2] for patient in naive.patients[split]
+        ]
+        for (*_, mine_sets), (*_, naive_sets) in zip(prepared.patients[split], naive.patients[split], strict=True):
+            assert [minute for minute, _ in mine_sets] == [minute for minute, _ in naive_sets]
+            for (_, mine), (_, theirs) in zip(mine_sets, naive_sets, strict=True):
+                assert [code for code, _ in mine] == [code for code, _ in theirs]
+                assert [value is None for _, value in mine] == [value is None for _, value in theirs]
+                np.testing.assert_allclose(
+                    [value for _, value in mine if value is not None],
+                    [value for _, value in theirs if value is not None],
+                    rtol=1e-5,
+                    atol=1e-5,
+                )

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import preprocess
+from pipeline.loader import make_loader
+from pipeline.schema import MANIFEST_FILE, SPLITS
+from pipeline.shards import Manifest, read_shard
+
+SYNTHETIC = ["synthetic", "--num_patients", "40", "--workers", "1"]
+CSV = "patient_id,minute,variable,value\n" + "".join(f"p{number},0,HR,{number}\n" for number in range(30))
+
+
+def run(*arguments: object) -> int:
+    return preprocess.main([str(argument) for argument in arguments])
+
+
+def test_synthetic_patients_from_the_command_line_to_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "data"
+    assert run(*SYNTHETIC, "--output", output, "--split_fractions", "0.5,0.25,0.25", "--seed", 1) == 0
+    assert sorted(path.name for path in output.iterdir() if path.name not in SPLITS) == [
+        "index.parquet", "manifest.json", "rejects.parquet", "report.html", "summary.json", "vocabulary.parquet",
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    summary = json.loads((output / "summary.json").read_text())
+    assert f"rows {summary['events_in']:,} = written {summary['events_written']:,}" in printed
+    assert summary["events_in"] == summary["events_written"] + sum(summary["rejects"].values())
+    assert summary["patients"] == 40
+    for name in ("seconds", "events_per_second", "peak_rss_bytes"):
+        assert summary[name] > 0
+    assert Manifest.load(output).options["seed"] == 1
+
+    batches = list(make_loader(output, split="train", batch_size=8))
+    events = sum(batch.num_events for batch in batches)
+    assert events == summary["splits"]["train"]["events"]
+    values = np.concatenate([batch.value[batch.has_value].numpy() for batch in batches])
+    codes = np.concatenate([batch.code[batch.has_value].numpy() for batch in batches])
+    for code in np.unique(codes):  # train is what the statistics are of
+        assert values[codes == code].mean() == pytest.approx(0, abs=1e-4)
+        assert values[codes == code].std() == pytest.approx(1, abs=1e-4)
+
+
+def test_values_come_back_to_their_raw_scale(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text(CSV)
+    assert run(tmp_path / "in.csv", "--output", tmp_path / "out") == 0
+    (vocabulary,) = pl.read_parquet(tmp_path / "out" / "vocabulary.parquet").rows()[2:]
+    raw = {
+        patient: value * vocabulary[4] + vocabulary[3]
+        for split, entries in Manifest.load(tmp_path / "out").splits.items()
+        for shard in (read_shard(tmp_path / "out", entry) for entry in entries)
+        for patient, value in zip(shard.patient_id.to_pylist(), shard.value, strict=True)
+    }
+    assert raw == {f"p{number}": pytest.approx(number, abs=1e-5) for number in range(30)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "out"], "required: INPUT"),
+        (["in.csv"], "required: --output"),
+        (["in.csv", "--output", "out", "--formt", "table"], "--formt"),
+        (["in.csv", "--output", "out", "--form", "table"], "--form"),  # no abbreviations
+        (["in.csv", "--output", "out", "--format", "excel"], "--format: invalid choice: 'excel'"),
+        (["in.csv", "--output", "out", "--split_fractions", "0.5,0.6,0.1"], "--split_fractions"),
+        (["in.csv", "--output", "out", "--split_fractions", "0,0.5,0.5"], "--split_fractions"),
+        (["in.csv", "--output", "out", "--split_fractions", "1"], "--split_fractions"),
+        (["in.csv", "--output", "out", "--split_fractions", "a,b,c"], "--split_fractions"),
+        (["in.csv", "--output", "out", "--events_per_shard", "0"], "--events_per_shard"),
+        (["in.csv", "--output", "out", "--workers", "-1"], "--workers"),
+        (["in.csv", "--output", "out", "--split_seed", "x"], "--split_seed"),
+        (["in.csv", "--output", "out", "--num_patients", "5"], "--num_patients: not used by --format table"),
+        (["in.csv", "--output", "out", "--value_column", "x"], "in.csv: no column 'x'"),
+        (["in.csv", "--output", "out", "--labels", "no.csv"], "no.csv: no such file"),
+        (["in.csv", "--output", "out", "--labels", "strangers.csv"], "strangers.csv: names no patient of the input"),
+        (["in.csv", "--output", "out", "--embeddings", "cached.csv"], "cached.csv: no vector for variable 'HR'"),
+        (["missing", "--output", "out"], "missing: no such file or folder"),
+        (["empty", "--output", "out"], "empty: nothing here"),
+        (["in.csv", "--output", "in.csv"], "--output in.csv: lies in the input"),
+        (["folder", "--output", "folder/out"], "--output folder/out: lies in the input"),
+        (["in.csv", "--output", "strangers.csv"], "strangers.csv: is a file"),
+        (["in.csv", "--output", "folder"], "folder: holds 'in.csv' and no data set"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder").mkdir()
+    for path, text in (
+        ("in.csv", CSV),
+        ("folder/in.csv", CSV),
+        ("strangers.csv", "patient_id,label\nx,1\n"),
+        ("cached.csv", "Key,0\nRR,1\n"),
+    ):
+        (tmp_path / path).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("preprocess.py: ")]
+    assert message in line
+    assert captured.err.endswith(line + "\n")
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_run_needs_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "data"
+    assert run(*SYNTHETIC, "--output", output) == 0
+    first = (output / MANIFEST_FILE).read_bytes()
+    assert run(*SYNTHETIC, "--output", output) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(*SYNTHETIC, "--output", output, "--overwrite") == 0
+    assert (output / MANIFEST_FILE).read_bytes() == first
+    assert run(*SYNTHETIC, "--output", output, "--overwrite", "--seed", 2, "--verbose") == 0
+    assert '"events_written"' in capsys.readouterr().out
+    assert (output / MANIFEST_FILE).read_bytes() != first
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    program = Path(preprocess.__file__)
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "missing", "--output", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"preprocess.py: {tmp_path / 'missing'}: no such file or folder\n"
