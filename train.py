@@ -39,7 +39,7 @@ from model.parallel import World, run
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
 from pipeline.batch import PatientBatch
 from pipeline.loader import PatientLoader, make_loader
-from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes
+from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
 from pipeline.report import write_run_report
 from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, UNLABELLED, UserError
 from pipeline.shards import Manifest, check_file, write_atomically
@@ -206,6 +206,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                 if step % options.log_steps == 0:
                     means = sums.means(world)
                     check_finite(means["loss"], step)
+                    release_free_memory()
                     schedule = {
                         "learning_rate": learning_rate(options, step - 1, training.total_steps),
                         "beta": kl_weight(options, step - 1),
@@ -403,8 +404,8 @@ def validate(
         "kl": totals["kl"] / max(num_sets, 1),
         "classification": totals["classification"] / max(num_labelled, 1),
     }
-    weighed = {"reconstruction": weights.reconstruction, "kl": weights.beta, "classification": weights.classification}
-    metrics["loss"] = sum(weight * metrics[name] for name, weight in weighed.items()) if num_sets else None
+    vae = metrics["reconstruction"] + weights.beta * metrics["kl"]
+    metrics["loss"] = weights.vae * vae + weights.classification * metrics["classification"] if num_sets else None
     metrics["auroc"], metrics["auprc"] = auroc_auprc(label, probability)
     levels = gauges.compute()
     for number, gauge in enumerate(levels, start=1):

@@ -30,15 +30,16 @@ class LossWeights:
 
     Attributes:
         direction, magnitude, squared: parts of the reconstruction.
-        reconstruction, classification: parts of the total.
-        beta: weight of the KL divergence once warmed up.
+        vae: the VAE's part of the total, reconstruction plus beta times KL divergence.
+        classification: the outcome's part of the total.
+        beta: weight of the KL divergence within the VAE's part, once warmed up.
         free_bits: nats a dimension of a set may diverge at no cost (Kingma et al. 2016, §C.8).
     """
 
     direction: float = 1.0
     magnitude: float = 1.0
     squared: float = 3.0
-    reconstruction: float = 1.0
+    vae: float = 0.01
     classification: float = 1.0
     beta: float = 0.1
     free_bits: float = 0.1

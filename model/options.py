@@ -39,17 +39,17 @@ class TrainOptions:
     # model
     preset: Preset = _flag("small", "widths of the model")
     event_form: EventForm = _flag("additive", "how an event joins variable and value")
-    dropout: float = _flag(0.1, "of transformer and head", least=0, most=0.99)
+    dropout: float = _flag(0.2, "of transformer and head", least=0, most=0.99)
     # optimisation
     max_epochs: int = _flag(10, "epochs", least=1)
     learning_rate: float = _flag(1e-3, "of AdamW, at its highest", least=0)
-    weight_decay: float = _flag(0.01, "of AdamW, on matrices", least=0)
-    warmup_steps: int = _flag(100, "steps over which the learning rate rises; a cosine takes it down after", least=0)
+    weight_decay: float = _flag(0.1, "of AdamW, on matrices", least=0)
+    warmup_steps: int = _flag(50, "steps over which the learning rate rises; a cosine takes it down after", least=0)
     gradient_clip: float = _flag(1.0, "largest norm of the gradient", least=0)
     beta: float = _flag(0.1, "weight of the KL divergence after warm-up", least=0)
     beta_warmup_steps: int = _flag(5000, "steps over which it rises from 0", least=0)
     free_bits: float = _flag(0.1, "nats a dimension may diverge at no cost", least=0)
-    reconstruction_weight: float = _flag(1.0, "of the reconstruction in the loss", least=0)
+    vae_weight: float = _flag(0.01, "of reconstruction + beta × KL divergence in the loss", least=0)
     classification_weight: float = _flag(1.0, "of the outcome's cross-entropy in the loss", least=0)
     seed: int = _flag(0, "of weights, noise and the order of patients", least=0)
     # running
@@ -92,7 +92,7 @@ class TrainOptions:
 
     def loss_weights(self) -> LossWeights:
         return LossWeights(
-            reconstruction=self.reconstruction_weight,
+            vae=self.vae_weight,
             classification=self.classification_weight,
             beta=self.beta,
             free_bits=self.free_bits,

@@ -172,7 +172,7 @@ def losses(
     reconstruction = parts / max(counts.num_events, 1)
     kl = kl_sum(output.posteriors, weights.free_bits) / max(counts.num_sets, 1)
     classification = cross_entropy_sum(output.logits, label_B) / max(counts.num_labelled, 1)
-    total = weights.reconstruction * reconstruction + beta * kl + weights.classification * classification
+    total = weights.vae * (reconstruction + beta * kl) + weights.classification * classification
     with torch.no_grad():
         levels = torch.stack([kl_per_dimension(p).sum() for p in output.posteriors]) / max(counts.num_sets, 1)
     return Losses(

@@ -7,12 +7,10 @@ D the width of an embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-
-from pipeline.schema import PADDING_CODE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +18,7 @@ class PatientBatch:
     """Some patients, whole, in the order of the plan.
 
     Attributes:
-        code: [E] int64, the variables' codes; never ``PADDING_CODE``.
+        code: [E] int64, the variables' codes; never 0, which is padding's.
         value: [E] float32, z-scored; 0 where the event has no number.
         has_value: [E] bool.
         set_offsets: [S+1] int64, the events of set ``s`` are ``set_offsets[s]:set_offsets[s+1]``.
@@ -75,12 +73,8 @@ class PatientBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
-        changed = {
-            field.name: change(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **changed)
+        names = [field.name for field in fields(self) if field.name != "patient_id"]
+        return PatientBatch(**{name: change(getattr(self, name)) for name in names}, patient_id=self.patient_id)
 
     def to_padded(self, embeddings: Tensor | None = None, *, pad_to: int | None = None) -> dict[str, Tensor]:
         """The rectangular layout: one row a patient, one column an event.
@@ -152,6 +146,3 @@ class PatientBatch:
             label=padded["label"],
             patient_id=patient_id,
         )
-
-
-assert PADDING_CODE == 0, "padded cells are zeros"

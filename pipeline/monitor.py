@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import math
 import os
@@ -49,6 +50,18 @@ def peak_rss_bytes() -> int:
             (1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")), own
         )
     return max(own, ended)
+
+
+def release_free_memory() -> None:
+    """Give memory that is free back to the system, where the C library can.
+
+    Batches differ in shape, and glibc keeps the holes that theirs leave: a run's memory would grow for thousands of
+    steps (measured: 2 MB a step) though nothing holds it.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 class MemoryMonitor:

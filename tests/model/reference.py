@@ -196,8 +196,6 @@ def total_loss(model: SeqSetVAE, batch: PatientBatch, weights: LossWeights, beta
                     kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(weights.free_bits)
     labelled = [(r.logits, int(label)) for r, label in zip(results, batch.label, strict=True) if label >= 0]
     crossed = torch.stack([-torch.log_softmax(logits, 0)[label] for logits, label in labelled]).sum()
-    return (
-        weights.reconstruction * reconstruction / batch.num_events
-        + beta * kl / batch.num_sets
-        + weights.classification * crossed / len(labelled)
-    )
+    return weights.vae * (
+        reconstruction / batch.num_events + beta * kl / batch.num_sets
+    ) + weights.classification * crossed / len(labelled)
