@@ -86,6 +86,24 @@ RUN_FIGURES = {
 }
 
 
+RUN_HEADLINE = (
+    "test auroc",
+    "test auprc",
+    "test brier",
+    "best auroc",
+    "best auprc",
+    "best epoch",
+    "stopped_by",
+    "steps",
+    "seconds",
+    "patients_per_second",
+    "data_wait_fraction",
+    "event_padding_waste",
+    "peak_rss_bytes",
+    "peak_cuda_bytes",
+)
+
+
 def write_data_report(directory: Path) -> Path:
     """Write ``directory/report.html`` about the data that preprocess put there; its path.
 
@@ -134,7 +152,8 @@ def write_run_report(run_dir: Path) -> Path:
     """
     metrics_file = run_dir / "metrics.jsonl"
     records = read_json_lines(metrics_file) if metrics_file.exists() else []
-    headline = dict(_flat(_read_summary(run_dir / SUMMARY_FILE)))
+    summary = dict(_flat(_read_summary(run_dir / SUMMARY_FILE)))
+    headline = {name: summary[name] for name in RUN_HEADLINE if name in summary} or summary
     if not headline:
         last: dict[str, Any] = next((record for record in reversed(records) if record.get("kind") == "train"), {})
         headline = {"state": "no summary yet: running, or ended early"} | last
@@ -157,6 +176,8 @@ def write_run_report(run_dir: Path) -> Path:
         names = list(dict.fromkeys(name for record in events for name in record if name != "kind"))
         rows = [[record.get(name) for name in names] for record in events]
         sections.append(section("Events of the run", table(names, rows)))
+    if rest := [(name, value) for name, value in summary.items() if name not in headline]:
+        sections.append(section("Summary", table((), rest)))
     if (config_file := run_dir / "config.yaml").exists():
         sections.append(section("Configuration", preformatted(config_file.read_text("utf-8", errors="replace"))))
     return write_page(run_dir, "Run report", headline, sections)
