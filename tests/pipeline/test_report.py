@@ -212,6 +212,7 @@ def test_run_report(tmp_path: Path) -> None:
         "Posterior collapse",
         "Memory: memory",
         "Events of the run",
+        "Summary",
         "Configuration",
     ]
     assert len(page.addresses) == 7  # no curves of one class
