@@ -187,7 +187,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(StopSignal())
         log = stack.enter_context(metrics_log(run_dir, world, progress["step"]))
-        mark = stack.enter_context(memory_profile(run_dir, options, world))
+        memory = stack.enter_context(MemoryMonitor(memory_file(run_dir, world) if options.profile_memory else None))
         bar = stack.enter_context(EpochBar(world, options.max_epochs))
         while loader.epoch < options.max_epochs and stop is None:
             epoch, interval, sums = loader.epoch, Throughput(), LossSums(model.config.levels, world.device)
@@ -201,7 +201,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                     meter.add(batch, waited=waited, step_seconds=time.perf_counter() - started, pad_to=pad_to)
                 step = progress["step"]
                 if step == 1:
-                    mark("first step")
+                    memory.mark("first step")
                 bar.advance(interval)
                 if step % options.log_steps == 0:
                     means = sums.means(world)
@@ -212,29 +212,24 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                         "beta": kl_weight(options, step - 1),
                         "rss_bytes": psutil.Process().memory_info().rss,
                     }
-                    log(
-                        "train",
-                        step=step,
-                        epoch=epoch,
-                        seconds=training.seconds,
-                        **means,
-                        **interval.rates(),
-                        **schedule,
-                    )
+                    line = {"step": step, "epoch": epoch, "seconds": training.seconds, **means, **interval.rates()}
+                    log("train", **line, **schedule)
+                    if options.verbose:
+                        say(world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
                 if options.checkpoint_steps and step % options.checkpoint_steps == 0:
                     training.save("last")
-                    mark("checkpoint")
+                    memory.mark("checkpoint")
                 # Ranks agree on stopping at steps that all of them reach.
                 if (world.size == 1 or step % options.log_steps == 0) and world.any(stopping.number is not None):
                     training.save("last")
                     say(world, f"stopped by signal {stopping.number} at step {step}; go on with --resume")
                     return 128 + (stopping.number or signal.SIGTERM)
-            mark("validation")
+            memory.mark("validation")
             metrics, _ = validate(model, valid_loader, options, world)
             log("valid", step=progress["step"], epoch=epoch, seconds=training.seconds, **metrics)
             better = training.judge(metrics, epoch)
             training.save("last", *(["best"] if better else []), *(["collapsed"] if metrics["collapsed"] else []))
-            mark("checkpoint")
+            memory.mark("checkpoint")
             bar.end(metrics, better)
             if metrics["collapsed"]:
                 active = metrics[f"active_units_{model.config.levels}"]
@@ -243,7 +238,10 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
             if options.patience and progress["epochs_since_best"] >= options.patience:
                 stop = "patience"
     progress["seconds"] = training.seconds
-    finish(options, manifest, world, progress, {"stopped_by": stop or "max_epochs", **overall.rates()})
+    run = {"stopped_by": stop or "max_epochs", **overall.rates()}
+    if options.profile_memory:  # of this process and those below it; each rank has a profile of its own
+        run |= {"profiled_peak_rss_bytes": memory.peak_rss_bytes, "profiled_peak_uss_bytes": memory.peak_uss_bytes}
+    finish(options, manifest, world, progress, run)
     return 0
 
 
@@ -571,14 +569,8 @@ def metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[...
         yield lambda kind, **numbers: lines.write({"kind": kind, **numbers})
 
 
-@contextlib.contextmanager
-def memory_profile(run_dir: Path, options: TrainOptions, world: World) -> Iterator[Callable[[str], None]]:
-    """``mark(event)`` in this process's memory profile; each rank has a file of its own."""
-    if not options.profile_memory:
-        yield lambda event: None
-        return
-    with MemoryMonitor(run_dir / ("memory.csv" if world.is_main else f"memory_rank{world.rank}.csv")) as monitor:
-        yield monitor.mark
+def memory_file(run_dir: Path, world: World) -> Path:
+    return run_dir / ("memory.csv" if world.is_main else f"memory_rank{world.rank}.csv")
 
 
 def shown(value: float | None) -> str:

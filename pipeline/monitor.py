@@ -75,8 +75,8 @@ class MemoryMonitor:
         peak_uss_bytes: the same of unique memory; None where the system does not tell.
     """
 
-    def __init__(self, path: Path, *, interval_seconds: float = 0.5) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, *, interval_seconds: float = 0.5) -> None:
+        self.path = path  # None = off: no samples, and marks are not noted
         self.interval_seconds = interval_seconds
         self.peak_rss_bytes = 0
         self.peak_uss_bytes: int | None = None
@@ -84,15 +84,17 @@ class MemoryMonitor:
         self._thread = threading.Thread(target=self._run, name="memory-monitor", daemon=True)
 
     def __enter__(self) -> Self:
-        self._file = self.path.open("w", newline="", encoding="utf-8")
-        self._thread.start()
+        if self.path is not None:
+            self._file = self.path.open("w", newline="", encoding="utf-8")
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._events.put(None)
-        self._thread.join()
+        if self.path is not None:
+            self._events.put(None)
+            self._thread.join()
 
     def mark(self, event: str) -> None:
         """Take a sample now and note ``event`` (first step, validation, checkpoint …) beside it."""

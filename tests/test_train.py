@@ -210,12 +210,16 @@ def test_evaluate_gives_what_training_gave(finished: Path, data: Path, tmp_path:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_profile_memory_and_early_stopping(data: Path, tmp_path: Path) -> None:
-    flags = ["--profile_memory", "--patience", "1", "--max_epochs", "30", "--learning_rate", "0"]
+def test_profile_memory_early_stopping_and_verbose(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--profile_memory", "--verbose", "--patience", "1", "--max_epochs", "30", "--learning_rate", "0"]
     assert run(data, tmp_path, *flags) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["stopped_by"] == "patience"
+    assert json.loads((tmp_path / "summary.json").read_text())["profiled_peak_rss_bytes"] > 1e8
     text = (tmp_path / "memory.csv").read_text()
     assert all(event in text for event in ("first step", "validation", "checkpoint"))
+    assert "grad_norm" in capsys.readouterr().err
 
 
 def test_collapse_is_caught(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
