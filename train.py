@@ -7,6 +7,7 @@ state and makes a step, :func:`train` is the loop, :func:`validate` and :func:`e
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -80,6 +81,7 @@ class Training:
             raise UserError(f"{options.data_dir}: no patients to train on; its train split is empty")
         self.model = new_model(options, manifest).to(world.device)
         self.model.gradient_checkpointing = options.gradient_checkpointing
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options), lr=options.learning_rate, fused=True)
         # The usual first scale of 65,536 overflows, and so wastes, the first steps: losses are sums over sets.
         self.scaler = torch.amp.GradScaler(world.device.type, init_scale=1024, enabled=options.precision == "fp16")
@@ -106,8 +108,9 @@ class Training:
             raise UserError(f"--output_dir {options.output_dir} holds a run; --resume goes on with it, or name another")
         saved = Checkpoint.load(path)
         saved.check_same_model(path, self.model.config)
-        saved.check_same_vocabulary(path, self.manifest)
+        saved.check_same_vocabulary(path, self.manifest.vocabulary_fingerprint)
         self.model.load_state_dict(saved.model)
+        self.averaged.load_state_dict(saved.averaged)
         self.optimizer.load_state_dict(saved.optimizer)
         self.scaler.load_state_dict(saved.scaler)
         self.loader.load_state_dict(saved.loader)
@@ -121,6 +124,7 @@ class Training:
                 config=self.model.config.to_dict(),
                 vocabulary_fingerprint=self.manifest.vocabulary_fingerprint,
                 model=self.model.state_dict(),
+                averaged=self.averaged.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(),
                 loader=self.loader.state_dict(),
@@ -150,8 +154,16 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.gradient_clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.average()
         self.progress["step"] = step + 1
         return loss, norm
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged weights towards the model's: an exponential mean that forgets its beginning sooner."""
+        step = self.progress["step"]
+        decay = min(self.options.weight_averaging, (1 + step) / (10 + step))
+        torch._foreach_lerp_([*self.averaged.parameters()], [*self.model.parameters()], 1 - decay)
 
     def judge(self, metrics: dict[str, Any], epoch: int) -> bool:
         """Whether these validation metrics are the best so far, which is noted.
@@ -225,7 +237,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                     say(world, f"stopped by signal {stopping.number} at step {step}; go on with --resume")
                     return 128 + (stopping.number or signal.SIGTERM)
             memory.mark("validation")
-            metrics, _ = validate(model, valid_loader, options, world)
+            metrics, _ = validate(training.averaged, valid_loader, options, world)
             log("valid", step=progress["step"], epoch=epoch, seconds=training.seconds, **metrics)
             better = training.judge(metrics, epoch)
             training.save("last", *(["best"] if better else []), *(["collapsed"] if metrics["collapsed"] else []))
@@ -254,7 +266,7 @@ def finish(
     test = None
     if manifest.splits.get("test"):
         world.wait()  # until the first rank has written it
-        model = Checkpoint.load(best).build_model(best, manifest).to(world.device)
+        model = Checkpoint.load(best).build_model(best, manifest.vocabulary_fingerprint).to(world.device)
         test = evaluate_split(model, "test", options, world)
     if not world.is_main:
         return
@@ -436,7 +448,7 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     path, run_dir, split = Path(options.evaluate or ""), Path(options.output_dir), options.evaluate_split
     if not manifest.splits.get(split):
         raise UserError(f"{options.data_dir}: has no patients in split {split}; choose another with --evaluate_split")
-    model = Checkpoint.load(path).build_model(path, manifest).to(world.device)
+    model = Checkpoint.load(path).build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     run_dir.mkdir(parents=True, exist_ok=True)
     metrics = evaluate_split(model, split, options, world)
     if world.is_main:

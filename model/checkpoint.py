@@ -14,7 +14,7 @@ import torch
 from model.config import SeqSetVAEConfig
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
-from pipeline.shards import Manifest, write_atomically
+from pipeline.shards import write_atomically
 
 CHECKPOINT_VERSION = 1
 
@@ -39,7 +39,7 @@ class Checkpoint:
     Attributes:
         config: :class:`SeqSetVAEConfig` as a dictionary.
         vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
-        model: weights.
+        model, averaged: weights, and their running mean, which is what predicts.
         optimizer, scaler: their states.
         loader: place in the data, of the next batch.
         progress: the trainer's own counters.
@@ -49,6 +49,7 @@ class Checkpoint:
     config: dict[str, Any]
     vocabulary_fingerprint: str
     model: dict[str, Any]
+    averaged: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     loader: dict[str, Any]
@@ -89,23 +90,23 @@ class Checkpoint:
             raise UserError(f"{path}: checkpoint version {content['version']}, this program reads {CHECKPOINT_VERSION}")
         return cls(**content)
 
-    def build_model(self, path: Path, manifest: Manifest) -> SeqSetVAE:
+    def build_model(self, path: Path, vocabulary_fingerprint: str) -> SeqSetVAE:
         """The trained model, on the CPU.
 
         Raises:
             UserError: the data has another vocabulary, or the weights are another model's; ``path`` is for the message.
         """
-        self.check_same_vocabulary(path, manifest)
+        self.check_same_vocabulary(path, vocabulary_fingerprint)
         try:
             model = SeqSetVAE(SeqSetVAEConfig(**self.config))
-            model.load_state_dict(self.model)
+            model.load_state_dict(self.averaged)
         except (TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[0]})") from None
         return model
 
-    def check_same_vocabulary(self, path: Path, manifest: Manifest) -> None:
+    def check_same_vocabulary(self, path: Path, vocabulary_fingerprint: str) -> None:
         """Raise UserError unless the data's codes mean what they meant in training."""
-        if self.vocabulary_fingerprint != manifest.vocabulary_fingerprint:
+        if self.vocabulary_fingerprint != vocabulary_fingerprint:
             raise UserError(
                 f"{path}: trained with another vocabulary than this data has; use the data set it was trained on"
             )

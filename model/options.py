@@ -45,6 +45,12 @@ class TrainOptions:
     learning_rate: float = _flag(1e-3, "of AdamW, at its highest", least=0)
     weight_decay: float = _flag(0.1, "of AdamW, on matrices", least=0)
     warmup_steps: int = _flag(50, "steps over which the learning rate rises; a cosine takes it down after", least=0)
+    weight_averaging: float = _flag(
+        0.99,
+        "decay a step of the averaged weights, which are validated and kept; 0 = the last step's",
+        least=0,
+        most=0.9999,
+    )
     gradient_clip: float = _flag(1.0, "largest norm of the gradient", least=0)
     beta: float = _flag(0.1, "weight of the KL divergence after warm-up", least=0)
     beta_warmup_steps: int = _flag(5000, "steps over which it rises from 0", least=0)

@@ -157,6 +157,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
     assert run(data, tmp_path, "--resume") == 0
     assert_same(weights(tmp_path), weights(finished))
     assert_same(weights(tmp_path, "best"), weights(finished, "best"))
+    averaged = [Checkpoint.load(out / "checkpoints" / "last.pt").averaged for out in (tmp_path, finished)]
+    assert_same(averaged[0], averaged[1])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps_logged = [line["step"] for line in lines if line["kind"] == "train"]
     assert steps_logged == sorted(set(steps_logged)), "a resumed run holds no step twice"
@@ -196,6 +198,15 @@ def test_mixed_precision_learns_alike(finished: Path, data: Path, tmp_path: Path
     exact, rough = (json.loads(line)["loss"] for line in lines)
     assert rough == pytest.approx(exact, rel=0.05)
     assert rough != exact
+
+
+def test_weights_are_averaged(finished: Path, data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "--weight_averaging", "0") == 0
+    assert_same(weights(tmp_path), weights(finished))
+    last = Checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    assert_same(last.averaged, last.model)
+    averaged = Checkpoint.load(finished / "checkpoints" / "last.pt").averaged
+    assert any(not torch.equal(averaged[name], tensor) for name, tensor in weights(finished).items())
 
 
 def test_evaluate_gives_what_training_gave(finished: Path, data: Path, tmp_path: Path) -> None:

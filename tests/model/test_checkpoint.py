@@ -11,20 +11,7 @@ import torch
 from model.checkpoint import Checkpoint
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
-from pipeline.shards import Manifest
 from tests.model.helpers import random_batch, tiny_model
-
-
-def manifest(vocabulary: str = "v") -> Manifest:
-    return Manifest(
-        splits={},
-        files={},
-        vocabulary_fingerprint=vocabulary,
-        num_codes=9,
-        embedding_dim=None,
-        options={},
-        fingerprint="f",
-    )
 
 
 def checkpoint(model: SeqSetVAE) -> Checkpoint:
@@ -32,6 +19,7 @@ def checkpoint(model: SeqSetVAE) -> Checkpoint:
         config=model.config.to_dict(),
         vocabulary_fingerprint="v",
         model=model.state_dict(),
+        averaged=model.state_dict(),
         optimizer={},
         scaler={},
         loader={"epoch": 1},
@@ -46,13 +34,13 @@ def test_round_trip(tmp_path: Path) -> None:
     again = Checkpoint.load(path)
     assert again.progress == {"step": 3}
     batch = random_batch([[2, 3], [1]])
-    assert torch.equal(again.build_model(path, manifest())(batch).logits, model(batch).logits)
+    assert torch.equal(again.build_model(path, "v")(batch).logits, model(batch).logits)
     assert os.listdir(path.parent) == ["last.pt"]
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another vocabulary"):
-        checkpoint(tiny_model()).build_model(tmp_path, manifest("w"))
+        checkpoint(tiny_model()).build_model(tmp_path, "w")
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
@@ -62,7 +50,7 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     saved.check_same_model(tmp_path, tiny_model().config)
     for config in ({"depth": 3}, {**saved.config, "width": 32}):
         with pytest.raises(UserError, match="another model"):
-            dataclasses.replace(saved, config=config).build_model(tmp_path, manifest())
+            dataclasses.replace(saved, config=config).build_model(tmp_path, "v")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps({"a": 1})])
