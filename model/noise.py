@@ -89,8 +89,10 @@ class Noise:
         return torch.cat([radius * second.cos(), radius * second.sin()], dim=1)
 
     def dropout(self, x: Tensor, salt: int, probability: float) -> Tensor:
-        """Inverted dropout of x [S, D]."""
+        """Inverted dropout of x [S, D]; a share of 1/65,536 is the finest."""
         if probability == 0.0:
             return x
-        keep = (self._bits(salt, x.shape[1]) & 0xFFFFFF) >= int(probability * (1 << 24))
+        width = x.shape[1]
+        draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
+        keep = draws >= round(probability * (1 << 16)) - (1 << 15)
         return x * keep.to(x.dtype) / (1 - probability)
