@@ -3,48 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Final, NamedTuple, NoReturn, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipeline.build import EVENTS_PER_SHARD, BuildOptions, build
+from pipeline.executors import LOCAL
+from pipeline.like import Like, all_in
 from pipeline.report import write_data_report
-from pipeline.schema import SPLITS, UserError
+from pipeline.rules import ACTIONS, AGGREGATES, Rules
+from pipeline.schema import REPORT_FILE, SPLITS, UserError
+from pipeline.shards import SHARD_SUFFIXES
 from pipeline.sources.auto import FORMATS, open_source
+from pipeline.sources.meds import EXCLUDE_CODES
+from pipeline.sources.side_files import read_ranges
 from pipeline.statistics import SplitRule
+
+DISK_FULL: Final = "{}: no space left on the disk; free some, and the same command goes on from here"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend."""
     try:
-        given, source_options = _parse(arguments)
-        source = open_source(given.input, given.format, source_options)
+        given, flags = _parse(arguments)
+        source = open_source(given.input, given.format, flags.source)
         if given.output.resolve().is_relative_to(given.input.resolve()):
             raise UserError(f"--output {given.output}: lies in the input; name a folder outside of {given.input}")
         console = Console(stderr=True, highlight=False)
         console.print(f"{given.input}: read as {source.name}")
-        options = BuildOptions(
-            rule=SplitRule(fractions=given.split_fractions, seed=given.split_seed),
-            events_per_shard=given.events_per_shard,
-        )
+        sizes = {"events_per_shard": given.events_per_shard, "shard_format": given.shard_format}
+        if given.like is None:
+            options = BuildOptions(rule=SplitRule(**flags.split), rules=Rules(**flags.rules), **sizes)
+        else:
+            like = Like.open(given.like)
+            source = like.source(source, flags.source)
+            options = BuildOptions(rule=all_in(given.like_split), rules=like.rules(flags.rules), like=like, **sizes)
         with StageBars(console) as bars:
             summary = build(
-                source, given.output, options, workers=given.workers, overwrite=given.overwrite, progress=bars.show
+                source,
+                given.output,
+                options,
+                executor=given.executor,
+                workers=given.workers,
+                overwrite=given.overwrite,
+                progress=bars.show,
+                say=lambda line: console.print(f"{given.output}: {line}", soft_wrap=True),
             )
-        report = write_data_report(given.output)
+        report = given.output / REPORT_FILE
+        if not report.exists():
+            write_data_report(given.output)
     except (UserError, OSError) as error:
-        print(f"preprocess.py: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"preprocess.py: {DISK_FULL.format(given.output) if full else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("preprocess.py: interrupted; nothing was written", file=sys.stderr)
+        print("preprocess.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     _print_summary(summary, verbose=given.verbose)
     print(f"{given.output}: ready; {report} shows it")
@@ -68,8 +90,15 @@ def _print_summary(summary: dict[str, Any], *, verbose: bool) -> None:
     )
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The flags, and apart from them those that only some formats know."""
+class _Flags(NamedTuple):
+    """Those of the flags that were given, by the field that they set: of a source, of ``Rules``, of ``SplitRule``."""
+
+    source: dict[str, Any]
+    rules: dict[str, Any]
+    split: dict[str, Any]
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, _Flags]:
     parser = _Parser(
         prog="preprocess.py",
         description="Event tables to length-sorted shards, with train-only statistics.",
@@ -80,24 +109,39 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
     add("input", type=Path, metavar="INPUT", help="file, folder or pattern; or the word synthetic")
     add("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
     add("--format", choices=("auto", *FORMATS), default="auto", help="what INPUT is")
-    add(
-        "--split_fractions",
-        type=_fractions,
-        default=(0.64, 0.16, 0.20),
-        metavar="F,F,F",
-        help=f"of {', '.join(SPLITS)}",
-    )
-    add("--split_seed", type=int, default=0, help="another seed, another split")
     add("--events_per_shard", type=_positive, default=EVENTS_PER_SHARD, help="events of a partition, over its splits")
-    add("--shard_format", choices=("parquet",), default="parquet", help="of the shards")
-    add("--workers", type=_positive, default=os.cpu_count(), help="processes")
+    add("--shard_format", choices=tuple(SHARD_SUFFIXES), default="parquet", help="of the shards")
+    add("--executor", default=LOCAL, metavar="NAME", help="local, or dask://HOST:PORT or a Dask scheduler's file")
+    add("--workers", type=_positive, default=os.cpu_count(), help="processes of --executor local")
     add("--overwrite", action="store_true", help="replace a data set in DIR, and nothing else there")
     add("--verbose", action="store_true", help="say more of what was found")
+    add("--like", type=Path, metavar="DATA", help="use the vocabulary, statistics and rules of this data directory")
+    add("--like_split", choices=SPLITS, default="test", help="of all patients, with --like")
+
+    own = parser.add_argument_group("not with --like, which has them from DATA", argument_default=argparse.SUPPRESS)
+    rule = own.add_argument
+    split_actions = [
+        rule(
+            "--split_fractions",
+            type=_fractions,
+            metavar="F,F,F",
+            help=f"of {', '.join(SPLITS)} (default: 0.64,0.16,0.20)",
+        ),
+        rule("--split_seed", type=int, help="another seed, another split (default: 0)"),
+    ]
+    rule_actions = [
+        rule("--ranges", type=Path, metavar="FILE", help="CSV: variable, low, high and perhaps action, reject or clip"),
+        rule("--outlier_std", type=_above_zero, metavar="K", help="values K standard deviations off are outliers"),
+        rule("--outlier_action", choices=ACTIONS, help="for outliers (default: reject)"),
+        rule("--aggregate", choices=AGGREGATES, help="events of one variable in one set (default: none)"),
+        rule("--min_events", type=_positive, help="of a patient; shorter ones are left out (default: 1)"),
+        rule("--min_count", type=_positive, help="of a variable in train; rarer ones are unknown (default: 1)"),
+    ]
 
     some = parser.add_argument_group("taken by some formats", argument_default=argparse.SUPPRESS)
     source = some.add_argument
-    actions = [
-        source("--labels", dest="labels_file", type=Path, metavar="FILE", help="outcomes, CSV or Parquet"),
+    source_actions = [
+        source("--labels", dest="labels_file", type=Path, metavar="PATH", help="outcomes, CSV or Parquet"),
         source("--label_column", metavar="NAME", help="of the outcome in --labels"),
         source(
             "--embeddings",
@@ -105,6 +149,20 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
             type=Path,
             metavar="FILE",
             help="CSV: Key, and a vector for each variable",
+        ),
+        source("--labelled_only", action="store_true", help="meds: leave subjects without a sample in --labels out"),
+        source("--origin_code", metavar="CODE", help="meds: minutes count from it; else from the first but birth"),
+        source(
+            "--exclude_codes",
+            nargs="+",
+            metavar="REGEX",
+            help=f"meds: codes to reject, or none; else {' '.join(EXCLUDE_CODES)}",
+        ),
+        source(
+            "--split_map",
+            type=_split_map,
+            metavar="NAME=SPLIT,…",
+            help="meds: splits of subject_splits.parquet; else train=train,tuning=valid,held_out=test",
         ),
         source("--patient_column", metavar="NAME", help="table: of the patient"),
         source("--minute_column", metavar="NAME", help="table: of minutes since the patient's time origin"),
@@ -120,7 +178,20 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
         source("--seed", type=_natural, help="synthetic: of all random numbers"),
     ]
     given = parser.parse_args(arguments)
-    return given, {action.dest: vars(given)[action.dest] for action in actions if action.dest in given}
+    actions = (source_actions, rule_actions, split_actions)
+    flags = _Flags(*({flag.dest: vars(given)[flag.dest] for flag in some if flag.dest in given} for some in actions))
+    if "exclude_codes" in flags.source:
+        flags.source["exclude_codes"] = tuple(code for code in given.exclude_codes if code != "none")
+    if "ranges" in flags.rules:
+        flags.rules["ranges"] = read_ranges(given.ranges)
+    split = {name.removeprefix("split_"): value for name, value in flags.split.items()}
+    if given.like is not None:
+        taken = [*flags.split] + ["embeddings"] * ("embeddings_file" in flags.source)
+        if taken:
+            raise UserError(f"--{taken[0]}: not used with --like; leave it out")
+    elif "outlier_action" in flags.rules and "outlier_std" not in flags.rules:
+        raise UserError("--outlier_action: says nothing without --outlier_std; give both")
+    return given, flags._replace(split=split)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,9 +207,24 @@ def _fractions(text: str) -> tuple[float, float, float]:
     return train, valid, test
 
 
+def _split_map(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((name, split) for name, _, split in (part.rpartition("=") for part in text.split(",")))
+    if len({name for name, _ in pairs}) < len(pairs) or not {split for _, split in pairs} <= set(SPLITS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=SPLIT,…, each name once, a split one of {', '.join(SPLITS)}"
+        )
+    return pairs
+
+
 def _natural(text: str) -> int:
     if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def _above_zero(text: str) -> float:
+    if not (0 < (number := float(text)) < math.inf):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 

@@ -82,7 +82,9 @@ class Training:
         self.model = new_model(options, manifest).to(world.device)
         self.model.gradient_checkpointing = options.gradient_checkpointing
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, options), lr=options.learning_rate, fused=True)
+        # With the usual eps of 1e-8 weights that matter to nothing would follow the rounding noise of their gradients.
+        groups = parameter_groups(self.model, options)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, eps=1e-6, fused=True)
         # The usual first scale of 65,536 overflows, and so wastes, the first steps: losses are sums over sets.
         self.scaler = torch.amp.GradScaler(world.device.type, init_scale=1024, enabled=options.precision == "fp16")
         self.progress: dict[str, Any] = {"step": 0, "best": None, "epochs_since_best": 0, "seconds": 0.0}

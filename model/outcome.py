@@ -68,7 +68,7 @@ class VariableAxis(nn.Module):
         width = config.width
         self.event = nn.Linear(width, width)
         self.context = nn.Linear(width, width, bias=False)
-        self.score = nn.Linear(width, config.heads)
+        self.score = nn.Linear(width, config.heads, bias=False)  # softmax would not see one
         self.variable = nn.Embedding(config.num_codes, width)
         self.norm = nn.LayerNorm(width)
         self.block = ISAB(width, config.heads, config.set_feed_forward, config.inducing_points)

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, Self
 
 import numpy as np
 import polars as pl
@@ -28,10 +28,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.clean import DUPLICATE, REJECTS_SCHEMA, clean
+from pipeline.clean import REJECTS_SCHEMA, clean
+from pipeline.executors import LOCAL, open_executor
+from pipeline.like import Like
 from pipeline.monitor import peak_rss_bytes
-from pipeline.partition import WrittenPartition, sort_partition, write_partition
+from pipeline.partition import SortedPartition, WrittenPartition, measure_partition, sort_partition, write_partition
 from pipeline.publish import output_folder
+from pipeline.rules import Limits, Rules, apply_ranges, outlier_limits
 from pipeline.schema import (
     EMBEDDINGS_FILE,
     FIRST_CODE,
@@ -43,19 +46,25 @@ from pipeline.schema import (
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.shards import Manifest, file_sha256, sync, write_atomically
+from pipeline.shards import INDEX_SCHEMA, SHARD_SUFFIXES, Manifest, file_sha256, replacing, sync, write_atomically
 from pipeline.sources.side_files import read_embeddings, read_statistics
-from pipeline.sources.source import LABEL, SPLIT, Piece, Source
-from pipeline.spill import write_spill, write_table
+from pipeline.sources.source import LABEL, SPLIT, SUBJECT, Piece, Source, unreadable
+from pipeline.spill import read_table, write_spill, write_table
+from pipeline.stages import JOURNAL, Progress, Stages
 from pipeline.statistics import Moments, SplitRule, make_vocabulary, vocabulary_fingerprint
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 EVENTS_PER_SHARD: Final = 1 << 21
 READ_BY_TRAINING: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE)
+WORK_BYTES: Final = {".parquet": 4.0, ".gz": 6.0}
+"""Bytes that the work takes on disk, at the least, for each byte of input; where it is plain text, one.
+
+A row takes 28 in the spills and 10 sorted; it comes as about 5 of compressed Parquet, or 20 to 40 of text.
+"""
+
 NAMED_PATIENTS: Final = 100
 """How many of the patients without events the summary names."""
+NAMED_UNKNOWN: Final = 100
+"""How many of the unknown variables, the most frequent, the summary names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,27 +73,42 @@ class BuildOptions:
 
     Attributes:
         rule: how patients are split where the source does not say.
+        rules: which events count.
+        like: the data set whose vocabulary and statistics are used, instead of what the source gives, splits included.
         events_per_shard: about how many events a partition has; its splits share them.
+        shard_format: a key of ``SHARD_SUFFIXES``.
     """
 
     rule: SplitRule = field(default_factory=SplitRule)
+    rules: Rules = field(default_factory=Rules)
+    like: Like | None = None
     events_per_shard: int = EVENTS_PER_SHARD
-
-
-class Progress(Protocol):
-    """Told of work as it ends; from any thread."""
-
-    def __call__(self, stage: str, *, done: int, total: int, rows: int) -> None: ...
+    shard_format: str = "parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spilled:
-    """What spilling a piece found: its rows, how many were kept, the others by reason, and the columns it keeps."""
+    """What spilling a piece found.
+
+    Attributes:
+        num_rows: rows read.
+        num_source_rows: rows of the files, fewer where one row serves several patients.
+        num_kept: rows spilled.
+        num_clipped: values that a rule changed.
+        rejects: the others, by reason.
+        columns: names and dtypes of what is kept.
+    """
 
     num_rows: int
+    num_source_rows: int
     num_kept: int
+    num_clipped: int
     rejects: dict[str, int]
     columns: dict[str, str]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        return cls(**content)
 
 
 def build(
@@ -92,65 +116,128 @@ def build(
     output: Path,
     options: BuildOptions,
     *,
+    executor: str = LOCAL,
     workers: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Prepare ``source`` into the data directory ``output``; returns the summary.
+
+    A run that was stopped goes on where it was.  Where the output is there already, made of the same input and options,
+    nothing is done but to return its summary.
+
+    Args:
+        source: the input.
+        output: a new or an empty folder, or a data directory.
+        options: with the source, what decides the output.
+        executor: what runs the tasks, and ``workers`` of them; see :func:`pipeline.executors.open_executor`.
+        workers: most processes of this machine.
+        overwrite: replace a data set in ``output``.
+        progress: told of tasks as they end.
+        say: told, in a line, when a run does not begin from nothing.
 
     Raises:
         UserError: the input cannot be used as a whole, or the output folder not at all; nothing new is left in it.
     """
     started = time.monotonic()
-    rule = options.rule
+    rule, rules, like = options.rule, options.rules, options.like
     pieces = source.pieces()
-    with output_folder(output, overwrite=overwrite) as work:
+    resolved = _resolved(source, options)
+    fingerprint = _fingerprint(source, resolved)
+    with output_folder(output.absolute(), fingerprint, overwrite=overwrite, say=say) as work:
+        if work is None:
+            summary: dict[str, Any] = json.loads((output / SUMMARY_FILE).read_bytes())
+            return summary
+        if not (work / JOURNAL).exists():
+            _check_space(source, output)
         data = work / "data"
-        for name in ("spills", "sorted", "rejects", "duplicates"):
-            (work / name).mkdir()
-        labels_from, num_labels = _write_facts(source, rule, work)
-        with _executor(min(workers, len(pieces))) as executor:
-            run = Stages(executor, progress)
+        for name in ("spills", "sorted", "rejects", "late_rejects", "index", "data"):
+            (work / name).mkdir(exist_ok=True)
+        labels_from, num_labels = _write_facts(source, options, work)
+        with open_executor(executor, min(workers, len(pieces))) as opened:
+            run = Stages(opened, work, progress)
 
-            spill_tasks = [(source, piece, number, rule, work) for number, piece in enumerate(pieces)]
-            spilled = run("read", spill_piece, spill_tasks, lambda piece: piece.num_rows)
+            spill_tasks = [(source, piece, number, rule, rules, work) for number, piece in enumerate(pieces)]
+            spilled = run(
+                "read", spill_piece, spill_tasks, from_json=Spilled.from_json, size=lambda piece: piece.num_rows
+            )
             _check_alike(pieces, spilled)
 
             num_kept = sum(piece.num_kept for piece in spilled)
             num_partitions = max(1, -(-num_kept // options.events_per_shard))
-            sort_tasks = [(work, len(pieces), number, num_partitions, rule) for number in range(num_partitions)]
-            parts = run("sort", sort_partition, sort_tasks, lambda part: part.num_events)
+            sort_tasks = [
+                (work, len(pieces), number, num_partitions, rule, source.origin) for number in range(num_partitions)
+            ]
+            limits: Limits = {} if like is None else like.limits
+            if rules.outlier_std is not None and like is None:
+                measured = run(
+                    "measure",
+                    measure_partition,
+                    sort_tasks,
+                    from_json=Moments.from_json,
+                    size=lambda moments: int(moments.count.sum()),
+                )
+                limits = outlier_limits(Moments.merge(measured), rules)
+            parts = run(
+                "sort",
+                sort_partition,
+                [(*task, rules, limits) for task in sort_tasks],
+                from_json=SortedPartition.from_json,
+                size=lambda part: part.num_events,
+            )
+            shutil.rmtree(work / "spills")
             if num_labels and not any(part.num_labels for part in parts):
                 raise UserError(f"{labels_from}: names no patient of the input; give the labels of these patients")
 
-            statistics_file = source.statistics()
+            statistics_file = source.statistics() if like is None else None
             given = {} if statistics_file is None else read_statistics(statistics_file)
-            train = Moments.merge([part.train for part in parts])
-            if not train.count.any():
-                raise UserError("the train split has no events; look at --split_fractions, and at the input's columns")
-            vocabulary = make_vocabulary(train, given)
-            embedding_dim = _write_embeddings(source, vocabulary, data)  # before the long work: it may refuse
+            if like is None:
+                train = Moments.merge([part.train for part in parts])
+                vocabulary = _new_vocabulary(source, rules, train, given, limits)
+                embedding_dim = _write_embeddings(source, vocabulary, data)  # before the long work: it may refuse
+            else:
+                vocabulary, embedding_dim = like.vocabulary, like.manifest.embedding_dim
+                if not any(part.num_events for part in parts):
+                    raise UserError("the input has no event that can be used; look at its columns")
+                if embedding_dim is not None:
+                    shutil.copyfile(like.directory / EMBEDDINGS_FILE, data / EMBEDDINGS_FILE)
+                    sync(data / EMBEDDINGS_FILE)
 
-            write_tasks = [(work, data, number, vocabulary) for number in range(num_partitions)]
-            written = run("write", write_partition, write_tasks, lambda part: part.num_events)
+            suffixes = SHARD_SUFFIXES[options.shard_format]
+            write_tasks = [(work, data, number, vocabulary, suffixes) for number in range(num_partitions)]
+            written = run(
+                "write",
+                write_partition,
+                write_tasks,
+                from_json=WrittenPartition.from_json,
+                size=lambda part: part.num_events,
+            )
+            shutil.rmtree(work / "sorted")
 
-        resolved = _resolved(source, options)
-        fingerprint = _fingerprint(source, resolved)
         counts = _finish(work, data, written, vocabulary)
         events_in = sum(piece.num_rows for piece in spilled)
-        rejects = sum((Counter(piece.rejects) for piece in spilled), Counter[str]())
-        if counts["events_written"] < num_kept:
-            rejects[DUPLICATE] = num_kept - counts["events_written"]
+        found = [*(piece.rejects for piece in spilled), *(part.rejects for part in parts)]
+        rejects = sum(map(Counter, found), Counter[str]())
         assert events_in == counts["events_written"] + rejects.total(), "every row is written or rejected"
+        unknown = sum((Counter(part.unknown) for part in written), Counter[str]())
         without_events = sorted(patient for part in parts for patient in part.without_events)
         seconds = time.monotonic() - started
         summary = {
             **counts,
+            "source_rows": sum(piece.num_source_rows for piece in spilled),
             "events_in": events_in,
             "rejects": dict(sorted(rejects.items())),
-            "unknown_variable_events": sum(part.num_unknown for part in written),
+            "clipped": {
+                "out_of_range": sum(piece.num_clipped for piece in spilled),
+                "outlier": sum(part.num_clipped for part in parts),
+            },
+            "ranges_of_unknown_variables": sorted(rules.ranges.keys() - set(vocabulary["variable"].to_pylist())),
+            "unknown_variable_events": unknown.total(),
+            "unknown_variables": dict(unknown.most_common(NAMED_UNKNOWN)),
             "patients_without_events": len(without_events),
             "patients_without_events_first": without_events[:NAMED_PATIENTS],
+            "patients_split_by_hash": sum(part.num_split_by_hash for part in parts) if like is None else 0,
             "labels_without_patient": num_labels - sum(part.num_labels for part in parts),
             "variables": vocabulary.num_rows - FIRST_CODE,
             "variables_with_given_statistics": sum(name in given for name in vocabulary["variable"].to_pylist()),
@@ -162,8 +249,13 @@ def build(
         }
         write_atomically(data / SUMMARY_FILE, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
 
+        splits, *tars = (
+            {split: [part.shards[split][place] for part in written if split in part.shards] for split in SPLITS}
+            for place in range(len(suffixes))
+        )
         Manifest(
-            splits={split: [part.shards[split] for part in written if split in part.shards] for split in SPLITS},
+            splits=splits,
+            tars=tars[0] if tars else {},
             files={name: file_sha256(data / name) for name in READ_BY_TRAINING if (data / name).exists()},
             vocabulary_fingerprint=vocabulary_fingerprint(vocabulary),
             num_codes=vocabulary.num_rows,
@@ -177,87 +269,48 @@ def build(
 # ---------------------------------------------------------------------------------------------- tasks
 
 
-def spill_piece(source: Source, piece: Piece, number: int, rule: SplitRule, work: Path) -> Spilled:
+def spill_piece(source: Source, piece: Piece, number: int, rule: SplitRule, rules: Rules, work: Path) -> Spilled:
     """Read and clean a piece; its kept rows go to ``spills/``, the others to ``rejects/``."""
     raw = source.read(piece)
     kept, rejected = clean(raw)
+    num_clipped = 0
+    if rules.ranges:
+        kept, outside, num_clipped = apply_ranges(kept, rules.ranges)
+        rejected = pl.concat([rejected, outside])
     seen = pl.concat([kept[PATIENT_ID], rejected[PATIENT_ID]]).unique().drop_nulls()
     patients = [*seen.filter(seen.str.strip_chars() != ""), *raw.patients]
     write_spill(work / "spills", number, kept, piece.files, patients, rule)
     if rejected.height:
         files = pl.Series(piece.files, dtype=pl.String)
         named = rejected.with_columns(files.gather(rejected["file"]).alias("file")).select(REJECTS_SCHEMA.names)
-        pq.write_table(named.to_arrow().cast(REJECTS_SCHEMA), work / "rejects" / f"{number:05d}.parquet")
+        _write_parquet(
+            work / "rejects" / f"{number:05d}.parquet", REJECTS_SCHEMA, [named.to_arrow().cast(REJECTS_SCHEMA)]
+        )
     return Spilled(
         num_rows=raw.rows.height,
+        num_source_rows=raw.rows.height if raw.num_source_rows is None else raw.num_source_rows,
         num_kept=kept.height,
+        num_clipped=num_clipped,
         rejects=dict(rejected["reason"].value_counts().iter_rows()),
         columns={name: str(dtype) for name, dtype in kept.schema.items()},
     )
 
 
-class InlineExecutor(Executor):
-    """Runs a task when it is submitted, in this process."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-def _executor(workers: int) -> Executor:
-    """Processes with a thread each; one alone works here, with all threads."""
-    if workers == 1:
-        return InlineExecutor()
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_use_one_thread)
-
-
-def _use_one_thread() -> None:
-    os.environ["POLARS_MAX_THREADS"] = "1"  # read when Polars first works, not when it is imported
-    pa.set_cpu_count(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """Runs the tasks of a stage on the executor, and tells how far it is."""
-
-    executor: Executor
-    progress: Progress | None
-
-    def __call__(
-        self, stage: str, task: Callable[..., T], arguments: Sequence[tuple[Any, ...]], size: Callable[[T], int]
-    ) -> list[T]:
-        """The results in the order of ``arguments``; the first failure ends the stage."""
-        done = rows = 0
-        if self.progress is not None:
-            self.progress(stage, done=0, total=len(arguments), rows=0)
-
-        def tell(future: Future[T]) -> None:
-            nonlocal done, rows
-            if self.progress is not None and not future.cancelled() and future.exception() is None:
-                done, rows = done + 1, rows + size(future.result())
-                self.progress(stage, done=done, total=len(arguments), rows=rows)
-
-        futures = []
-        try:
-            for given in arguments:
-                futures.append(self.executor.submit(task, *given))
-                futures[-1].add_done_callback(tell)
-            return [future.result() for future in futures]
-        except BrokenExecutor:
-            raise UserError(
-                f"a worker process was killed while it did {stage!r}, most likely for want of memory; "
-                "use fewer --workers or a smaller --events_per_shard"
-            ) from None
-        finally:
-            for future in futures:
-                future.cancel()
-
-
 # ---------------------------------------------------------------------------------------------- between stages
 
 
-def _write_facts(source: Source, rule: SplitRule, work: Path) -> tuple[str | None, int]:
+def _check_space(source: Source, output: Path) -> None:
+    """Refuse at once what would fill the disk after hours; what is let pass may still do so, and can go on then."""
+    needed = sum(path.stat().st_size * WORK_BYTES.get(path.suffix, 1.0) for path in source.inputs())
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise UserError(
+            f"{output}: the work needs at least {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free; "
+            "free some, or name an --output on another disk"
+        )
+
+
+def _write_facts(source: Source, options: BuildOptions, work: Path) -> tuple[str | None, int]:
     """What is known of patients besides their events, sorted by hash like the spills, to ``facts.arrow``.
 
     Returns:
@@ -265,14 +318,19 @@ def _write_facts(source: Source, rule: SplitRule, work: Path) -> tuple[str | Non
     """
     schema = {PATIENT_ID: pl.String, LABEL: pl.Int8}
     labels_from, labels = source.labels() or (None, pl.DataFrame(schema=schema))
-    splits = source.splits()
+    splits = source.splits() if options.like is None else None
     if splits is None:
         splits = pl.DataFrame(schema={PATIENT_ID: pl.String, SPLIT: pl.String})
     facts = labels.with_columns(in_labels=True).join(splits, on=PATIENT_ID, how="full", coalesce=True)
-    facts = facts.with_columns(
+    subjects = pl.coalesce(SUBJECT, PATIENT_ID) if SUBJECT in facts.columns else pl.col(PATIENT_ID)
+    by_hash = pl.Series(options.rule.split(facts.select(subjects).to_series().to_list()))
+    facts = facts.select(
+        PATIENT_ID,
+        LABEL,
         pl.col("in_labels").fill_null(False),
-        pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8),
-        pl.Series("hash", rule.hashes(facts[PATIENT_ID].to_list())[0]),
+        pl.col(SPLIT).is_null().alias("by_hash"),
+        pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8).fill_null(by_hash),
+        pl.Series("hash", options.rule.hashes(facts[PATIENT_ID].to_list())[0]),
     )
     write_table(work / "facts.arrow", facts.sort("hash").to_arrow())
     return labels_from, labels.height
@@ -287,6 +345,19 @@ def _check_alike(pieces: Sequence[Piece], spilled: Sequence[Spilled]) -> None:
             )
 
 
+def _new_vocabulary(
+    source: Source, rules: Rules, train: Moments, given: dict[str, tuple[float, float]], limits: Limits
+) -> pa.Table:
+    if not train.count.any():
+        raise UserError("the train split has no events; look at --split_fractions, and at the input's columns")
+    vocabulary = make_vocabulary(
+        train, given, min_count=rules.min_count, limits=limits, descriptions=source.descriptions()
+    )
+    if vocabulary.num_rows == FIRST_CODE:
+        raise UserError(f"--min_count {rules.min_count}: no variable has as many events in the train split; lower it")
+    return vocabulary
+
+
 def _write_embeddings(source: Source, vocabulary: pa.Table, data: Path) -> int | None:
     path = source.embeddings()
     if path is None:
@@ -299,20 +370,28 @@ def _write_embeddings(source: Source, vocabulary: pa.Table, data: Path) -> int |
 
 def _finish(work: Path, data: Path, written: Sequence[WrittenPartition], vocabulary: pa.Table) -> dict[str, Any]:
     """Write index, vocabulary and rejects; the counts of what is in the shards."""
-    index = pa.concat_tables(part.index[split] for split in SPLITS for part in written if split in part.index)
-    _write_parquet(data / INDEX_FILE, index.schema, [index])
+    index_of = {
+        split: [
+            work / "index" / f"{split}-{number:05d}.arrow"
+            for number, part in enumerate(written)
+            if split in part.shards
+        ]
+        for split in SPLITS
+    }
+    _write_parquet(data / INDEX_FILE, INDEX_SCHEMA, map(read_table, chain.from_iterable(index_of.values())))
     _write_parquet(data / VOCABULARY_FILE, vocabulary.schema, [vocabulary])
-    rejects = [*sorted((work / "rejects").iterdir()), *sorted((work / "duplicates").iterdir())]
+    rejects = [path for name in ("rejects", "late_rejects") for path in sorted((work / name).glob("*.parquet"))]
     _write_parquet(data / REJECTS_FILE, REJECTS_SCHEMA, (pq.ParquetFile(path).read() for path in rejects))
     counts = {}
     for split in SPLITS:
-        patients = index.filter(pc.equal(index["split"], split))
+        entries = [part.shards[split][0] for part in written if split in part.shards]
+        labels = [read_table(path)["label"] for path in index_of[split]]
         counts[split] = {
-            "patients": patients.num_rows,
-            "sets": pc.sum(patients["num_sets"], min_count=0).as_py(),
-            "events": pc.sum(patients["num_events"], min_count=0).as_py(),
-            "labelled": patients.num_rows - patients["label"].null_count,
-            "positive": pc.sum(patients["label"], min_count=0).as_py(),
+            "patients": sum(entry.num_patients for entry in entries),
+            "sets": sum(entry.num_sets for entry in entries),
+            "events": sum(entry.num_events for entry in entries),
+            "labelled": sum(len(label) - label.null_count for label in labels),
+            "positive": sum(pc.sum(label, min_count=0).as_py() for label in labels),
         }
     totals = {name: sum(counts[split][name] for split in SPLITS) for name in counts["train"]}
     return {
@@ -321,15 +400,14 @@ def _finish(work: Path, data: Path, written: Sequence[WrittenPartition], vocabul
         "events_written": totals["events"],
         "unlabelled_patients": totals["patients"] - totals["labelled"],
         "splits": counts,
-        "shards": sum(len(part.shards) for part in written),
+        "shards": sum(len(entries) for part in written for entries in part.shards.values()),
     }
 
 
 def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
-    sync(path)
 
 
 def _resolved(source: Source, options: BuildOptions) -> dict[str, Any]:
@@ -339,8 +417,10 @@ def _resolved(source: Source, options: BuildOptions) -> dict[str, Any]:
         **source.options,
         "split_fractions": list(options.rule.fractions),
         "split_seed": options.rule.seed,
+        **options.rules.options,
+        "like": options.like and options.like.manifest.fingerprint,
         "events_per_shard": options.events_per_shard,
-        "shard_format": "parquet",
+        "shard_format": options.shard_format,
     }
 
 
@@ -348,5 +428,14 @@ def _fingerprint(source: Source, resolved: dict[str, Any]) -> str:
     """sha256 over the options, and the names and the content of all files read."""
     inputs = source.inputs()
     with ThreadPoolExecutor() as threads:
-        digests = sorted(zip((path.name for path in inputs), threads.map(file_sha256, inputs), strict=True))
+        digests = sorted(zip((path.name for path in inputs), threads.map(_digest, inputs), strict=True))
     return hashlib.sha256(json.dumps([resolved, digests], sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise unreadable(path, error) from None

@@ -14,7 +14,8 @@ from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 from pipeline.sources.source import FILE, ROW, RawRows, patient_ids
 
 DUPLICATE: Final = "duplicate"
-"""The one reason that is found later, by pipeline.build: it takes all rows of a patient together."""
+NO_ORIGIN: Final = "no_origin"
+"""Reasons that are found later, by pipeline.partition: they take all rows of a patient together."""
 
 RESERVED_VARIABLES: Final = ("<padding>", "<unknown>")
 """Names of the first two rows of the vocabulary."""
@@ -39,8 +40,9 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The rows to keep and the rows to reject.
 
     Returns:
-        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` string, ``minute`` float64 or ``Datetime("us")``,
-        ``variable`` string, ``value`` float32 (null = no number), and ``set_index`` int64 where the input has it.
+        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` string, ``minute`` float64, or ``Datetime("us")`` and null
+        where static, ``variable`` string, ``value`` float32 and null where there is no number, and ``set_index`` int64
+        where the input has it.
         Rejected: ``reason``, ``file``, ``row``, and the other columns as text, as they came.
     """
     rows = raw.rows
@@ -60,7 +62,7 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
         "no_patient": _is_blank(PATIENT_ID),
         "no_variable": _is_blank(VARIABLE),
         "reserved_variable": pl.col(VARIABLE).is_in(RESERVED_VARIABLES),
-        "bad_minute": minute.is_null() if instants else minute.is_null() | ~minute.is_finite(),
+        "bad_minute": (minute.is_null() & (not raw.static)) if instants else minute.is_null() | ~minute.is_finite(),
         "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +16,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.clean import DUPLICATE, REJECTS_SCHEMA
+from pipeline.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
+from pipeline.rules import MOST, Bools, Limits, Rules, Sieve, repeats
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, UNKNOWN_CODE, VALUE
-from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, ShardEntry, write_shard
-from pipeline.sources.source import FILE, LABEL, MICROSECONDS, ROW, SPLIT
-from pipeline.spill import PartitionRows, read_partition, read_slice, read_table, write_table
+from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, ShardEntry, replacing, write_shard
+from pipeline.sources.source import FILE, LABEL, MICROSECONDS, ROW, SPLIT, Origin
+from pipeline.spill import STATIC_INSTANT, PartitionRows, read_partition, read_slice, read_table, write_table
 from pipeline.statistics import Moments, SplitRule
 
 Ints: TypeAlias = npt.NDArray[np.integer[Any]]
-Bools: TypeAlias = npt.NDArray[np.bool_]
-
-MOST: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,51 +36,84 @@ class SortedPartition:
         num_events: events kept, of all splits.
         without_events: patients that have no kept row, and are not written.
         num_labels: rows of the label file that name one of its patients.
+        num_split_by_hash: patients that the input gives no split.
+        num_clipped: values that a rule changed.
+        rejects: rows of the spills that are not kept, by reason.
     """
 
     train: Moments
     num_events: int
     without_events: list[str]
     num_labels: int
+    num_split_by_hash: int
+    num_clipped: int
+    rejects: dict[str, int]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        return cls(**(content | {"train": Moments.from_json(content["train"])}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenPartition:
-    """The shards of a partition, their rows of the index (both by split), and counts of events."""
+    """The shards of a partition, of each split one a format, and counts of events: all, and unknown by variable."""
 
-    shards: dict[str, ShardEntry]
-    index: dict[str, pa.Table]
+    shards: dict[str, list[ShardEntry]]
     num_events: int
-    num_unknown: int
+    unknown: dict[str, int]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        shards = {split: [ShardEntry(**entry) for entry in entries] for split, entries in content["shards"].items()}
+        return cls(**(content | {"shards": shards}))
+
+
+def measure_partition(
+    work: Path, num_pieces: int, partition: int, num_partitions: int, rule: SplitRule, origin: Origin
+) -> Moments:
+    """Of the train split, duplicates dropped: what outliers are told by, before anything is written."""
+    rows, patients, sieve = _read_sorted(work, num_pieces, partition, num_partitions, rule, origin)
+    in_train = _in_train(patients)[sieve.kept["patient"].to_numpy()]
+    variable, value = (sieve.kept[name].to_numpy()[in_train] for name in ("variable", "value"))
+    return Moments.of(rows.variables, variable, value)
 
 
 def sort_partition(
-    work: Path, num_pieces: int, partition: int, num_partitions: int, rule: SplitRule
+    work: Path,
+    num_pieces: int,
+    partition: int,
+    num_partitions: int,
+    rule: SplitRule,
+    origin: Origin,
+    rules: Rules,
+    limits: Limits,
 ) -> SortedPartition:
-    """Drop duplicates, make sets, sort; to ``sorted/<partition>.arrow`` and ``duplicates/<partition>.parquet``.
+    """Drop duplicates, apply the rules, make sets, sort; to ``sorted/<partition>.arrow`` and ``late_rejects/``.
 
     The sorted file holds the shards of all splits before codes are known: ``code`` is a position among the variables
     named in its metadata, and ``value`` is not scaled.
     """
-    rows = read_partition(work / "spills", num_pieces, partition, num_partitions)
-    facts, _ = read_slice(work / "facts.arrow", partition, num_partitions)
-
-    events = _sort_events(rows)
-    duplicate = _repeats(events, ["patient", "set", "variable", "value", "minute"])
-    _write_duplicates(work / "duplicates" / f"{partition:05d}.parquet", rows, events.filter(pl.Series(duplicate)))
-    events = events.filter(pl.Series(~duplicate))
+    rows, patients, sieve = _read_sorted(work, num_pieces, partition, num_partitions, rule, origin)
+    if limits:
+        sieve.limit(rows.variables, limits, rules.outlier_action)
+    if rules.aggregate != "none":
+        sieve.aggregate(rules.aggregate)
+    if rules.min_events > 1:
+        sieve.drop_short(rules.min_events)
+    _write_rejects(work / "late_rejects" / f"{partition:05d}.parquet", rows, sieve.rejected)
+    events = sieve.kept
     patient, code, value = (events[name].to_numpy() for name in ("patient", "variable", "value"))
 
-    set_start = np.flatnonzero(~_repeats(events, ["patient", "set"]))
+    set_start = np.flatnonzero(~repeats(events, ["patient", "set"]))
     set_size = np.diff(set_start, append=len(patient))
+    set_minute = _reduce(np.minimum, events["minute"].to_numpy(), set_start)
     set_patient = patient[set_start]
     patient_start = np.flatnonzero(np.diff(set_patient, prepend=-1))
     num_sets = np.diff(patient_start, append=len(set_start))
-    patients = _patients(rows.patient_ids, facts, rule)
     present = set_patient[patient_start]
     num_events = np.bincount(patient, minlength=patients.height)[present]
     split = patients[SPLIT].to_numpy()
-    in_train = (split == SPLITS.index("train"))[patient]
+    in_train = _in_train(patients)[patient]
 
     table = pa.table(
         {
@@ -87,7 +121,7 @@ def sort_partition(
             "label": patients[LABEL].gather(present).to_arrow(),
             "num_events": num_events.astype(np.int32),
             "num_sets": num_sets.astype(np.int32),
-            "minute": _lists(num_sets, _reduce(np.minimum, events["minute"].to_numpy(), set_start)),
+            "minute": _lists(num_sets, np.where(np.isneginf(set_minute), np.nan, set_minute)),
             "set_size": _lists(num_sets, set_size.astype(np.int32)),
             "code": _lists(num_events, code),
             "value": _lists(num_events, value),
@@ -106,52 +140,75 @@ def sort_partition(
         num_events=len(patient),
         without_events=patients[PATIENT_ID].filter(pl.Series(absent)).to_list(),
         num_labels=int(patients["in_labels"].sum()),
+        num_split_by_hash=int(patients["by_hash"].sum()),
+        num_clipped=sieve.num_clipped,
+        rejects={reason: events.height for reason, events in sieve.rejected.items()},
     )
 
 
-def _sort_events(rows: PartitionRows) -> pl.DataFrame:
+def _read_sorted(
+    work: Path, num_pieces: int, partition: int, num_partitions: int, rule: SplitRule, origin: Origin
+) -> tuple[PartitionRows, pl.DataFrame, Sieve]:
+    """A partition's rows, what is known of its patients, and its events in the order of shards, without duplicates."""
+    rows = read_partition(work / "spills", num_pieces, partition, num_partitions)
+    facts, _ = read_slice(work / "facts.arrow", partition, num_partitions)
+    sieve = _sort_events(rows, origin)
+    sieve.drop(DUPLICATE, repeats(sieve.kept, ["patient", "set", "variable", "value", "minute"]))
+    return rows, _patients(rows.patient_ids, facts, rule), sieve
+
+
+def _in_train(patients: pl.DataFrame) -> Bools:
+    return (patients[SPLIT] == SPLITS.index("train")).to_numpy()
+
+
+def _sort_events(rows: PartitionRows, origin: Origin) -> Sieve:
     """``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position`` in the order of shards.
 
     Sets stand in the order of their least minute, then of ``set_index``; events of a set in the order of variable,
-    value (none last) and minute; like events as they came.
+    value (none last) and minute; like events as they came.  The minute of static events is before all: minus infinity.
     """
     minute, value = rows.table[MINUTE].to_numpy(), rows.table[VALUE].to_numpy()
     events = pl.DataFrame({"patient": rows.patient, "variable": rows.variable, "value": value, "minute": minute})
+    sieve = Sieve(events.with_row_index("position"))
     if minute.dtype == np.int64:
-        since_first = pl.col("minute") - pl.col("minute").min().over("patient")
-        events = events.with_columns(since_first / MICROSECONDS)
+        counts = pl.Series("counts", origin.counts(rows.variables)[rows.variable])
+        minutes = _since_origin(fall_back=origin.variable is None)
+        sieve.kept = sieve.kept.with_columns(counts).with_columns(minutes).drop("counts")
+        sieve.drop(NO_ORIGIN, sieve.kept["minute"].is_null().to_numpy())
     keys = ["patient", "set", "variable", "value", "minute"]
     if SET_INDEX in rows.table.column_names:
-        events = events.with_columns(pl.Series("set", rows.table[SET_INDEX].to_numpy()))
-        events = events.with_columns(pl.col("minute").min().over("patient", "set").alias("first"))
+        set_index = pl.Series("set", rows.table[SET_INDEX].to_numpy()).gather(sieve.kept["position"])
+        sieve.kept = sieve.kept.with_columns(set_index).with_columns(
+            first=pl.col("minute").min().over("patient", "set")
+        )
         keys.insert(1, "first")
     else:
-        events = events.with_columns(pl.col("minute").floor().alias("set"))
-    return events.with_row_index("position").sort(keys, maintain_order=True)
+        sieve.kept = sieve.kept.with_columns(pl.col("minute").floor().alias("set"))
+    sieve.kept = sieve.kept.sort(keys, maintain_order=True)
+    return sieve
 
 
-def _repeats(events: pl.DataFrame, columns: list[str]) -> Bools:
-    """[E] whether an event equals the one before it in all ``columns``; NaN equals NaN."""
-    repeats = np.ones(events.height, dtype=np.bool_)
-    repeats[:1] = False
-    for name in columns:
-        column = events[name].to_numpy()
-        before, after = column[:-1], column[1:]
-        same = before == after
-        if column.dtype.kind == "f":
-            same |= np.isnan(before) & np.isnan(after)
-        repeats[1:] &= same
-    return repeats
+def _since_origin(*, fall_back: bool) -> pl.Expr:
+    """Minutes from the patient's first event that ``counts``, else, if to ``fall_back``, from its first, else null."""
+    instant = pl.col("minute")
+    timed = instant != STATIC_INSTANT
+    origin = pl.when(timed & pl.col("counts")).then(instant).min().over("patient")
+    if fall_back:
+        origin = pl.coalesce(origin, pl.when(timed).then(instant).min().over("patient"))
+    return pl.when(timed).then((instant - origin) / MICROSECONDS).otherwise(-math.inf).alias("minute")
 
 
 def _patients(patient_ids: list[str], facts: pa.Table, rule: SplitRule) -> pl.DataFrame:
-    """``patient_id``, ``label``, ``split`` (position in ``SPLITS``), ``in_labels``; in the order given."""
+    """``patient_id``, ``label``, ``split`` (position in ``SPLITS``), ``in_labels``, ``by_hash``; in the order given."""
     known = pl.from_arrow(facts.drop_columns("hash"))
     assert isinstance(known, pl.DataFrame)
     patients = pl.DataFrame({PATIENT_ID: pl.Series(patient_ids, dtype=pl.String)})
     patients = patients.join(known, on=PATIENT_ID, how="left", maintain_order="left")
-    by_hash = pl.Series(rule.split(patient_ids))
-    return patients.with_columns(pl.col(SPLIT).fill_null(by_hash), pl.col("in_labels").fill_null(False))
+    return patients.with_columns(
+        pl.col(SPLIT).fill_null(pl.Series(rule.split(patient_ids))),
+        pl.col("in_labels").fill_null(False),
+        pl.col("by_hash").fill_null(True),
+    )
 
 
 def _reduce(function: np.ufunc, values: npt.NDArray[Any], starts: Ints) -> npt.NDArray[Any]:
@@ -166,41 +223,48 @@ def _lists(sizes: Ints, values: npt.NDArray[Any]) -> pa.Array:
     )
 
 
-def _write_duplicates(path: Path, rows: PartitionRows, duplicates: pl.DataFrame) -> None:
-    """As rejects, in canonical form: a duplicate has passed all tests, and its text is no longer there."""
-    origin = rows.table.select([FILE, ROW, MINUTE, VALUE]).take(duplicates["position"].to_numpy())
-    table = pa.table(
-        {
-            "reason": pa.repeat(pa.scalar(DUPLICATE), duplicates.height),
+def _write_rejects(path: Path, rows: PartitionRows, rejected: dict[str, pl.DataFrame]) -> None:
+    """In canonical form: these rows have passed all tests of ``pipeline.clean``, and their text is no longer there."""
+    tables = []
+    for reason, events in rejected.items():
+        origin = rows.table.select([FILE, ROW, VALUE]).take(events["position"].to_numpy())
+        table = {
+            "reason": pa.repeat(pa.scalar(reason), events.height),
             "file": origin[FILE].cast(pa.string()),
             "row": origin[ROW],
-            "patient_id": pa.array(rows.patient_ids, pa.string()).take(duplicates["patient"].to_arrow()),
-            "minute": duplicates["minute"].to_arrow().cast(pa.string()),
-            "variable": pa.array(rows.variables, pa.string()).take(duplicates["variable"].to_arrow()),
+            "patient_id": pa.array(rows.patient_ids, pa.string()).take(events["patient"].to_arrow()),
+            "minute": events["minute"].replace(-math.inf, None).to_arrow().cast(pa.string()),
+            "variable": pa.array(rows.variables, pa.string()).take(events["variable"].to_arrow()),
             "value": origin[VALUE].cast(pa.string()),
-        },
-    )
-    pq.write_table(table.cast(REJECTS_SCHEMA), path)
+        }
+        tables.append(pa.table(table).cast(REJECTS_SCHEMA))
+    with replacing(path) as temporary:
+        pq.write_table(pa.concat_tables(tables) if tables else REJECTS_SCHEMA.empty_table(), temporary)
 
 
-def write_partition(work: Path, data: Path, partition: int, vocabulary: pa.Table) -> WrittenPartition:
-    """Write one shard a split below ``data``, with the vocabulary's codes and scaled values."""
+def write_partition(
+    work: Path, data: Path, partition: int, vocabulary: pa.Table, suffixes: Sequence[str]
+) -> WrittenPartition:
+    """Write one shard a split below ``data``, with the vocabulary's codes and scaled values.
+
+    Its rows of the index go to ``index/<split>-<partition>.arrow``, and name the shard of the first suffix.
+    """
     table = read_table(work / "sorted" / f"{partition:05d}.arrow")
     variables = json.loads(table.schema.metadata[b"variables"])
     code_of = dict(zip(vocabulary["variable"].to_pylist(), range(vocabulary.num_rows), strict=True))
     codes = np.array([code_of.get(variable, UNKNOWN_CODE) for variable in variables], dtype=np.int32)
-    shards: dict[str, ShardEntry] = {}
-    index: dict[str, pa.Table] = {}
-    num_unknown = 0
+    shards: dict[str, list[ShardEntry]] = {}
+    unknown: Counter[str] = Counter()
     for number, split in enumerate(SPLITS):
         rows = table.filter(pa.array(table["split_number"].to_numpy() == number))
         if not rows.num_rows:
             continue
-        code = codes[rows["code"].combine_chunks().flatten().to_numpy()]
+        place = rows["code"].combine_chunks().flatten().to_numpy()
+        code = codes[place]
         value = rows["value"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        unknown = code == UNKNOWN_CODE
-        if unknown.any():  # they stand where their names would
-            num_unknown += int(unknown.sum())
+        if (code == UNKNOWN_CODE).any():  # they stand where their names would
+            count = np.bincount(place, minlength=len(variables))
+            unknown += Counter({variables[at]: int(count[at]) for at in np.flatnonzero(codes == UNKNOWN_CODE)})
             set_sizes = rows["set_size"].combine_chunks().flatten().to_numpy()
             order = np.lexsort((code, np.repeat(np.arange(len(set_sizes)), set_sizes)))
             code, value = code[order], value[order]
@@ -212,15 +276,15 @@ def write_partition(work: Path, data: Path, partition: int, vocabulary: pa.Table
                 "value": _lists(rows["num_events"].to_numpy(), scaled.clip(-MOST, MOST).astype(np.float32)),
             }
         ).cast(SHARD_SCHEMA)
-        path = f"{split}/{partition:05d}.parquet"
-        shards[split] = write_shard(shard, data, path)
+        paths = [f"{split}/{partition:05d}{suffix}" for suffix in suffixes]
+        shards[split] = [write_shard(shard, data, path) for path in paths]
         rows = rows.append_column("split", pa.repeat(split, rows.num_rows))
-        rows = rows.append_column("shard", pa.repeat(path, rows.num_rows))
+        rows = rows.append_column("shard", pa.repeat(paths[0], rows.num_rows))
         rows = rows.append_column("position", pa.array(np.arange(rows.num_rows)))
-        index[split] = rows.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        index = rows.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        write_table(work / "index" / f"{split}-{partition:05d}.arrow", index)
     return WrittenPartition(
         shards=shards,
-        index=index,
-        num_events=sum(shard.num_events for shard in shards.values()),
-        num_unknown=num_unknown,
+        num_events=sum(entries[0].num_events for entries in shards.values()),
+        unknown=dict(unknown),
     )

@@ -1,6 +1,7 @@
 """The output folder: one run at a time, nothing of others touched, complete or not there.
 
-A run stages everything in ``OUTPUT/.preprocess``.  Publishing removes what an older data set's manifest names,
+A run stages everything in ``OUTPUT/.preprocess``.  One that is stopped leaves it there, and the next run on the same
+input and options goes on with it.  Publishing removes what an older data set's manifest names,
 moves the staged files out, and the manifest last.  Killed in between, the next run finds the staged manifest and ends
 the move.
 """
@@ -8,15 +9,17 @@ the move.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from pipeline.schema import (
     EMBEDDINGS_FILE,
+    FORMAT_VERSION,
     INDEX_FILE,
     MANIFEST_FILE,
     REJECTS_FILE,
@@ -26,17 +29,34 @@ from pipeline.schema import (
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.shards import Manifest, sync
+from pipeline.shards import TEMPORARY, Manifest, sync, write_atomically
 
 WORK: Final = ".preprocess"
+LOCK_FILE: Final = "lock"
+RUN_FILE: Final = "run.json"
+"""In the work folder: of what input and options its content is."""
+
 FILES: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE, REJECTS_FILE, SUMMARY_FILE, REPORT_FILE)
 
 
 @contextmanager
-def output_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Claim ``output`` and give an empty work folder in it, whose ``data`` is published in the end.
+def output_folder(
+    output: Path, fingerprint: str, *, overwrite: bool, say: Callable[[str], None]
+) -> Iterator[Path | None]:
+    """Claim ``output`` and give a work folder in it, whose ``data`` is published in the end.
 
-    On an error the work folder is removed, and so is the output folder if this made it.
+    The work folder holds what a stopped run of the same ``fingerprint`` left, and nothing else.  It is kept when the
+    body is stopped by the system (a full disk, a lost worker) or by hand; on any other error it is removed, and so is
+    the output folder if this made it.
+
+    Args:
+        output: the folder.
+        fingerprint: of input and options, as in the manifest.
+        overwrite: replace a data set that is there.
+        say: told, in a line, when the work is not begun from nothing.
+
+    Yields:
+        The work folder; None where the data set of ``fingerprint`` is there already.
 
     Raises:
         UserError: it holds files that are no data set, a data set that may not be overwritten, or another run's work.
@@ -47,24 +67,30 @@ def output_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     made = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     with _lock(work):
-        moving = (work / "data" / MANIFEST_FILE).exists()
-        try:
-            if moving:
-                _publish(work, output)
-                moving = False
-            _refuse_others(output, overwrite=overwrite)
-            for leftover in work.iterdir():
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-            (work / "data").mkdir()
-            yield work
-            _refuse_collisions(work, output)
-            moving = True
+        if (work / "data" / MANIFEST_FILE).exists():
             _publish(work, output)
-            moving = False
+            _clear(work)
+        keep = (work / RUN_FILE).exists()  # a run that is refused throws away nothing
+        try:
+            if _is_complete(output, fingerprint, overwrite=overwrite):
+                say("the data set of this input and these options is here already; nothing to do")
+                keep = False
+                yield None
+                return
+            _take_up(work, fingerprint, say)
+            keep = False
+            try:
+                yield work
+            except (OSError, MemoryError, KeyboardInterrupt):
+                keep = True
+                raise
+            _refuse_collisions(work, output)
+            keep = True  # from here on the next run ends the move
+            _publish(work, output)
+            keep = False
         finally:
-            if not moving:  # else the next run ends the move
-                shutil.rmtree(work)
+            if not keep:
+                _remove(work)
             if made and not any(output.iterdir()):
                 output.rmdir()
 
@@ -72,8 +98,8 @@ def output_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
 @contextmanager
 def _lock(work: Path) -> Iterator[None]:
     """Hold the work folder; the system lets go of it when the process ends, however it ends."""
-    lock = work / "lock"
-    if work.exists() and not lock.exists():
+    lock = work / LOCK_FILE
+    if work.exists() and not lock.exists() and any(work.iterdir()):
         raise UserError(f"{work}: not made by preprocess.py; remove it, or name another --output")
     work.mkdir(exist_ok=True)
     with lock.open("w") as file:
@@ -86,21 +112,65 @@ def _lock(work: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_others(output: Path, *, overwrite: bool) -> None:
-    if (output / MANIFEST_FILE).exists():
-        if not overwrite:
-            raise UserError(f"{output}: holds a data set; give --overwrite to replace it, or name another --output")
-        Manifest.load(output)
-        return
-    others = sorted(path.name for path in output.iterdir() if path.name != WORK)
-    if others:
-        raise UserError(f"{output}: holds {others[0]!r} and no data set; name an empty or a new folder with --output")
+def _is_complete(output: Path, fingerprint: str, *, overwrite: bool) -> bool:
+    """Whether the data set of ``fingerprint`` is there; if not, the folder may be written to."""
+    if not (output / MANIFEST_FILE).exists():
+        others = sorted(path.name for path in output.iterdir() if path.name != WORK)
+        if others:
+            raise UserError(
+                f"{output}: holds {others[0]!r} and no data set; name an empty or a new folder with --output"
+            )
+        return False
+    manifest = Manifest.load(output)
+    if overwrite:
+        return False
+    if manifest.fingerprint != fingerprint:
+        raise UserError(
+            f"{output}: holds a data set of other input or options; give --overwrite to replace it, "
+            "or name another --output"
+        )
+    for entry in manifest.shards():
+        path = output / entry.path
+        if not path.is_file() or path.stat().st_size != entry.num_bytes:
+            raise UserError(f"{path}: missing, or not as it was written; give --overwrite to make the data set again")
+    return True
+
+
+def _take_up(work: Path, fingerprint: str, say: Callable[[str], None]) -> None:
+    """Leave in the work folder what a run of ``fingerprint`` can go on with."""
+    run = work / RUN_FILE
+    content = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint}).encode()
+    if run.exists():
+        if run.read_bytes() == content:
+            say("an earlier run was stopped; it goes on where it was")
+            for leftover in work.rglob(f"*{TEMPORARY}"):
+                leftover.unlink()
+            return
+        say("an earlier run was stopped, but input or options are others now; beginning afresh")
+    _clear(work)
+    write_atomically(run, content)
+
+
+def _clear(work: Path) -> None:
+    (work / RUN_FILE).unlink(missing_ok=True)  # first: what is left half cleared is nothing to go on with
+    for leftover in work.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name != LOCK_FILE:
+            leftover.unlink()
+
+
+def _remove(work: Path) -> None:
+    """The lock last: a folder with other files and no lock is not ours."""
+    _clear(work)
+    (work / LOCK_FILE).unlink()
+    with suppress(OSError):  # another run came in between, and locked it
+        work.rmdir()
 
 
 def _names(data_set: Path) -> list[str]:
     """Every file of a data set but its manifest."""
-    shards = Manifest.load(data_set).splits.values()
-    return [*FILES, *(entry.path for entries in shards for entry in entries)]
+    return [*FILES, *(entry.path for entry in Manifest.load(data_set).shards())]
 
 
 def _refuse_collisions(work: Path, output: Path) -> None:
@@ -115,6 +185,7 @@ def _refuse_collisions(work: Path, output: Path) -> None:
 def _publish(work: Path, output: Path) -> None:
     """Replace the data set in ``output`` by the staged one.  Each step can be repeated after a kill."""
     stage, replaced = work / "data", work / "replaced"
+    (work / RUN_FILE).unlink(missing_ok=True)  # without its shards the rest is nothing to go on with
     if (output / MANIFEST_FILE).exists():
         replaced.mkdir(exist_ok=True)
         os.replace(output / MANIFEST_FILE, replaced / MANIFEST_FILE)
@@ -122,11 +193,10 @@ def _publish(work: Path, output: Path) -> None:
         for name in _names(replaced):
             (output / name).unlink(missing_ok=True)
         (replaced / MANIFEST_FILE).unlink()
-    for staged in sorted(path for path in stage.rglob("*") if path.is_file()):
-        target = output / staged.relative_to(stage)
-        if target.name != MANIFEST_FILE:
-            target.parent.mkdir(exist_ok=True)
-            os.replace(staged, target)
+    for name in _names(stage):
+        if (stage / name).exists():
+            (output / name).parent.mkdir(exist_ok=True)
+            os.replace(stage / name, output / name)
     for split in SPLITS:
         if (folder := output / split).is_dir():
             sync(folder)

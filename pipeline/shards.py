@@ -3,6 +3,8 @@
 A Parquet shard has a row a patient (``SHARD_SCHEMA``), sorted by ``num_events``, in row groups of about
 ``ROW_GROUP_EVENTS`` events, so that a range of lengths is a range of row groups.  The lists of a row are slices
 of flat Arrow buffers: reading a shard gives flat arrays and offsets, and touches no single patient.
+
+A WebDataset shard (``pipeline.tars``) holds the same rows as a tar; both are read to the same arrays, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ import hashlib
 import itertools
 import json
 import os
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +28,13 @@ import pyarrow.parquet as pq
 
 from pipeline.flat import offsets_of
 from pipeline.schema import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, UNLABELLED, VOCABULARY_FILE, UserError
+from pipeline.tars import read_tar, write_tar
+
+SHARD_SUFFIXES: Final = {"parquet": (".parquet",), "webdataset": (".tar",), "both": (".parquet", ".tar")}
+"""Files of a shard by ``--shard_format``; the first is the one that training reads."""
+
+TEMPORARY: Final = ".tmp"
+"""Ends the names of files that are not complete."""
 
 ROW_GROUP_EVENTS = 1 << 17
 """About how many events share a row group: 1 MiB of codes and values, the least worth a read of its own."""
@@ -33,7 +45,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("label", pa.int8()),  # null = unlabelled
         pa.field("num_events", pa.int32(), nullable=False),
         pa.field("num_sets", pa.int32(), nullable=False),
-        pa.field("minute", pa.list_(pa.field("item", pa.float64(), nullable=False)), nullable=False),  # a set
+        pa.field("minute", pa.list_(pa.field("item", pa.float64())), nullable=False),  # a set; null = the static set
         pa.field("set_size", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # a set
         pa.field("code", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # an event
         pa.field("value", pa.list_(pa.field("item", pa.float32())), nullable=False),  # an event; null = no number
@@ -60,6 +72,9 @@ VOCABULARY_SCHEMA = pa.schema(
         pa.field("count", pa.int64(), nullable=False),
         pa.field("mean", pa.float64(), nullable=False),
         pa.field("std", pa.float64(), nullable=False),
+        pa.field("low", pa.float64()),  # outliers are below low or above high; null where there is no such rule
+        pa.field("high", pa.float64()),
+        pa.field("description", pa.string()),  # null where the input has none
     ]
 )
 
@@ -81,7 +96,8 @@ class Manifest:
     """What a data directory holds.  Written last: where it is, everything it names was complete.
 
     Attributes:
-        splits: the shards of each split.
+        splits: the shards of each split, as training reads them.
+        tars: the same shards again as WebDataset tars, where both formats were asked for.
         files: sha256 of every other file that training reads, by name.
         vocabulary_fingerprint: sha256 over names, means and stds; a checkpoint carries it and refuses another.
         num_codes: rows of the vocabulary, padding and unknown included.
@@ -97,7 +113,13 @@ class Manifest:
     embedding_dim: int | None
     options: dict[str, Any]
     fingerprint: str
+    tars: dict[str, list[ShardEntry]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def shards(self) -> list[ShardEntry]:
+        """All files of shards, of all splits and both formats."""
+        given = (*self.splits.values(), *self.tars.values())
+        return [entry for entries in given for entry in entries]
 
     def save(self, directory: Path) -> None:
         write_atomically(
@@ -121,10 +143,11 @@ class Manifest:
         try:
             version = content["format_version"]
             if version == FORMAT_VERSION:
-                entries = {
-                    split: [ShardEntry(**entry) for entry in shards] for split, shards in content.pop("splits").items()
+                shards = {
+                    name: {split: [ShardEntry(**entry) for entry in entries] for split, entries in given.items()}
+                    for name, given in (("splits", content["splits"]), ("tars", content["tars"]))
                 }
-                return cls(splits=entries, **content)
+                return cls(**(content | shards))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a manifest of this project ({error}); run preprocess.py again") from None
         raise UserError(
@@ -139,7 +162,7 @@ class FlatPatients:
     Attributes:
         patient_offsets: [P+1] int64, into the sets.
         set_offsets: [S+1] int64, into the events.
-        minute: [S] float32.
+        minute: [S] float32; of a static set the minute of the patient's next set, 0 where there is none.
         code: [E] int32.
         value: [E] float32, 0 where the event has no number.
         has_value: [E] bool.
@@ -158,28 +181,38 @@ class FlatPatients:
 
 
 def write_shard(table: pa.Table, directory: Path, path: str) -> ShardEntry:
-    """Write ``table`` (``SHARD_SCHEMA``, sorted) as the Parquet file ``directory/path``; its entry for the manifest."""
+    """Write ``table`` (``SHARD_SCHEMA``, sorted) to ``directory/path``, ``.parquet`` or ``.tar``.
+
+    Returns:
+        Its entry for the manifest.
+    """
     target = directory / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    events_before = np.concatenate([[0], np.cumsum(table["num_events"].to_numpy(), dtype=np.int64)])
-    group = events_before[:-1] // ROW_GROUP_EVENTS
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [table.num_rows]])
-    with pq.ParquetWriter(target, SHARD_SCHEMA, compression="zstd", version="2.6", write_statistics=True) as writer:
-        for start, stop in itertools.pairwise(starts.tolist()):
-            writer.write_table(table.slice(start, stop - start))
-    sync(target)
+    with replacing(target) as temporary:
+        if target.suffix == ".tar":
+            write_tar(table, temporary, target.stem)
+        else:
+            _write_row_groups(table, temporary)
     return ShardEntry(
         path=path,
         num_patients=table.num_rows,
         num_sets=int(np.sum(table["num_sets"].to_numpy(), dtype=np.int64)),
-        num_events=int(events_before[-1]),
+        num_events=int(np.sum(table["num_events"].to_numpy(), dtype=np.int64)),
         num_bytes=target.stat().st_size,
         sha256=file_sha256(target),
     )
 
 
+def _write_row_groups(table: pa.Table, path: Path) -> None:
+    group = offsets_of(table["num_events"].to_numpy())[:-1] // ROW_GROUP_EVENTS
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [table.num_rows]])
+    with pq.ParquetWriter(path, SHARD_SCHEMA, compression="zstd", version="2.6", write_statistics=True) as writer:
+        for start, stop in itertools.pairwise(starts.tolist()):
+            writer.write_table(table.slice(start, stop - start))
+
+
 def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> FlatPatients:
-    """The patients of one Parquet shard, in its order.
+    """The patients of one shard of either format, in its order.
 
     Raises:
         UserError: the file is missing, its checksum is not the manifest's, or its content contradicts itself.
@@ -187,11 +220,12 @@ def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> Fl
     path = directory / entry.path
     hint = "the data set is damaged: copy it again, or run preprocess.py again"
     try:
-        if verify and file_sha256(path) != entry.sha256:
-            raise UserError(f"{path}: checksum differs from the manifest's; {hint}")
-        table = pq.read_table(path, schema=SHARD_SCHEMA).combine_chunks()
-    except (OSError, pa.ArrowException) as error:
+        intact = not verify or file_sha256(path) == entry.sha256
+        table = _read_rows(path) if intact else SHARD_SCHEMA.empty_table()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
+    if not intact:
+        raise UserError(f"{path}: checksum differs from the manifest's; {hint}")
     if not table.num_rows:
         raise UserError(f"{path}: holds no patients; {hint}")
     columns = {name: table[name].chunk(0) for name in SHARD_SCHEMA.names}
@@ -201,10 +235,11 @@ def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> Fl
 
     set_size = flat("set_size").to_numpy()
     value = flat("value")
+    patient_offsets = offsets_of(columns["num_sets"].to_numpy())
     patients = FlatPatients(
-        patient_offsets=offsets_of(columns["num_sets"].to_numpy()),
+        patient_offsets=patient_offsets,
         set_offsets=offsets_of(set_size),
-        minute=flat("minute").to_numpy().astype(np.float32),
+        minute=_with_static(flat("minute").to_numpy(zero_copy_only=False), patient_offsets).astype(np.float32),
         code=flat("code").to_numpy(),
         value=pc.fill_null(value, 0.0).to_numpy(),
         has_value=pc.is_valid(value).to_numpy(zero_copy_only=False),
@@ -217,6 +252,22 @@ def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> Fl
     if sizes != expected or ends != (entry.num_sets, entry.num_events) or set_size.min() < 1:
         raise UserError(f"{path}: {sizes} patients, sets, events and values, the manifest says {expected}; {hint}")
     return patients
+
+
+def _with_static(minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """[S] minutes, with one for each static set (NaN), which can only be a patient's first."""
+    static = np.flatnonzero(np.isnan(minute))
+    if not len(static):
+        return minute
+    filled, alone = minute.copy(), np.isin(static + 1, patient_offsets)
+    filled[static] = np.where(alone, 0.0, minute[np.minimum(static + 1, len(minute) - 1)])
+    return filled
+
+
+def _read_rows(path: Path) -> pa.Table:
+    if path.suffix == ".tar":
+        return read_tar(path).cast(SHARD_SCHEMA)
+    return pq.read_table(path, schema=SHARD_SCHEMA).combine_chunks()
 
 
 def read_index(directory: Path, manifest: Manifest) -> pa.Table:
@@ -265,15 +316,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``path`` so that it is the old file or the new one at every moment, through power loss too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a new path beside ``path`` to write to, which then takes its place.
+
+    ``path`` is the old file or the new one, whole, at every moment, through power loss too, and whoever else writes it.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` by way of :func:`replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,8 +1,9 @@
 """Kept rows on disk between the first two stages: a spill a piece, sorted by a hash of the patient.
 
 A partition is a range of hashes, so it is one run of rows in each spill, and partitions of any number can be cut from
-the same spills once the number of events is known.  Spills are uncompressed Arrow files, mapped and not read: a
-partition costs the memory of its own rows.
+the same spills once the number of events is known.  Spills are uncompressed Arrow files of small record batches, and a
+partition reads those that hold its rows.  (Mapping them would cost no copy; but the system maps megabytes around each
+run of rows, from every spill, and memory would grow with the number of spills.)
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
+from pipeline.shards import replacing
 from pipeline.sources.source import FILE, ROW
 from pipeline.statistics import HASH_BITS, SplitRule
+
+STATIC_INSTANT = np.iinfo(np.int64).min
+"""Stands for no instant at all: the event is static."""
+
+BATCH_ROWS: Final = 1 << 14
+"""Of a spill's record batches: half a MiB."""
 
 TEXT = pa.dictionary(pa.int32(), pa.string())
 
@@ -61,9 +70,11 @@ def write_spill(
     rank[by_hash] = np.arange(len(patient_ids))
     patient = rank[pc.index_in(kept[PATIENT_ID].to_arrow().cast(pa.string()), value_set=names).to_numpy()]
     order = np.argsort(patient, kind="stable")
-    minute = kept[MINUTE].to_physical().to_numpy()  # float64 minutes, or int64 microseconds
+    minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
+    if not minute.dtype.is_float():
+        minute = minute.fill_null(STATIC_INSTANT)
     columns = {
-        MINUTE: pa.array(minute[order]),
+        MINUTE: pa.array(minute.to_numpy()[order]),
         VARIABLE: kept[VARIABLE].to_arrow().dictionary_encode().cast(TEXT).take(order),
         VALUE: kept[VALUE].to_arrow().take(order),
         FILE: pa.DictionaryArray.from_arrays(
@@ -73,7 +84,7 @@ def write_spill(
     }
     if SET_INDEX in kept.columns:
         columns[SET_INDEX] = pa.array(kept[SET_INDEX].to_numpy()[order])
-    write_table(folder / f"{number:05d}.events.arrow", pa.table(columns))
+    write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
     counts = np.bincount(patient, minlength=len(patient_ids))
     named = {
         PATIENT_ID: names.take(by_hash),
@@ -93,7 +104,7 @@ def read_partition(folder: Path, num_pieces: int, partition: int, num_partitions
         names.append(patients[PATIENT_ID])
         counts.append(patients["num_events"].to_numpy())
         start = int(before["num_events"].to_numpy().sum())
-        events.append(read_table(folder / f"{number:05d}.events.arrow").slice(start, int(counts[-1].sum())))
+        events.append(_read_rows(folder / f"{number:05d}.events.arrow", start, start + int(counts[-1].sum())))
     variables = [part[VARIABLE].chunk(0) if part.num_rows else pa.array([], TEXT) for part in events]
     patient_ids, places = _merge_names(names)
     variable_names, codes = _merge_names([part.dictionary for part in variables])
@@ -121,13 +132,23 @@ def read_slice(path: Path, partition: int, num_partitions: int) -> tuple[pa.Tabl
     return table.slice(start, stop - start), table.slice(0, start)
 
 
+def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
+    """Rows of an Arrow file of batches of ``BATCH_ROWS``; each column is one array."""
+    first = start // BATCH_ROWS
+    with pa.OSFile(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        batches = [reader.get_batch(number) for number in range(first, -(-stop // BATCH_ROWS))]
+    table = pa.Table.from_batches(batches, reader.schema)
+    return table.slice(start - first * BATCH_ROWS, stop - start).combine_chunks()
+
+
 def read_table(path: Path) -> pa.Table:
     """An Arrow file, mapped: columns cost memory when they are touched."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """``table`` as one record batch, so that a column is one array."""
-    with pa.ipc.new_file(path, table.schema) as file:
-        file.write_table(table.combine_chunks())
+def write_table(path: Path, table: pa.Table, max_rows: int | None = None) -> None:
+    """``table`` as one record batch, so that a column is one array; or as batches of ``max_rows``."""
+    with replacing(path) as temporary, pa.ipc.new_file(temporary, table.schema) as file:
+        file.write_table(table.combine_chunks(), max_rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -83,6 +84,16 @@ class Moments:
         )
 
     @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        return cls(
+            variables=content["variables"],
+            count=np.array(content["count"], np.int64),
+            num_values=np.array(content["num_values"], np.int64),
+            mean=np.array(content["mean"], np.float64),
+            squares=np.array(content["squares"], np.float64),
+        )
+
+    @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
         """Of all parts together, merged pairwise in their order (Chan, Golub and LeVeque 1983, eq. 2.1)."""
         variables = sorted({variable for part in parts for variable in part.variables})
@@ -106,17 +117,28 @@ class Moments:
         return np.sqrt(self.squares / np.maximum(self.num_values, 1))
 
 
-def make_vocabulary(train: Moments, given: dict[str, tuple[float, float]]) -> pa.Table:
+def make_vocabulary(
+    train: Moments,
+    given: Mapping[str, tuple[float, float]],
+    *,
+    min_count: int = 1,
+    limits: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    descriptions: Mapping[str, str] = MappingProxyType({}),
+) -> pa.Table:
     """The vocabulary: padding, unknown, then the train split's variables in the order of their names.
 
     Args:
         train: moments of the train split.
         given: mean and std to use instead, by variable.
+        min_count: variables with fewer events are left out, unless they have limits.
+        limits: low and high, by variable; that they leave fewer events makes no variable unknown.
+        descriptions: what variables mean, where it is known.
 
     Returns:
         ``VOCABULARY_SCHEMA``; ``mean`` and ``std`` are those that values are scaled with: std 1 where it is 0.
     """
-    seen = np.flatnonzero(train.count)
+    limited = np.array([variable in limits for variable in train.variables], dtype=np.bool_)
+    seen = np.flatnonzero((train.count >= max(min_count, 1)) | limited)
     variables = [train.variables[number] for number in seen]
     mean, std = train.mean[seen], train.std[seen]
     for number, variable in enumerate(variables):
@@ -132,6 +154,9 @@ def make_vocabulary(train: Moments, given: dict[str, tuple[float, float]]) -> pa
             "count": np.concatenate([np.zeros(reserved, np.int64), train.count[seen]]),
             "mean": np.concatenate([np.zeros(reserved), mean]),
             "std": np.concatenate([np.ones(reserved), std]),
+            "low": [None] * reserved + [limits.get(variable, (None, None))[0] for variable in variables],
+            "high": [None] * reserved + [limits.get(variable, (None, None))[1] for variable in variables],
+            "description": [None] * reserved + [descriptions.get(variable) for variable in variables],
         },
         schema=VOCABULARY_SCHEMA,
     )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import tarfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,15 @@ def ragged_sizes(num_patients: int, *, seed: int = 0) -> list[list[int]]:
     """Set sizes of ICU-like patients: 1 to 12 sets of 1 to 8 events."""
     rng = np.random.default_rng(seed)
     return [rng.integers(1, 9, rng.integers(1, 13)).tolist() for _ in range(num_patients)]
+
+
+@contextmanager
+def closing_files() -> Iterator[None]:
+    """For webdataset, which leaves closing its files to the garbage collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

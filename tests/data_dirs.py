@@ -69,7 +69,9 @@ def make_patients(set_sizes: Sequence[Sequence[int]], *, seed: int = 0, prefix: 
     return patients
 
 
-def write_data_dir(directory: Path, splits: Mapping[str, Sequence[Patient]], *, shard_size: int = 5) -> Path:
+def write_data_dir(
+    directory: Path, splits: Mapping[str, Sequence[Patient]], *, shard_size: int = 5, suffix: str = ".parquet"
+) -> Path:
     """Write a complete data directory; each split's patients stand in order of ``num_events``."""
     directory.mkdir(parents=True, exist_ok=True)
     entries: dict[str, list[Any]] = {}
@@ -79,8 +81,8 @@ def write_data_dir(directory: Path, splits: Mapping[str, Sequence[Patient]], *, 
         ordered = in_stored_order(patients)
         for number, first in enumerate(range(0, len(ordered), shard_size)):
             shard = ordered[first : first + shard_size]
-            path = f"{split}/{number:05d}.parquet"
-            entries[split].append(write_shard(_shard_table(shard), directory, path))
+            path = f"{split}/{number:05d}{suffix}"
+            entries[split].append(write_shard(shard_table(shard), directory, path))
             index_rows += [_index_row(split, path, position, patient) for position, patient in enumerate(shard)]
     pq.write_table(pa.Table.from_pylist(index_rows, INDEX_SCHEMA), directory / INDEX_FILE)
     vocabulary = [
@@ -125,7 +127,7 @@ def expected_batch(patients: Sequence[Patient]) -> dict[str, list[Any]]:
     return batch
 
 
-def _shard_table(patients: Sequence[Patient]) -> pa.Table:
+def shard_table(patients: Sequence[Patient]) -> pa.Table:
     rows = [
         {
             "patient_id": patient.patient_id,

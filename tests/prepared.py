@@ -13,13 +13,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.rules import Range, Rules
 from pipeline.schema import SPLITS
 from pipeline.statistics import SplitRule
 
 Row = tuple[str | None, float | None, str | None, float | None]
 """patient, minute, variable, value."""
 
-StoredPatient = tuple[str, int | None, list[tuple[float, list[tuple[int, float | None]]]]]
+Event = tuple[str, float | None, float | None]
+"""variable, value, minute."""
+
+Stay = dict[float, list[Event]]
+"""Events by minute without its fraction; static ones under minus infinity."""
+
+StoredPatient = tuple[str, int | None, list[tuple[float | None, list[tuple[int, float | None]]]]]
 """patient, label, and sets of (minute, events), an event being (code, scaled value)."""
 
 
@@ -57,11 +64,19 @@ def read_prepared(directory: Path) -> Prepared:
     )
 
 
-def expected(rows: Sequence[Row], rule: SplitRule, labels: dict[str, int | None]) -> Prepared:
-    """The same from the rows, one by one."""
+def expected(
+    rows: Sequence[Row],
+    rule: SplitRule,
+    labels: dict[str, int | None],
+    *,
+    splits: dict[str, str] | None = None,
+    static: bool = False,
+    rules: Rules = Rules(),  # noqa: B008  # frozen
+) -> Prepared:
+    """The same from the rows, one by one; ``splits`` of patients that do not go by ``rule``; no minute = ``static``."""
     rejects: Counter[str] = Counter()
     seen: set[Any] = set()
-    stays: dict[str, dict[float, list[tuple[str, float | None, float]]]] = defaultdict(lambda: defaultdict(list))
+    stays: dict[str, Stay] = defaultdict(lambda: defaultdict(list))
     for patient, minute, variable, value in rows:
         with np.errstate(over="ignore"):
             number = None if value is None or math.isnan(value) else float(np.float32(value))
@@ -69,26 +84,34 @@ def expected(rows: Sequence[Row], rule: SplitRule, labels: dict[str, int | None]
             rejects["no_patient"] += 1
         elif variable is None or not variable.strip():
             rejects["no_variable"] += 1
-        elif minute is None or not math.isfinite(minute):
+        elif not (static and minute is None) and (minute is None or not math.isfinite(minute)):
             rejects["bad_minute"] += 1
         elif number is not None and math.isinf(number):
             rejects["infinite_value"] += 1
+        elif (number := _ranged(rules.ranges.get(variable), number)) == math.inf:
+            rejects["out_of_range"] += 1
         elif (patient, minute, variable, number) in seen:
             rejects["duplicate"] += 1
         else:
             seen.add((patient, minute, variable, number))
-            stays[patient][math.floor(minute)].append((variable, number, minute))
+            stays[patient][-math.inf if minute is None else math.floor(minute)].append((variable, number, minute))
 
-    split_of = {patient: SPLITS[rule.split([patient])[0]] for patient in stays}
-    values: dict[str, list[float]] = defaultdict(list)
-    counts: Counter[str] = Counter()
-    for patient, stay in stays.items():
-        if split_of[patient] == "train":
-            for variable, number, _ in (event for events in stay.values() for event in events):
-                counts[variable] += 1
-                values[variable] += [] if number is None else [number]
+    split_of = {patient: (splits or {}).get(patient, SPLITS[rule.split([patient])[0]]) for patient in stays}
+    train = [stay for patient, stay in stays.items() if split_of[patient] == "train"]
+    limited = _limit_outliers(stays, train, rules, rejects) if rules.outlier_std is not None else set()
+    for patient, stay in list(stays.items()):
+        for key, events in list(stay.items()):
+            stay[key] = _aggregated(events, rules.aggregate)
+            rejects["aggregated"] += len(events) - len(stay[key])
+            if not events:  # all of them outliers
+                del stay[key]
+        num_events = sum(map(len, stay.values()))
+        if num_events < rules.min_events:
+            rejects["short_patient"] += num_events
+            del stays[patient]
+    counts, values = _count([stay for patient, stay in stays.items() if split_of[patient] == "train"])
     vocabulary = [("<padding>", 0, 0.0, 1.0), ("<unknown>", 0, 0.0, 1.0)]
-    for variable in sorted(counts):
+    for variable in sorted({variable for variable, count in counts.items() if count >= rules.min_count} | limited):
         numbers = np.array(values[variable] or [0.0])
         vocabulary.append((variable, counts[variable], numbers.mean(), numbers.std() or 1.0))
     code_of = {variable: code for code, (variable, *_) in enumerate(vocabulary)}
@@ -103,14 +126,74 @@ def expected(rows: Sequence[Row], rule: SplitRule, labels: dict[str, int | None]
                 _, _, mean, std = vocabulary[code]
                 scaled = None if number is None else (number - mean) / std
                 events.append((code, variable, math.inf if number is None else number, scaled))
-            minute = min(minute for *_, minute in stay[key])
+            minute = None if math.isinf(key) else min(minute for *_, minute in stay[key] if minute is not None)
             sets.append(
                 (minute, [(code, scaled) for code, _, _, scaled in sorted(events, key=lambda event: event[:3])])
             )
         patients[split_of[patient]].append((patient, labels.get(patient), sets))
     for stored in patients.values():
         stored.sort(key=lambda patient: (sum(len(events) for _, events in patient[2]), len(patient[2]), patient[0]))
-    return Prepared(patients=patients, vocabulary=vocabulary, rejects=rejects)
+    return Prepared(patients=patients, vocabulary=vocabulary, rejects=+rejects)
+
+
+def _ranged(allowed: Range | None, number: float | None) -> float | None:
+    """The number, clipped; infinite where it is rejected."""
+    if allowed is None or number is None:
+        return number
+    low, high = float(np.float32(allowed.low)), float(np.float32(allowed.high))
+    clipped = min(max(number, low), high)
+    return clipped if clipped == number or allowed.action == "clip" else math.inf
+
+
+def _count(stays: Sequence[Stay]) -> tuple[Counter[str], dict[str, list[float]]]:
+    """Events of each variable, and their numbers."""
+    counts: Counter[str] = Counter()
+    values: dict[str, list[float]] = defaultdict(list)
+    for variable, number, _ in (event for stay in stays for events in stay.values() for event in events):
+        counts[variable] += 1
+        values[variable] += [] if number is None else [number]
+    return counts, values
+
+
+def _limit_outliers(stays: dict[str, Stay], train: Sequence[Stay], rules: Rules, rejects: Counter[str]) -> set[str]:
+    """The variables that have limits."""
+    assert rules.outlier_std is not None
+    counts, values = _count(train)
+    frequent = [variable for variable, count in counts.items() if count >= rules.min_count and values[variable]]
+    reach = {variable: rules.outlier_std * np.std(values[variable]) for variable in frequent}
+    limits = {
+        variable: (np.mean(values[variable]) - off, np.mean(values[variable]) + off)
+        for variable, off in reach.items()
+        if off > 0
+    }
+    for stay in stays.values():
+        for key, events in stay.items():
+            kept = []
+            for variable, number, minute in events:
+                low, high = limits.get(variable, (-math.inf, math.inf))
+                if number is not None and not low <= number <= high:
+                    if rules.outlier_action == "reject":
+                        rejects["outlier"] += 1
+                        continue
+                    number = float(np.float32(min(max(number, low), high)))
+                kept.append((variable, number, minute))
+            stay[key] = kept
+    return set(limits)
+
+
+def _aggregated(events: list[Event], how: str) -> list[Event]:
+    if how == "none":
+        return events
+    merged: list[Event] = []
+    for variable in dict.fromkeys(name for name, *_ in events):
+        same = [(number, minute) for name, number, minute in events if name == variable]
+        numbers = [(minute or 0, number) for number, minute in same if number is not None]
+        number = None
+        if numbers:
+            number = float(np.mean([value for _, value in numbers])) if how == "mean" else max(numbers)[1]
+        minutes = [minute for _, minute in same if minute is not None]
+        merged.append((variable, number, min(minutes) if minutes else None))
+    return merged
 
 
 def assert_same(prepared: Prepared, naive: Prepared) -> None:

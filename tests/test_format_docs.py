@@ -11,6 +11,7 @@ import pytest
 import preprocess
 from pipeline.schema import FORMAT_VERSION, VOCABULARY_FILE
 from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA
+from tests.conftest import closing_files
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -20,16 +21,20 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     assert (
-        preprocess.main(["synthetic", "--num_patients", "30", "--output", str(folder / "DATA"), "--workers", "1"]) == 0
+        preprocess.main(
+            ["synthetic", "--num_patients", "30", "--shard_format", "both", "--output", str(folder / "DATA")]
+        )
+        == 0
     )
     return folder
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["pandas", "polars", "duckdb"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["pandas", "polars", "duckdb", "webdataset"])
 def test_an_example_runs_and_gives_events(prepared: Path, monkeypatch: pytest.MonkeyPatch, example: str) -> None:
     monkeypatch.chdir(prepared)
     names: dict[str, Any] = {}
-    exec(example, names)
+    with closing_files():
+        exec(example, names)
     assert len(names["events"]) > 100
 
 

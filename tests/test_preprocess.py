@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +79,17 @@ def test_values_come_back_to_their_raw_scale(tmp_path: Path) -> None:
         (["in.csv", "--output", "out", "--events_per_shard", "0"], "--events_per_shard"),
         (["in.csv", "--output", "out", "--workers", "-1"], "--workers"),
         (["in.csv", "--output", "out", "--split_seed", "x"], "--split_seed"),
+        (
+            ["in.csv", "--output", "out", "--outlier_action", "clip"],
+            "--outlier_action: says nothing without --outlier_std",
+        ),
+        (["in.csv", "--output", "out", "--outlier_std", "0"], "--outlier_std: 0 is not above 0"),
+        (["in.csv", "--output", "out", "--min_events", "0"], "--min_events"),
+        (["in.csv", "--output", "out", "--min_count", "999"], "--min_count 999: no variable has as many events"),
+        (["in.csv", "--output", "out", "--aggregate", "sum"], "--aggregate: invalid choice: 'sum'"),
+        (["in.csv", "--output", "out", "--ranges", "no.csv"], "no.csv: no such file"),
+        (["in.csv", "--output", "out", "--split_map", "a=tuning"], "--split_map: 'a=tuning' is not NAME=SPLIT"),
+        (["in.csv", "--output", "out", "--exclude_codes", "HR"], "--exclude_codes: not used by --format table"),
         (["in.csv", "--output", "out", "--num_patients", "5"], "--num_patients: not used by --format table"),
         (["in.csv", "--output", "out", "--value_column", "x"], "in.csv: no column 'x'"),
         (["in.csv", "--output", "out", "--labels", "no.csv"], "no.csv: no such file"),
@@ -117,17 +130,45 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_second_run_needs_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_does_nothing_and_another_needs_overwrite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "data"
     assert run(*SYNTHETIC, "--output", output) == 0
     first = (output / MANIFEST_FILE).read_bytes()
-    assert run(*SYNTHETIC, "--output", output) == 2
+    before = (output / MANIFEST_FILE).stat()
+    (output / "report.html").unlink()
+    assert run(*SYNTHETIC, "--output", output) == 0
+    assert "is here already; nothing to do" in capsys.readouterr().err
+    assert (output / MANIFEST_FILE).stat() == before
+    assert (output / "report.html").exists()
+    assert run(*SYNTHETIC, "--output", output, "--seed", 2) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(*SYNTHETIC, "--output", output, "--overwrite") == 0
     assert (output / MANIFEST_FILE).read_bytes() == first
     assert run(*SYNTHETIC, "--output", output, "--overwrite", "--seed", 2, "--verbose") == 0
     assert '"events_written"' in capsys.readouterr().out
     assert (output / MANIFEST_FILE).read_bytes() != first
+
+
+def test_a_full_disk_and_an_interrupt_are_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "data"
+    for stop, status, message in (
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), 2, "no space left on the disk; free some"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
+    ):
+
+        def fail(*_: object, stop: BaseException = stop) -> None:
+            raise stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.partition.write_shard", fail)
+            assert run(*SYNTHETIC, "--output", output) == status
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert run(*SYNTHETIC, "--output", output) == 0
+    assert "it goes on where it was" in capsys.readouterr().err
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.schema import SPLITS, UserError
+from pipeline.sources.meds import Meds, is_meds
 from pipeline.sources.patient_files import PatientFiles
 from pipeline.sources.physionet2012 import PhysioNet2012, is_record
 from pipeline.sources.source import Source
@@ -16,6 +17,7 @@ from pipeline.sources.table import Table, is_table
 
 FORMATS: Final[dict[str, Any]] = {
     "physionet2012": PhysioNet2012,
+    "meds": Meds,
     "patient_files": PatientFiles,
     "table": Table,
     "synthetic": Synthetic,
@@ -31,6 +33,8 @@ def detect_format(path: Path) -> str:
     if path == Path("synthetic") and not path.exists():
         return "synthetic"
     if path.is_dir():
+        if is_meds(path):
+            return "meds"
         if any(any((path / split).glob("*.parquet")) for split in SPLITS):
             return "patient_files"
         if any(is_record(file) for file in path.iterdir()):
@@ -63,6 +67,6 @@ def open_source(path: Path, format_name: str, options: dict[str, Any]) -> Source
             raise UserError(f"{path}: no such file or folder")
         if format_name != "table" and not path.is_dir():
             raise UserError(f"{path}: not a folder; --format {format_name} reads one")
-        options = {"path": path, **options}
+        options = {"path": path.absolute(), **options}  # other machines may work elsewhere
     source: Source = made(**options)
     return source

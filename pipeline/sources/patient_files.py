@@ -19,6 +19,7 @@ from pipeline.sources.source import (
     FILE,
     Piece,
     RawRows,
+    Source,
     check_splits,
     group_files,
     number_rows,
@@ -29,7 +30,7 @@ from pipeline.sources.source import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PatientFiles:
+class PatientFiles(Source):
     """The folder that holds the split folders.  The file's name is the patient: ``200001.0.parquet`` is 200001."""
 
     path: Path

@@ -11,7 +11,7 @@ import polars as pl
 
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 from pipeline.sources.side_files import read_labels
-from pipeline.sources.source import FILE, ROW, Piece, RawRows, group_files, unreadable
+from pipeline.sources.source import FILE, ROW, Piece, RawRows, Source, group_files, unreadable
 
 HEADER: Final = b"Time,Parameter,Value\n"
 
@@ -35,7 +35,7 @@ def is_record(path: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PhysioNet2012:
+class PhysioNet2012(Source):
     """Record files of one folder; the outcomes from ``labels_file``, or from an ``Outcomes-*.txt`` in or beside it.
 
     Of several, that of the folder: ``Outcomes-a.txt`` for ``set-a``.
@@ -136,12 +136,6 @@ class PhysioNet2012:
     def labels(self) -> tuple[str, pl.DataFrame] | None:
         outcomes = self._outcomes()
         return None if outcomes is None else (str(outcomes), read_labels(outcomes, self.label_column))
-
-    def splits(self) -> pl.DataFrame | None:
-        return None
-
-    def statistics(self) -> Path | None:
-        return None
 
     def embeddings(self) -> Path | None:
         return self.embeddings_file

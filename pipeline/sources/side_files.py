@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from pipeline.rules import ACTIONS, MOST, Range
 from pipeline.schema import FIRST_CODE, PATIENT_ID, VARIABLE, UserError
 from pipeline.sources.source import LABEL, patient_ids, unreadable
 
@@ -64,24 +65,41 @@ def read_labels(path: Path, label_column: str | None = None, id_column: str | No
     id_name = pick_column(path, frame.columns, None, id_columns, "one of these headers")
     label_name = pick_column(path, frame.columns, label_column, LABEL_COLUMNS, "--label_column")
     ids = patient_ids(frame[id_name])
-    text = frame[label_name].cast(pl.String).str.strip_chars().str.to_lowercase().replace({"true": "1", "false": "0"})
+    return unique_labels(path, ids, parse_labels(path, ids, frame[label_name]))
+
+
+def parse_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.Series:
+    """Labels as int8: 0, 1 or null.
+
+    Raises:
+        UserError: one is none of 0, 1, true, false, -1 or empty; ``ids`` says whose.
+    """
+    text = labels.cast(pl.String).str.strip_chars().str.to_lowercase().replace({"true": "1", "false": "0"})
     number = text.cast(pl.Float64, strict=False)
     empty = text.is_null() | (text == "") | (number.is_nan().fill_null(False))
     wrong = ~(empty | number.is_in([0.0, 1.0, -1.0]).fill_null(False))
     if wrong.any():
         row = wrong.arg_true()[0]
         raise UserError(
-            f"{path}: column {label_name!r} of patient {ids[row]!r} is {text[row]!r}; "
+            f"{path}: column {labels.name!r} of patient {ids[row]!r} is {text[row]!r}; "
             "a label is 0, 1, or empty or -1 for none"
         )
     label = number.cast(pl.Int8, strict=False)
-    known = pl.DataFrame({PATIENT_ID: ids, LABEL: label.set(empty | (label == -1).fill_null(False), None)})
-    known = known.filter(pl.col(PATIENT_ID).is_not_null())
-    labels = known.group_by(PATIENT_ID).agg(pl.col(LABEL).min(), pl.col(LABEL).max().alias("most")).sort(PATIENT_ID)
-    contradicting = labels.filter(pl.col(LABEL) != pl.col("most"))
+    return label.set(empty | (label == -1).fill_null(False), None)
+
+
+def unique_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.DataFrame:
+    """``patient_id``, ``label``, a row a patient.
+
+    Raises:
+        UserError: two labels of a patient contradict.
+    """
+    known = pl.DataFrame({PATIENT_ID: ids, LABEL: labels}).filter(pl.col(PATIENT_ID).is_not_null())
+    unique = known.group_by(PATIENT_ID).agg(pl.col(LABEL).min(), pl.col(LABEL).max().alias("most")).sort(PATIENT_ID)
+    contradicting = unique.filter(pl.col(LABEL) != pl.col("most"))
     if contradicting.height:
         raise UserError(f"{path}: patient {contradicting[PATIENT_ID][0]!r} has both label 0 and label 1; keep one")
-    return labels.select(PATIENT_ID, LABEL)
+    return unique.select(PATIENT_ID, LABEL)
 
 
 def read_statistics(path: Path) -> dict[str, tuple[float, float]]:
@@ -102,6 +120,36 @@ def read_statistics(path: Path) -> dict[str, tuple[float, float]]:
         variable: (mean, std if std is not None and math.isfinite(std) and std > 0 else 1.0)
         for variable, mean, std in finite.iter_rows()
     }
+
+
+def read_ranges(path: Path) -> dict[str, Range]:
+    """Values that can be, by variable, from a CSV of ``variable``, ``low``, ``high`` and perhaps ``action``.
+
+    An empty limit is none; the action is ``reject`` where nothing is said.
+
+    Raises:
+        UserError: unreadable, a column is missing, a variable stands there twice, or a row makes no sense.
+    """
+    frame = read_frame(path)
+    for name in (VARIABLE, "low", "high"):
+        pick_column(path, frame.columns, name, (), "a header variable,low,high,action")
+    _refuse_repeats(path, frame[VARIABLE])
+    ranges = {}
+    for row in frame.iter_rows(named=True):
+        try:
+            low, high = (
+                float(row[name]) if row[name] else sign * math.inf for name, sign in (("low", -1), ("high", 1))
+            )
+        except ValueError:
+            low, high = math.nan, math.nan
+        action = row.get("action") or "reject"
+        if not (low <= high and low <= MOST and high >= -MOST) or action not in ACTIONS:
+            raise UserError(
+                f"{path}: the row of {row[VARIABLE]!r} is no range; low and high are float32 numbers or empty, "
+                f"low is not above high, action is {' or '.join(ACTIONS)}"
+            )
+        ranges[row[VARIABLE]] = Range(low=low, high=high, action=action)
+    return ranges
 
 
 def read_embeddings(path: Path, variables: Sequence[str]) -> npt.NDArray[np.float32]:

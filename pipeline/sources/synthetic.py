@@ -13,7 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE
-from pipeline.sources.source import LABEL, Piece, RawRows, number_rows
+from pipeline.sources.source import LABEL, Piece, RawRows, Source, number_rows
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -34,7 +34,7 @@ VARIABLES: Final = tuple(f"variable_{number:02d}" for number in range(NUM_VARIAB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Synthetic:
+class Synthetic(Source):
     """``num_patients`` patients.
 
     Each has a severity; half of the variables shift with it, the more the later in the stay, and some are recorded more
@@ -121,12 +121,6 @@ class Synthetic:
             for piece in self.pieces()
         )
         return self.name, labels
-
-    def splits(self) -> pl.DataFrame | None:
-        return None
-
-    def statistics(self) -> Path | None:
-        return None
 
     def embeddings(self) -> Path | None:
         return self.embeddings_file

@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Final
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
+from pipeline.sources.csv_pieces import csv_pieces
 from pipeline.sources.side_files import ID_COLUMNS, pick_column, read_labels
 from pipeline.sources.source import (
     MICROSECONDS,
     PIECE_BYTES,
     Piece,
     RawRows,
-    group_files,
+    Source,
+    file_pieces,
     number_rows,
+    parquet_columns,
     patient_ids,
     plain_column,
+    read_parquet,
     unreadable,
+    utc,
 )
 
 SUFFIXES: Final = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -45,7 +48,7 @@ def is_table(path: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
+class Table(Source):
     """One file, all files of a folder and its folders, or a glob pattern; columns not named are found by usual names.
 
     Attributes:
@@ -99,30 +102,10 @@ class Table:
         return [*self._files(), *filter(None, [self.labels_file, self.embeddings_file])]
 
     def pieces(self) -> list[Piece]:
-        base = self._base
-        whole: list[tuple[str, int]] = []
-        parts: list[Piece] = []
-        for path in self._files():
-            name, size = path.relative_to(base).as_posix(), path.stat().st_size
-            if path.suffix == ".parquet" and size > PIECE_BYTES // 4:  # Parquet unfolds when read
-                parts += self._row_groups(path, name)
-            else:
-                whole.append((name, size))
-        return group_files(whole) + parts
-
-    def _row_groups(self, path: Path, name: str) -> list[Piece]:
-        try:
-            metadata = pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(path, error) from None
-        pieces: list[Piece] = []
-        start = num_bytes = 0
-        for group in range(metadata.num_row_groups):
-            num_bytes += metadata.row_group(group).total_byte_size
-            if num_bytes >= PIECE_BYTES or group + 1 == metadata.num_row_groups:
-                pieces.append(Piece(files=(name,), start=start, stop=group + 1))
-                start, num_bytes = group + 1, 0
-        return pieces
+        names = {path: path.relative_to(self._base).as_posix() for path in self._files()}
+        large = [path for path in names if path.suffix in (".csv", ".tsv") and path.stat().st_size > PIECE_BYTES]
+        whole = file_pieces([(path, name) for path, name in names.items() if path not in large])
+        return whole + [piece for path in large for piece in csv_pieces(path, names[path])]
 
     def read(self, piece: Piece) -> RawRows:
         columns: list[dict[str, str]] = []
@@ -135,12 +118,11 @@ class Table:
                     f"{path}: holds {', '.join(columns[-1])}, {piece.files[0]} {', '.join(columns[0])}; "
                     "prepare alike files together"
                 )
-            frame = _read_columns(path, list(dict.fromkeys(columns[-1].values())), piece)
+            frame, first = _read_columns(path, list(dict.fromkeys(columns[-1].values())), piece)
             series = {
                 RAW_NAMES.get(role, role): plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
                 for role, column in columns[-1].items()
             }
-            first = 1 + (_rows_before(path, piece.start) if piece.stop else 0)
             frames.append(number_rows(series, file=number, first=first))
         try:
             rows = pl.concat(frames, how="vertical_relaxed")
@@ -190,20 +172,12 @@ class Table:
             raise UserError(
                 f"{self.path}: the time column holds {column.dtype}, no dates; if it holds minutes, use --minute_column"
             )
-        if isinstance(column.dtype, pl.Datetime) and column.dtype.time_zone is not None:
-            column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        return column.cast(pl.Datetime("us"))
+        return utc(column)
 
     def labels(self) -> tuple[str, pl.DataFrame] | None:
         if self.labels_file is None:
             return None
         return str(self.labels_file), read_labels(self.labels_file, self.label_column, self.patient_column)
-
-    def splits(self) -> pl.DataFrame | None:
-        return None
-
-    def statistics(self) -> Path | None:
-        return None
 
     def embeddings(self) -> Path | None:
         return self.embeddings_file
@@ -214,27 +188,35 @@ def _separator(path: Path) -> str:
 
 
 def _column_names(path: Path) -> list[str]:
+    if path.suffix == ".parquet":
+        return parquet_columns(path)
     try:
-        if path.suffix == ".parquet":
-            return list(pq.read_schema(path).names)
         return pl.read_csv(path, n_rows=0, infer_schema=False, separator=_separator(path), glob=False).columns
-    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise unreadable(path, error) from None
 
 
-def _read_columns(path: Path, columns: list[str], piece: Piece) -> pl.DataFrame:
+def _read_columns(path: Path, columns: list[str], piece: Piece) -> tuple[pl.DataFrame, int]:
+    if path.suffix == ".parquet":
+        return read_parquet(path, piece, columns)
+    separator = _separator(path)
     try:
-        if path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                groups = range(piece.start, piece.stop) if piece.stop else range(file.num_row_groups)
-                frame = pl.from_arrow(file.read_row_groups(groups, columns=columns))
-                assert isinstance(frame, pl.DataFrame)
-                return frame
-        return pl.read_csv(path, columns=columns, infer_schema=False, separator=_separator(path), glob=False)
-    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+        if not piece.stop:
+            frame = pl.read_csv(path, columns=columns, infer_schema=False, separator=separator, glob=False)
+        else:
+            names = _column_names(path)
+            place = {str(names.index(column)): column for column in columns}
+            content = _read_range(path, piece, separator.join(map(str, range(len(names)))))
+            frame = pl.read_csv(content, columns=list(place), infer_schema=False, separator=separator).rename(place)
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise unreadable(path, error) from None
+    return frame, piece.first_row
 
 
-def _rows_before(path: Path, group: int) -> int:
-    metadata = pq.read_metadata(path)
-    return sum(metadata.row_group(number).num_rows for number in range(group))
+def _read_range(path: Path, piece: Piece, header: str) -> bytes:
+    """The rows of a range of bytes, below ``header`` instead of the file's own."""
+    with path.open("rb") as file:
+        file.seek(piece.start)
+        if not piece.start:
+            file.readline()
+        return header.encode() + b"\n" + file.read(piece.stop - file.tell())

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.build import BuildOptions, build
+from pipeline.publish import WORK
 from pipeline.schema import MANIFEST_FILE, SPLITS, UserError
 from pipeline.shards import INDEX_SCHEMA, VOCABULARY_SCHEMA, Manifest, read_index, read_shard, read_vocabulary
 from pipeline.sources.patient_files import PatientFiles
@@ -49,7 +50,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def shard_bytes(directory: Path) -> dict[str, bytes]:
     """All files that must not depend on how the work was done; not the report and the summary's times."""
-    ours = [path for path in directory.rglob("*") if path.suffix in {".parquet", ".npy"} or path.name == MANIFEST_FILE]
+    suffixes = {".parquet", ".tar", ".npy"}
+    ours = [path for path in directory.rglob("*") if path.suffix in suffixes or path.name == MANIFEST_FILE]
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in ours}
 
 
@@ -186,6 +188,28 @@ def test_the_output_is_the_same_for_one_process_and_for_two(tmp_path: Path, monk
     assert seen[-1][3] == summaries[0]["events_written"]
 
 
+def test_tars_and_parquet_hold_the_same_shards(tmp_path: Path) -> None:
+    source = Synthetic(num_patients=30)
+    for shard_format in ("parquet", "webdataset", "both"):
+        options = BuildOptions(events_per_shard=5000, shard_format=shard_format)
+        build(source, tmp_path / shard_format, options)
+    manifests = {name: Manifest.load(tmp_path / name) for name in ("parquet", "webdataset", "both")}
+    both = manifests["both"]
+    assert both.splits == manifests["parquet"].splits
+    assert both.tars == manifests["webdataset"].splits
+    assert manifests["parquet"].tars == manifests["webdataset"].tars == {}
+    for name, manifest in manifests.items():
+        index = read_index(tmp_path / name, manifest)
+        assert set(index["shard"].to_pylist()) == {entry.path for split in SPLITS for entry in manifest.splits[split]}
+    for split in SPLITS:
+        for parquet, tar in zip(both.splits[split], both.tars[split], strict=True):
+            assert Path(parquet.path).with_suffix(".tar") == Path(tar.path)
+            first, second = (read_shard(tmp_path / "both", entry) for entry in (parquet, tar))
+            assert first.patient_id.equals(second.patient_id)
+            for field in set(type(first).__slots__) - {"patient_id"}:
+                assert getattr(first, field).tobytes() == getattr(second, field).tobytes()
+
+
 def test_a_variable_that_train_does_not_know_keeps_its_raw_value_under_the_unknown_code(tmp_path: Path) -> None:
     rule = HALVES.rule
     by_split = {
@@ -262,7 +286,7 @@ def test_minutes_of_dates_count_from_the_patient_s_first_event_in_any_file(tmp_p
 
 
 def test_pieces_must_be_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sources.table.PIECE_BYTES", 1)
+    monkeypatch.setattr("pipeline.sources.source.PIECE_BYTES", 1)
     frame = pl.DataFrame({"patient_id": ["p"], "minute": [0.0], "variable": ["a"], "value": [1.0]})
     frame.write_parquet(tmp_path / "1.parquet")
     frame.with_columns(set_index=0).write_parquet(tmp_path / "2.parquet")
@@ -296,6 +320,22 @@ def test_a_failing_run_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cached.csv", "rows.parquet"]
 
 
+def test_too_little_space_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "rows.parquet", icu_rows(5))
+    size = (tmp_path / "rows.parquet").stat().st_size
+
+    class Usage:
+        free = 4 * size - 1
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    source = Table(path=tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"out: the work needs at least .* GiB of disk, .* are free"):
+        build(source, tmp_path / "out", ALL_TRAIN)
+    assert not (tmp_path / "out").exists()
+    Usage.free += 1
+    build(source, tmp_path / "out", ALL_TRAIN)
+
+
 def test_a_train_split_without_events_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [("p", math.nan, "a", 1.0)])
     with pytest.raises(UserError, match="train split has no events"):
@@ -309,11 +349,11 @@ class DiesWhenRead(Synthetic):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_named_and_what_was_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 1})
-    with pytest.raises(UserError, match="worker process was killed"):
+    with pytest.raises(ChildProcessError, match="worker process was killed"):
         build(DiesWhenRead(num_patients=2), tmp_path / "out", ALL_TRAIN, workers=2)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [WORK]
 
 
 def test_set_a(tmp_path: Path, set_a_dir: Path, outcomes_a: Path) -> None:

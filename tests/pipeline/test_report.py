@@ -85,6 +85,7 @@ def write_data(
         "code": range(num_codes),
         "variable": variables,
         "count": range(num_codes),
+        **dict.fromkeys(("low", "high", "description"), [None] * num_codes),
         "mean": [0.5] * num_codes,
         "std": [1.0] * num_codes,
     }

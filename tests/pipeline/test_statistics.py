@@ -55,14 +55,25 @@ def test_parts_may_know_different_variables() -> None:
 
 def test_vocabulary_by_hand() -> None:
     train = moments([(0, 1.0), (0, 3.0), (2, np.nan)])  # nothing of b
-    vocabulary = make_vocabulary(train, {"ü": (7.0, 2.0), "b": (1.0, 1.0)}).to_pydict()
+    limits, descriptions = {"ü": (1.0, 9.0)}, {"a": "of a", "b": "of b"}
+    given = {"ü": (7.0, 2.0), "b": (1.0, 1.0)}
+    vocabulary = make_vocabulary(train, given, limits=limits, descriptions=descriptions).to_pydict()
     assert vocabulary == {
         "code": [0, 1, 2, 3],
         "variable": ["<padding>", "<unknown>", "a", "ü"],
         "count": [0, 0, 2, 1],
         "mean": [0, 0, 2, 7],
         "std": [1, 1, 1, 2],
+        "low": [None, None, None, 1],
+        "high": [None, None, None, 9],
+        "description": [None, None, "of a", None],
     }
+
+
+def test_rare_variables_are_left_out_unless_they_have_limits() -> None:
+    train = moments([(0, 1.0), (0, 3.0), (1, 1.0), (2, 1.0)])
+    for limits, known in (({}, ["a"]), ({"b": (0.0, 1.0)}, ["a", "b"])):
+        assert make_vocabulary(train, {}, min_count=2, limits=limits)["variable"].to_pylist()[2:] == known
 
 
 def test_a_variable_without_numbers_or_spread_is_scaled_by_one() -> None:

@@ -104,7 +104,7 @@ def test_text_that_is_no_iso_date_is_a_reject(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sources.table.PIECE_BYTES", 4000)
+    monkeypatch.setattr("pipeline.sources.source.PIECE_BYTES", 4000)
     frame = pl.DataFrame(
         {"patient_id": ["a"] * 1000, "minute": range(1000), "variable": ["HR"] * 1000, "value": [1.0] * 1000}
     )

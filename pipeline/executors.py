@@ -1,0 +1,97 @@
+"""What runs the tasks: this process, processes of this machine, or the workers of a Dask cluster.
+
+All are a ``concurrent.futures.Executor``.  Tasks may be run twice and anywhere: they read and write files of a folder
+that every worker sees, and put each in place whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Final, ParamSpec, TypeVar
+
+import pyarrow as pa
+
+from pipeline.schema import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOCAL: Final = "local"
+DASK: Final = "dask://"
+
+
+class InlineExecutor(Executor):
+    """Runs a task when it is submitted, in this process."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def open_executor(name: str, workers: int) -> Iterator[Executor]:
+    """The executor of ``--executor name``.
+
+    Args:
+        name: ``local``; ``dask://HOST:PORT`` of a Dask scheduler, or the scheduler file that it wrote.
+        workers: processes of ``local``, each with one thread; one alone works here, with all threads.
+
+    Raises:
+        UserError: there is no such scheduler, or Dask is not installed.
+        ChildProcessError: a worker was killed (on Dask: with the same task, as often as the scheduler allows).
+    """
+    try:
+        if name != LOCAL:
+            with _dask(name) as executor:
+                yield executor
+        elif workers == 1:
+            yield InlineExecutor()
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
+                yield executor
+    except BrokenExecutor:
+        raise ChildProcessError(
+            "a worker process was killed, most likely for want of memory; "
+            "run the same again with fewer --workers and it goes on, or start afresh with smaller --events_per_shard"
+        ) from None
+
+
+def _start_worker() -> None:
+    """One thread to work with; and one that ends the process when its parent does, killed or not."""
+    os.environ["POLARS_MAX_THREADS"] = "1"  # read when Polars first works, not when it is imported
+    pa.set_cpu_count(1)
+    Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _dask(name: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client, KilledWorker  # noqa: PLC0415  an optional extra, slow to import
+    except ImportError:
+        raise UserError(f"--executor {name}: needs Dask; pip install 'seqsetvae[dask]'") from None
+    if not name.startswith(DASK) and not Path(name).is_file():  # Dask would wait for it
+        raise UserError(f"--executor {name}: no such file; give local, dask://HOST:PORT or a Dask scheduler's file")
+    address = {"address": f"tcp://{name.removeprefix(DASK)}"} if name.startswith(DASK) else {"scheduler_file": name}
+    try:
+        client = Client(**address, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--executor {name}: no Dask scheduler answers ({error}); start one, or use local") from None
+    with client:
+        try:
+            yield client.get_executor(pure=False)
+        except KilledWorker as error:
+            raise BrokenExecutor from error

@@ -1,0 +1,98 @@
+"""Stages of tasks, with a journal: a task that has been done is not done again.
+
+A task leaves files; when they are complete, what it found is written to ``journal/<stage>/<task>.json``, whole or not
+at all.  A run that was killed finds its journal and goes on with the tasks that have no entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from pipeline.shards import write_atomically
+
+T = TypeVar("T", bound=Any)  # a dataclass of JSON values, arrays and such dataclasses
+
+JOURNAL = "journal"
+
+
+class Progress(Protocol):
+    """Told of work as it ends; from any thread."""
+
+    def __call__(self, stage: str, *, done: int, total: int, rows: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Runs the tasks of a stage on the executor, and tells how far it is.
+
+    Attributes:
+        executor: of any kind; see ``pipeline.executors``.
+        work: the folder that holds the journal.
+        progress: told of every task that is done.
+    """
+
+    executor: Executor
+    work: Path
+    progress: Progress | None
+
+    def __call__(
+        self,
+        stage: str,
+        task: Callable[..., T],
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        from_json: Callable[[dict[str, Any]], T],
+        size: Callable[[T], int],
+    ) -> list[T]:
+        """What the tasks found, in the order of ``arguments``; the first failure ends the stage.
+
+        Args:
+            stage: a word for users.
+            task: run once for each of ``arguments``.
+            arguments: the same ones whenever this run is begun.
+            from_json: makes what a task returned of its fields.
+            size: rows that a task was about.
+        """
+        entries = [self.work / JOURNAL / stage / f"{number:06d}.json" for number in range(len(arguments))]
+        entries[0].parent.mkdir(parents=True, exist_ok=True)
+        found = {
+            number: from_json(json.loads(entry.read_bytes())) for number, entry in enumerate(entries) if entry.exists()
+        }
+        done, rows = len(found), sum(map(size, found.values()))
+        if self.progress is not None:
+            self.progress(stage, done=done, total=len(arguments), rows=rows)
+
+        def tell(future: Future[T]) -> None:
+            nonlocal done, rows
+            if self.progress is not None and not future.cancelled() and future.exception() is None:
+                done, rows = done + 1, rows + size(future.result())
+                self.progress(stage, done=done, total=len(arguments), rows=rows)
+
+        futures: dict[int, Future[T]] = {}
+        try:
+            for number, given in enumerate(arguments):
+                if number not in found:
+                    futures[number] = self.executor.submit(_do, entries[number], task, given)
+                    futures[number].add_done_callback(tell)
+            return [found[number] if number in found else futures[number].result() for number in range(len(arguments))]
+        finally:
+            for future in futures.values():
+                future.cancel()
+
+
+def _do(entry: Path, task: Callable[..., T], given: tuple[Any, ...]) -> T:
+    found = task(*given)
+    write_atomically(entry, json.dumps(asdict(found), default=_plain).encode())
+    return found
+
+
+def _plain(array: object) -> object:
+    assert isinstance(array, np.ndarray)
+    return array.tolist()
