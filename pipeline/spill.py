@@ -68,14 +68,17 @@ def write_spill(
     by_hash = np.argsort(hashes, kind="stable")
     rank = np.empty(len(patient_ids), dtype=np.int32)
     rank[by_hash] = np.arange(len(patient_ids))
-    patient = rank[pc.index_in(kept[PATIENT_ID].to_arrow().cast(pa.string()), value_set=names).to_numpy()]
+    patient = rank[_positions(kept[PATIENT_ID], patient_ids)]
     order = np.argsort(patient, kind="stable")
     minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
     if not minute.dtype.is_float():
         minute = minute.fill_null(STATIC_INSTANT)
+    variables = kept[VARIABLE].unique(maintain_order=True).to_list()
     columns = {
         MINUTE: pa.array(minute.to_numpy()[order]),
-        VARIABLE: kept[VARIABLE].to_arrow().dictionary_encode().cast(TEXT).take(order),
+        VARIABLE: pa.DictionaryArray.from_arrays(
+            _positions(kept[VARIABLE], variables).astype(np.int32)[order], pa.array(variables, pa.string())
+        ),
         VALUE: kept[VALUE].to_arrow().take(order),
         FILE: pa.DictionaryArray.from_arrays(
             kept[FILE].to_numpy()[order].astype(np.int32), pa.array(files, pa.string())
@@ -92,6 +95,11 @@ def write_spill(
         "num_events": counts.astype(np.int64),
     }
     write_table(folder / f"{number:05d}.patients.arrow", pa.table(named))
+
+
+def _positions(column: pl.Series, names: list[str]) -> npt.NDArray[np.uint32]:
+    """[E] position of each text among ``names``, which holds them all."""
+    return column.cast(pl.Enum(names)).to_physical().to_numpy()
 
 
 def read_partition(folder: Path, num_pieces: int, partition: int, num_partitions: int) -> PartitionRows:
