@@ -122,7 +122,7 @@ class OutcomeHead(nn.Module):
         score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
         pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
         if self.variables is not None:
-            context_RD = context_SD[sets.set_order][sets.set_of_row()]
+            context_RD = context_SD[sets.set_order][sets.set_of_row]
             axis_BD = self.variables(
                 events_RD, context_RD, sets.real_row, variables, noise and noise.at(variables.patient, variables.code)
             )

@@ -48,6 +48,7 @@ class SetLayout:
         event_of_row: [R] int64; padding rows repeat an event of their own set, so that no row holds nonsense.
         real_row: [R] float32, 1 for an event and 0 for padding.
         place_in_set: [R] int64, 0, 1, 2 … within the set.
+        set_of_row: [R] int64, the place in the sorted order of the set that each row belongs to.
         set_order: [S] int64, the set that stands at each place of the sorted order.
         set_rank: [S] int64, the place of each set in the sorted order; inverse of ``set_order``.
         size: [S] int64, events of each set, in the sorted order.
@@ -57,6 +58,7 @@ class SetLayout:
     event_of_row: Tensor
     real_row: Tensor
     place_in_set: Tensor
+    set_of_row: Tensor
     set_order: Tensor
     set_rank: Tensor
     size: Tensor
@@ -104,6 +106,7 @@ class SetLayout:
             event_of_row=torch.from_numpy(event_of_row),
             real_row=real.float(),
             place_in_set=torch.from_numpy(place),
+            set_of_row=torch.from_numpy(np.repeat(np.arange(len(order)), padded)),
             set_order=torch.from_numpy(order),
             set_rank=torch.from_numpy(rank),
             size=torch.from_numpy(sorted_sizes),
@@ -128,6 +131,7 @@ class SetLayout:
             event_of_row=move(self.event_of_row),
             real_row=move(self.real_row),
             place_in_set=move(self.place_in_set),
+            set_of_row=move(self.set_of_row),
             set_order=move(self.set_order),
             set_rank=move(self.set_rank),
             size=move(self.size),
@@ -159,15 +163,6 @@ class SetLayout:
                 weight = c.real.to(members.dtype)
                 means.append((members * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
         return torch.cat(means) if means else rows_RD[:0]
-
-    def set_of_row(self) -> Tensor:
-        """[R] int64, the place in the sorted order of the set that each row belongs to."""
-        padded = (
-            torch.cat([self.size.new_full((c.num_sets,), c.size) for c in self.classes]) if self.classes else self.size
-        )
-        return torch.repeat_interleave(
-            torch.arange(len(padded), device=padded.device), padded, output_size=self.num_rows
-        )
 
 
 def round_up(sizes: np.ndarray) -> np.ndarray:

@@ -97,7 +97,7 @@ class SetDecoder(nn.Module):
         most = layout.classes[-1].size if layout.classes else 0
         places = sinusoids(torch.arange(most, device=latent_SD.device), latent_SD.shape[1])
         pooled_SD = self.first_pool(latent_SD + self.first_block(latent_SD))
-        rows_RD = self.seeds[0](places)[layout.place_in_set] + pooled_SD[layout.set_of_row()]
+        rows_RD = self.seeds[0](places)[layout.place_in_set] + pooled_SD[layout.set_of_row]
         for block, pool, seed in zip(self.blocks, self.pools, self.seeds[1:], strict=True):
             rows_RD = rows_RD + run_block(block, rows_RD, layout, checkpointed=checkpointed)
             rows_RD = run_block(pool, seed(places), rows_RD, layout, checkpointed=checkpointed)

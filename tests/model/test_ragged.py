@@ -37,7 +37,7 @@ def test_layout_by_hand() -> None:
     assert layout.event_of_row.tolist() == [11, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10]
     assert layout.real_row.tolist() == [1] * 12 + [0]
     assert [c.real is None for c in layout.classes] == [True, True, False]
-    assert layout.set_of_row().tolist() == [0, 1, 1] + [2] * 10
+    assert layout.set_of_row.tolist() == [0, 1, 1] + [2] * 10
 
 
 @given(SIZES)
@@ -46,7 +46,7 @@ def test_every_event_stands_in_one_real_row_among_its_own_set(sizes: list[int]) 
     real = layout.real_row.bool()
     assert sorted(layout.event_of_row[real].tolist()) == list(range(sum(sizes)))
     set_of_event = np.repeat(np.arange(len(sizes)), sizes)
-    set_of_row = layout.set_order[layout.set_of_row()] if sizes else layout.event_of_row
+    set_of_row = layout.set_order[layout.set_of_row] if sizes else layout.event_of_row
     assert set_of_row.tolist() == set_of_event[layout.event_of_row.numpy()].tolist()
     assert sum(c.num_rows for c in layout.classes) == layout.num_rows
     assert sum(c.num_sets for c in layout.classes) == len(sizes)
