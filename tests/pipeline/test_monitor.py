@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,8 +58,13 @@ def test_memory_of_children_is_sampled(tmp_path: Path) -> None:
     assert [row["event"] for row in samples if row["event"]] == ["start", "child holds 64 MiB"]
     assert all(row["cuda_allocated_bytes"] == "" for row in samples if row["role"] == "child")
 
+    # The process that runs the tests may have other children, of earlier tests: the peak is over moments, of all.
+    moments = Counter[str]()
+    for row in samples:
+        moments[row["seconds"]] += int(row["rss_bytes"])
+    assert monitor.peak_rss_bytes == max(moments.values())
     main_rss = max(int(row["rss_bytes"]) for row in samples if row["role"] == "main")
-    assert main_rss < monitor.peak_rss_bytes <= main_rss + max(of_child)
+    assert monitor.peak_rss_bytes > main_rss
     assert monitor.peak_uss_bytes is None or monitor.peak_uss_bytes > 64 * MEBIBYTE
 
 
