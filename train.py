@@ -314,6 +314,7 @@ def open_loader(options: TrainOptions, world: World, split: str, *, shuffle: boo
         bucketing=options.bucketing,
         rank=world.rank,
         world_size=world.size,
+        group_events=options.group_events,
         prefetch=options.prefetch,
         pin_memory=world.device.type == "cuda",
     )

@@ -254,6 +254,27 @@ def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> Fl
     return patients
 
 
+def read_set_sizes(directory: Path, entry: ShardEntry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """[P] sets of each patient and [S] events of each set of one shard: two columns of a Parquet file, all of a tar.
+
+    Raises:
+        UserError: the file is missing or contradicts the manifest.  The checksum is not compared: that would read all.
+    """
+    path = directory / entry.path
+    hint = "the data set is damaged: copy it again, or run preprocess.py again"
+    names = ["num_sets", "set_size"]
+    try:
+        table = _read_rows(path) if path.suffix == ".tar" else pq.read_table(path, columns=names).combine_chunks()
+        num_sets, set_size = table["num_sets"].chunk(0).to_numpy(), table["set_size"].chunk(0).flatten().to_numpy()
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
+    sizes = (len(num_sets), len(set_size), int(num_sets.sum()), int(set_size.sum()))
+    expected = (entry.num_patients, entry.num_sets, entry.num_sets, entry.num_events)
+    if sizes != expected:
+        raise UserError(f"{path}: {sizes} patients, sets, sets and events, the manifest says {expected}; {hint}")
+    return num_sets, set_size
+
+
 def _with_static(minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """[S] minutes, with one for each static set (NaN), which can only be a patient's first."""
     static = np.flatnonzero(np.isnan(minute))

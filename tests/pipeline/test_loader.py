@@ -269,13 +269,14 @@ def test_the_thread_ends_when_the_consumer_leaves(data_dir: Path, leave: str) ->
 def test_the_thread_is_no_more_than_the_promised_batches_ahead(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = threading.Semaphore(0)
     loader = make_loader(data_dir, batch_size=2, prefetch=3)
-    padded = loader._store.padded
+    store = loader._latest[1]  # type: ignore[index]
+    padded = store.padded
 
     def counted(*arguments: Any) -> Any:
         made.release()
         return padded(*arguments)
 
-    monkeypatch.setattr(loader._store, "padded", counted)
+    monkeypatch.setattr(store, "padded", counted)
     stream = loader.padded()
     next(stream)
     for _ in range(4):
@@ -289,7 +290,8 @@ def test_a_failure_reaches_the_consumer_where_its_batch_would_have_come(
     data_dir: Path, prefetch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make_loader(data_dir, batch_size=4, prefetch=prefetch)
-    gather = loader._store.padded
+    store = loader._latest[1]  # type: ignore[index]
+    gather = store.padded
     steps = iter(range(100))
 
     def fail(*arguments: Any) -> Any:
@@ -297,7 +299,7 @@ def test_a_failure_reaches_the_consumer_where_its_batch_would_have_come(
             raise MemoryError("no more")
         return gather(*arguments)
 
-    monkeypatch.setattr(loader._store, "padded", fail)
+    monkeypatch.setattr(store, "padded", fail)
     stream = loader.padded()
     assert len(list(islice(stream, 2))) == 2
     with pytest.raises(MemoryError, match="no more"):
