@@ -264,9 +264,9 @@ def read_set_sizes(directory: Path, entry: ShardEntry) -> tuple[npt.NDArray[np.i
     hint = "the data set is damaged: copy it again, or run preprocess.py again"
     names = ["num_sets", "set_size"]
     try:
-        table = _read_rows(path) if path.suffix == ".tar" else pq.read_table(path, columns=names).combine_chunks()
-        num_sets, set_size = table["num_sets"].chunk(0).to_numpy(), table["set_size"].chunk(0).flatten().to_numpy()
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, pa.ArrowException) as error:
+        table = _read_rows(path) if path.suffix == ".tar" else pq.read_table(path, schema=SHARD_SCHEMA, columns=names)
+        num_sets, set_size = table["num_sets"].to_numpy(), pc.list_flatten(table["set_size"]).to_numpy()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
     sizes = (len(num_sets), len(set_size), int(num_sets.sum()), int(set_size.sum()))
     expected = (entry.num_patients, entry.num_sets, entry.num_sets, entry.num_events)
