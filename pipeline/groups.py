@@ -16,9 +16,10 @@ import numpy.typing as npt
 from pipeline.flat import offsets_of, ranges
 from pipeline.plan import source_of_chance
 
-GROUP_EVENTS = 1 << 24
-"""About how many events a group has.  An event takes 9 bytes in memory and a set 12: some 200 MB, and twice that with
-several groups, because the next one is read while one is used."""
+GROUP_EVENTS = 1 << 23
+"""About how many events a group has.  An event takes 9 bytes in memory and a set 12, some 100 MB in all, and with
+several groups twice that, because the next one is read while one is used.  Reading takes some 35 ns an event: a third
+of a second, which is what it costs to resume."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
