@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.clean import REJECTS_SCHEMA, clean
+from pipeline.clean import REJECTS_SCHEMA, clean, is_blank
 from pipeline.executors import LOCAL, open_executor
 from pipeline.like import Like
 from pipeline.monitor import peak_rss_bytes
@@ -43,6 +43,7 @@ from pipeline.schema import (
     REJECTS_FILE,
     SPLITS,
     SUMMARY_FILE,
+    VARIABLE,
     VOCABULARY_FILE,
     UserError,
 )
@@ -96,7 +97,7 @@ class Spilled:
         num_kept: rows spilled.
         num_clipped: values that a rule changed.
         rejects: the others, by reason.
-        columns: names and dtypes of what is kept.
+        columns: names and dtypes of what is kept, but for patients and variables.
     """
 
     num_rows: int
@@ -277,8 +278,8 @@ def spill_piece(source: Source, piece: Piece, number: int, rule: SplitRule, rule
     if rules.ranges:
         kept, outside, num_clipped = apply_ranges(kept, rules.ranges)
         rejected = pl.concat([rejected, outside])
-    seen = pl.concat([kept[PATIENT_ID], rejected[PATIENT_ID]]).unique().drop_nulls()
-    patients = [*seen.filter(seen.str.strip_chars() != ""), *raw.patients]
+    seen = pl.concat([frame[PATIENT_ID].unique().cast(pl.String) for frame in (kept, rejected)]).drop_nulls()
+    patients = [*seen.filter(~is_blank(seen)), *raw.patients]
     write_spill(work / "spills", number, kept, piece.files, patients, rule)
     if rejected.height:
         files = pl.Series(piece.files, dtype=pl.String)
@@ -292,7 +293,7 @@ def spill_piece(source: Source, piece: Piece, number: int, rule: SplitRule, rule
         num_kept=kept.height,
         num_clipped=num_clipped,
         rejects=dict(rejected["reason"].value_counts().iter_rows()),
-        columns={name: str(dtype) for name, dtype in kept.schema.items()},
+        columns={name: str(dtype) for name, dtype in kept.drop(PATIENT_ID, VARIABLE).schema.items()},
     )
 
 

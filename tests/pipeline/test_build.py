@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.build import BuildOptions, build
+from pipeline.partition import sort_order
 from pipeline.publish import WORK
 from pipeline.schema import MANIFEST_FILE, SPLITS, UserError
 from pipeline.shards import INDEX_SCHEMA, VOCABULARY_SCHEMA, Manifest, read_index, read_shard, read_vocabulary
@@ -377,3 +378,28 @@ def test_set_a(tmp_path: Path, set_a_dir: Path, outcomes_a: Path) -> None:
     for split in SPLITS:
         lengths = index.filter(pl.col("split") == split)["num_events"]
         assert lengths.is_sorted()
+
+
+keys_and_ties = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from([-math.inf, -2.0, 0.0, 1.0, 1e12, 1e18]),
+        st.integers(0, 2),
+        st.sampled_from([math.nan, -1.5, 0.0, 2.0]),
+        st.sampled_from([0.0, 0.25]),
+    ),
+    max_size=40,
+)
+
+
+@given(keys_and_ties)
+def test_the_order_of_events_is_that_of_their_columns(rows: list[tuple[float, ...]]) -> None:
+    """Packed into one integer or, where the minutes lie too far apart, not."""
+    dtypes = (np.int32, np.float64, np.int32, np.float32, np.float64)
+    columns = [np.array([row[at] for row in rows], dtype) for at, dtype in enumerate(dtypes)]
+
+    def place(number: int) -> tuple[float, ...]:
+        *key, value, minute = rows[number]
+        return (*key, math.isnan(value), 0 if math.isnan(value) else value, minute)
+
+    assert sort_order(columns[:3], columns[3:]).tolist() == sorted(range(len(rows)), key=place)
