@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model.augment import drop_events
 from model.checkpoint import Checkpoint
 from model.collapse import CollapseGauges, is_collapsed
 from model.config import SeqSetVAEConfig
@@ -142,6 +143,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
+        batch = drop_events(batch, options.event_dropout, seed=options.seed, step=step)
         given = ModelInput.of(batch).to(world.device)
         with autocast(options, world):
             output = self.stepper(given, seed=options.seed, step=step)
@@ -209,7 +211,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
             model.train()
             for batch, counts, waited in timed(loader):
                 started = time.perf_counter()
-                loss, norm = training.step(lay_out(batch, options, pad_to), counts)
+                loss, norm = training.step(lay_out(batch, options, pad_to), kept(counts, options))
                 sums.add(loss, norm)
                 for meter in (interval, overall):
                     meter.add(batch, waited=waited, step_seconds=time.perf_counter() - started, pad_to=pad_to)
@@ -365,6 +367,11 @@ def timed(loader: PatientLoader) -> Iterator[tuple[PatientBatch, LossCounts, flo
         of = loader.step_counts(step)
         counts = LossCounts(num_events=of.num_events, num_sets=of.num_sets, num_labelled=of.num_labelled)
         yield batch, counts, waited
+
+
+def kept(counts: LossCounts, options: TrainOptions) -> LossCounts:
+    """The counts that are to be expected where events are left out; the exact ones would have to be gathered."""
+    return dataclasses.replace(counts, num_events=round(counts.num_events * (1 - options.event_dropout)))
 
 
 def check_finite(loss: float, step: int) -> None:

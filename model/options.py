@@ -40,6 +40,9 @@ class TrainOptions:
     preset: Preset = _flag("small", "widths of the model")
     event_form: EventForm = _flag("additive", "how an event joins variable and value")
     dropout: float = _flag(0.2, "of transformer and head", least=0, most=0.99)
+    event_dropout: float = _flag(
+        0.3, "share of a patient's events left out of a training step, another at each", least=0, most=0.5
+    )
     # optimisation
     max_epochs: int = _flag(10, "epochs", least=1)
     learning_rate: float = _flag(1e-3, "of AdamW, at its highest", least=0)
