@@ -25,11 +25,15 @@ class World:
         rank: 0 … size − 1; rank 0 writes the files.
         size: processes of the run.
         device: where this one computes.
+        local_rank: 0 … local_size − 1.
+        local_size: processes of the run on this machine.
     """
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -101,6 +105,6 @@ def _join(worker: Callable[[World], int], device: str) -> int:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        return worker(World(dist.get_rank(), dist.get_world_size(), chosen))
+        return worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size))
     finally:
         dist.destroy_process_group()

@@ -81,7 +81,8 @@ def damage_bytes(path: Path) -> None:
     ("harm", "verify", "message"),
     [
         (damage_bytes, True, "checksum differs"),
-        (Path.unlink, True, "cannot be read"),
+        (Path.unlink, True, "is missing"),
+        (lambda path: os.truncate(path, 100), True, "has 100 bytes, the manifest says"),
         (Path.unlink, False, "cannot be read"),
         (lambda path: os.truncate(path, 100), False, "cannot be read"),
         (lambda path: path.write_bytes(b""), False, "cannot be read"),
@@ -112,7 +113,7 @@ def test_a_changed_or_missing_table_is_named(directory: Path, name: str) -> None
     with pytest.raises(UserError, match=f"{name}: checksum differs"):
         read(directory, manifest)
     (directory / name).unlink()
-    with pytest.raises(UserError, match=f"{name}: missing or unreadable"):
+    with pytest.raises(UserError, match=f"{name}: is missing"):
         read(directory, manifest)
 
 
