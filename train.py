@@ -667,7 +667,7 @@ def shown(value: float | None) -> str:
 
 def say(world: World, text: str) -> None:
     if world.is_main:
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def manifest_line(manifest: Manifest) -> str:
