@@ -39,10 +39,9 @@ TAG: Final = b"Signature: 8a477f597d28d172789f06886806bc55\n# Shards that seqset
 CHUNK: Final = 1 << 24
 """Bytes asked of the store at once: each request has its own retries."""
 
-S3_PROTOCOL: Final = ("s3", "s3a")
 S3_RETRIES: Final = 2
 """Of s3fs, which counts them twice when it reads, around five attempts of botocore (``AWS_MAX_ATTEMPTS``) at 15 s each:
-a store that says nothing is given up after five minutes.  With s3fs's own 5 that would be half an hour."""
+a store that says nothing is given up after about five minutes.  With s3fs's own 5 it would be half an hour."""
 
 PART: Final = ".part"
 """Ends the names of files that are being written."""
@@ -111,7 +110,7 @@ class RemoteFolder(Folder):
         try:
             # No instance that another part of the process made: it may have listings of earlier.
             self._system, self._root = fsspec.core.url_to_fs(self._at, skip_instance_cache=True)
-            if self._system.protocol == S3_PROTOCOL:
+            if "s3" in self._system.protocol:
                 self._system.retries = S3_RETRIES
         except ImportError as error:
             raise UserError(f"{self}: {_line(error)}; pip install 'seqsetvae[remote]' is for s3://") from None
