@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from pipeline.clean import REJECTS_SCHEMA, clean, is_blank
 from pipeline.executors import LOCAL, open_executor
+from pipeline.folder import file_sha256
 from pipeline.like import Like
 from pipeline.monitor import peak_rss_bytes
 from pipeline.partition import SortedPartition, WrittenPartition, measure_partition, sort_partition, write_partition
@@ -47,7 +48,7 @@ from pipeline.schema import (
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.shards import INDEX_SCHEMA, SHARD_SUFFIXES, Manifest, file_sha256, replacing, sync, write_atomically
+from pipeline.shards import INDEX_SCHEMA, SHARD_SUFFIXES, Manifest, checked_file, replacing, sync, write_atomically
 from pipeline.sources.side_files import read_embeddings, read_statistics
 from pipeline.sources.source import LABEL, SPLIT, SUBJECT, Piece, Source, unreadable
 from pipeline.spill import read_table, write_spill, write_table
@@ -202,7 +203,8 @@ def build(
                 if not any(part.num_events for part in parts):
                     raise UserError("the input has no event that can be used; look at its columns")
                 if embedding_dim is not None:
-                    shutil.copyfile(like.directory / EMBEDDINGS_FILE, data / EMBEDDINGS_FILE)
+                    with checked_file(like.folder, like.manifest, EMBEDDINGS_FILE) as embeddings:
+                        shutil.copyfile(embeddings, data / EMBEDDINGS_FILE)
                     sync(data / EMBEDDINGS_FILE)
 
             suffixes = SHARD_SUFFIXES[options.shard_format]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ from torch import Tensor
 
 from pipeline.batch import PatientBatch
 from pipeline.flat import offsets_of
+from pipeline.folder import Folder
 from pipeline.plan import BUCKET_WIDTH, Axis, CostModel, Layout, Policy, deal, plan_epoch
+from pipeline.remote import open_folder
 from pipeline.schema import UNLABELLED, UserError
 from pipeline.shards import Manifest
 from pipeline.store import PatientStore, Truncate
@@ -65,6 +67,7 @@ class PatientLoader:
         manifest: Manifest,
         *,
         split: str,
+        quarantined: Collection[str],
         policy: Policy,
         seed: int,
         max_sequence_length: int | None,
@@ -89,6 +92,7 @@ class PatientLoader:
         self._settings = {
             "data": manifest.fingerprint,
             "split": split,
+            "quarantined": sorted(quarantined),
             "seed": seed,
             **asdict(policy),
             "max_sequence_length": max_sequence_length,
@@ -251,8 +255,10 @@ def _ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, No
 
 
 def make_loader(
-    directory: str | Path,
+    directory: str | Path | Folder,
     *,
+    manifest: Manifest | None = None,
+    quarantined: Collection[str] = (),
     split: str = "train",
     batch_size: int | None = 16,
     max_events: int | None = None,
@@ -277,7 +283,10 @@ def make_loader(
     ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
 
     Args:
-        directory: what preprocess.py wrote.
+        directory: what preprocess.py wrote: a path, a URL, or what :func:`pipeline.remote.open_folder` gave.
+        manifest: that of the directory, where it has been read already.
+        quarantined: paths of shards to leave out, as :func:`pipeline.shards.check_shards` finds them; it must be
+            equal on all ranks.
         split: ``train``, ``valid`` or ``test``.
         batch_size: most patients of a global batch, or None.
         max_events: most events of a global batch, or None; see :class:`pipeline.plan.Policy`.
@@ -319,12 +328,13 @@ def make_loader(
         bucket_width=bucket_width,
         shuffle=shuffle,
     )
-    directory = Path(directory)
-    manifest = Manifest.load(directory)
+    folder = open_folder(directory)
+    manifest = (manifest or Manifest.load(folder)).without(quarantined)
     return PatientLoader(
-        PatientStore(directory, manifest, split, verify=verify),
+        PatientStore(folder, manifest, split, verify=verify),
         manifest,
         split=split,
+        quarantined=quarantined,
         policy=policy,
         seed=seed,
         max_sequence_length=max_sequence_length,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.batch import PatientBatch
 from pipeline.flat import offsets_of, ranges
+from pipeline.folder import Folder
 from pipeline.schema import UserError
 from pipeline.shards import Manifest, read_shard
 
@@ -54,7 +55,7 @@ class PatientStore:
             longest patient has events, so that a rectangle can be read from any start.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, split: str, *, verify: bool = True) -> None:
+    def __init__(self, directory: Path | Folder, manifest: Manifest, split: str, *, verify: bool = True) -> None:
         """Read the shards of ``split``.
 
         Args:

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.folder import file_sha256
 from pipeline.report import MAX_VARIABLES, write_data_report, write_run_report
 from pipeline.schema import UserError
-from pipeline.shards import INDEX_SCHEMA, VOCABULARY_SCHEMA, Manifest, ShardEntry, file_sha256
+from pipeline.shards import INDEX_SCHEMA, VOCABULARY_SCHEMA, Manifest, ShardEntry
 
 HOSTILE = "</td></pre><script>alert('$x_{$')</script>\U0001f600&amp;"
 
