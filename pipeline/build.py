@@ -144,13 +144,18 @@ def build(
     """
     started = time.monotonic()
     rule, rules, like = options.rule, options.rules, options.like
-    pieces = source.pieces()
     resolved = _resolved(source, options)
-    fingerprint = _fingerprint(source, resolved)
-    with output_folder(output.absolute(), fingerprint, overwrite=overwrite, say=say) as work:
-        if work is None:
+    pieces: list[Piece] = []
+
+    def look_at_input() -> str:
+        pieces.extend(source.pieces())
+        return _fingerprint(source, resolved)
+
+    with output_folder(output.absolute(), look_at_input, overwrite=overwrite, say=say) as claimed:
+        if claimed is None:
             summary: dict[str, Any] = json.loads((output / SUMMARY_FILE).read_bytes())
             return summary
+        work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             _check_space(source, output)
         data = work / "data"

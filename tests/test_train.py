@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+import preprocess
 import train
 from model.checkpoint import Checkpoint
 from model.options import TrainOptions
@@ -227,6 +228,44 @@ def test_evaluate_gives_what_training_gave(finished: Path, data: Path, tmp_path:
         pq.read_table(finished / "predictions_test.parquet")
     )
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_checkpoint_is_evaluated_on_new_patients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--like`` gives them the vocabulary that the checkpoint knows; prepared for themselves, they have another."""
+
+    def prepare(name: str, source: str, *flags: object) -> Path:
+        data = tmp_path / name
+        command = [source, "--output", data, "--workers", "1", *flags]
+        assert preprocess.main([str(word) for word in command]) == 0
+        return data
+
+    old = prepare("old", "synthetic", "--num_patients", 12)
+    assert run(old, tmp_path / "run", "--preset", "small", "--max_epochs", "1") == 0
+    best = str(tmp_path / "run" / "checkpoints" / "best.pt")
+    rows = [f"p{n},{n % 3},{name},{n}" for n in range(9) for name in ("variable_00", "variable_39", "a stranger")]
+    (tmp_path / "new.csv").write_text("\n".join(["patient_id,minute,variable,value", *rows]) + "\n")
+    (tmp_path / "labels.csv").write_text("patient_id,label\n" + "".join(f"p{n},{n % 2}\n" for n in range(8)))
+    new = prepare("new", str(tmp_path / "new.csv"), "--like", old, "--labels", tmp_path / "labels.csv")
+    summary = json.loads((new / "summary.json").read_text())
+    assert summary["unknown_variables"] == {"a stranger": 9}
+    assert summary["unknown_variable_events"] == 9
+
+    assert run(new, tmp_path / "evaluation", "--evaluate", best) == 0
+    predictions = pq.read_table(tmp_path / "evaluation" / "predictions_test.parquet").to_pylist()
+    expected = [(f"p{n}", n % 2 if n < 8 else None) for n in range(9)]
+    assert [(row["patient_id"], row["label"]) for row in predictions] == expected
+    assert all(0 < row["probability"] < 1 for row in predictions)
+    assert len({row["probability"] for row in predictions}) == 9
+    metrics = json.loads((tmp_path / "evaluation" / "evaluation_test.json").read_text())
+    assert (metrics["num_labelled"], metrics["num_unlabelled"]) == (8, 1)
+
+    other = prepare("other", str(tmp_path / "new.csv"))
+    capsys.readouterr()
+    assert run(other, tmp_path / "refused", "--evaluate", best, "--evaluate_split", "train") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "best.pt: trained with another vocabulary" in line
+    assert "--like" in line
+    assert not (tmp_path / "refused").exists()
 
 
 def test_profile_memory_early_stopping_and_verbose(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline.build import BuildOptions, build
 from pipeline.partition import sort_order
-from pipeline.publish import WORK
+from pipeline.publish import WORK, output_folder
 from pipeline.schema import MANIFEST_FILE, SPLITS, UserError
 from pipeline.shards import INDEX_SCHEMA, VOCABULARY_SCHEMA, Manifest, read_index, read_shard, read_vocabulary
 from pipeline.sources.patient_files import PatientFiles
@@ -335,6 +335,34 @@ def test_too_little_space_is_said_before_the_work(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "out").exists()
     Usage.free += 1
     build(source, tmp_path / "out", ALL_TRAIN)
+
+
+class NeverLookedAt(Synthetic):
+    """As an input so large that looking at it takes hours."""
+
+    def inputs(self) -> Any:
+        raise AssertionError
+
+    def pieces(self) -> Any:
+        raise AssertionError
+
+
+def test_a_folder_is_refused_before_the_input_is_looked_at(tmp_path: Path) -> None:
+    for name, message in (
+        ("thesis/notes.txt", r"thesis: holds 'notes\.txt' and no data set"),
+        (f"odd/{MANIFEST_FILE}", "not a manifest of this project"),
+        (f"strange/{WORK}/notes.txt", r"not made by preprocess\.py"),
+        ("file", "file: is a file"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match=message):
+            build(NeverLookedAt(), tmp_path / name.split("/")[0], ALL_TRAIN, overwrite=True)
+    with (
+        pytest.raises(UserError, match=r"another preprocess\.py is writing here"),
+        output_folder(tmp_path / "busy", lambda: "first", overwrite=False, say=print),
+    ):
+        build(NeverLookedAt(), tmp_path / "busy", ALL_TRAIN)
 
 
 def test_a_train_split_without_events_is_refused(tmp_path: Path) -> None:
