@@ -115,7 +115,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, _Flags]
     add("--workers", type=_positive, default=os.cpu_count(), help="processes of --executor local")
     add("--overwrite", action="store_true", help="replace a data set in DIR, and nothing else there")
     add("--verbose", action="store_true", help="say more of what was found")
-    add("--like", type=Path, metavar="DATA", help="use the vocabulary, statistics and rules of this data directory")
+    add("--like", metavar="DATA", help="use the vocabulary, statistics and rules of this data directory (path or URL)")
     add("--like_split", choices=SPLITS, default="test", help="of all patients, with --like")
 
     own = parser.add_argument_group("not with --like, which has them from DATA", argument_default=argparse.SUPPRESS)

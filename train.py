@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model.augment import drop_events
 from model.checkpoint import Checkpoint
 from model.collapse import CollapseGauges, is_collapsed
 from model.config import SeqSetVAEConfig
@@ -39,11 +40,13 @@ from model.options import TrainOptions, parse_options
 from model.parallel import World, run
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
 from pipeline.batch import PatientBatch
+from pipeline.folder import Folder
 from pipeline.loader import PatientLoader, make_loader
 from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
+from pipeline.remote import open_folder
 from pipeline.report import write_run_report
 from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, UNLABELLED, UserError
-from pipeline.shards import Manifest, check_file, write_atomically
+from pipeline.shards import Manifest, ShardEntry, check_shards, checked_file, write_atomically
 
 console = Console(stderr=True, highlight=False)
 
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend, 128 + n = stopped by signal n."""
     try:
         options = parse_options(arguments)
-        manifest = Manifest.load(Path(options.data_dir))
+        manifest = Manifest.load(data_folder(options))
         if options.inspect:
             return inspect(options, manifest)
         worker = evaluate if options.evaluate else train
@@ -60,6 +63,64 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The data set of a run: the same shards on every rank.
+
+    Attributes:
+        folder: where its files are.
+        manifest: of the shards that are used.
+        quarantined: the shards that are not, because they are bad somewhere, by split.
+    """
+
+    folder: Folder
+    manifest: Manifest
+    quarantined: dict[str, list[ShardEntry]]
+
+    @property
+    def quarantined_shards(self) -> list[str]:
+        return sorted(entry.path for entries in self.quarantined.values() for entry in entries)
+
+    @property
+    def quarantined_patients(self) -> dict[str, int]:
+        return {split: sum(entry.num_patients for entry in entries) for split, entries in self.quarantined.items()}
+
+
+def data_folder(options: TrainOptions) -> Folder:
+    return open_folder(options.data_dir, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes)
+
+
+def agree_on_data(options: TrainOptions, manifest: Manifest, world: World, *splits: str) -> Data:
+    """What all ranks use; where ``--on_bad_shard`` is ``quarantine``, without the shards of ``splits`` that are bad.
+
+    A plan is made of the shards that there are, so ranks must know of all bad ones before they make it.  Machines may
+    hold copies of a data set, so each checks all shards, and what is bad on one is left out by all.
+
+    Raises:
+        UserError: ranks have different data sets.
+    """
+    folder, found = data_folder(options), dict[str, str]()
+    if options.on_bad_shard == "quarantine":
+        entries = [entry for split in splits for entry in manifest.splits.get(split, [])]
+        found = check_shards(folder, entries[world.local_rank :: world.local_size])
+    shares = world.gather((manifest.fingerprint, found))
+    if any(fingerprint != manifest.fingerprint for fingerprint, _ in shares):
+        raise UserError(f"--data_dir {folder}: not the same data set on all machines; copy it anew, or start again")
+    bad = {path: reason for _, share in shares for path, reason in share.items()}
+    quarantined = {
+        split: [entry for entry in entries if entry.path in bad] for split, entries in manifest.splits.items()
+    }
+    data = Data(folder=folder, manifest=manifest.without(bad), quarantined=quarantined)
+    for split, entries in quarantined.items():
+        for entry in entries:
+            left_out = f"its {entry.num_patients:,} {split} patients are left out"
+            say(world, f"warning: {folder}/{entry.path}: {bad[entry.path]}; {left_out}")
+    return data
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -73,13 +134,13 @@ class Training:
             ``seconds`` (spent, over all resumed parts of the run).
     """
 
-    def __init__(self, options: TrainOptions, manifest: Manifest, world: World) -> None:
-        self.options, self.manifest, self.world = options, manifest, world
+    def __init__(self, options: TrainOptions, data: Data, world: World) -> None:
+        self.options, self.manifest, self.world = options, data.manifest, world
         self.checkpoints = Path(options.output_dir) / "checkpoints"
-        self.loader = open_loader(options, world, "train", shuffle=True)
+        self.loader = open_loader(options, data, world, "train", shuffle=True)
         if not self.loader.num_patients:
-            raise UserError(f"{options.data_dir}: no patients to train on; its train split is empty")
-        self.model = new_model(options, manifest).to(world.device)
+            raise UserError(f"{options.data_dir}: no patients to train on; its train split is empty, or left out")
+        self.model = new_model(options, data).to(world.device)
         self.model.gradient_checkpointing = options.gradient_checkpointing
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         # With the usual eps of 1e-8 weights that matter to nothing would follow the rounding noise of their gradients.
@@ -143,6 +204,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
+        batch = drop_events(batch, options.event_dropout, seed=options.seed, step=step)
         given = ModelInput.of(batch).to(world.device)
         with autocast(options, world):
             output = self.stepper(given, seed=options.seed, step=step)
@@ -187,16 +249,17 @@ class Training:
 def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """Train until the last epoch, early stopping or a signal; then evaluate the best checkpoint on the test split."""
     run_dir = Path(options.output_dir)
-    training = Training(options, manifest, world)
+    data = agree_on_data(options, manifest, world, *manifest.splits)
+    training = Training(options, data, world)
     model, loader, progress = training.model, training.loader, training.progress
-    valid_loader = open_loader(options, world, "valid", shuffle=False)
+    valid_loader = open_loader(options, data, world, "valid", shuffle=False)
     pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         resolved = {"options": dataclasses.asdict(options), "model": model.config.to_dict()}
         write_atomically(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
     parameters = sum(p.numel() for p in model.parameters())
-    say(world, f"{manifest_line(manifest)}; {parameters:,} parameters; {world.size} × {world.device.type}")
+    say(world, f"{manifest_line(data.manifest)}; {parameters:,} parameters; {world.size} × {world.device.type}")
 
     overall, stop = Throughput(), None
     with contextlib.ExitStack() as stack:
@@ -204,13 +267,16 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
         log = stack.enter_context(metrics_log(run_dir, world, progress["step"]))
         memory = stack.enter_context(MemoryMonitor(memory_file(run_dir, world) if options.profile_memory else None))
         bar = stack.enter_context(EpochBar(world, options.max_epochs))
+        if options.on_bad_shard == "quarantine":
+            patients = {f"{split}_patients": number for split, number in data.quarantined_patients.items()}
+            log("event", step=progress["step"], event="quarantine", **patients)
         while loader.epoch < options.max_epochs and stop is None:
             epoch, interval, sums = loader.epoch, Throughput(), LossSums(model.config.levels, world.device)
             bar.begin(epoch, len(loader), loader.cursor)
             model.train()
             for batch, counts, waited in timed(loader):
                 started = time.perf_counter()
-                loss, norm = training.step(lay_out(batch, options, pad_to), counts)
+                loss, norm = training.step(lay_out(batch, options, pad_to), kept(counts, options))
                 sums.add(loss, norm)
                 for meter in (interval, overall):
                     meter.add(batch, waited=waited, step_seconds=time.perf_counter() - started, pad_to=pad_to)
@@ -256,21 +322,19 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     run = {"stopped_by": stop or "max_epochs", **overall.rates()}
     if options.profile_memory:  # of this process and those below it; each rank has a profile of its own
         run |= {"profiled_peak_rss_bytes": memory.peak_rss_bytes, "profiled_peak_uss_bytes": memory.peak_uss_bytes}
-    finish(options, manifest, world, progress, run)
+    finish(options, data, world, progress, run)
     return 0
 
 
-def finish(
-    options: TrainOptions, manifest: Manifest, world: World, progress: dict[str, Any], run: dict[str, Any]
-) -> None:
+def finish(options: TrainOptions, data: Data, world: World, progress: dict[str, Any], run: dict[str, Any]) -> None:
     """Evaluate the best checkpoint on the test split, write summary and report, say where they are."""
     run_dir = Path(options.output_dir)
     best = run_dir / "checkpoints" / "best.pt"
     test = None
-    if manifest.splits.get("test"):
+    if data.manifest.splits.get("test"):
         world.wait()  # until the first rank has written it
-        model = Checkpoint.load(best).build_model(best, manifest.vocabulary_fingerprint).to(world.device)
-        test = evaluate_split(model, "test", options, world)
+        model = Checkpoint.load(best).build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
+        test = evaluate_split(model, "test", options, data, world)
     if not world.is_main:
         return
     summary = {
@@ -279,6 +343,8 @@ def finish(
         **run,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None,
+        "quarantined_patients": data.quarantined_patients,
+        "quarantined_shards": data.quarantined_shards,
         "best": progress["best"],
         "test": test,
     }
@@ -291,21 +357,23 @@ def finish(
     print(f"report {report}")
 
 
-def new_model(options: TrainOptions, manifest: Manifest) -> SeqSetVAE:
+def new_model(options: TrainOptions, data: Data) -> SeqSetVAE:
     """An untrained model for this data; the same weights for the same seed on every rank and device."""
     changes: dict[str, Any] = {"event_form": options.event_form, "dropout": options.dropout}
-    embeddings = None
+    embeddings, manifest = None, data.manifest
     if manifest.embedding_dim is not None:
-        check_file(Path(options.data_dir), manifest, EMBEDDINGS_FILE)
-        embeddings = torch.from_numpy(np.load(Path(options.data_dir) / EMBEDDINGS_FILE, allow_pickle=False))
+        with checked_file(data.folder, manifest, EMBEDDINGS_FILE) as path:
+            embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
         changes |= {"embedding_dim": manifest.embedding_dim, "frozen_embeddings": True}
     torch.manual_seed(options.seed)
     return SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=manifest.num_codes, **changes), embeddings)
 
 
-def open_loader(options: TrainOptions, world: World, split: str, *, shuffle: bool) -> PatientLoader:
+def open_loader(options: TrainOptions, data: Data, world: World, split: str, *, shuffle: bool) -> PatientLoader:
     return make_loader(
-        options.data_dir,
+        data.folder,
+        manifest=data.manifest,
+        quarantined=data.quarantined_shards,
         split=split,
         batch_size=options.batch_size,
         max_events=options.max_events,
@@ -367,6 +435,11 @@ def timed(loader: PatientLoader) -> Iterator[tuple[PatientBatch, LossCounts, flo
         of = loader.step_counts(step)
         counts = LossCounts(num_events=of.num_events, num_sets=of.num_sets, num_labelled=of.num_labelled)
         yield batch, counts, waited
+
+
+def kept(counts: LossCounts, options: TrainOptions) -> LossCounts:
+    """The counts that are to be expected where events are left out; the exact ones would have to be gathered."""
+    return dataclasses.replace(counts, num_events=round(counts.num_events * (1 - options.event_dropout)))
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -437,9 +510,9 @@ def validate(
     return metrics, table.sort_by("patient_id")
 
 
-def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, world: World) -> dict[str, Any]:
+def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, data: Data, world: World) -> dict[str, Any]:
     """Metrics of a split with bootstrap intervals; writes ``predictions_<split>.parquet``."""
-    metrics, predictions = validate(model, open_loader(options, world, split, shuffle=False), options, world)
+    metrics, predictions = validate(model, open_loader(options, data, world, split, shuffle=False), options, world)
     if world.is_main:
         pq.write_table(predictions, Path(options.output_dir) / f"predictions_{split}.parquet")
         label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
@@ -450,13 +523,20 @@ def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, world: W
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """``--evaluate``: metrics with intervals, predictions and a report for one split."""
     path, run_dir, split = Path(options.evaluate or ""), Path(options.output_dir), options.evaluate_split
-    if not manifest.splits.get(split):
+    data = agree_on_data(options, manifest, world, split)
+    if not data.manifest.splits.get(split):
         raise UserError(f"{options.data_dir}: has no patients in split {split}; choose another with --evaluate_split")
     model = Checkpoint.load(path).build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     run_dir.mkdir(parents=True, exist_ok=True)
-    metrics = evaluate_split(model, split, options, world)
+    metrics = evaluate_split(model, split, options, data, world)
     if world.is_main:
-        content = {"checkpoint": str(path), "split": split, **metrics}
+        content = {
+            "checkpoint": str(path),
+            "split": split,
+            "quarantined_patients": data.quarantined_patients[split],
+            "quarantined_shards": data.quarantined_shards,
+            **metrics,
+        }
         write_atomically(run_dir / f"evaluation_{split}.json", (json.dumps(content, indent=1) + "\n").encode())
         print(
             f"{split} AUROC {shown(metrics['auroc'])}, AUPRC {shown(metrics['auprc'])}, loss {shown(metrics['loss'])}"
@@ -468,10 +548,11 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
 def inspect(options: TrainOptions, manifest: Manifest) -> int:
     """``--inspect``: for batches of 1, 2, 4 and 8 patients their number, shapes, padding, a forward pass and memory."""
     world = World(0, 1, torch.device("cpu"))
-    model = new_model(options, manifest).eval()
-    print(manifest_line(manifest))
+    data = agree_on_data(options, manifest, world, "train")
+    model = new_model(options, data).eval()
+    print(manifest_line(data.manifest))
     for batch_size in (1, 2, 4, 8):
-        loader = open_loader(dataclasses.replace(options, batch_size=batch_size), world, "train", shuffle=True)
+        loader = open_loader(dataclasses.replace(options, batch_size=batch_size), data, world, "train", shuffle=True)
         batch = next(iter(loader))
         pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
         padded = batch.to_padded(model.events.embedding.detach(), pad_to=pad_to)
@@ -595,7 +676,7 @@ def shown(value: float | None) -> str:
 
 def say(world: World, text: str) -> None:
     if world.is_main:
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def manifest_line(manifest: Manifest) -> str:

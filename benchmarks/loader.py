@@ -1,12 +1,16 @@
 """Patients/s of the loader, beside the ways a user would otherwise read the same patients.
 
-    python -m benchmarks.loader DATA [--split train] [--batch_size 16] [--rounds 5] [--output FILE.json]
+    python -m benchmarks.loader DATA [--batch_size 16] [--rounds 5] [--records RECORDS --peers PYTHON] [--output FILE]
+
+DATA is a data directory, RECORDS the folder of PhysioNet-2012 record files of which it was made, PYTHON that of an
+environment with litdata, webdataset and meds-torch-data, which then take part (``benchmarks.peer_loaders``).
 
 All ways give every patient of the split once, shuffled, in batches, as tensors with the same fields: codes, values,
 whether there is a value, minutes, set numbers, labels and a padding mask.  The peers draw batches at random:
 
 * ``numpy``: flat arrays in memory, a patient sliced after the other into rectangles of zeros;
-* ``pandas``: a Parquet file a patient, read and padded one after the other (a part of the patients is timed).
+* ``pandas``: a Parquet file a patient in the layout of ``patient_files`` (variable, value, minute), read, coded and
+  padded one after the other (a part of the patients is timed).
 
 Ways take turns, and each one's best round counts, so that other work on the machine disturbs all alike.
 """
@@ -15,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +32,13 @@ import pandas as pd
 import torch
 
 from benchmarks.machine import describe
+from benchmarks.preprocess_meds import MTD, write_meds
 from pipeline.loader import PatientLoader, make_loader
 from pipeline.plan_report import padding_waste
+from pipeline.shards import read_vocabulary
 from pipeline.store import PatientStore
 
+ROOT = Path(__file__).parents[1]
 PANDAS_PATIENTS = 256
 
 Batches = Iterator[Any]
@@ -54,19 +63,64 @@ def numpy_batches(columns: dict[str, list[np.ndarray]], label: np.ndarray, batch
         yield batch | {"padding_mask": torch.from_numpy(mask), "label": torch.from_numpy(label[patients])}
 
 
-def pandas_batches(directory: Path, num_patients: int, label: np.ndarray, batch_size: int, seed: int) -> Batches:
-    """Read and pad a file a patient."""
-    order = np.random.default_rng(seed).permutation(num_patients)
-    for first in range(0, num_patients, batch_size):
-        patients = order[first : first + batch_size]
-        frames = [pd.read_parquet(directory / f"{patient}.parquet") for patient in patients]
-        longest = max(len(frame) for frame in frames)
+def pandas_batches(directory: Path, code_of: dict[str, int], count: int, batch_size: int, seed: int) -> Batches:
+    """Read, code and pad a file a patient."""
+    order = np.random.default_rng(seed).permutation(count)
+    for first in range(0, count, batch_size):
+        columns = [
+            patient_of(pd.read_parquet(directory / f"{at}.parquet"), code_of) for at in order[first:][:batch_size]
+        ]
+        longest = max(len(column["code"]) for column in columns)
         yield {
             name: torch.stack(
-                [torch.from_numpy(np.pad(frame[name].to_numpy(), (0, longest - len(frame)))) for frame in frames]
+                [torch.from_numpy(np.pad(column[name], (0, longest - len(column[name])))) for column in columns]
             )
-            for name in frames[0].columns
-        } | {"label": torch.from_numpy(label[patients])}
+            for name in columns[0]
+        }
+
+
+def patient_of(events: pd.DataFrame, code_of: dict[str, int]) -> dict[str, np.ndarray]:
+    minute = events["minute"].to_numpy(np.float32)
+    return {
+        "code": events["variable"].map(code_of).to_numpy(np.int64),
+        "val": events["value"].fillna(0).to_numpy(np.float32),
+        "has_value": events["value"].notna().to_numpy(),
+        "minute": minute,
+        "set_id": np.cumsum(np.diff(minute, prepend=minute[:1]) != 0),
+        "padding_mask": np.zeros(len(events), np.bool_),
+    }
+
+
+def write_pandas(folder: Path, columns: dict[str, list[np.ndarray]], names: list[str], count: int) -> None:
+    """The guide's layout, of the patients in memory."""
+    for patient in range(count):
+        code, value, has_value, minute = (columns[name][patient] for name in ("code", "val", "has_value", "minute"))
+        variable = [names[at] for at in code]
+        frame = pd.DataFrame({"variable": variable, "value": np.where(has_value, value, np.nan), "minute": minute})
+        frame.to_parquet(folder / f"{patient}.parquet")
+
+
+def peer_rates(
+    python: str, records: Path, columns: dict[str, list[np.ndarray]], data: Path, rounds: int, size: int
+) -> dict[str, float]:
+    """Patients/s of the peers, each in a process of its own."""
+    offsets = np.cumsum([0, *map(len, columns["code"])])
+    flat = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+    rates = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.savez(folder / "arrays.npz", offsets=offsets, **flat)
+        (folder / "shards").symlink_to(data / "train", target_is_directory=True)
+        write_meds(records, 1, folder / "meds")
+        program = Path(python).with_name("MTD_preprocess")
+        command = [sys.executable, "-c", MTD, str(program), str(folder / "meds"), str(folder / "cohort")]
+        subprocess.run(command, check=True)
+        for way in ("litdata", "webdataset", "meds-torch-data"):
+            script = [python, str(Path(__file__).with_name("peer_loaders.py")), way, str(folder)]
+            script += ["--batch_size", str(size), "--rounds", str(rounds)]
+            printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+            rates[way] = json.loads(printed.splitlines()[-1])["patients_per_second"]
+    return rates
 
 
 def columns_of(store: PatientStore) -> dict[str, list[np.ndarray]]:
@@ -98,6 +152,8 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--records", type=Path, help="record files of DATA, for --peers")
+    parser.add_argument("--peers", metavar="PYTHON", help="of an environment that has the peers")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loader.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # every way on one core
@@ -114,25 +170,33 @@ def main() -> None:
     some = min(PANDAS_PATIENTS, count)
     ahead = ours(prefetch=2)
 
-    with tempfile.TemporaryDirectory() as folder:
-        for patient in range(some):
-            frame = pd.DataFrame({name: arrays[patient] for name, arrays in columns.items()})
-            frame.to_parquet(Path(folder) / f"{patient}.parquet")
-        rates = best_rates(
-            {
-                "ours, ragged": (count, lambda: iter(loader)),
-                "ours, padded": (count, loader.padded),
-                "ours, ragged then to_padded": (count, lambda: (batch.to_padded() for batch in loader)),
-                "ours, ragged, prefetch 2": (count, lambda: iter(ahead)),
-                "ours, padded, prefetch 2": (count, ahead.padded),
-                "numpy, sliced": (count, lambda: numpy_batches(columns, label, options.batch_size, 0)),
-                "pandas, a file a patient": (
-                    some,
-                    lambda: pandas_batches(Path(folder), some, label, options.batch_size, 0),
-                ),
-            },
-            options.rounds,
-        )
+    names = read_vocabulary(options.data_dir, loader.manifest)["variable"].to_pylist()
+    code_of = {name: code for code, name in enumerate(names)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "pandas").mkdir()
+        write_pandas(folder / "pandas", columns, names, some)
+        ways: dict[str, tuple[int, Callable[[], Batches]]] = {
+            "ours, ragged": (count, lambda: iter(loader)),
+            "ours, padded": (count, loader.padded),
+            "ours, ragged then to_padded": (count, lambda: (batch.to_padded() for batch in loader)),
+            "ours, ragged, prefetch 2": (count, lambda: iter(ahead)),
+            "ours, padded, prefetch 2": (count, ahead.padded),
+            "numpy, sliced": (count, lambda: numpy_batches(columns, label, options.batch_size, 0)),
+            "pandas, a file a patient": (
+                some,
+                lambda: pandas_batches(folder / "pandas", code_of, some, options.batch_size, 0),
+            ),
+        }
+        if options.peers:
+            tars = folder / "tars"
+            prepare = ["preprocess.py", str(options.records), "--shard_format", "webdataset", "--output", str(tars)]
+            subprocess.run([sys.executable, *prepare], check=True, cwd=ROOT, capture_output=True)
+            of_tars = make_loader(tars, batch_size=options.batch_size, prefetch=0)
+            ways["ours, padded, from WebDataset"] = (of_tars.num_patients, of_tars.padded)
+        rates = best_rates(ways, options.rounds)
+        if options.peers:
+            rates |= peer_rates(options.peers, options.records, columns, tars, options.rounds, options.batch_size)
 
     result = {
         **describe(),
@@ -140,7 +204,7 @@ def main() -> None:
         "start_up_seconds": round(start_up, 3),
         "padding_of_events": round(padding_waste(plan, windows.num_events), 4),
         "patients_per_second": {name: round(rate) for name, rate in rates.items()},
-        "times_numpy": {name: round(rate / rates["numpy, sliced"], 4) for name, rate in rates.items()},
+        "padded_is_times": {name: round(rates["ours, padded"] / rate, 2) for name, rate in rates.items()},
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -46,9 +46,9 @@ def write_meds(records: Path, copies: int, folder: Path) -> int:
     """Returns the number of events."""
     source = PhysioNet2012(path=records)
     events = pl.concat(clean(source.read(piece))[0] for piece in source.pieces()).select(
-        pl.col(PATIENT_ID).cast(pl.Int64).alias("subject_id"),
+        pl.col(PATIENT_ID).cast(pl.String).cast(pl.Int64).alias("subject_id"),
         (pl.lit(datetime(2000, 1, 1)) + pl.duration(minutes=pl.col(MINUTE))).cast(pl.Datetime("us")).alias("time"),
-        pl.col(VARIABLE).alias("code"),
+        pl.col(VARIABLE).cast(pl.String).alias("code"),
         pl.col(VALUE).alias("numeric_value"),
     )
     events = events.sort("subject_id", "time", maintain_order=True)

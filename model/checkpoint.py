@@ -108,7 +108,8 @@ class Checkpoint:
         """Raise UserError unless the data's codes mean what they meant in training."""
         if self.vocabulary_fingerprint != vocabulary_fingerprint:
             raise UserError(
-                f"{path}: trained with another vocabulary than this data has; use the data set it was trained on"
+                f"{path}: trained with another vocabulary than this data has; use the data set it was trained on, "
+                "or prepare new patients with preprocess.py --like that data set"
             )
 
     def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:

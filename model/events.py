@@ -10,6 +10,11 @@ from model.config import SeqSetVAEConfig
 from pipeline.schema import PADDING_CODE, UNKNOWN_CODE
 
 
+def has_number(code: Tensor, has_value: Tensor) -> Tensor:
+    """[·] bool, whether an event's value is a number to the model; that of an unknown variable has no known scale."""
+    return has_value & (code != UNKNOWN_CODE)
+
+
 class EventEncoder(nn.Module):
     """(code, value) -> [·, width].
 
@@ -19,8 +24,6 @@ class EventEncoder(nn.Module):
     * ``additive``: ``x = r_c/|r_c| + asinh(v) · s_c/|s_c|`` with ``s_c = W' e_c``, and a learned vector in place of the
       second term where there is no number.  asinh keeps small z-scores as they are and a recording error of 50
       standard deviations from outweighing its whole set.
-
-    The number of an unknown variable has no known scale and is treated as no number.
     """
 
     def __init__(self, config: SeqSetVAEConfig, embeddings: Tensor | None = None) -> None:
@@ -47,7 +50,7 @@ class EventEncoder(nn.Module):
         """[·] int64, [·] float32, [·] bool -> [·, width] float32 (a float32 island under autocast: it is the
         target).
         """
-        number = has_value & (code != UNKNOWN_CODE)
+        number = has_number(code, has_value)
         with torch.autocast(code.device.type, enabled=False):
             direction = F.normalize(self.variable(self.embedding), dim=1)[code]
             if self.event_form == "product":

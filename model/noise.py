@@ -79,8 +79,12 @@ class Noise:
         channel = (torch.arange(width, device=self.key.device) + 1) * _signed(_GOLDEN)
         return _mix(_mix(self.key + _signed((salt + 1) * 0xA0761D6478BD642F))[:, None] + channel)
 
+    def uniform(self, salt: int) -> Tensor:
+        """[S] float32 from [0, 1); ``salt`` tells uses apart."""
+        return (self._bits(salt, 1)[:, 0] & 0xFFFFFF).float() / (1 << 24)
+
     def normal(self, salt: int, width: int) -> Tensor:
-        """[S, width] float32, standard normal (Box and Muller 1958); ``width`` is even, ``salt`` tells uses apart."""
+        """[S, width] float32, standard normal (Box and Muller 1958); ``width`` is even."""
         bits = self._bits(salt, width // 2)
         unit = 1.0 / (1 << 24)
         first = ((bits & 0xFFFFFF).float() + 0.5) * unit

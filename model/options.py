@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from model.config import EventForm, Preset
 from model.losses import LossWeights
 from pipeline.groups import GROUP_EVENTS
+from pipeline.remote import CACHE_BYTES, parse_bytes
 from pipeline.schema import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -24,8 +25,16 @@ def _flag(default: Any, text: str, *, least: float | None = None, most: float | 
 class TrainOptions:
     """Every flag of ``train.py``; ``config.yaml`` of a run holds them resolved."""
 
-    data_dir: str = _flag("", "data set made by preprocess.py")
+    data_dir: str = _flag("", "data set made by preprocess.py: a folder, or a URL such as s3://bucket/prefix")
     output_dir: str = _flag("", "where the run's files go")
+    cache_dir: str | None = _flag(
+        None,
+        "where files of a URL are kept: a new folder, or an older cache; left out, one in the user's cache directory",
+    )
+    cache_bytes: str = _flag(CACHE_BYTES, "the most of them, such as 8GB; the longest unused are removed")
+    on_bad_shard: Literal["fail", "quarantine"] = _flag(
+        "fail", "where a shard is missing or damaged: stop; or check all before, and leave out the patients of bad ones"
+    )
     # batches
     batch_size: int = _flag(16, "patients of a global batch, over all devices", least=1)
     max_events: int | None = _flag(None, "most events of a global batch, whatever its number of patients", least=1)
@@ -46,6 +55,9 @@ class TrainOptions:
     preset: Preset = _flag("small", "widths of the model")
     event_form: EventForm = _flag("additive", "how an event joins variable and value")
     dropout: float = _flag(0.2, "of transformer and head", least=0, most=0.99)
+    event_dropout: float = _flag(
+        0.3, "share of a patient's events left out of a training step, another at each", least=0, most=0.5
+    )
     # optimisation
     max_epochs: int = _flag(10, "epochs", least=1)
     learning_rate: float = _flag(1e-3, "of AdamW, at its highest", least=0)
@@ -90,6 +102,7 @@ class TrainOptions:
             raise UserError("--data_dir is missing: name the data set that preprocess.py made")
         if not self.output_dir and not self.inspect:
             raise UserError("--output_dir is missing: name a directory for the run's files")
+        parse_bytes(self.cache_bytes)
         for option in dataclasses.fields(self):
             value, least, most = getattr(self, option.name), option.metadata["least"], option.metadata["most"]
             too_little = least is not None and value is not None and not value >= least

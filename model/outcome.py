@@ -1,8 +1,9 @@
 """The outcome head: a patient's sets pooled over time and, beside them, its variables (design §7.5).
 
 Over time, softmax of h·z weighs the contexts of sets.  Across time, the events of each variable are pooled with the
-context of their sets, and the variables of a patient attend to one another: the course of one variable is then one
-vector, as it is one group of features to a tree (compare the Bi-Axial Transformer, arXiv:2508.12418).
+context of their sets, joined by facts about its course (``model.course``), and the variables of a patient attend to one
+another: the course of one variable is then one vector, as it is one group of features to a tree (compare the Bi-Axial
+Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).
 
 Shape suffixes: B patients, S sets, R rows of the set layout, V (patient, variable) pairs that occur, D width.
 """
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 
 from model.attention import ISAB
 from model.config import SeqSetVAEConfig
+from model.course import NUM_FACTS, course_facts
+from model.events import has_number
 from model.noise import Noise, PatientNoise
 from model.ragged import SetLayout
 from model.segments import attention_pool
@@ -30,7 +33,7 @@ class VariableLayout:
     """Which variables occur in each patient.
 
     Attributes:
-        pair: [R] int64, the pair of patient and variable of each row of the set layout.
+        pair: [E] int64, the pair of patient and variable of each event.
         patient, code: [V] int64, of each pair; pairs stand patient by patient, codes ascending.
         layout: of the pairs, a patient's variables as one set.
     """
@@ -41,8 +44,8 @@ class VariableLayout:
     layout: SetLayout
 
     @classmethod
-    def build(cls, batch: PatientBatch, sets: SetLayout) -> VariableLayout:
-        """From a batch and its set layout, both on the CPU: how many pairs there are decides shapes."""
+    def build(cls, batch: PatientBatch) -> VariableLayout:
+        """From a batch on the CPU: how many pairs there are decides shapes."""
         patient_S = torch.repeat_interleave(torch.arange(batch.num_patients), batch.sets_per_patient)
         patient_E = torch.repeat_interleave(patient_S, batch.set_sizes)
         num_codes = int(batch.code.max()) + 1 if batch.num_events else 1
@@ -50,7 +53,7 @@ class VariableLayout:
         patient = key // num_codes
         counts = torch.bincount(patient, minlength=batch.num_patients)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(pair_E[sets.event_of_row], patient, key % num_codes, SetLayout.build(offsets))
+        return cls(pair_E, patient, key % num_codes, SetLayout.build(offsets))
 
     def to(self, device: torch.device | str) -> VariableLayout:
         pair, patient = self.pair.to(device, non_blocking=True), self.patient.to(device, non_blocking=True)
@@ -59,9 +62,14 @@ class VariableLayout:
 
 HEAD_SALT, AXIS_SALT = 1, 2
 
+FACT_CHANNELS = 64
+"""Channels that the facts about a variable's course reach."""
+
 
 class VariableAxis(nn.Module):
-    """Events with the context of their sets, pooled per variable; variables attend to one another; their mean."""
+    """Events with the context of their sets, pooled per variable, and facts about its course; variables attend to one
+    another; their mean.
+    """
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
@@ -70,25 +78,37 @@ class VariableAxis(nn.Module):
         self.context = nn.Linear(width, width, bias=False)
         self.score = nn.Linear(width, config.heads, bias=False)  # softmax would not see one
         self.variable = nn.Embedding(config.num_codes, width)
+        # What a fact means differs between variables, so each has a projection of its own (to some of the channels: of
+        # full width, those of 30,000 codes would outweigh the rest of the model).
+        channels = min(width, FACT_CHANNELS)
+        self.facts = nn.Parameter(torch.randn(config.num_codes, NUM_FACTS, channels) / math.sqrt(NUM_FACTS))
         self.norm = nn.LayerNorm(width)
         self.block = ISAB(width, config.heads, config.set_feed_forward, config.inducing_points)
         self.scale = math.sqrt(width)
         self.dropout = config.dropout
 
     def forward(
-        self, events_RD: Tensor, context_RD: Tensor, real_R: Tensor, variables: VariableLayout, noise: Noise | None
+        self,
+        events_RD: Tensor,
+        context_RD: Tensor,
+        facts_VF: Tensor,
+        sets: SetLayout,
+        variables: VariableLayout,
+        noise: Noise | None,
     ) -> Tensor:
-        """[R, D] events and the contexts of their sets -> [B, D]; ``noise`` has a row a pair."""
+        """[R, D] events and the contexts of their sets, facts of their pairs -> [B, D]; ``noise`` has a row a pair."""
         rows_RD = F.gelu(self.event(events_RD * self.scale) + self.context(context_RD))
-        score_RH = self.score(rows_RD).float().masked_fill(real_R[:, None] == 0, -torch.inf)
-        heads = rows_RD.chunk(score_RH.shape[1], dim=1)
+        score_RH = self.score(rows_RD).float().masked_fill(sets.real_row[:, None] == 0, -torch.inf)
+        heads, pair_R = rows_RD.chunk(score_RH.shape[1], dim=1), variables.pair[sets.event_of_row]
         pooled_VD = torch.cat(
             [
-                attention_pool(values, score, variables.pair, len(variables.code))
+                attention_pool(values, score, pair_R, len(variables.code))
                 for values, score in zip(heads, score_RH.unbind(1), strict=True)
             ],
             dim=1,
         )
+        told_VC = (facts_VF[:, None] @ self.facts[variables.code])[:, 0]
+        pooled_VD = pooled_VD + F.pad(told_VC, (0, pooled_VD.shape[1] - told_VC.shape[1]))
         pooled_VD = self.norm(pooled_VD + self.variable(variables.code))
         if noise is not None:
             pooled_VD = noise.dropout(pooled_VD, AXIS_SALT, self.dropout)
@@ -111,6 +131,7 @@ class OutcomeHead(nn.Module):
 
     def forward(
         self,
+        batch: PatientBatch,
         events_RD: Tensor,
         context_SD: Tensor,
         z_SD: Tensor,
@@ -123,11 +144,18 @@ class OutcomeHead(nn.Module):
         pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
         if self.variables is not None:
             context_RD = context_SD[sets.set_order][sets.set_of_row]
-            axis_BD = self.variables(
-                events_RD, context_RD, sets.real_row, variables, noise and noise.at(variables.patient, variables.code)
-            )
+            pair_noise = noise and noise.at(variables.patient, variables.code)
+            facts_VF = _facts(batch, variables)
+            axis_BD = self.variables(events_RD, context_RD, facts_VF, sets, variables, pair_noise)
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
         if noise is not None:
             pooled_BD = noise.of_patients().dropout(pooled_BD, HEAD_SALT, self.dropout)
         return self.output(F.gelu(self.hidden(pooled_BD)))
+
+
+def _facts(batch: PatientBatch, variables: VariableLayout) -> Tensor:
+    set_E = torch.repeat_interleave(batch.set_sizes, output_size=batch.num_events)
+    end_V = batch.minute[batch.patient_offsets[1:] - 1][variables.patient]
+    number_E = has_number(batch.code, batch.has_value)
+    return course_facts(batch.value, number_E, set_E, variables.pair, batch.minute, end_V)

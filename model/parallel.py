@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeline.schema import UserError
+from pipeline.shards import write_atomically
 
 T = TypeVar("T")
 
@@ -25,11 +30,15 @@ class World:
         rank: 0 … size − 1; rank 0 writes the files.
         size: processes of the run.
         device: where this one computes.
+        local_rank: 0 … local_size − 1.
+        local_size: processes of the run on this machine.
     """
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -77,7 +86,7 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
     """Call ``worker`` in one process per device and return its exit code.
 
     Under ``torchrun`` this process is one of them already; otherwise ``devices`` > 1 starts PyTorch's own launcher,
-    which ends the others when one fails.
+    which ends the others when one fails.  What the user can mend is raised here, from whichever process it comes.
     """
     if "LOCAL_RANK" in os.environ:
         return _join(worker, device)
@@ -91,7 +100,27 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    return max(elastic_launch(config, _join)(worker, device).values())
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder) / "user_error"
+        try:
+            return max(elastic_launch(config, _join_with_note)(worker, device, note).values())
+        except ChildFailedError:
+            if note.exists():
+                raise UserError(note.read_text("utf-8")) from None
+            raise
+
+
+def _join_with_note(worker: Callable[[World], int], device: str, note: Path) -> int:
+    """As :func:`_join`, but what the user can mend is in ``note`` before the other processes see this one end."""
+
+    def noting(world: World) -> int:
+        try:
+            return worker(world)
+        except UserError as error:
+            write_atomically(note, str(error).encode())
+            sys.exit(2)
+
+    return _join(noting, device)
 
 
 def _join(worker: Callable[[World], int], device: str) -> int:
@@ -101,6 +130,6 @@ def _join(worker: Callable[[World], int], device: str) -> int:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        return worker(World(dist.get_rank(), dist.get_world_size(), chosen))
+        return worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size))
     finally:
         dist.destroy_process_group()

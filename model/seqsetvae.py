@@ -46,7 +46,7 @@ class ModelInput:
             on_cpu,
             sets,
             SequenceLayout.build(on_cpu.patient_offsets),
-            VariableLayout.build(on_cpu, sets),
+            VariableLayout.build(on_cpu),
             patient_keys(batch.patient_id),
         )
         return given.to(batch.code.device)
@@ -134,7 +134,7 @@ class SeqSetVAE(nn.Module):
         return SeqSetVAEOutput(
             posteriors=posteriors,
             context=context_SD,
-            logits=self.head(events_RD, context_SD, z_SD, sets, sequences, given.variables, noise),
+            logits=self.head(batch, events_RD, context_SD, z_SD, sets, sequences, given.variables, noise),
             events=events_RD.detach(),
             decoded=decoded_RD,
             sets=sets,

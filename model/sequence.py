@@ -1,7 +1,8 @@
 """The causal transformer over a patient's sets (design §7.3), without work on padded patients.
 
-Dense layers run over the flat sets of all patients.  Only attention needs rectangles; with padding on the right and a
-causal mask no real query sees a padded key, so there is no other mask.
+Dense layers run over the flat sets of all patients.  Only attention needs rectangles: patients with like numbers of
+sets share one, so that one long history does not widen the others' rows; with padding on the right and a causal mask no
+real query sees a padded key, so there is no other mask.
 
 Shape suffixes: B patients, S sets, K most sets of a patient, H heads, D width.
 """
@@ -19,36 +20,51 @@ from model.config import SeqSetVAEConfig
 from model.noise import Noise
 from model.set_vae import run_block, sinusoids
 
+FULL_ENOUGH = 0.75
+"""A patient joins a rectangle of which its sets fill more than this share of a row."""
+
 _SHORTEST_HOURS, _LONGEST_HOURS = 0.5, 24 * 365.25 * 20
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceLayout:
-    """Where the sets of the batch's patients stand in flat order and in the rectangle.
+    """Where the sets of the batch's patients stand in flat order and in the rectangles.
 
     Attributes:
         num_patients: B.
-        most_sets: K.
+        rectangles: (patients, most sets of one) of each, those with the most sets first.
         patient: [S] int64, the patient of each set.
         place: [S] int64, 0, 1, 2 … within the patient.
+        cell: [S] int64, the place of each set among the cells of all rectangles, row by row.
     """
 
     num_patients: int
-    most_sets: int
+    rectangles: tuple[tuple[int, int], ...]
     patient: Tensor
     place: Tensor
+    cell: Tensor
 
     @classmethod
     def build(cls, patient_offsets: Tensor) -> SequenceLayout:
-        """From [B+1] int64, which should lie on the CPU: the most sets of a patient decides a shape."""
+        """From [B+1] int64, which should lie on the CPU: numbers of sets decide shapes."""
         num_sets = patient_offsets.diff()
         patient = torch.repeat_interleave(torch.arange(len(num_sets), device=num_sets.device), num_sets)
         place = torch.arange(len(patient), device=num_sets.device) - patient_offsets[patient]
-        return cls(len(num_sets), int(num_sets.max()) if len(num_sets) else 0, patient, place)
+
+        ranked, order = num_sets.sort(descending=True, stable=True)
+        rectangles: list[tuple[int, int]] = []
+        for size in ranked[ranked > 0].tolist():
+            count, most = rectangles.pop() if rectangles else (0, size)
+            full = size > FULL_ENOUGH * most
+            rectangles += [(count + 1, most)] if full else [(count, most), (1, size)]
+        width = torch.tensor([most for count, most in rectangles for _ in range(count)], dtype=torch.int64)
+        first_cell = torch.zeros_like(num_sets)
+        first_cell[order[: len(width)]] = width.cumsum(0) - width
+        return cls(len(num_sets), tuple(rectangles), patient, place, first_cell[patient] + place)
 
     def to(self, device: torch.device | str) -> SequenceLayout:
-        patient = self.patient.to(device, non_blocking=True)
-        return SequenceLayout(self.num_patients, self.most_sets, patient, self.place.to(device, non_blocking=True))
+        patient, place, cell = (t.to(device, non_blocking=True) for t in (self.patient, self.place, self.cell))
+        return SequenceLayout(self.num_patients, self.rectangles, patient, place, cell)
 
 
 class TimeEncoding(nn.Module):
@@ -90,14 +106,14 @@ class CausalLayer(nn.Module):
         return x_SD + self._drop(fed, noise, 2 * self.index + 1)
 
     def _attend(self, qkv_S3D: Tensor, layout: SequenceLayout) -> Tensor:
-        B, K, width = layout.num_patients, layout.most_sets, qkv_S3D.shape[1] // 3
-        if not B:
-            return qkv_S3D[:, :width]
-        cell_S = layout.patient * K + layout.place
-        padded = qkv_S3D.new_zeros(B * K, 3 * width).index_copy(0, cell_S, qkv_S3D)
-        query, key, value = padded.view(B, K, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        attended_BHKD = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return attended_BHKD.transpose(1, 2).reshape(B * K, width)[cell_S]
+        sizes = [count * most for count, most in layout.rectangles]
+        cells_3D = qkv_S3D.new_zeros(sum(sizes), qkv_S3D.shape[1]).index_copy(0, layout.cell, qkv_S3D)
+        attended = [qkv_S3D[:0].chunk(3, dim=1)[0]]
+        for (count, most), cells in zip(layout.rectangles, cells_3D.split(sizes), strict=True):
+            query, key, value = cells.view(count, most, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            attended_BHKD = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            attended.append(attended_BHKD.transpose(1, 2).reshape(count * most, -1))
+        return torch.cat(attended)[layout.cell]
 
     def _drop(self, x: Tensor, noise: Noise | None, salt: int) -> Tensor:
         return x if noise is None else noise.dropout(x, DROPOUT_SALT + salt, self.dropout)

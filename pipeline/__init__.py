@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.batch import PatientBatch
     from pipeline.loader import PatientLoader, make_loader
+    from pipeline.remote import open_folder
 
-__all__ = ["PatientBatch", "PatientLoader", "make_loader"]
+__all__ = ["PatientBatch", "PatientLoader", "make_loader", "open_folder"]
 
-_HOME = {"PatientBatch": "pipeline.batch", "PatientLoader": "pipeline.loader", "make_loader": "pipeline.loader"}
+_HOME = {
+    "PatientBatch": "pipeline.batch",
+    "PatientLoader": "pipeline.loader",
+    "make_loader": "pipeline.loader",
+    "open_folder": "pipeline.remote",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -72,6 +72,28 @@ class PatientBatch:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def keep_events(self, keep_E: Tensor) -> PatientBatch:
+        """The same patients with some of their events, and the sets that still have any.
+
+        Args:
+            keep_E: [E] bool.
+        """
+        set_E = torch.repeat_interleave(self.set_sizes, output_size=self.num_events)
+        patient_S = torch.repeat_interleave(self.sets_per_patient, output_size=self.num_sets)
+        size_S = torch.bincount(set_E[keep_E], minlength=self.num_sets)
+        keep_S = size_S > 0
+        zero = size_S.new_zeros(1)
+        return PatientBatch(
+            code=self.code[keep_E],
+            value=self.value[keep_E],
+            has_value=self.has_value[keep_E],
+            set_offsets=torch.cat([zero, size_S[keep_S].cumsum(0)]),
+            minute=self.minute[keep_S],
+            patient_offsets=torch.cat([zero, torch.bincount(patient_S[keep_S], minlength=self.num_patients).cumsum(0)]),
+            label=self.label,
+            patient_id=self.patient_id,
+        )
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
         names = [field.name for field in fields(self) if field.name != "patient_id"]
         return PatientBatch(**{name: change(getattr(self, name)) for name in names}, patient_id=self.patient_id)

@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.clean import REJECTS_SCHEMA, clean
+from pipeline.clean import REJECTS_SCHEMA, clean, is_blank
 from pipeline.executors import LOCAL, open_executor
+from pipeline.folder import file_sha256
 from pipeline.like import Like
 from pipeline.monitor import peak_rss_bytes
 from pipeline.partition import SortedPartition, WrittenPartition, measure_partition, sort_partition, write_partition
@@ -43,10 +44,11 @@ from pipeline.schema import (
     REJECTS_FILE,
     SPLITS,
     SUMMARY_FILE,
+    VARIABLE,
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.shards import INDEX_SCHEMA, SHARD_SUFFIXES, Manifest, file_sha256, replacing, sync, write_atomically
+from pipeline.shards import INDEX_SCHEMA, SHARD_SUFFIXES, Manifest, checked_file, replacing, sync, write_atomically
 from pipeline.sources.side_files import read_embeddings, read_statistics
 from pipeline.sources.source import LABEL, SPLIT, SUBJECT, Piece, Source, unreadable
 from pipeline.spill import read_table, write_spill, write_table
@@ -96,7 +98,7 @@ class Spilled:
         num_kept: rows spilled.
         num_clipped: values that a rule changed.
         rejects: the others, by reason.
-        columns: names and dtypes of what is kept.
+        columns: names and dtypes of what is kept, but for patients and variables.
     """
 
     num_rows: int
@@ -142,13 +144,18 @@ def build(
     """
     started = time.monotonic()
     rule, rules, like = options.rule, options.rules, options.like
-    pieces = source.pieces()
     resolved = _resolved(source, options)
-    fingerprint = _fingerprint(source, resolved)
-    with output_folder(output.absolute(), fingerprint, overwrite=overwrite, say=say) as work:
-        if work is None:
+    pieces: list[Piece] = []
+
+    def look_at_input() -> str:
+        pieces.extend(source.pieces())
+        return _fingerprint(source, resolved)
+
+    with output_folder(output.absolute(), look_at_input, overwrite=overwrite, say=say) as claimed:
+        if claimed is None:
             summary: dict[str, Any] = json.loads((output / SUMMARY_FILE).read_bytes())
             return summary
+        work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             _check_space(source, output)
         data = work / "data"
@@ -201,7 +208,8 @@ def build(
                 if not any(part.num_events for part in parts):
                     raise UserError("the input has no event that can be used; look at its columns")
                 if embedding_dim is not None:
-                    shutil.copyfile(like.directory / EMBEDDINGS_FILE, data / EMBEDDINGS_FILE)
+                    with checked_file(like.folder, like.manifest, EMBEDDINGS_FILE) as embeddings:
+                        shutil.copyfile(embeddings, data / EMBEDDINGS_FILE)
                     sync(data / EMBEDDINGS_FILE)
 
             suffixes = SHARD_SUFFIXES[options.shard_format]
@@ -277,8 +285,8 @@ def spill_piece(source: Source, piece: Piece, number: int, rule: SplitRule, rule
     if rules.ranges:
         kept, outside, num_clipped = apply_ranges(kept, rules.ranges)
         rejected = pl.concat([rejected, outside])
-    seen = pl.concat([kept[PATIENT_ID], rejected[PATIENT_ID]]).unique().drop_nulls()
-    patients = [*seen.filter(seen.str.strip_chars() != ""), *raw.patients]
+    seen = pl.concat([frame[PATIENT_ID].unique().cast(pl.String) for frame in (kept, rejected)]).drop_nulls()
+    patients = [*seen.filter(~is_blank(seen)), *raw.patients]
     write_spill(work / "spills", number, kept, piece.files, patients, rule)
     if rejected.height:
         files = pl.Series(piece.files, dtype=pl.String)
@@ -292,7 +300,7 @@ def spill_piece(source: Source, piece: Piece, number: int, rule: SplitRule, rule
         num_kept=kept.height,
         num_clipped=num_clipped,
         rejects=dict(rejected["reason"].value_counts().iter_rows()),
-        columns={name: str(dtype) for name, dtype in kept.schema.items()},
+        columns={name: str(dtype) for name, dtype in kept.drop(PATIENT_ID, VARIABLE).schema.items()},
     )
 
 

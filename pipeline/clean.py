@@ -10,6 +10,7 @@ from typing import Final
 import polars as pl
 import pyarrow as pa
 
+from pipeline import names
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 from pipeline.sources.source import FILE, ROW, RawRows, patient_ids
 
@@ -40,34 +41,35 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The rows to keep and the rows to reject.
 
     Returns:
-        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` string, ``minute`` float64, or ``Datetime("us")`` and null
-        where static, ``variable`` string, ``value`` float32 and null where there is no number, and ``set_index`` int64
-        where the input has it.
+        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` names (see ``pipeline.names``), ``minute`` float64, or
+        ``Datetime("us")`` and null where static, ``variable`` names, ``value`` float32 and null where there is no
+        number, and ``set_index`` int64 where the input has it.
         Rejected: ``reason``, ``file``, ``row``, and the other columns as text, as they came.
     """
     rows = raw.rows
     set_columns = [SET_INDEX] if SET_INDEX in rows.columns else []
+    patient = names.encode(rows[PATIENT_ID], patient_ids)
+    variable = names.encode(rows[VARIABLE])
     typed = rows.select(
         FILE,
         ROW,
-        patient_ids(rows[PATIENT_ID]),
+        patient,
         (_number(rows, MINUTE) if raw.minute is None else raw.minute).alias(MINUTE),
-        pl.col(VARIABLE).cast(pl.String),
+        variable,
         _number(rows, VALUE).cast(pl.Float32).fill_nan(None),
         *(_whole(rows, name) for name in set_columns),
     )
     minute, value = pl.col(MINUTE), pl.col(VALUE)
     instants = typed.schema[MINUTE].is_temporal()
-    rules = {
-        "no_patient": _is_blank(PATIENT_ID),
-        "no_variable": _is_blank(VARIABLE),
-        "reserved_variable": pl.col(VARIABLE).is_in(RESERVED_VARIABLES),
+    rules: dict[str, pl.Expr | pl.Series] = {
+        "no_patient": names.fits(patient, is_blank).fill_null(True),
+        "no_variable": names.fits(variable, is_blank).fill_null(True),
+        "reserved_variable": names.fits(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
         "bad_minute": (minute.is_null() & (not raw.static)) if instants else minute.is_null() | ~minute.is_finite(),
         "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},
     }
-    reasons = [reason for reason, _ in raw.rules] + list(rules)
     broken = pl.concat(
         [
             rows.select(rule.alias(reason) for reason, rule in raw.rules),
@@ -75,18 +77,27 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
         ],
         how="horizontal",
     )
+    reasons = [column.name for column in broken if column.any()]  # mostly none
     first = broken.select(
-        pl.coalesce(pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons))
+        pl.coalesce(
+            [pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons)]
+            or pl.repeat(None, pl.len(), dtype=pl.UInt8)
+        )
     ).to_series()
-    kept = typed.filter(first.is_null())
+    kept = typed.filter(first.is_null()) if reasons else typed
     kept = kept.with_columns(_one_zero(name) for name in (MINUTE, VALUE) if kept.schema[name].is_float())
     rejected = rows.filter(first.is_not_null()).select(
-        pl.Series("reason", reasons).gather(first.drop_nulls()),
+        pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls()),
         FILE,
         ROW,
         pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String),
     )
     return kept, rejected
+
+
+def is_blank(name: pl.Series) -> pl.Series:
+    """[N] bool."""
+    return name.str.strip_chars() == ""
 
 
 def _number(rows: pl.DataFrame, name: str) -> pl.Expr:
@@ -109,11 +120,6 @@ def _has_number(rows: pl.DataFrame) -> pl.Expr:
     if rows.schema[VALUE] == pl.String:
         return value.is_not_null() & ~value.str.strip_chars().str.to_lowercase().is_in(NO_NUMBER)
     return value.is_not_null() & value.is_not_nan() if rows.schema[VALUE].is_float() else value.is_not_null()
-
-
-def _is_blank(name: str) -> pl.Expr:
-    text = pl.col(name)
-    return text.is_null() | (text.str.strip_chars() == "")
 
 
 def _one_zero(name: str) -> pl.Expr:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 
+from pipeline.folder import Folder
+from pipeline.remote import open_folder
 from pipeline.rules import Rules
 from pipeline.schema import EMBEDDINGS_FILE, SPLITS, UserError
-from pipeline.shards import Manifest, check_file, read_vocabulary
+from pipeline.shards import Manifest, checked_file, read_vocabulary
 from pipeline.sources.source import Source
 from pipeline.statistics import SplitRule
 
@@ -20,21 +21,23 @@ from pipeline.statistics import SplitRule
 class Like:
     """A data directory, whole and unchanged, whose patients new ones are to be compared with."""
 
-    directory: Path
+    folder: Folder
     manifest: Manifest
     vocabulary: pa.Table
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
-        """The data set in ``directory``.
+    def open(cls, directory: str) -> Self:
+        """The data set in ``directory``, a path or a URL.
 
         Raises:
             UserError: there is none, or it is damaged.
         """
-        manifest = Manifest.load(directory)
+        folder = open_folder(directory)
+        manifest = Manifest.load(folder)
         if manifest.embedding_dim is not None:
-            check_file(directory, manifest, EMBEDDINGS_FILE)
-        return cls(directory=directory, manifest=manifest, vocabulary=read_vocabulary(directory, manifest))
+            with checked_file(folder, manifest, EMBEDDINGS_FILE):  # before the long work: it may be damaged
+                pass
+        return cls(folder=folder, manifest=manifest, vocabulary=read_vocabulary(folder, manifest))
 
     @property
     def limits(self) -> dict[str, tuple[float, float]]:
@@ -68,7 +71,7 @@ class Like:
         for name in options.keys() & given.keys():
             was, wanted = self.manifest.options[name], options[name]
             if (list(wanted) if isinstance(wanted, tuple) else wanted) != was:
-                raise UserError(f"--{name}: {self.directory} was prepared with {was!r}; leave it out, --like gives it")
+                raise UserError(f"--{name}: {self.folder} was prepared with {was!r}; leave it out, --like gives it")
 
 
 def all_in(split: str) -> SplitRule:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pipeline.batch import PatientBatch
 from pipeline.flat import offsets_of
+from pipeline.folder import Folder
 from pipeline.groups import GROUP_EVENTS, Group, Grouping, group_shards
 from pipeline.plan import (
     BUCKET_WIDTH,
@@ -44,6 +45,7 @@ from pipeline.plan import (
     plan_epoch,
     source_of_chance,
 )
+from pipeline.remote import open_folder
 from pipeline.schema import UNLABELLED, UserError
 from pipeline.shards import Manifest
 from pipeline.store import Outline, PatientStore, Truncate, Windows
@@ -118,10 +120,11 @@ class PatientLoader:
 
     def __init__(
         self,
-        directory: Path,
+        folder: Folder,
         manifest: Manifest,
         *,
         split: str,
+        quarantined: Collection[str],
         policy: Policy,
         seed: int,
         max_sequence_length: int | None,
@@ -135,9 +138,9 @@ class PatientLoader:
         verify: bool,
     ) -> None:
         if split not in manifest.splits:
-            raise UserError(f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
+            raise UserError(f"{folder}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
         self.manifest = manifest
-        self._directory = directory
+        self._folder = folder
         self._entries = manifest.splits[split]
         self.num_patients = sum(entry.num_patients for entry in self._entries)
         self._policy = policy
@@ -154,6 +157,7 @@ class PatientLoader:
         self._settings = {
             "data": manifest.fingerprint,
             "split": split,
+            "quarantined": sorted(quarantined),
             "seed": seed,
             **asdict(policy),
             "max_sequence_length": max_sequence_length,
@@ -192,7 +196,7 @@ class PatientLoader:
         if latest and latest[0].shards == shards:
             store = latest[1]
         else:
-            store = PatientStore(self._directory, [self._entries[shard] for shard in shards], verify=self._verify)
+            store = PatientStore(self._folder, [self._entries[shard] for shard in shards], verify=self._verify)
         windows, plan = self._plan(group, store, epoch, number)
         cost = self._cost.of(windows.num_events, windows.num_sets)
         planned = GroupPlan(
@@ -223,7 +227,7 @@ class PatientLoader:
         shards, latest = group.shards.tolist(), self._latest
         if latest and latest[0].shards == shards:
             return latest[1]
-        return Outline.read(self._directory, [self._entries[shard] for shard in shards])
+        return Outline.read(self._folder, [self._entries[shard] for shard in shards])
 
     @property
     def plan(self) -> EpochPlan:
@@ -408,8 +412,10 @@ def _ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, No
 
 
 def make_loader(
-    directory: str | Path,
+    directory: str | Path | Folder,
     *,
+    manifest: Manifest | None = None,
+    quarantined: Collection[str] = (),
     split: str = "train",
     batch_size: int | None = 16,
     max_events: int | None = None,
@@ -435,7 +441,10 @@ def make_loader(
     ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
 
     Args:
-        directory: what preprocess.py wrote.
+        directory: what preprocess.py wrote: a path, a URL, or what :func:`pipeline.remote.open_folder` gave.
+        manifest: that of the directory, where it has been read already.
+        quarantined: paths of shards to leave out, as :func:`pipeline.shards.check_shards` finds them; it must be
+            equal on all ranks.
         split: ``train``, ``valid`` or ``test``.
         batch_size: most patients of a global batch, or None.
         max_events: most events of a global batch, or None; see :class:`pipeline.plan.Policy`.
@@ -480,12 +489,13 @@ def make_loader(
         bucket_width=bucket_width,
         shuffle=shuffle,
     )
-    directory = Path(directory)
-    manifest = Manifest.load(directory)
+    folder = open_folder(directory)
+    manifest = (manifest or Manifest.load(folder)).without(quarantined)
     return PatientLoader(
-        directory,
+        folder,
         manifest,
         split=split,
+        quarantined=quarantined,
         policy=policy,
         seed=seed,
         max_sequence_length=max_sequence_length,

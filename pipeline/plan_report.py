@@ -17,7 +17,9 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.folder import Folder
 from pipeline.plan import BUCKET_WIDTH, CostModel, EpochPlan, Layout, Lengths, Policy, deal, plan_epoch
+from pipeline.remote import open_folder
 from pipeline.schema import SPLITS, UNLABELLED, UserError
 from pipeline.shards import Manifest, read_index
 
@@ -81,7 +83,7 @@ class SplitLengths:
     label: npt.NDArray[np.int64]
 
     @classmethod
-    def read(cls, directory: Path, split: str) -> SplitLengths:
+    def read(cls, directory: Path | Folder, split: str) -> SplitLengths:
         """Read the index.
 
         Raises:
@@ -105,7 +107,8 @@ class SplitLengths:
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m pipeline.plan DIR``: print what each policy would do; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.plan", description=__doc__)
-    parser.add_argument("data_dir", type=Path, metavar="DIR", help="what preprocess.py wrote")
+    parser.add_argument("data_dir", metavar="DIR", help="what preprocess.py wrote: a folder, or the URL of one")
+    parser.add_argument("--cache_dir", help="for files of a URL (default: seqsetvae in the user's cache directory)")
     parser.add_argument("--split", default="train", help=f"one of {', '.join(SPLITS)} (default: %(default)s)")
     parser.add_argument(
         "--batch_size", type=int, default=16, help="most patients a global batch (default: %(default)s)"
@@ -134,7 +137,7 @@ def _table(flags: argparse.Namespace) -> Table:
         raise UserError(f"--world_size {flags.world_size}: must be at least 1")
     if flags.max_sequence_length is not None and flags.max_sequence_length < 1:
         raise UserError(f"--max_sequence_length {flags.max_sequence_length}: must be at least 1")
-    lengths = SplitLengths.read(flags.data_dir, flags.split)
+    lengths = SplitLengths.read(open_folder(flags.data_dir, cache_dir=flags.cache_dir), flags.split)
     num_events, num_sets = lengths.num_events, lengths.num_sets
     title = f"{flags.split} of {flags.data_dir}: {len(num_events):,} patients, {num_events.sum():,} events"
     if flags.max_sequence_length is not None:

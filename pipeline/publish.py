@@ -41,22 +41,23 @@ FILES: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE, REJECTS_FILE, SUMM
 
 @contextmanager
 def output_folder(
-    output: Path, fingerprint: str, *, overwrite: bool, say: Callable[[str], None]
-) -> Iterator[Path | None]:
+    output: Path, read_fingerprint: Callable[[], str], *, overwrite: bool, say: Callable[[str], None]
+) -> Iterator[tuple[Path, str] | None]:
     """Claim ``output`` and give a work folder in it, whose ``data`` is published in the end.
 
-    The work folder holds what a stopped run of the same ``fingerprint`` left, and nothing else.  It is kept when the
+    The work folder holds what a stopped run of the same fingerprint left, and nothing else.  It is kept when the
     body is stopped by the system (a full disk, a lost worker) or by hand; on any other error it is removed, and so is
     the output folder if this made it.
 
     Args:
         output: the folder.
-        fingerprint: of input and options, as in the manifest.
+        read_fingerprint: gives that of input and options, as in the manifest.  It may take hours, so it is called when
+            the folder is claimed, and everything that can be refused without it has been.
         overwrite: replace a data set that is there.
         say: told, in a line, when the work is not begun from nothing.
 
     Yields:
-        The work folder; None where the data set of ``fingerprint`` is there already.
+        The work folder and the fingerprint; None where the data set of this fingerprint is there already.
 
     Raises:
         UserError: it holds files that are no data set, a data set that may not be overwritten, or another run's work.
@@ -72,7 +73,10 @@ def output_folder(
             _clear(work)
         keep = (work / RUN_FILE).exists()  # a run that is refused throws away nothing
         try:
-            if _is_complete(output, fingerprint, overwrite=overwrite):
+            there = _data_set_in(output)
+            fingerprint = read_fingerprint()
+            if there is not None and not overwrite:
+                _check_same(output, there, fingerprint)
                 say("the data set of this input and these options is here already; nothing to do")
                 keep = False
                 yield None
@@ -80,7 +84,7 @@ def output_folder(
             _take_up(work, fingerprint, say)
             keep = False
             try:
-                yield work
+                yield work, fingerprint
             except (OSError, MemoryError, KeyboardInterrupt):
                 keep = True
                 raise
@@ -112,18 +116,22 @@ def _lock(work: Path) -> Iterator[None]:
         yield
 
 
-def _is_complete(output: Path, fingerprint: str, *, overwrite: bool) -> bool:
-    """Whether the data set of ``fingerprint`` is there; if not, the folder may be written to."""
-    if not (output / MANIFEST_FILE).exists():
-        others = sorted(path.name for path in output.iterdir() if path.name != WORK)
-        if others:
-            raise UserError(
-                f"{output}: holds {others[0]!r} and no data set; name an empty or a new folder with --output"
-            )
-        return False
-    manifest = Manifest.load(output)
-    if overwrite:
-        return False
+def _data_set_in(output: Path) -> Manifest | None:
+    """What the folder holds; None where it is empty.
+
+    Raises:
+        UserError: something else.
+    """
+    if (output / MANIFEST_FILE).exists():
+        return Manifest.load(output)
+    others = sorted(path.name for path in output.iterdir() if path.name != WORK)
+    if others:
+        raise UserError(f"{output}: holds {others[0]!r} and no data set; name an empty or a new folder with --output")
+    return None
+
+
+def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
+    """Raise UserError unless the data set is that of ``fingerprint``, and all of it is there."""
     if manifest.fingerprint != fingerprint:
         raise UserError(
             f"{output}: holds a data set of other input or options; give --overwrite to replace it, "
@@ -133,7 +141,6 @@ def _is_complete(output: Path, fingerprint: str, *, overwrite: bool) -> bool:
         path = output / entry.path
         if not path.is_file() or path.stat().st_size != entry.num_bytes:
             raise UserError(f"{path}: missing, or not as it was written; give --overwrite to make the data set again")
-    return True
 
 
 def _take_up(work: Path, fingerprint: str, say: Callable[[str], None]) -> None:

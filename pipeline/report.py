@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.monitor import read_json_lines
-from pipeline.page import COLOURS, Share, figure, preformatted, section, table, write_page
-from pipeline.plan import Lengths, Policy, plan_epoch
+from pipeline.page import COLOURS, Share, Spread, figure, histogram, preformatted, section, table, write_page
+from pipeline.plan import Policy, plan_epoch
 from pipeline.plan_report import padding_waste
-from pipeline.schema import SPLITS, SUMMARY_FILE, UserError
-from pipeline.shards import Manifest, read_index, read_vocabulary
+from pipeline.schema import FIRST_CODE, SPLITS, SUMMARY_FILE, UserError
+from pipeline.shards import FlatPatients, Manifest, read_index, read_shard, read_vocabulary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,20 @@ BATCH_SIZES = (4, 8, 16, 32, 64)
 
 MAX_VARIABLES = 300
 """Rows of the table of variables; the whole vocabulary is in its own file."""
+
+NAME_LENGTH = 100
+"""Most characters of a variable's name that are shown."""
+
+EVENTS_LOOKED_AT = 1 << 21
+"""Shards are read for the values' ranges until they hold as many; they hold patients at random."""
+
+PATIENTS_PLANNED = 1 << 16
+"""Most patients that padding is worked out for."""
+
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+
+SPREAD_REACH = 4.0
+"""Standard deviations on each side of the mean that the bar of a variable shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,33 +122,49 @@ def write_data_report(directory: Path) -> Path:
     """Write ``directory/report.html`` about the data that preprocess put there; its path.
 
     Raises:
-        UserError: manifest, index or vocabulary is missing or damaged.
+        UserError: manifest, index, vocabulary or a shard is missing or damaged.
     """
     manifest = Manifest.load(directory)
     index, vocabulary = read_index(directory, manifest), read_vocabulary(directory, manifest)
     summary = _read_summary(directory / SUMMARY_FILE)
-    entries = [entry for shards in manifest.splits.values() for entry in shards]
-    lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
-    rejects: dict[str, int] = summary.get("rejects") or {}
-    num_rejects = sum(rejects.values())
+    split = next((name for name in SPLITS if manifest.splits.get(name)), "train")
+    shards = _some_shards(directory, manifest, split)
+    rejects, unknown = (summary.pop(name, None) or {} for name in ("rejects", "unknown_variables"))
     headline = {
         "Patients": index.num_rows,
-        "Sets": int(lengths["num_sets"].sum()),
-        "Events": int(lengths["num_events"].sum()),
-        "Rejected rows": num_rejects,
-        "Variables with events": sum(count > 0 for count in vocabulary["count"].to_pylist()),
-        "Shards": len(entries),
-        "MiB of shards": sum(entry.num_bytes for entry in entries) / 2**20,
+        "Sets": sum(entry.num_sets for entries in manifest.splits.values() for entry in entries),
+        "Events": sum(entry.num_events for entries in manifest.splits.values() for entry in entries),
+        "Rejected rows": sum(rejects.values()),
+        "Variables with events": int((vocabulary["count"].to_numpy() > 0).sum()),
+        "Shards": sum(len(entries) for entries in manifest.splits.values()),
+        "MiB of shards": sum(entry.num_bytes for entry in manifest.shards()) / 2**20,
     }
-    by_count = sorted(rejects.items(), key=lambda reason: (-reason[1], reason[0]))
+    looked_at = (
+        f"{len(shards)} of {len(manifest.splits.get(split, []))} shards of the {split} split, "
+        f"{sum(len(shard.code) for shard in shards):,} events"
+    )
+    set_sizes = np.concatenate([np.diff(shard.set_offsets) for shard in shards] or [np.zeros(0, np.int64)])
+    lengths = (
+        histogram("Events of a patient", index["num_events"].to_numpy(), "patients"),
+        histogram("Sets of a patient", index["num_sets"].to_numpy(), "patients"),
+        histogram("Events of a set", set_sizes, "sets"),
+        histogram("Events of a patient's largest set", index["max_set_size"].to_numpy(), "patients"),
+    )
+    counted_in = "the data set that --like named" if manifest.options.get("like") else "the train split"
+    variables_note = (
+        f"The most frequent first. Events, mean and std are of {counted_in}. Values are of {looked_at}; the bar spans "
+        f"{SPREAD_REACH:g} std on each side of the mean: all values pale, 5 to 95 % darker, the median a mark."
+    )
     sections = [
-        section("Splits", _splits_table(index)),
-        section("Lengths", figure("Histograms of lengths", 2, 2, lambda axes: _draw_lengths(axes, lengths))),
-        section("Expected padding waste", *_waste_table(index)),
-        section(
-            "Rejected rows", table(("reason", "rows", "share"), [(*r, Share(r[1] / num_rejects)) for r in by_count])
-        ),
-        section("Variables", _variables_table(vocabulary), "Events of the train split; the most frequent first."),
+        section("Splits", _splits_table(index), "A patient without a label is unlabelled, not negative."),
+        section("Lengths", f'<div class="plots">{"".join(lengths)}</div>', f"Of a set: {looked_at}."),
+        *_waste_sections(index.filter(pc.equal(index["split"], split)), split),
+        section("Rejected rows", *_rejects_table(rejects, summary.get("events_in"))),
+        section("Variables", _variables_table(vocabulary, shards), variables_note),
+    ]
+    if unknown:
+        sections.append(section("Unknown variables", table(("variable", "events"), unknown.items())))
+    sections += [
         section("Summary", table((), _flat(summary))),
         section("Options", preformatted(json.dumps(manifest.options, indent=1, ensure_ascii=False))),
     ]
@@ -183,71 +213,120 @@ def write_run_report(run_dir: Path) -> Path:
     return write_page(run_dir, "Run report", headline, sections)
 
 
-# Tables of the data report.
+# Parts of the data report.
+
+
+def _some_shards(directory: Path, manifest: Manifest, split: str) -> list[FlatPatients]:
+    """The first shards of a split, until ``EVENTS_LOOKED_AT``."""
+    shards, num_events = list[FlatPatients](), 0
+    for entry in manifest.splits.get(split, []):
+        if num_events >= EVENTS_LOOKED_AT:
+            break
+        shards.append(read_shard(directory, entry))
+        num_events += entry.num_events
+    return shards
 
 
 def _splits_table(index: pa.Table) -> str:
-    split = index["split"].to_numpy()
-    label = pc.fill_null(index["label"].cast(pa.int64()), -1).to_numpy()
     rows: list[list[Any]] = []
-    for name in sorted(set(split), key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)):
-        chosen = split == name
-        labelled, positive = int((label[chosen] >= 0).sum()), int((label[chosen] == 1).sum())
-        sums = [int(index[column].to_numpy()[chosen].sum()) for column in ("num_sets", "num_events")]
+    names = index["split"].unique().to_pylist()
+    for name in sorted(names, key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)):
+        chosen = index.filter(pc.equal(index["split"], name))
+        patients, labelled = chosen.num_rows, chosen.num_rows - chosen["label"].null_count
+        positive = pc.sum(chosen["label"], min_count=0).as_py()
+        sums = [pc.sum(chosen[column]).as_py() for column in ("num_sets", "num_events")]
         rate = Share(positive / labelled) if labelled else None
-        rows.append([name, int(chosen.sum()), *sums, labelled, positive, rate])
-    return table(("split", "patients", "sets", "events", "labelled", "positive", "positive rate"), rows)
+        rows.append([name, patients, Share(patients / index.num_rows), *sums, labelled, positive, rate])
+    return table(("split", "patients", "share", "sets", "events", "labelled", "positive", "positive rate"), rows)
 
 
-def _waste_table(index: pa.Table) -> tuple[str, str]:
-    """Padding waste of one epoch of the largest split by batch size and policy, and what that is."""
-    split = index["split"].to_numpy()
-    name = max(sorted(set(split)), key=lambda name: int((split == name).sum()), default="")
-    num_events, num_sets = (index[column].to_numpy()[split == name] for column in ("num_events", "num_sets"))
-    rows = []
-    for batch_size in BATCH_SIZES if len(num_events) else ():
-        policies = (
-            Policy(batch_size=batch_size, bucket_by=None),
-            Policy(batch_size=batch_size),
-            Policy(batch_size=batch_size, bucket_width=0),
+def _waste_sections(index: pa.Table, split: str) -> list[str]:
+    """Padding waste of one epoch of a split's patients, of events and of sets, by policy and batch size."""
+    if not index.num_rows:
+        return []
+    every = -(-index.num_rows // PATIENTS_PLANNED)
+    num_events, num_sets = (index[column].to_numpy()[::every] for column in ("num_events", "num_sets"))
+    longest, mean = int(num_events.max()), float(num_events.mean())
+    wastes: dict[str, list[tuple[float, float]]] = {}
+    for batch_size in BATCH_SIZES:
+        budget = max(longest, round(batch_size * mean))
+        policies = {
+            "at random": Policy(batch_size=batch_size, bucket_by=None),
+            "bucketed by events (the default)": Policy(batch_size=batch_size),
+            "bucketed by sets": Policy(batch_size=batch_size, bucket_by="sets"),
+            "sorted by events": Policy(batch_size=batch_size, bucket_width=0),
+            "budget of padded events": Policy(batch_size=None, max_events=budget, layout="padded"),
+        }
+        for name, policy in policies.items():
+            plan = plan_epoch(num_events, num_sets, policy, seed=0, epoch=0)
+            waste = padding_waste(plan, num_events), padding_waste(plan, num_sets)
+            wastes.setdefault(name, []).append(waste)
+    note = f"Padded cells ÷ all cells of the padded layout, {split} split; the ragged layout has none."
+    if every > 1:
+        note += f" Of one patient in {every}: with all of them, bucketing wastes less."
+    header = ("batches", *(f"{batch_size} patients" for batch_size in BATCH_SIZES))
+    return [
+        section(
+            f"Expected padding waste of {axis}",
+            table(header, [(name, *(Share(waste[place]) for waste in row)) for name, row in wastes.items()]),
+            note if place == 0 else "A budget is the mean events of as many patients, and at least the longest one's.",
         )
-        plans = [plan_epoch(num_events, num_sets, policy, seed=0, epoch=0) for policy in policies]
-        wastes = [padding_waste(plan, lengths) for plan in plans for lengths in (num_events, num_sets)]
-        rows.append([batch_size, *map(Share, wastes)])
-    header = [f"{order}: {what}" for order in ("random", "bucketed", "sorted") for what in ("events", "sets")]
-    return table(("batch size", *header), rows), f"Padded cells ÷ all cells of the padded layout, {name} split."
+        for place, axis in enumerate(("events", "sets"))
+    ]
 
 
-def _variables_table(vocabulary: pa.Table) -> str:
-    columns = [vocabulary[name].to_pylist() for name in ("variable", "code", "count", "mean", "std")]
-    rows = sorted(zip(*columns, strict=True), key=lambda row: (-row[2], row[1]))
-    total = max(1, sum(row[2] for row in rows))
-    shown = [(variable, code, count, Share(count / total), mean, std) for variable, code, count, mean, std in rows]
-    rest = len(shown) - MAX_VARIABLES
+def _rejects_table(rejects: dict[str, int], events_in: int | None) -> tuple[str, str]:
+    """Rows by reason, and what they are of."""
+    total = sum(rejects.values())
+    if not total:
+        return "", "None."
+    by_count = sorted(rejects.items(), key=lambda reason: (-reason[1], reason[0]))
+    of_all = f" of {events_in:,} ({total / events_in:.3%})" if events_in else ""
+    header = ("reason", "rows", "share of rejects")
+    return table(header, [(*reason, Share(reason[1] / total)) for reason in by_count]), f"{total:,} rows{of_all}."
+
+
+def _variables_table(vocabulary: pa.Table, shards: list[FlatPatients]) -> str:
+    """How many events each variable has, and where the values of ``shards`` lie, raw."""
+    count, mean, std = (vocabulary[name].to_numpy() for name in ("count", "mean", "std"))
+    scaled = _quantiles(shards, vocabulary.num_rows)
+    raw = scaled * std[:, None] + mean[:, None]
+    raw[np.abs(raw) < 1e-6 * np.abs(mean[:, None])] = 0.0  # what float32 leaves of zero
+    places = ((scaled + SPREAD_REACH) / (2 * SPREAD_REACH)).clip(0.01, 0.99)
+    variables = vocabulary["variable"].to_pylist()
+    rows = []
+    for code in np.lexsort((np.arange(len(count)), -count)).tolist()[:MAX_VARIABLES]:
+        numbers = (mean[code], std[code], *raw[code, [0, 2, 4]])
+        spread = Spread(*places[code].tolist()) if np.isfinite(scaled[code, 0]) else None
+        share = Share(count[code] / max(1, count.sum()))
+        name = variables[code] if len(variables[code]) <= NAME_LENGTH else f"{variables[code][:NAME_LENGTH]}…"
+        rows.append((name, code, int(count[code]), share, *map(float, numbers), spread))
+    header = ("variable", "code", "events", "share", "mean", "std", "least", "median", "greatest", "values")
+    rest = len(count) - MAX_VARIABLES
     note = f"<p>and {rest:,} more in vocabulary.parquet</p>" if rest > 0 else ""
-    return table(("variable", "code", "events", "share", "mean", "std"), shown[:MAX_VARIABLES]) + note
+    plot = histogram("Events of a variable", count[count > 0], "variables")
+    return f'<div class="plots">{plot}</div>{table(header, rows)}{note}'
 
 
-# Figures.
+def _quantiles(shards: list[FlatPatients], num_codes: int) -> Floats:
+    """[num_codes, Q] of the scaled values of each code; NaN where it has none, and of unknown variables."""
+    keys = []
+    for shard in shards:
+        chosen = shard.has_value & (shard.code >= FIRST_CODE)
+        bits = shard.value[chosen].view(np.uint32)
+        ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # as the floats they are the bits of
+        keys.append(shard.code[chosen].astype(np.uint64) << np.uint64(32) | ordered)
+    key = np.sort(np.concatenate([*keys, np.zeros(0, np.uint64)]))  # a tenth of the time of sorting two columns
+    count = np.bincount((key >> np.uint64(32)).astype(np.int64), minlength=num_codes)
+    place = np.rint(np.array(QUANTILES) * (count[:, None] - 1)).astype(np.int64)
+    found = np.full((num_codes, len(QUANTILES)), np.nan)
+    there = count > 0
+    ordered = key[(np.cumsum(count) - count)[there, None] + place[there]].astype(np.uint32)
+    found[there] = np.where(ordered >> 31, ordered ^ np.uint32(1 << 31), ~ordered).view(np.float32)
+    return found
 
 
-def _draw_lengths(axes: list[Axes], lengths: dict[str, Lengths]) -> None:
-    panels: dict[str, npt.NDArray[Any]] = {
-        "Events of a patient": lengths["num_events"],
-        "Sets of a patient": lengths["num_sets"],
-        "Events of a set, mean of a patient": lengths["num_events"] / np.maximum(lengths["num_sets"], 1),
-        "Events of a patient's largest set": lengths["max_set_size"],
-    }
-    for axis, (title, every) in zip(axes, panels.items(), strict=True):
-        values = every[every > 0]
-        axis.set_title(f"{title}: none" if not len(values) else f"{title}: median {np.median(values):,.4g}")
-        axis.set_ylabel("patients")
-        if len(values):
-            low, high = float(values.min()), float(values.max())
-            spaced, scale = (np.geomspace, "log") if high > 30 * low else (np.linspace, "linear")
-            axis.hist(values, bins=spaced(low, max(high, low * 1.01), 41).tolist())
-            axis.set_xscale(scale)
-            axis.xaxis.set_major_formatter("{x:,.4g}")
+# Figures of the run report.
 
 
 def _metrics_figure(records: list[dict[str, Any]], panels: Iterable[Panel]) -> str:

@@ -91,9 +91,15 @@ def outlier_limits(train: Moments, rules: Rules) -> dict[str, tuple[float, float
 
 def apply_ranges(kept: pl.DataFrame, ranges: Mapping[str, Range]) -> tuple[pl.DataFrame, pl.DataFrame, int]:
     """Of the rows that ``pipeline.clean`` keeps: those still kept, those rejected, and how many values are clipped."""
+    variables = kept.schema[VARIABLE]
+    assert isinstance(variables, pl.Enum)
     known = pl.DataFrame(
-        [(name, allowed.low, allowed.high, allowed.action == "clip") for name, allowed in ranges.items()],
-        schema={VARIABLE: pl.String, "low": pl.Float32, "high": pl.Float32, "clips": pl.Boolean},
+        [
+            (name, ranges[name].low, ranges[name].high, ranges[name].action == "clip")
+            for name in variables.categories
+            if name in ranges
+        ],
+        schema={VARIABLE: variables, "low": pl.Float32, "high": pl.Float32, "clips": pl.Boolean},
         orient="row",
     )
     rows = kept.join(known, on=VARIABLE, how="left", maintain_order="left")

@@ -9,14 +9,13 @@ A WebDataset shard (``pipeline.tars``) holds the same rows as a tar; both are re
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.flat import offsets_of
+from pipeline.folder import BadFile, Folder, file_sha256, folder_at
 from pipeline.schema import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, UNLABELLED, VOCABULARY_FILE, UserError
 from pipeline.tars import read_tar, write_tar
 
@@ -121,24 +121,36 @@ class Manifest:
         given = (*self.splits.values(), *self.tars.values())
         return [entry for entries in given for entry in entries]
 
+    def without(self, paths: Collection[str]) -> Manifest:
+        """The manifest with the shards at ``paths`` left out of ``splits``."""
+        kept = {
+            split: [entry for entry in entries if entry.path not in paths] for split, entries in self.splits.items()
+        }
+        return replace(self, splits=kept)
+
     def save(self, directory: Path) -> None:
         write_atomically(
             directory / MANIFEST_FILE, (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
         )
 
     @classmethod
-    def load(cls, directory: Path) -> Manifest:
+    def load(cls, directory: Path | Folder) -> Manifest:
         """The manifest of a data directory.
 
         Raises:
             UserError: there is none, it is not one of ours, or it is of another format version.
         """
-        path = directory / MANIFEST_FILE
+        folder = folder_at(directory)
+        path = f"{folder}/{MANIFEST_FILE}"
         try:
-            content = json.loads(path.read_bytes())
+            text = folder.read(MANIFEST_FILE)
         except FileNotFoundError:
-            raise UserError(f"{path}: no manifest here; run preprocess.py --output {directory} (again) first") from None
-        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: no manifest here; {folder.begin}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        try:
+            content = json.loads(text)
+        except ValueError as error:
             raise UserError(f"{path}: cannot be read as a manifest ({error}); run preprocess.py again") from None
         try:
             version = content["format_version"]
@@ -211,21 +223,49 @@ def _write_row_groups(table: pa.Table, path: Path) -> None:
             writer.write_table(table.slice(start, stop - start))
 
 
-def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> FlatPatients:
+def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry]) -> dict[str, str]:
+    """Compare shards with their entries, sizes and checksums alone; those of a folder elsewhere are fetched.
+
+    Returns:
+        What is wrong with a shard, by its path; nothing for one that is whole.
+
+    Raises:
+        UserError: a shard cannot be read, which need not be its fault.
+    """
+    folder, bad = folder_at(directory), {}
+    for entry in entries:
+        try:
+            with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes):
+                pass
+        except BadFile as error:
+            bad[entry.path] = error.reason
+    return bad
+
+
+def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = True) -> FlatPatients:
     """The patients of one shard of either format, in its order.
+
+    Args:
+        directory: a data directory; only a Folder remembers what it has verified.
+        entry: of the shard.
+        verify: compare its size and checksum with the manifest's.
 
     Raises:
         UserError: the file is missing, its checksum is not the manifest's, or its content contradicts itself.
     """
-    path = directory / entry.path
-    hint = "the data set is damaged: copy it again, or run preprocess.py again"
+    folder = folder_at(directory)
+    path = f"{folder}/{entry.path}"
+    hint = f"the data set is damaged: {folder.mend}"
     try:
-        intact = not verify or file_sha256(path) == entry.sha256
-        table = _read_rows(path) if intact else SHARD_SCHEMA.empty_table()
+        with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=verify) as local:
+            table = _read_rows(local, Path(entry.path).suffix)
+    except BadFile as error:
+        whom = f"its {entry.num_patients:,} patients"
+        raise UserError(f"{error}, or leave out {whom} with --on_bad_shard quarantine") from None
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
-    if not intact:
-        raise UserError(f"{path}: checksum differs from the manifest's; {hint}")
     if not table.num_rows:
         raise UserError(f"{path}: holds no patients; {hint}")
     columns = {name: table[name].chunk(0) for name in SHARD_SCHEMA.names}
@@ -254,18 +294,21 @@ def read_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> Fl
     return patients
 
 
-def read_set_sizes(directory: Path, entry: ShardEntry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def read_set_sizes(directory: Path | Folder, entry: ShardEntry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """[P] sets of each patient and [S] events of each set of one shard: two columns of a Parquet file, all of a tar.
 
     Raises:
         UserError: the file is missing or contradicts the manifest.  The checksum is not compared: that would read all.
     """
-    path = directory / entry.path
-    hint = "the data set is damaged: copy it again, or run preprocess.py again"
-    names = ["num_sets", "set_size"]
+    folder = folder_at(directory)
+    path = f"{folder}/{entry.path}"
+    hint = f"the data set is damaged: {folder.mend}"
     try:
-        table = _read_rows(path) if path.suffix == ".tar" else pq.read_table(path, schema=SHARD_SCHEMA, columns=names)
+        with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=False) as local:
+            table = _read_rows(local, Path(entry.path).suffix, ["num_sets", "set_size"])
         num_sets, set_size = table["num_sets"].to_numpy(), pc.list_flatten(table["set_size"]).to_numpy()
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
     sizes = (len(num_sets), len(set_size), int(num_sets.sum()), int(set_size.sum()))
@@ -285,47 +328,39 @@ def _with_static(minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[n
     return filled
 
 
-def _read_rows(path: Path) -> pa.Table:
-    if path.suffix == ".tar":
+def _read_rows(path: Path, suffix: str, columns: list[str] | None = None) -> pa.Table:
+    if suffix == ".tar":
         return read_tar(path).cast(SHARD_SCHEMA)
-    return pq.read_table(path, schema=SHARD_SCHEMA).combine_chunks()
+    return pq.read_table(path, schema=SHARD_SCHEMA, columns=columns).combine_chunks()
 
 
-def read_index(directory: Path, manifest: Manifest) -> pa.Table:
+def read_index(directory: Path | Folder, manifest: Manifest) -> pa.Table:
     """``index.parquet``, checked against the manifest; columns as in ``INDEX_SCHEMA``."""
     return _read_table(directory, manifest, INDEX_FILE, INDEX_SCHEMA)
 
 
-def read_vocabulary(directory: Path, manifest: Manifest) -> pa.Table:
+def read_vocabulary(directory: Path | Folder, manifest: Manifest) -> pa.Table:
     """``vocabulary.parquet``, checked against the manifest; columns as in ``VOCABULARY_SCHEMA``, a row a code."""
     return _read_table(directory, manifest, VOCABULARY_FILE, VOCABULARY_SCHEMA)
 
 
-def _read_table(directory: Path, manifest: Manifest, name: str, schema: pa.Schema) -> pa.Table:
-    path = directory / name
-    check_file(directory, manifest, name)
-    try:
-        return pq.read_table(path, schema=schema)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run preprocess.py again") from None
+def _read_table(directory: Path | Folder, manifest: Manifest, name: str, schema: pa.Schema) -> pa.Table:
+    folder = folder_at(directory)
+    with checked_file(folder, manifest, name) as path:
+        try:
+            return pq.read_table(path, schema=schema)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{folder}/{name}: cannot be read ({error}); run preprocess.py again") from None
 
 
-def check_file(directory: Path, manifest: Manifest, name: str) -> None:
-    """Raise UserError unless ``name`` is there with the manifest's checksum."""
-    path = directory / name
-    try:
-        if file_sha256(path) == manifest.files[name]:
-            return
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path}: missing or unreadable ({error}); run preprocess.py again") from None
-    raise UserError(
-        f"{path}: checksum differs from the manifest's; copy the data set again, or run preprocess.py again"
-    )
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextmanager
+def checked_file(directory: Path | Folder, manifest: Manifest, name: str) -> Iterator[Path]:
+    """A path on this machine of one of ``manifest.files``, while the context lasts; it has the manifest's checksum."""
+    folder = folder_at(directory)
+    if name not in manifest.files:
+        raise UserError(f"{folder}/{name}: not in the manifest; run preprocess.py again")
+    with folder.file(name, manifest.files[name]) as path:
+        yield path
 
 
 def sync(path: Path) -> None:

@@ -19,6 +19,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.flat import ranges
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 from pipeline.shards import replacing
 from pipeline.sources.source import FILE, ROW
@@ -63,21 +64,22 @@ def write_spill(
         patients: every patient that the piece names, in any order, those without a kept row included.
     """
     patient_ids = list(dict.fromkeys(patients))
-    names = pa.array(patient_ids, pa.string())
     hashes = rule.hashes(patient_ids)[0]
     by_hash = np.argsort(hashes, kind="stable")
     rank = np.empty(len(patient_ids), dtype=np.int32)
     rank[by_hash] = np.arange(len(patient_ids))
     patient = rank[_positions(kept[PATIENT_ID], patient_ids)]
-    order = np.argsort(patient, kind="stable")
+    start = np.flatnonzero(np.diff(patient, prepend=-1))  # rows of a patient mostly stand together
+    by_patient = np.argsort(patient[start], kind="stable")
+    order = ranges(start[by_patient], np.diff(start, append=len(patient))[by_patient])
     minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
     if not minute.dtype.is_float():
         minute = minute.fill_null(STATIC_INSTANT)
-    variables = kept[VARIABLE].unique(maintain_order=True).to_list()
+    variables = kept[VARIABLE].unique().cast(pl.String).to_list()
     columns = {
         MINUTE: pa.array(minute.to_numpy()[order]),
         VARIABLE: pa.DictionaryArray.from_arrays(
-            _positions(kept[VARIABLE], variables).astype(np.int32)[order], pa.array(variables, pa.string())
+            _positions(kept[VARIABLE], variables)[order], pa.array(variables, pa.string())
         ),
         VALUE: kept[VALUE].to_arrow().take(order),
         FILE: pa.DictionaryArray.from_arrays(
@@ -90,16 +92,19 @@ def write_spill(
     write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
     counts = np.bincount(patient, minlength=len(patient_ids))
     named = {
-        PATIENT_ID: names.take(by_hash),
+        PATIENT_ID: pa.array(patient_ids, pa.string()).take(by_hash),
         "hash": hashes[by_hash],
         "num_events": counts.astype(np.int64),
     }
     write_table(folder / f"{number:05d}.patients.arrow", pa.table(named))
 
 
-def _positions(column: pl.Series, names: list[str]) -> npt.NDArray[np.uint32]:
-    """[E] position of each text among ``names``, which holds them all."""
-    return column.cast(pl.Enum(names)).to_physical().to_numpy()
+def _positions(column: pl.Series, texts: list[str]) -> npt.NDArray[np.int32]:
+    """[E] position of each name among ``texts``, which hold them all."""
+    assert isinstance(column.dtype, pl.Enum)
+    place = pc.index_in(column.dtype.categories.to_arrow().cast(pa.string()), value_set=pa.array(texts, pa.string()))
+    positions: npt.NDArray[np.int32] = place.fill_null(-1).to_numpy()  # a name without a kept row is never looked up
+    return positions[column.to_physical().to_numpy()]
 
 
 def read_partition(folder: Path, num_pieces: int, partition: int, num_partitions: int) -> PartitionRows:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.batch import PatientBatch
 from pipeline.flat import offsets_of, ranges
+from pipeline.folder import Folder
 from pipeline.shards import ShardEntry, read_set_sizes, read_shard
 
 Truncate = Literal["earliest", "latest", "random"]
@@ -61,7 +62,7 @@ class Outline:
         )
 
     @classmethod
-    def read(cls, directory: Path, entries: Sequence[ShardEntry]) -> Outline:
+    def read(cls, directory: Path | Folder, entries: Sequence[ShardEntry]) -> Outline:
         """The outline of the patients of some shards, at least one; a small part of the files is read."""
         num_sets, set_size = zip(*(read_set_sizes(directory, entry) for entry in entries), strict=True)
         return cls(offsets_of(np.concatenate(num_sets)), offsets_of(np.concatenate(set_size)))
@@ -113,7 +114,7 @@ class PatientStore(Outline):
             longest patient has events, so that a rectangle can be read from any start.
     """
 
-    def __init__(self, directory: Path, entries: Sequence[ShardEntry], *, verify: bool = True) -> None:
+    def __init__(self, directory: Path | Folder, entries: Sequence[ShardEntry], *, verify: bool = True) -> None:
         """Read the shards.
 
         Args:

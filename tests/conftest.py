@@ -8,11 +8,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from tests.data_dirs import Patient, make_patients, write_data_dir
+
+if TYPE_CHECKING:
+    from tests.object_store import ObjectStore
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "physionet2012"
 
@@ -66,3 +70,26 @@ def _real(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"PhysioNet-2012 set A is not at {REAL_DATA}")
     return path
+
+
+@pytest.fixture(scope="session")
+def _object_store() -> Iterator[ObjectStore]:
+    from tests.object_store import ObjectStore  # half a second that few tests need
+
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def store(_object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An S3 server on this machine, the only one that can be found, with a cache of its own for this test."""
+    from tests.object_store import ENVIRONMENT
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL": _object_store.url}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
+    yield _object_store
+    _object_store.reset()

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.folder import file_sha256
 from pipeline.schema import FIRST_CODE, INDEX_FILE, UNLABELLED, VOCABULARY_FILE
-from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA, Manifest, file_sha256, write_shard
+from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA, Manifest, write_shard
 
 NUM_CODES = 12
 

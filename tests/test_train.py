@@ -11,15 +11,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
+import preprocess
 import train
 from model.checkpoint import Checkpoint
+from model.options import TrainOptions
+from pipeline.schema import UserError
+from pipeline.shards import Manifest
 from tests.data_dirs import make_patients, write_data_dir
+
+if TYPE_CHECKING:
+    from tests.object_store import ObjectStore
 
 ROOT = Path(train.__file__).parent
 QUICK = [
@@ -247,6 +255,44 @@ def test_evaluate_gives_what_training_gave(finished: Path, data: Path, tmp_path:
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_checkpoint_is_evaluated_on_new_patients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--like`` gives them the vocabulary that the checkpoint knows; prepared for themselves, they have another."""
+
+    def prepare(name: str, source: str, *flags: object) -> Path:
+        data = tmp_path / name
+        command = [source, "--output", data, "--workers", "1", *flags]
+        assert preprocess.main([str(word) for word in command]) == 0
+        return data
+
+    old = prepare("old", "synthetic", "--num_patients", 12)
+    assert run(old, tmp_path / "run", "--preset", "small", "--max_epochs", "1") == 0
+    best = str(tmp_path / "run" / "checkpoints" / "best.pt")
+    rows = [f"p{n},{n % 3},{name},{n}" for n in range(9) for name in ("variable_00", "variable_39", "a stranger")]
+    (tmp_path / "new.csv").write_text("\n".join(["patient_id,minute,variable,value", *rows]) + "\n")
+    (tmp_path / "labels.csv").write_text("patient_id,label\n" + "".join(f"p{n},{n % 2}\n" for n in range(8)))
+    new = prepare("new", str(tmp_path / "new.csv"), "--like", old, "--labels", tmp_path / "labels.csv")
+    summary = json.loads((new / "summary.json").read_text())
+    assert summary["unknown_variables"] == {"a stranger": 9}
+    assert summary["unknown_variable_events"] == 9
+
+    assert run(new, tmp_path / "evaluation", "--evaluate", best) == 0
+    predictions = pq.read_table(tmp_path / "evaluation" / "predictions_test.parquet").to_pylist()
+    expected = [(f"p{n}", n % 2 if n < 8 else None) for n in range(9)]
+    assert [(row["patient_id"], row["label"]) for row in predictions] == expected
+    assert all(0 < row["probability"] < 1 for row in predictions)
+    assert len({row["probability"] for row in predictions}) == 9
+    metrics = json.loads((tmp_path / "evaluation" / "evaluation_test.json").read_text())
+    assert (metrics["num_labelled"], metrics["num_unlabelled"]) == (8, 1)
+
+    other = prepare("other", str(tmp_path / "new.csv"))
+    capsys.readouterr()
+    assert run(other, tmp_path / "refused", "--evaluate", best, "--evaluate_split", "train") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "best.pt: trained with another vocabulary" in line
+    assert "--like" in line
+    assert not (tmp_path / "refused").exists()
+
+
 def test_profile_memory_early_stopping_and_verbose(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +361,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ),
         (["--data_dir", str(data), "--output_dir", str(finished), "--resume", "--batch_size", "3"], "batch_size"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--max_events", "1"], "--max_events"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--cache_bytes", "much"], "--cache_bytes much"),
+        (["--data_dir", "memory://nowhere", "--output_dir", str(tmp_path / "o")], "memory://nowhere/manifest.json"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--device", "cuda"], "--device cuda"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--evaluate", best, "--no_such"], "--no_such"),
     ]
@@ -327,6 +375,120 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert len(lines) == 1, captured.err
         assert expected in lines[0]
         assert not (tmp_path / "o" / "summary.json").exists()
+
+
+def test_an_object_store_gives_the_weights_of_the_folder(
+    finished: Path, data: Path, tmp_path: Path, store: ObjectStore
+) -> None:
+    url = store.upload(data, tmp_path.name)
+    flags = ["--cache_dir", str(tmp_path / "cache"), "--cache_bytes", "20kB"]
+    assert train.main(["--data_dir", url, "--output_dir", str(tmp_path / "run"), *QUICK, *flags]) == 0
+    assert_same(weights(tmp_path / "run"), weights(finished))
+    assert_same(weights(tmp_path / "run", "best"), weights(finished, "best"))
+
+
+def without_shard(data: Path, tmp_path: Path, path: str) -> Path:
+    """The data set as if it had never had that shard."""
+    copy = Path(shutil.copytree(data, tmp_path / "without"))
+    Manifest.load(copy).without([path]).save(copy)
+    (copy / path).unlink()
+    return copy
+
+
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_a_quarantined_shard_is_as_if_it_was_not_there_but_counted(data: Path, tmp_path: Path, devices: str) -> None:
+    damaged, whole = damaged_shard(data, tmp_path), without_shard(data, tmp_path, "train/00001.parquet")
+    (damaged / "test" / "00000.parquet").unlink()
+    quarantine = ["--on_bad_shard", "quarantine", "--devices", devices, "--device", "cpu", "--max_epochs", "1"]
+    process = start(damaged, tmp_path / "run", *quarantine)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    warnings = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    differs = "checksum differs from the manifest's"
+    assert warnings == [
+        f"warning: {damaged}/test/00000.parquet: is missing; its 5 test patients are left out",
+        f"warning: {damaged}/train/00001.parquet: {differs}; its 5 train patients are left out",
+    ]
+    assert run(whole, tmp_path / "expected", "--max_epochs", "1") == 0
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "expected"), 0.0 if devices == "1" else 1e-5)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["quarantined_patients"] == {"train": 5, "valid": 0, "test": 5}
+    assert summary["quarantined_shards"] == ["test/00000.parquet", "train/00001.parquet"]
+    assert summary["test"]["num_labelled"] + summary["test"]["num_unlabelled"] == 12 - 5
+    (event,) = (line for line in metrics(tmp_path / "run") if line["kind"] == "event")
+    assert event == {
+        "kind": "event", "step": 0, "event": "quarantine", "train_patients": 5, "valid_patients": 0, "test_patients": 5,
+    }  # fmt: skip
+    if devices == "1":
+        best = str(tmp_path / "run" / "checkpoints" / "best.pt")
+        assert run(damaged, tmp_path / "evaluation", "--evaluate", best, *quarantine) == 0
+        evaluation = json.loads((tmp_path / "evaluation" / "evaluation_test.json").read_text())
+        assert (evaluation["quarantined_patients"], evaluation["quarantined_shards"]) == (5, ["test/00000.parquet"])
+        assert {name: evaluation[name] for name in summary["test"]} == summary["test"]
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_nothing_bad_is_counted_too(finished: Path, data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "--on_bad_shard", "quarantine") == 0
+    assert_same(weights(tmp_path), weights(finished))
+    nobody = {"train": 0, "valid": 0, "test": 0}
+    assert json.loads((tmp_path / "summary.json").read_text())["quarantined_patients"] == nobody
+    assert [line["event"] for line in metrics(tmp_path) if line["kind"] == "event"] == ["quarantine"]
+
+
+def test_a_run_is_not_resumed_with_other_shards(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    assert run(copy, tmp_path / "run", "--max_epochs", "1") == 0
+    shard = copy / "train" / "00002.parquet"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    capsys.readouterr()
+    assert run(copy, tmp_path / "run", "--resume", "--on_bad_shard", "quarantine") == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "train.py: cannot resume: quarantined was [] and is now "
+        "['train/00002.parquet']; give the same data and flags, or start anew"
+    )
+    assert run(copy, tmp_path / "other", "--on_bad_shard", "quarantine", "--max_epochs", "1") == 0
+    shard.write_bytes(content)
+    assert run(copy, tmp_path / "other", "--on_bad_shard", "quarantine", "--resume") == 2
+    assert "quarantined was ['train/00002.parquet'] and is now []" in capsys.readouterr().err
+
+
+def test_what_one_machine_finds_bad_all_leave_out(data: Path, tmp_path: Path) -> None:
+    """Two machines with two processes each, and a copy of the data each; one copy is damaged."""
+    manifest = Manifest.load(data)
+    copies = [data, damaged_shard(data, tmp_path)]
+    found: list[dict[str, str]] = []
+
+    def agree(rank: int, gathered: list[Any] | None) -> train.Data:
+        world = train.World(rank, 4, torch.device("cpu"), rank % 2, 2)
+
+        def gather(_: object, item: Any) -> list[Any]:
+            found.append(item)
+            return gathered or [item]
+
+        options = TrainOptions(data_dir=str(copies[rank // 2]), output_dir="x", on_bad_shard="quarantine")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.World, "gather", gather)
+            return train.agree_on_data(options, manifest, world, "train", "valid")
+
+    for rank in range(4):
+        agree(rank, None)
+    assert [sorted(bad) for _, bad in found] == [[], [], [], ["train/00001.parquet"]], "each checks its half"
+    everything = found.copy()
+    assert {tuple(agree(rank, everything).quarantined_shards) for rank in range(4)} == {("train/00001.parquet",)}
+    with pytest.raises(UserError, match="not the same data set on all machines"):
+        agree(0, [*everything[:3], ("another", {})])
+
+
+def test_what_goes_wrong_in_one_of_several_processes_is_said_in_a_line(data: Path, tmp_path: Path) -> None:
+    process = start(damaged_shard(data, tmp_path), tmp_path / "run", "--devices", "2", "--device", "cpu")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith(f"train.py: {tmp_path}/copy/train/00001.parquet: checksum differs")
 
 
 def test_training_without_validation_or_test_patients(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import names
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
 from pipeline.sources.side_files import parse_labels, pick_column, read_frame, unique_labels
 from pipeline.sources.source import (
@@ -110,16 +111,19 @@ class Meds(Source):
         return [*self._files(), *self._label_files(), *filter(None, beside)]
 
     def pieces(self) -> list[Piece]:
-        self._excluded(pl.Series([""]))  # a wrong expression is found before the work
+        self._is_excluded(pl.Series([""]))  # a wrong expression is found before the work
         return file_pieces([(path, path.relative_to(self.path).as_posix()) for path in self._files()])
 
     def read(self, piece: Piece) -> RawRows:
-        rows = pl.concat([self._read_file(piece, number) for number in range(len(piece.files))], how="vertical_relaxed")
-        excluded = self._excluded(rows[VARIABLE].unique())
-        rules = [("excluded_code", pl.col(VARIABLE).is_in(excluded.implode()))]
+        frames = [self._read_file(piece, number) for number in range(len(piece.files))]
+        codes = names.concat([frame[VARIABLE] for frame in frames])
+        excluded = names.fits(codes, self._is_excluded).fill_null(False)
+        rows = pl.concat([frame.drop(VARIABLE) for frame in frames], how="vertical_relaxed")
+        rows = rows.with_columns(codes, excluded.alias("excluded"))
+        rules = [("excluded_code", pl.col("excluded"))]
         num_rows = rows.height
         if self.labels_file is None:
-            rows = rows.with_columns(pl.col(SUBJECT).cast(pl.String).alias(PATIENT_ID))
+            rows = rows.with_columns(pl.col(SUBJECT).alias(PATIENT_ID))
         else:
             rows = rows.join(self._samples(), on=SUBJECT, how="left", maintain_order="left")
             rows = rows.with_columns(pl.coalesce(PATIENT_ID, pl.col(SUBJECT).cast(pl.String)).alias(PATIENT_ID))
@@ -131,33 +135,33 @@ class Meds(Source):
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
         """``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
         path = self.path / piece.files[number]
-        names = parquet_columns(path)
-        wanted = [pick_column(path, names, name, (), "MEDS's names") for name in COLUMNS]
-        wanted += [NUMERIC_VALUE] * (NUMERIC_VALUE in names)
-        frame, first = read_parquet(path, piece, wanted)
-        no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
+        columns = parquet_columns(path)
+        wanted = [pick_column(path, columns, name, (), "MEDS's names") for name in COLUMNS]
+        wanted += [NUMERIC_VALUE] * (NUMERIC_VALUE in columns)
+        frame, first = read_parquet(path, piece, wanted, of_names=("code",))
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
         value = frame.get_column(NUMERIC_VALUE, default=no_value)
+        code = frame["code"]
         return number_rows(
             {
                 SUBJECT: _subjects(path, frame),
                 MINUTE: _instants(path, frame["time"]).rename(MINUTE),
-                VARIABLE: plain_column(path, "code", frame["code"]).cast(pl.String).rename(VARIABLE),
+                VARIABLE: code if isinstance(code.dtype, pl.Enum) else names.encode(plain_column(path, "code", code)),
                 VALUE: _checked(path, value, value.dtype.is_numeric() or value.dtype == pl.Null).rename(VALUE),
             },
             file=number,
             first=first,
         )
 
-    def _excluded(self, codes: pl.Series) -> pl.Series:
-        """Those of ``codes`` that an expression of ``exclude_codes`` is found in."""
+    def _is_excluded(self, codes: pl.Series) -> pl.Series:
+        """[N] bool, whether an expression of ``exclude_codes`` is found in a code."""
         found = pl.Series([False]).new_from_index(0, len(codes))
         for expression in self.exclude_codes:
             try:
                 found |= codes.str.contains(expression).fill_null(False)
             except pl.exceptions.ComputeError as error:
                 raise UserError(f"--exclude_codes {expression}: no regular expression ({error}); mend it") from None
-        return codes.filter(found)
+        return found
 
     def _samples(self) -> pl.DataFrame:
         """``subject``, ``prediction_time``, ``patient_id``, ``label``: a row a sample."""

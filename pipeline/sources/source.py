@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import names
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
 
 FILE: Final = "file"  # uint32, which of the piece's files
@@ -252,20 +253,28 @@ def parquet_columns(path: Path) -> list[str]:
         raise unreadable(path, error) from None
 
 
-def read_parquet(path: Path, piece: Piece, columns: list[str]) -> tuple[pl.DataFrame, int]:
+def read_parquet(
+    path: Path, piece: Piece, columns: list[str], *, of_names: Sequence[str] = ()
+) -> tuple[pl.DataFrame, int]:
     """Columns of one file of a piece, and the number of its first row, from 1.
+
+    Args:
+        of_names: columns of texts that repeat, to be read as names (``pipeline.names``), at a sixth of the price.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, read_dictionary=of_names) as file:
             groups = range(piece.start, piece.stop) if piece.stop else range(file.num_row_groups)
             before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-            frame = pl.from_arrow(file.read_row_groups(groups, columns=columns))
+            table = file.read_row_groups(groups, columns=columns)
+        encoded = [name for name in of_names if pa.types.is_dictionary(table.schema.field(name).type)]
+        frame = pl.from_arrow(table.drop_columns(encoded))
+        assert isinstance(frame, pl.DataFrame)
+        frame = frame.with_columns(names.from_dictionary(name, table[name]) for name in encoded)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise unreadable(path, error) from None
-    assert isinstance(frame, pl.DataFrame)
     return frame, 1 + before
 
 

@@ -6,6 +6,7 @@ Slow and literal on purpose: whatever the fast code folds, groups or pads must a
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from model.losses import LossWeights
 from model.seqsetvae import SeqSetVAE
 from model.set_vae import sinusoids
 from pipeline.batch import PatientBatch
+from pipeline.schema import UNKNOWN_CODE
 
 
 def tail(module: nn.Module, attended: Tensor) -> Tensor:
@@ -137,14 +139,43 @@ def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tens
             row = F.gelu(axis.event(vector * math.sqrt(model.config.width)) + axis.context(context[k]))
             of_code.setdefault(int(batch.code[int(batch.set_offsets[first + k]) + place]), []).append(row)
     variables = []
+    facts = course_of_variables(batch, b)
     for code, rows in of_code.items():
         stacked = torch.stack(rows)
         weights = torch.softmax(axis.score(stacked), dim=0)
         parts = stacked.chunk(model.config.heads, dim=1)
         pooled = torch.cat([weights[:, head] @ part for head, part in enumerate(parts)])
+        told = torch.tensor(facts[code]) @ axis.facts[code]
+        pooled = torch.cat([pooled[: len(told)] + told, pooled[len(told) :]])
         variables.append(axis.norm(pooled + axis.variable.weight[code]))
     x = torch.stack(variables)
     return (x + isab(axis.block, x)).mean(0)
+
+
+def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
+    """The facts of each variable of a patient, from lists of its values by set."""
+    first, last = int(batch.patient_offsets[b]), int(batch.patient_offsets[b + 1])
+    events: dict[int, list[tuple[int, float | None]]] = {}  # of each variable: set and value
+    for s in range(first, last):
+        for e in range(int(batch.set_offsets[s]), int(batch.set_offsets[s + 1])):
+            code = int(batch.code[e])
+            number = bool(batch.has_value[e]) and code != UNKNOWN_CODE
+            events.setdefault(code, []).append((s, math.asinh(float(batch.value[e])) if number else None))
+    facts = {}
+    for code, course in events.items():
+        values = [value for _, value in course if value is not None]
+        with_number = [s for s, value in course if value is not None]
+
+        def of_set(s: int, course: list[tuple[int, float | None]] = course) -> float:
+            return statistics.fmean(value for at, value in course if at == s and value is not None)
+
+        hours = [float(batch.minute[last - 1] - batch.minute[s]) / 60 for s, _ in course]
+        numbers = [0.0] * 7
+        if values:
+            numbers = [statistics.fmean(values), statistics.pstdev(values), min(values), max(values)]
+            numbers += [of_set(with_number[0]), of_set(with_number[-1]), 1.0]
+        facts[code] = [*numbers, math.log1p(len(course)), math.log1p(max(hours)), math.log1p(min(hours))]
+    return facts
 
 
 def decode(model: SeqSetVAE, h: Tensor, count: int) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -109,3 +110,18 @@ def test_a_batch_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         batch.code = batch.code  # type: ignore[misc]
     assert replace(batch, patient_id=["other"]).patient_id == ["other"]
+
+
+@given(SET_SIZES, st.randoms())
+def test_kept_events_stand_in_the_sets_they_stood_in(sizes: list[list[int]], random: Random) -> None:
+    patients = make_patients(sizes)
+    keep = [[[random.random() < 0.6 for _ in events] for _, events in patient.sets] for patient in patients]
+    naive = []
+    for patient, of_patient in zip(patients, keep, strict=True):
+        sets = [
+            (minute, [event for event, kept in zip(events, of_set, strict=True) if kept])
+            for (minute, events), of_set in zip(patient.sets, of_patient, strict=True)
+        ]
+        naive.append(replace(patient, sets=[(minute, events) for minute, events in sets if events]))
+    flat = [kept for of_patient in keep for of_set in of_patient for kept in of_set]
+    assert_equal(batch_of(patients).keep_events(torch.tensor(flat, dtype=torch.bool)), batch_of(naive))

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.build import BuildOptions, build
-from pipeline.publish import WORK
+from pipeline.partition import sort_order
+from pipeline.publish import WORK, output_folder
 from pipeline.schema import MANIFEST_FILE, SPLITS, UserError
 from pipeline.shards import INDEX_SCHEMA, VOCABULARY_SCHEMA, Manifest, read_index, read_shard, read_vocabulary
 from pipeline.sources.patient_files import PatientFiles
@@ -336,6 +337,34 @@ def test_too_little_space_is_said_before_the_work(tmp_path: Path, monkeypatch: p
     build(source, tmp_path / "out", ALL_TRAIN)
 
 
+class NeverLookedAt(Synthetic):
+    """As an input so large that looking at it takes hours."""
+
+    def inputs(self) -> Any:
+        raise AssertionError
+
+    def pieces(self) -> Any:
+        raise AssertionError
+
+
+def test_a_folder_is_refused_before_the_input_is_looked_at(tmp_path: Path) -> None:
+    for name, message in (
+        ("thesis/notes.txt", r"thesis: holds 'notes\.txt' and no data set"),
+        (f"odd/{MANIFEST_FILE}", "not a manifest of this project"),
+        (f"strange/{WORK}/notes.txt", r"not made by preprocess\.py"),
+        ("file", "file: is a file"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match=message):
+            build(NeverLookedAt(), tmp_path / name.split("/")[0], ALL_TRAIN, overwrite=True)
+    with (
+        pytest.raises(UserError, match=r"another preprocess\.py is writing here"),
+        output_folder(tmp_path / "busy", lambda: "first", overwrite=False, say=print),
+    ):
+        build(NeverLookedAt(), tmp_path / "busy", ALL_TRAIN)
+
+
 def test_a_train_split_without_events_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [("p", math.nan, "a", 1.0)])
     with pytest.raises(UserError, match="train split has no events"):
@@ -377,3 +406,28 @@ def test_set_a(tmp_path: Path, set_a_dir: Path, outcomes_a: Path) -> None:
     for split in SPLITS:
         lengths = index.filter(pl.col("split") == split)["num_events"]
         assert lengths.is_sorted()
+
+
+keys_and_ties = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from([-math.inf, -2.0, 0.0, 1.0, 1e12, 1e18]),
+        st.integers(0, 2),
+        st.sampled_from([math.nan, -1.5, 0.0, 2.0]),
+        st.sampled_from([0.0, 0.25]),
+    ),
+    max_size=40,
+)
+
+
+@given(keys_and_ties)
+def test_the_order_of_events_is_that_of_their_columns(rows: list[tuple[float, ...]]) -> None:
+    """Packed into one integer or, where the minutes lie too far apart, not."""
+    dtypes = (np.int32, np.float64, np.int32, np.float32, np.float64)
+    columns = [np.array([row[at] for row in rows], dtype) for at, dtype in enumerate(dtypes)]
+
+    def place(number: int) -> tuple[float, ...]:
+        *key, value, minute = rows[number]
+        return (*key, math.isnan(value), 0 if math.isnan(value) else value, minute)
+
+    assert sort_order(columns[:3], columns[3:]).tolist() == sorted(range(len(rows)), key=place)

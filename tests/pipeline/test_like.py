@@ -166,7 +166,7 @@ def test_a_flag_that_agrees_is_taken(tmp_path: Path, data: Path) -> None:
 def test_a_damaged_data_set_is_no_measure(tmp_path: Path, data: Path) -> None:
     for name in ("manifest.json", "vocabulary.parquet"):
         (tmp_path / name).write_bytes((data / name).read_bytes())
-    with pytest.raises(UserError, match=r"embeddings\.npy: missing"):
+    with pytest.raises(UserError, match=r"embeddings\.npy: is missing"):
         Like.open(tmp_path)
 
 

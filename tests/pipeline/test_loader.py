@@ -347,6 +347,17 @@ def test_a_missing_manifest_and_a_damaged_shard_are_named(data_dir: Path, tmp_pa
         make_loader(copy)
 
 
+def test_quarantined_shards_are_in_no_plan_and_a_state_knows_of_them(data_dir: Path, patients: list[Patient]) -> None:
+    paths = [entry.path for entry in Manifest.load(data_dir).splits["train"]]
+    some = make_loader(data_dir, quarantined=[paths[8], paths[2]])
+    left = [patient.patient_id for place, patient in enumerate(in_stored_order(patients)) if place // 5 not in (2, 8)]
+    assert Counter(joined(some)) == Counter(left)
+    make_loader(data_dir, quarantined=[paths[2], paths[8]]).load_state_dict(some.state_dict())
+    for others in ([], paths[2:3], paths[1:3]):
+        with pytest.raises(UserError, match=r"cannot resume: quarantined was \['train/00002.parquet', 'train/00008"):
+            make_loader(data_dir, quarantined=others).load_state_dict(some.state_dict())
+
+
 def test_many_batches_are_gathered_together_or_one_by_one_alike(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,9 +27,10 @@ def write(folder: Path, num_patients: int) -> None:
 @contextmanager
 def folder(output: Path, fingerprint: str, *, overwrite: bool = False) -> Iterator[Path]:
     """The work folder, where there is something to do."""
-    with output_folder(output, fingerprint, overwrite=overwrite, say=said.append) as work:
-        assert work is not None
-        yield work
+    with output_folder(output, lambda: fingerprint, overwrite=overwrite, say=said.append) as claimed:
+        assert claimed is not None
+        assert claimed[1] == fingerprint
+        yield claimed[0]
 
 
 def prepare(output: Path, num_patients: int, *, overwrite: bool = False) -> None:
@@ -67,8 +68,8 @@ def test_a_data_set_is_replaced_only_when_told(tmp_path: Path) -> None:
 
 
 def is_there(output: Path, num_patients: int) -> bool:
-    with output_folder(output, f"of {num_patients}", overwrite=False, say=said.append) as work:
-        return work is None
+    with output_folder(output, lambda: f"of {num_patients}", overwrite=False, say=said.append) as claimed:
+        return claimed is None
 
 
 def test_the_same_data_set_is_recognised_and_left_alone(tmp_path: Path) -> None:

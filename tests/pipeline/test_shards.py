@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,15 @@ import pytest
 
 from pipeline import shards
 from pipeline.schema import INDEX_FILE, MANIFEST_FILE, VOCABULARY_FILE, UserError
-from pipeline.shards import Manifest, read_index, read_set_sizes, read_shard, read_vocabulary, write_atomically
+from pipeline.shards import (
+    Manifest,
+    check_shards,
+    read_index,
+    read_set_sizes,
+    read_shard,
+    read_vocabulary,
+    write_atomically,
+)
 from tests.data_dirs import NUM_CODES, expected_batch, in_stored_order, make_patients, write_data_dir
 
 
@@ -91,7 +100,8 @@ def damage_bytes(path: Path) -> None:
     ("harm", "verify", "message"),
     [
         (damage_bytes, True, "checksum differs"),
-        (Path.unlink, True, "cannot be read"),
+        (Path.unlink, True, "is missing"),
+        (lambda path: os.truncate(path, 100), True, "has 100 bytes, the manifest says"),
         (Path.unlink, False, "cannot be read"),
         (lambda path: os.truncate(path, 100), False, "cannot be read"),
         (lambda path: path.write_bytes(b""), False, "cannot be read"),
@@ -107,6 +117,32 @@ def test_a_damaged_shard_is_named(directory: Path, harm: Callable[[Path], None],
             read_set_sizes(directory, entry)
     assert str(directory / entry.path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_bad_shards_are_found_without_decoding_any(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Manifest.load(directory).splits["train"]
+    monkeypatch.setattr(shards, "_read_rows", None)
+    assert check_shards(directory, [first, second]) == {}
+    damage_bytes(directory / second.path)
+    assert check_shards(directory, [first, second]) == {second.path: "checksum differs from the manifest's"}
+    (directory / first.path).unlink()
+    assert check_shards(directory, [first]) == {first.path: "is missing"}
+
+
+def test_what_is_not_the_files_fault_is_no_bad_shard(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = Manifest.load(directory).splits["train"]
+
+    def fail(number: int) -> None:
+        def stat(path: Path) -> os.stat_result:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "stat", stat)
+
+    fail(errno.EMFILE)
+    with pytest.raises(UserError, match=f"{entries[0].path}: cannot be read .Too many open files"):
+        check_shards(directory, entries)
+    fail(errno.EIO)
+    assert check_shards(directory, entries).keys() == {entry.path for entry in entries}
 
 
 @pytest.mark.parametrize("field", ["num_patients", "num_sets", "num_events"])
@@ -126,7 +162,7 @@ def test_a_changed_or_missing_table_is_named(directory: Path, name: str) -> None
     with pytest.raises(UserError, match=f"{name}: checksum differs"):
         read(directory, manifest)
     (directory / name).unlink()
-    with pytest.raises(UserError, match=f"{name}: missing or unreadable"):
+    with pytest.raises(UserError, match=f"{name}: is missing"):
         read(directory, manifest)
 
 

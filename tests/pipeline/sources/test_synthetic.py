@@ -57,7 +57,8 @@ def test_the_outcome_can_be_learned_but_not_known() -> None:
     source = Synthetic(num_patients=1000)
     _, labels = source.labels() or ("", pl.DataFrame())
     assert 0.15 < labels["label"].mean() < 0.25
-    means = rows(source).group_by("patient_id", "variable").agg(pl.col("value").mean()).join(labels, on="patient_id")
+    events = rows(source).cast({"patient_id": pl.String})
+    means = events.group_by("patient_id", "variable").agg(pl.col("value").mean()).join(labels, on="patient_id")
     scores = [
         roc_auc_score(part["label"], part["value"])
         for _, part in means.drop_nulls().group_by("variable", maintain_order=True)

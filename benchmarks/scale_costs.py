@@ -1,0 +1,312 @@
+"""What large data sets cost to prepare, and what breaks first: computed from measured constants, measuring nothing.
+
+    python -m benchmarks.scale_costs [--write docs/scale.md]
+
+Rates come from the results of ``preprocess_meds`` and ``preprocess_scale``, the other constants from those of
+``scale_constants``; the sizes of pieces, partitions and batches from the code.  ``--write`` puts the tables in a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from pipeline.build import EVENTS_PER_SHARD
+from pipeline.sources.source import PIECE_BYTES, ROW_BYTES
+from pipeline.spill import BATCH_ROWS
+
+RESULTS: Final = Path(__file__).parent / "results"
+WORKERS: Final = (1, 10, 100)
+WORKER_BYTES: Final = 2.0 * (1 << 30)
+"""Memory of a worker, as in the example of docs/distributed.md."""
+MAIN_BYTES: Final = 16.0 * (1 << 30)
+"""Memory of the machine of the calling process, and of a scheduler's."""
+REJECT_SHARE: Final = 6_223 / 1_678_892
+"""As of the rows of PhysioNet-2012 set A."""
+
+Constants = dict[str, float]
+"""By name: seconds, of one core, and bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A data set."""
+
+    name: str
+    events: float
+    patients: float
+    variables: float
+
+    @property
+    def pieces(self) -> int:
+        return math.ceil(self.events * ROW_BYTES / PIECE_BYTES)
+
+    @property
+    def partitions(self) -> int:
+        return math.ceil(self.events / EVENTS_PER_SHARD)
+
+    @property
+    def tasks(self) -> int:
+        return self.pieces + 2 * self.partitions
+
+    @property
+    def pairs(self) -> float:
+        """Of a partition and a variable in it; at the most."""
+        return self.partitions * self.variables
+
+    def scaled(self, events: float) -> Scenario:
+        """The same kind of data, with more or fewer patients."""
+        return replace(self, events=events, patients=self.patients * events / self.events)
+
+
+SCENARIOS: Final = (
+    Scenario(name="MIMIC-IV charts", events=433e6, patients=94e3, variables=2.3e3),
+    Scenario(name="AmsterdamUMCdb", events=1e9, patients=23e3, variables=2.5e3),
+    Scenario(name="a national registry", events=100e9, patients=50e6, variables=50e3),
+)
+
+
+def read_constants() -> Constants:
+    scale, meds, own = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("preprocess_scale", "preprocess_meds", "scale_constants")
+    )
+    run, largest = meds["ways"]["preprocess.py"], scale["rows"][-1]
+    cores = int(meds["machine"]["hardware"].split()[0])
+    return {
+        **own["constants"],
+        "seconds_per_event": run["seconds"] * cores / meds["events"],
+        "data_bytes_per_event": largest["data_bytes_per_event"],
+        "work_bytes_per_event": largest["peak_disk_bytes_per_event"],
+        "worker_bytes": largest["peak_rss_bytes_one_process"],
+    }
+
+
+def reopening(it: Scenario, c: Constants) -> float:
+    """Core-seconds of opening every spill for every partition: what is not linear in the events."""
+    return it.pieces * it.partitions * (c["seconds_per_spill"] + it.variables * c["seconds_per_spill_and_variable"])
+
+
+def linear(it: Scenario, c: Constants) -> float:
+    """Core-seconds of all other work that workers share."""
+    return it.events * c["seconds_per_event"] + it.tasks * c["seconds_per_task"]
+
+
+def fingerprint(it: Scenario, c: Constants) -> float:
+    """Seconds; files are hashed by as many threads as there are cores, here one."""
+    return it.events * c["input_bytes_per_event"] * c["hash_seconds_per_byte"]
+
+
+def serial(it: Scenario, c: Constants) -> float:
+    """Seconds of the calling process while no worker works."""
+    return (
+        fingerprint(it, c)
+        + it.patients * c["main_seconds_per_patient"]
+        + it.events * REJECT_SHARE * c["main_seconds_per_reject"]
+        + it.pairs * c["main_seconds_per_partition_and_variable"]
+    )
+
+
+def wall(it: Scenario, c: Constants, workers: int) -> float:
+    """Seconds; where the tasks of a stage are no multiple of the workers, some of these wait at its end."""
+    waiting = math.ceil(it.partitions / workers) * workers / it.partitions
+    scheduling = it.tasks * c["scheduler_seconds_per_task"] * (workers > 1)
+    return serial(it, c) + scheduling + (linear(it, c) + reopening(it, c)) / workers * waiting
+
+
+def moved(it: Scenario, c: Constants) -> float:
+    """Bytes that are read and written; of a spill a partition reads whole batches, one more than its rows fill."""
+    rows = it.events / it.pieces / it.partitions
+    spills = (2 + BATCH_ROWS / rows) * c["spill_bytes_per_event"]
+    others = 2 * (c["input_bytes_per_event"] + c["sorted_bytes_per_event"]) + c["data_bytes_per_event"]
+    return it.events * (spills + others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Something that grows with the data, how much of it there may be, and how it is shown."""
+
+    what: str
+    most: float
+    show: Callable[[float], str]
+    of: Callable[[Scenario, Constants], float]
+
+    def reached_at(self, kind: Scenario, c: Constants) -> float:
+        """Events of data of this kind; infinite from 10^15 on."""
+        low, high = 1e3, 1e15
+        if self.of(kind.scaled(high), c) < self.most:
+            return math.inf
+        while high > 1.001 * low:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if self.of(kind.scaled(middle), c) >= self.most else (middle, high)
+        return high
+
+
+def number(value: float) -> str:
+    return "never" if math.isinf(value) else _in_units(value, ("", "k", "M", "B", "T", "Q"))
+
+
+def size(value: float) -> str:
+    return _in_units(value, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
+
+
+def duration(seconds: float) -> str:
+    for unit, word in ((365 * 86400.0, "years"), (86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * unit:
+            return _in_units(seconds / unit, (word,))
+    return _in_units(seconds, ("s",))
+
+
+def _in_units(value: float, words: Sequence[str]) -> str:
+    """Two digits, in thousands where there are words for them."""
+    power = min(max(0, math.floor(math.log10(float(f"{value:.2g}") or 1) / 3)), len(words) - 1)
+    return f"{float(f'{value / 1000**power:.2g}'):,.10g} {words[power]}".rstrip()
+
+
+LIMITS: Final = (
+    Limit(
+        what="a gzipped CSV with all the events: it is one piece, and one worker's memory holds it",
+        most=WORKER_BYTES,
+        show=size,
+        of=lambda it, c: c["base_bytes"] + it.events * c["gzip_bytes_per_event"],
+    ),
+    Limit(
+        what="opening every spill for every partition, as a part of all other work",
+        most=1.0,
+        show=lambda part: f"{part:.1%}" if part < 1 else f"{number(part)} ×",
+        of=lambda it, c: reopening(it, c) / linear(it, c),
+    ),
+    Limit(
+        what="memory of a worker that sorts: some batches of every spill",
+        most=WORKER_BYTES,
+        show=size,
+        of=lambda it, c: c["worker_bytes"] + it.pieces * c["sort_bytes_per_spill"],
+    ),
+    Limit(
+        what="memory of the calling process: moments, of each partition and variable",
+        most=MAIN_BYTES,
+        show=size,
+        of=lambda it, c: c["base_bytes"] + it.pairs * c["main_bytes_per_partition_and_variable"],
+    ),
+    Limit(
+        what="memory of the calling process: labels, splits, index and report, of each patient",
+        most=MAIN_BYTES,
+        show=size,
+        of=lambda it, c: c["base_bytes"] + it.patients * c["main_bytes_per_patient"],
+    ),
+    Limit(
+        what="memory of a Dask scheduler: the vocabulary, sent with each task that writes",
+        most=MAIN_BYTES,
+        show=size,
+        of=lambda it, c: it.pairs * c["vocabulary_bytes_per_variable"],
+    ),
+    Limit(
+        what="time in which only the calling process works: fingerprint, labels, moments, index, rejects",
+        most=3600.0,
+        show=duration,
+        of=serial,
+    ),
+    Limit(
+        what="the journal on disk: moments again, as text",
+        most=100e9,
+        show=size,
+        of=lambda it, c: it.pairs * c["journal_bytes_per_partition_and_variable"],
+    ),
+    Limit(
+        what="files at a time in the work folder, against a quota: spills, sorted, rejects, journal, index",
+        most=1e6,
+        show=number,
+        of=lambda it, _: 4 * it.pieces + 10 * it.partitions,
+    ),
+    Limit(
+        what="the manifest, which every process that trains reads whole",
+        most=1e9,
+        show=size,
+        of=lambda it, c: 3 * it.partitions * c["manifest_bytes_per_shard"],
+    ),
+)
+
+
+def tables(c: Constants) -> dict[str, str]:
+    """In Markdown, by the name of their place in the page."""
+
+    def row(what: str, show: Callable[[float], str], of: Callable[[Scenario], float]) -> list[str]:
+        return [what, *(show(of(it)) for it in SCENARIOS)]
+
+    costs = [
+        row("events", number, lambda it: it.events),
+        row("patients, assumed", number, lambda it: it.patients),
+        row("variables, assumed", number, lambda it: it.variables),
+        row("tasks that read", number, lambda it: it.pieces),
+        row("tasks that sort, and as many that write", number, lambda it: it.partitions),
+        row("input as Parquet", size, lambda it: it.events * c["input_bytes_per_event"]),
+        row("disk for the work", size, lambda it: it.events * c["work_bytes_per_event"]),
+        row("the result", size, lambda it: it.events * c["data_bytes_per_event"]),
+        row("read and written in all", size, lambda it: moved(it, c)),
+        row("core-hours", number, lambda it: (serial(it, c) + linear(it, c) + reopening(it, c)) / 3600),
+        row("… linear in the events", number, lambda it: linear(it, c) / 3600),
+        row("… opening spills again", number, lambda it: reopening(it, c) / 3600),
+        row("… of the calling process alone", number, lambda it: serial(it, c) / 3600),
+        row("… … of them for the fingerprint", number, lambda it: fingerprint(it, c) / 3600),
+    ]
+    for workers in WORKERS:
+        name = f"wall time, {workers} worker{'s' * (workers > 1)}"
+        costs.append([name, *(duration(wall(it, c, workers)) for it in SCENARIOS)])
+    busiest = WORKERS[-1]
+    name = f"… which ask of the file system, for {busiest}"
+    costs.append(row(name, lambda rate: f"{size(rate)}/s", lambda it: moved(it, c) / wall(it, c, busiest)))
+
+    kind = SCENARIOS[-1]
+    breaks = [
+        [limit.what, limit.show(limit.most), *(limit.show(limit.of(it, c)) for it in SCENARIOS), number(at)]
+        for limit, at in sorted(((limit, limit.reached_at(kind, c)) for limit in LIMITS), key=lambda pair: pair[1])
+    ]
+    longest = (WORKER_BYTES - c["base_bytes"]) / c["sort_bytes_per_event"]
+    alone = [
+        [f"events of one patient: it is sorted in {size(WORKER_BYTES)} of memory", number(longest)],
+        ["events of one patient: offsets are int32", number(2.0**31)],
+    ]
+    names = [it.name for it in SCENARIOS]
+    return {
+        "costs": _table(["", *names], costs),
+        "breaks": _table(["what grows", "limit", *names, f"events, as in {kind.name}, at which it is reached"], breaks),
+        "alone": _table(["however many patients there are", "limit"], alone),
+        "constants": _table(
+            ["measured", ""], [[name.replace("_", " "), f"{value:.3g}"] for name, value in sorted(c.items())]
+        ),
+    }
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
+
+
+def filled(page: str, content: dict[str, str]) -> str:
+    """The page, with the table NAME between each ``<!-- NAME -->`` and the next ``<!-- end -->``."""
+
+    def put(place: re.Match[str]) -> str:
+        return f"<!-- {place[1]} -->\n{content[place[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", put, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compute what large data sets cost.", allow_abbrev=False)
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="a page to put the tables into; else print them")
+    given = parser.parse_args()
+    content = tables(read_constants())
+    if given.write:
+        given.write.write_text(filled(given.write.read_text(encoding="utf-8"), content), encoding="utf-8")
+    else:
+        print("\n\n".join(content.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Columns of names, such as patients and variables, as positions among the few names that there are.
+
+A table of events has millions of rows and thousands of names.  What is asked of a name (is it blank? is it a whole
+number with a fraction?) is asked once a name, and its answer gathered for the rows.  Such a column is a Polars
+``Enum``, whose categories are this column's own: no table of texts grows from piece to piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def _as_text(values: pl.Series) -> pl.Series:
+    return values.cast(pl.String)
+
+
+def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_text) -> pl.Series:
+    """A column of numbers or texts as names; null stays null.
+
+    Args:
+        column: [E].
+        as_text: makes texts of distinct values; those whose texts are equal are one name.
+    """
+    if isinstance(column.dtype, pl.Enum):
+        return _gather(column.name, as_text(_names(column)), column.to_physical())
+    if column.dtype == pl.Null:
+        column = column.cast(pl.String)
+    encoded = pc.dictionary_encode(column.to_arrow())
+    return _gather(column.name, as_text(_series(encoded.dictionary)), _series(encoded.indices))
+
+
+def from_dictionary(name: str, chunks: pa.ChunkedArray) -> pl.Series:
+    """A dictionary column of strings, as Parquet's own dictionaries give it.
+
+    Raises:
+        pa.ArrowInvalid: a name is no text.
+    """
+    encoded = pa.chunked_array(chunks.chunks, chunks.type).unify_dictionaries().combine_chunks()
+    encoded.dictionary.validate(full=True)
+    return _gather(name, _series(encoded.dictionary).cast(pl.String), _series(encoded.indices))
+
+
+def concat(parts: Sequence[pl.Series]) -> pl.Series:
+    """Columns of names, one after the other."""
+    together = pl.Enum(pl.concat([_names(part) for part in parts]).unique(maintain_order=True))
+    return pl.concat([_names(part).cast(together).gather(part.to_physical()) for part in parts]).rename(parts[0].name)
+
+
+def fits(column: pl.Series, test: Callable[[pl.Series], pl.Series]) -> pl.Series:
+    """[E] bool, whether ``test`` holds of the row's name; null where there is none."""
+    return test(_names(column)).gather(column.to_physical())
+
+
+def _names(column: pl.Series) -> pl.Series:
+    assert isinstance(column.dtype, pl.Enum)
+    return column.dtype.categories.cast(pl.String)
+
+
+def _gather(name: str, texts: pl.Series, position: pl.Series) -> pl.Series:
+    """Row by row the text at ``position``; texts may repeat, and be null."""
+    distinct = texts.drop_nulls().unique(maintain_order=True)
+    return texts.cast(pl.Enum(distinct)).gather(position).rename(name)
+
+
+def _series(array: pa.Array) -> pl.Series:
+    series = pl.from_arrow(array)
+    assert isinstance(series, pl.Series)
+    return series

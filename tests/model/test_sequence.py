@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.sequence import FULL_ENOUGH, SequenceLayout
+
+
+def layout_of(num_sets: list[int]) -> SequenceLayout:
+    return SequenceLayout.build(torch.tensor([0, *num_sets], dtype=torch.int64).cumsum(0))
+
+
+def test_rectangles_by_hand() -> None:
+    """A history of 16 sets has a rectangle of its own; 5, 4 and 4 share one; 1 is too short for it."""
+    layout = layout_of([5, 0, 1, 4, 4, 16])
+    assert layout.rectangles == ((1, 16), (3, 5), (1, 1))
+    assert layout.cell.tolist() == [
+        *range(16, 21),  # 5 sets
+        31,  # 1
+        *range(21, 25),  # 4
+        *range(26, 30),  # 4
+        *range(16),
+    ]
+
+
+@given(st.lists(st.integers(0, 40), max_size=12))
+def test_every_set_has_a_cell_of_its_own_in_its_patient_s_row(num_sets: list[int]) -> None:
+    layout = layout_of(num_sets)
+    assert sum(count for count, _ in layout.rectangles) == sum(size > 0 for size in num_sets)
+    widths = [most for count, most in layout.rectangles for _ in range(count)]
+    starts = [sum(widths[:row]) for row in range(len(widths))]
+    assert len(set(layout.cell.tolist())) == sum(num_sets)
+    for patient, size in enumerate(num_sets):
+        cells = layout.cell[layout.patient == patient].tolist()
+        if size:
+            row = starts.index(cells[0])
+            assert cells == list(range(cells[0], cells[0] + size))
+            assert FULL_ENOUGH * widths[row] < size <= widths[row]

@@ -1,0 +1,101 @@
+"""An object store on 127.0.0.1: moto's S3, behind a door that can be told to misbehave."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import boto3
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+BUCKET = "shards"
+Fault = Literal["ok", "busy", "denied", "cut", "silent"]
+ENVIRONMENT = {  # no other store, and no credentials but these, can be found
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "nothing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": "/dev/null",
+    "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+}
+
+
+class ObjectStore:
+    """A running S3 server with one empty bucket.
+
+    Attributes:
+        url: where it answers.
+        requests: (method, key) of all objects asked for.
+        faults: what it does, one after the other, with requests for objects: ``ok`` is to answer, ``busy`` status 503,
+            ``denied`` 403; ``cut`` sends half of the content and closes; ``silent`` says nothing until ``release`` is
+            set.
+        asked: set with every request.
+    """
+
+    def __init__(self) -> None:
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=_Quiet)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.requests: list[tuple[str, str]] = []
+        self.faults: deque[Fault] = deque()
+        self.release = threading.Event()
+        self.asked = threading.Event()
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.client = boto3.client(
+            "s3", endpoint_url=self.url, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
+        )
+        self.client.create_bucket(Bucket=BUCKET)
+
+    def reset(self) -> None:
+        """Behave again, and forget requests."""
+        self.release.set()
+        self.faults.clear()
+        self.requests.clear()
+        self.asked.clear()
+        self.release = threading.Event()
+
+    def stop(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        self.client.close()
+
+    def upload(self, directory: Path, prefix: str) -> str:
+        """Copy a folder there; its URL."""
+        for path in directory.rglob("*"):
+            if path.is_file():
+                key = f"{prefix}/{path.relative_to(directory)}"
+                self.client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
+        return f"s3://{BUCKET}/{prefix}"
+
+    def _serve(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        _, bucket, *key = path.split("/")
+        if method in ("GET", "HEAD") and bucket == BUCKET and any(key):
+            self.requests.append((method, "/".join(key)))
+            self.asked.set()
+            fault = self.faults.popleft() if self.faults else None
+            if fault in ("busy", "denied"):
+                start_response("503 Slow Down" if fault == "busy" else "403 Forbidden", [("Content-Length", "0")])
+                return [b""]
+            if fault == "silent":
+                self.release.wait(timeout=60)
+            if fault == "cut":
+                content = b"".join(self._app(environ, start_response))
+                return [content[: len(content) // 2]]
+        return self._app(environ, start_response)
+
+
+class _Quiet(MotoRequestHandler):
+    def log_request(self, *_: Any) -> None:
+        pass
+
+    def log(self, *_: Any) -> None:
+        pass
