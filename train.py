@@ -149,10 +149,11 @@ class Training:
         # The usual first scale of 65,536 overflows, and so wastes, the first steps: losses are sums over sets.
         self.scaler = torch.amp.GradScaler(world.device.type, init_scale=1024, enabled=options.precision == "fp16")
         self.progress: dict[str, Any] = {"step": 0, "best": None, "epochs_since_best": 0, "seconds": 0.0}
+        # By the first epoch, also where a later one, in which --max_events makes another number of batches, is resumed.
+        self.total_steps = max(len(self.loader) * options.max_epochs, 1)
         self.restore()
         self._started = time.perf_counter() - self.progress["seconds"]
         self.stepper = DistributedDataParallel(self.model) if world.size > 1 else self.model
-        self.total_steps = max(len(self.loader) * options.max_epochs, 1)
 
     @property
     def seconds(self) -> float:
@@ -382,6 +383,7 @@ def open_loader(options: TrainOptions, data: Data, world: World, split: str, *, 
         bucketing=options.bucketing,
         rank=world.rank,
         world_size=world.size,
+        group_events=options.group_events,
         prefetch=options.prefetch,
         pin_memory=world.device.type == "cuda",
     )

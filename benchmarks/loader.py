@@ -164,7 +164,8 @@ def main() -> None:
     started = time.perf_counter()
     loader = ours()
     start_up = time.perf_counter() - started
-    store, windows, plan = loader._store, loader._windows, loader.plan
+    planned, store = loader._load(0, 0, 0)
+    windows, plan = planned.windows, planned.plan
     columns, label, count = columns_of(store), store.label, store.num_patients
     some = min(PANDAS_PATIENTS, count)
     ahead = ours(prefetch=2)

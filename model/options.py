@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.config import EventForm, Preset
 from model.losses import LossWeights
+from pipeline.groups import GROUP_EVENTS
 from pipeline.remote import CACHE_BYTES, parse_bytes
 from pipeline.schema import UserError
 
@@ -43,6 +44,11 @@ class TrainOptions:
         None,
         "pad each batch to its longest patient, or (--no-…) all to one size; left out, batches stay ragged and nothing "
         "is padded. The model's results are the same",
+    )
+    group_events: int = _flag(
+        GROUP_EVENTS,
+        "a split of more events is read, and mixed, in groups of about so many; two are in memory",
+        least=1,
     )
     prefetch: int = _flag(4, "batches made ahead of the step; 0 = none", least=0)
     # model

@@ -71,6 +71,11 @@ class Policy:
         if self.bucket_by not in ("events", "sets", None):
             raise UserError(f"--bucket_by {self.bucket_by}: must be events or sets")
 
+    @property
+    def fixed_size(self) -> int | None:
+        """Patients of every batch but one, or None where ``max_events`` has a say."""
+        return self.batch_size if self.max_events is None else None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
@@ -123,8 +128,18 @@ class EpochPlan:
         return np.diff(before[self.batch_offsets])
 
 
-def plan_epoch(num_events: Lengths, num_sets: Lengths, policy: Policy, *, seed: int, epoch: int) -> EpochPlan:
-    """The global batches of an epoch; every patient is in exactly one.
+def source_of_chance(*purpose: int, seed: int, epoch: int, group: int = 0) -> np.random.Generator:
+    """Random numbers of a group of an epoch; those of another purpose have nothing to do with them.
+
+    The plan has no number for its purpose, truncation has 1, the order of shards 2.
+    """
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch, *purpose], spawn_key=(group,) if group else ()))
+
+
+def plan_epoch(
+    num_events: Lengths, num_sets: Lengths, policy: Policy, *, seed: int, epoch: int, group: int = 0
+) -> EpochPlan:
+    """The global batches of an epoch, or of one group of it; every patient is in exactly one.
 
     Without ``max_events`` all batches but one have ``batch_size`` patients, so their number is the same every epoch.
 
@@ -132,8 +147,9 @@ def plan_epoch(num_events: Lengths, num_sets: Lengths, policy: Policy, *, seed: 
         num_events: [P] events of each patient, at least 1, after truncation.
         num_sets: [P] sets of each patient.
         policy: how to group.
-        seed: 0 or more; with ``epoch`` the only source of chance.
+        seed: 0 or more; with ``epoch`` and ``group`` the only source of chance.
         epoch: 0, 1, 2 …
+        group: which of the epoch's groups the patients are; see ``pipeline.groups``.
 
     Raises:
         UserError: a patient alone exceeds ``max_events``, or ``seed`` or ``epoch`` is negative.
@@ -146,7 +162,7 @@ def plan_epoch(num_events: Lengths, num_sets: Lengths, policy: Policy, *, seed: 
             f"--max_events {policy.max_events}: a patient has {num_events.max()} events;"
             " raise it, or cut patients with --max_sequence_length"
         )
-    rng = np.random.default_rng([seed, epoch])
+    rng = source_of_chance(seed=seed, epoch=epoch, group=group)
     order = _order(num_events, num_sets, policy, rng)
     offsets = _cut(num_events[order], policy, rng)
     if policy.shuffle:
@@ -209,7 +225,9 @@ def _cut(num_events: Lengths, policy: Policy, rng: np.random.Generator) -> npt.N
     return np.array(offsets, dtype=np.int64)
 
 
-def deal(plan: EpochPlan, cost: npt.NDArray[np.float64], *, rank: int, world_size: int) -> EpochPlan:
+def deal(
+    plan: EpochPlan, cost: npt.NDArray[np.float64], *, rank: int, world_size: int, first_step: int = 0
+) -> EpochPlan:
     """One rank's share of every batch, so that the ranks' costs in a step match.
 
     Patients go, dearest first, each to the rank with the least so far (Graham 1969, longest processing time first).
@@ -220,6 +238,7 @@ def deal(plan: EpochPlan, cost: npt.NDArray[np.float64], *, rank: int, world_siz
         cost: [P] predicted cost of each patient.
         rank: 0 … ``world_size`` − 1.
         world_size: number of ranks.
+        first_step: the epoch's number of the first batch.
 
     Returns:
         A plan of as many batches; the shares of all ranks together are the global batches.
@@ -238,7 +257,7 @@ def deal(plan: EpochPlan, cost: npt.NDArray[np.float64], *, rank: int, world_siz
         lightest = load[batches].argmin(axis=1)
         load[batches, lightest] += cost[patients]
         lane[patients] = lightest
-    mine = (lane + step) % world_size == rank
+    mine = (lane + step + first_step) % world_size == rank
     return EpochPlan(
         order=plan.order[mine], batch_offsets=offsets_of(np.bincount(step[mine], minlength=plan.num_batches))
     )

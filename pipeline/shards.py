@@ -294,6 +294,35 @@ def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = Tr
     return patients
 
 
+def read_set_sizes(directory: Path | Folder, entry: ShardEntry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """[P] sets of each patient and [S] events of each set of one shard: two columns of a Parquet file, all of a tar.
+
+    Raises:
+        UserError: the file is missing or contradicts the manifest.  The checksum is not compared: that would read all.
+    """
+    folder = folder_at(directory)
+    path, hint = f"{folder}/{entry.path}", f"the data set is damaged: {folder.mend}"
+    names = ["num_sets", "set_size"]
+    try:
+        with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=False) as local:
+            suffix = Path(entry.path).suffix
+            table = (
+                _read_rows(local, suffix)
+                if suffix == ".tar"
+                else pq.read_table(local, schema=SHARD_SCHEMA, columns=names)
+            )
+        num_sets, set_size = table["num_sets"].to_numpy(), pc.list_flatten(table["set_size"]).to_numpy()
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
+    sizes = (len(num_sets), len(set_size), int(num_sets.sum()), int(set_size.sum()))
+    expected = (entry.num_patients, entry.num_sets, entry.num_sets, entry.num_events)
+    if sizes != expected:
+        raise UserError(f"{path}: {sizes} patients, sets, sets and events, the manifest says {expected}; {hint}")
+    return num_sets, set_size
+
+
 def _with_static(minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """[S] minutes, with one for each static set (NaN), which can only be a patient's first."""
     static = np.flatnonzero(np.isnan(minute))

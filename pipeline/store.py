@@ -1,11 +1,12 @@
-"""The patients of one split in memory, and batches gathered from them.
+"""Patients in memory, those of a split or of a group of its shards, and batches gathered from them.
 
 A batch is gathered with a fixed number of array operations, whatever its size: index arithmetic on offsets, no loop
-over patients, sets or events.  Suffixes as in ``pipeline.batch``; P patients of the split, K batches gathered at once.
+over patients, sets or events.  Suffixes as in ``pipeline.batch``; P patients in memory, K batches gathered at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,7 @@ from torch import Tensor
 from pipeline.batch import PatientBatch
 from pipeline.flat import offsets_of, ranges
 from pipeline.folder import Folder
-from pipeline.schema import UserError
-from pipeline.shards import Manifest, read_shard
+from pipeline.shards import ShardEntry, read_set_sizes, read_shard
 
 Truncate = Literal["earliest", "latest", "random"]
 Flat = npt.NDArray[Any]
@@ -31,9 +31,9 @@ class Windows:
     """The events of each patient that an epoch uses: a run of them, whole where nothing is truncated.
 
     Attributes:
-        event_start: [P] int64, the first event, counted over the split.
+        event_start: [P] int64, the first event, counted over all P.
         num_events: [P] int64, at least 1.
-        set_start: [P] int64, the set of the first event, counted over the split.
+        set_start: [P] int64, the set of the first event, counted over all P.
         num_sets: [P] int64; the first and the last set may be cut.
     """
 
@@ -43,61 +43,17 @@ class Windows:
     num_sets: npt.NDArray[np.int64]
 
 
-class PatientStore:
-    """All patients of a split as flat arrays, in the order of the manifest's shards.
+class Outline:
+    """Where the sets of patients and the events of sets begin: all that a plan needs, without the events.
 
     Attributes:
-        label: [P] int64, -1 where unlabelled.
-        patient_id: [P] strings.
         set_offsets: [S+1] int64, into the events.
-        minute: [S] float32.
-        code, value, has_value: [E + margin] int32, float32, bool.  The margin is zeros, at least as many as the
-            longest patient has events, so that a rectangle can be read from any start.
     """
 
-    def __init__(self, directory: Path | Folder, manifest: Manifest, split: str, *, verify: bool = True) -> None:
-        """Read the shards of ``split``.
-
-        Args:
-            directory: the data directory.
-            manifest: its manifest.
-            split: a name among ``manifest.splits``; it may hold no patients.
-            verify: compare the shards' checksums with the manifest's.
-
-        Raises:
-            UserError: the split is unknown, or a shard is missing, damaged or unlike the manifest.
-        """
-        if split not in manifest.splits:
-            raise UserError(f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-        entries = manifest.splits[split]
-        num_patients = sum(entry.num_patients for entry in entries)
-        num_sets = sum(entry.num_sets for entry in entries)
-        num_events = sum(entry.num_events for entry in entries)
-        self.label = np.empty(num_patients, np.int64)
-        self.patient_id = np.empty(num_patients, object)
-        self.minute = np.empty(num_sets, np.float32)
-        patient_offsets = np.zeros(num_patients + 1, np.int64)
-        self.set_offsets = np.zeros(num_sets + 1, np.int64)
-        margin = max((entry.num_events for entry in entries), default=0)  # never written: takes no memory
-        self.code = np.zeros(num_events + margin, np.int32)
-        self.value = np.zeros(num_events + margin, np.float32)
-        self.has_value = np.zeros(num_events + margin, np.bool_)
-
-        patient = set_ = event = 0
-        for entry in entries:  # one after another into place: the most memory is the split and one shard
-            shard = read_shard(directory, entry, verify=verify)
-            patients = slice(patient, patient := patient + entry.num_patients)
-            sets = slice(set_, set_ := set_ + entry.num_sets)
-            events = slice(event, event := event + entry.num_events)
-            self.label[patients] = shard.label
-            self.patient_id[patients] = shard.patient_id.to_numpy(zero_copy_only=False)
-            self.minute[sets] = shard.minute
-            patient_offsets[patients.start + 1 : patients.stop + 1] = shard.patient_offsets[1:] + sets.start
-            self.set_offsets[sets.start + 1 : sets.stop + 1] = shard.set_offsets[1:] + events.start
-            self.code[events] = shard.code
-            self.value[events] = shard.value
-            self.has_value[events] = shard.has_value
-        event_offsets = self.set_offsets[patient_offsets]
+    def __init__(self, patient_offsets: npt.NDArray[np.int64], set_offsets: npt.NDArray[np.int64]) -> None:
+        """Of patients whose sets are given by ``patient_offsets`` [P+1]."""
+        self.set_offsets = set_offsets
+        event_offsets = set_offsets[patient_offsets]
         self._whole = Windows(
             event_start=event_offsets[:-1],
             num_events=np.diff(event_offsets),
@@ -105,24 +61,15 @@ class PatientStore:
             num_sets=np.diff(patient_offsets),
         )
 
+    @classmethod
+    def read(cls, directory: Path | Folder, entries: Sequence[ShardEntry]) -> Outline:
+        """The outline of the patients of some shards, at least one; a small part of the files is read."""
+        num_sets, set_size = zip(*(read_set_sizes(directory, entry) for entry in entries), strict=True)
+        return cls(offsets_of(np.concatenate(num_sets)), offsets_of(np.concatenate(set_size)))
+
     @property
     def num_patients(self) -> int:
-        return len(self.label)
-
-    @cached_property
-    def _set_of_event(self) -> npt.NDArray[np.int32]:
-        """[E + margin] int32, the set of each event, counted over the split; only the padded layout needs it."""
-        return self._of_event(np.arange(len(self.minute), dtype=np.int32))
-
-    @cached_property
-    def _minute_of_event(self) -> npt.NDArray[np.float32]:
-        """[E + margin] float32, as above."""
-        return self._of_event(self.minute)
-
-    def _of_event(self, of_set: Flat) -> Flat:
-        flat = np.zeros(len(self.code), of_set.dtype)
-        flat[: self.set_offsets[-1]] = np.repeat(of_set, np.diff(self.set_offsets))
-        return flat
+        return len(self._whole.num_events)
 
     def windows(
         self,
@@ -154,6 +101,73 @@ class PatientStore:
         return Windows(
             event_start=event_start, num_events=num_events, set_start=set_start, num_sets=set_stop - set_start
         )
+
+
+class PatientStore(Outline):
+    """All patients of some shards as flat arrays, one shard after another.
+
+    Attributes:
+        label: [P] int64, -1 where unlabelled.
+        patient_id: [P] strings.
+        minute: [S] float32.
+        code, value, has_value: [E + margin] int32, float32, bool.  The margin is zeros, at least as many as the
+            longest patient has events, so that a rectangle can be read from any start.
+    """
+
+    def __init__(self, directory: Path | Folder, entries: Sequence[ShardEntry], *, verify: bool = True) -> None:
+        """Read the shards.
+
+        Args:
+            directory: the data directory.
+            entries: of the shards, as its manifest has them; there may be none.
+            verify: compare the shards' checksums with the manifest's.
+
+        Raises:
+            UserError: a shard is missing, damaged or unlike the manifest.
+        """
+        num_patients = sum(entry.num_patients for entry in entries)
+        num_sets = sum(entry.num_sets for entry in entries)
+        num_events = sum(entry.num_events for entry in entries)
+        self.label = np.empty(num_patients, np.int64)
+        self.patient_id = np.empty(num_patients, object)
+        self.minute = np.empty(num_sets, np.float32)
+        patient_offsets = np.zeros(num_patients + 1, np.int64)
+        set_offsets = np.zeros(num_sets + 1, np.int64)
+        margin = max((entry.num_events for entry in entries), default=0)  # never written: takes no memory
+        self.code = np.zeros(num_events + margin, np.int32)
+        self.value = np.zeros(num_events + margin, np.float32)
+        self.has_value = np.zeros(num_events + margin, np.bool_)
+
+        patient = set_ = event = 0
+        for entry in entries:  # one after another into place: the most memory is all shards and one more
+            shard = read_shard(directory, entry, verify=verify)
+            patients = slice(patient, patient := patient + entry.num_patients)
+            sets = slice(set_, set_ := set_ + entry.num_sets)
+            events = slice(event, event := event + entry.num_events)
+            self.label[patients] = shard.label
+            self.patient_id[patients] = shard.patient_id.to_numpy(zero_copy_only=False)
+            self.minute[sets] = shard.minute
+            patient_offsets[patients.start + 1 : patients.stop + 1] = shard.patient_offsets[1:] + sets.start
+            set_offsets[sets.start + 1 : sets.stop + 1] = shard.set_offsets[1:] + events.start
+            self.code[events] = shard.code
+            self.value[events] = shard.value
+            self.has_value[events] = shard.has_value
+        super().__init__(patient_offsets, set_offsets)
+
+    @cached_property
+    def _set_of_event(self) -> npt.NDArray[np.int32]:
+        """[E + margin] int32, the set of each event, counted over all; only the padded layout needs it."""
+        return self._of_event(np.arange(len(self.minute), dtype=np.int32))
+
+    @cached_property
+    def _minute_of_event(self) -> npt.NDArray[np.float32]:
+        """[E + margin] float32, as above."""
+        return self._of_event(self.minute)
+
+    def _of_event(self, of_set: Flat) -> Flat:
+        flat = np.zeros(len(self.code), of_set.dtype)
+        flat[: self.set_offsets[-1]] = np.repeat(of_set, np.diff(self.set_offsets))
+        return flat
 
     def ragged(
         self, windows: Windows, patients: npt.NDArray[np.int64], batch_offsets: npt.NDArray[np.int64]

@@ -71,17 +71,25 @@ def make_patients(set_sizes: Sequence[Sequence[int]], *, seed: int = 0, prefix: 
 
 
 def write_data_dir(
-    directory: Path, splits: Mapping[str, Sequence[Patient]], *, shard_size: int = 5, suffix: str = ".parquet"
+    directory: Path,
+    splits: Mapping[str, Sequence[Patient]],
+    *,
+    shard_size: int = 5,
+    suffix: str = ".parquet",
+    dealt: bool = False,
 ) -> Path:
-    """Write a complete data directory; each split's patients stand in order of ``num_events``."""
+    """Write a complete data directory; each split's patients stand in order of ``num_events``, or, ``dealt``, only
+    those of a shard, and shards are alike, as partitions by a hash are.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     entries: dict[str, list[Any]] = {}
     index_rows = []
     for split, patients in splits.items():
         entries[split] = []
         ordered = in_stored_order(patients)
-        for number, first in enumerate(range(0, len(ordered), shard_size)):
-            shard = ordered[first : first + shard_size]
+        starts = range(0, len(ordered), shard_size)
+        for number, first in enumerate(starts):
+            shard = ordered[number :: len(starts)] if dealt else ordered[first : first + shard_size]
             path = f"{split}/{number:05d}{suffix}"
             entries[split].append(write_shard(shard_table(shard), directory, path))
             index_rows += [_index_row(split, path, position, patient) for position, patient in enumerate(shard)]

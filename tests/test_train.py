@@ -173,6 +173,31 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
     assert steps_logged == sorted(set(steps_logged)), "a resumed run holds no step twice"
 
 
+def test_resumed_between_groups_of_a_later_epoch_is_the_undisturbed_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a budget epochs have different numbers of batches, and groups begin at different steps."""
+    flags = ["--batch_size", "9", "--max_events", "70", "--group_events", "200", "--checkpoint_steps", "1"]
+    save = train.Training.save
+    steps: dict[tuple[int, int], int] = {}  # the last in each group
+    lengths = {}
+
+    def kept(training: train.Training, *names: str) -> None:
+        save(training, *names)
+        place, step = training.loader.state_dict(), training.progress["step"]
+        steps[place["epoch"], place["group"]] = step
+        lengths[training.loader.epoch] = len(training.loader)
+        shutil.copytree(training.checkpoints, tmp_path / str(step) / "checkpoints", dirs_exist_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "save", kept)
+        assert run(data, tmp_path / "whole", *flags) == 0
+    assert lengths[0] != lengths[1]
+    out = tmp_path / str(steps[1, 0])
+    assert run(data, out, *flags, "--resume") == 0
+    assert_same(weights(out), weights(tmp_path / "whole"))
+
+
 def test_resume_of_a_finished_run_and_of_none(finished: Path, data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path, "--resume") == 0
     assert run(data, tmp_path, "--resume") == 0

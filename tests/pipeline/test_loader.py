@@ -98,12 +98,19 @@ def test_what_was_loaded_before_does_not_matter(data_dir: Path) -> None:
     assert ids(walked) == ids(jumped)
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     stops=st.lists(st.integers(1, 25), min_size=1, max_size=4),
     worlds=st.permutations([1, 2, 4, 3]),
     policy=st.sampled_from(
-        [{}, {"batch_size": 5}, {"max_events": 150}, {"max_sequence_length": 9, "truncate": "random"}]
+        [
+            {},
+            {"batch_size": 5},
+            {"max_events": 150},
+            {"max_sequence_length": 9, "truncate": "random"},
+            {"batch_size": 5, "group_events": 440},
+            {"max_events": 150, "group_events": 700, "max_sequence_length": 30, "truncate": "random"},
+        ]
     ),
 )
 def test_resuming_equals_no_interruption(
@@ -189,7 +196,8 @@ def test_two_iterations_at_once_are_refused(data_dir: Path) -> None:
 
 
 def test_the_state_is_small_and_plain(data_dir: Path) -> None:
-    assert len(json.dumps(make_loader(data_dir, max_events=1000, max_sequence_length=50).state_dict())) <= 1024
+    loader = make_loader(data_dir, max_events=1000, max_sequence_length=50, group_events=1000)
+    assert len(json.dumps(loader.state_dict())) <= 1024
 
 
 @pytest.mark.parametrize(
@@ -227,11 +235,9 @@ def test_a_plan_made_otherwise_is_refused(data_dir: Path) -> None:
         loader.load_state_dict({})
 
 
-@pytest.mark.parametrize("max_sequence_length", [None, 7])
-def test_step_counts_are_those_of_the_batches_of_all_ranks(data_dir: Path, max_sequence_length: int | None) -> None:
-    loaders = [
-        make_loader(data_dir, max_sequence_length=max_sequence_length, rank=rank, world_size=3) for rank in range(3)
-    ]
+@pytest.mark.parametrize("flags", [{}, {"max_sequence_length": 7}, {"group_events": 440, "batch_size": 5}])
+def test_step_counts_are_those_of_the_batches_of_all_ranks(data_dir: Path, flags: dict[str, Any]) -> None:
+    loaders = [make_loader(data_dir, **flags, rank=rank, world_size=3) for rank in range(3)]
     for step, parts in enumerate(zip(*(iter(loader) for loader in loaders), strict=True)):
         counts = StepCounts(
             num_patients=sum(part.num_patients for part in parts),
@@ -269,13 +275,14 @@ def test_the_thread_ends_when_the_consumer_leaves(data_dir: Path, leave: str) ->
 def test_the_thread_is_no_more_than_the_promised_batches_ahead(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = threading.Semaphore(0)
     loader = make_loader(data_dir, batch_size=2, prefetch=3)
-    padded = loader._store.padded
+    store = loader._latest[1]  # type: ignore[index]
+    padded = store.padded
 
     def counted(*arguments: Any) -> Any:
         made.release()
         return padded(*arguments)
 
-    monkeypatch.setattr(loader._store, "padded", counted)
+    monkeypatch.setattr(store, "padded", counted)
     stream = loader.padded()
     next(stream)
     for _ in range(4):
@@ -289,7 +296,8 @@ def test_a_failure_reaches_the_consumer_where_its_batch_would_have_come(
     data_dir: Path, prefetch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make_loader(data_dir, batch_size=4, prefetch=prefetch)
-    gather = loader._store.padded
+    store = loader._latest[1]  # type: ignore[index]
+    gather = store.padded
     steps = iter(range(100))
 
     def fail(*arguments: Any) -> Any:
@@ -297,7 +305,7 @@ def test_a_failure_reaches_the_consumer_where_its_batch_would_have_come(
             raise MemoryError("no more")
         return gather(*arguments)
 
-    monkeypatch.setattr(loader._store, "padded", fail)
+    monkeypatch.setattr(store, "padded", fail)
     stream = loader.padded()
     assert len(list(islice(stream, 2))) == 2
     with pytest.raises(MemoryError, match="no more"):
@@ -311,6 +319,7 @@ def test_a_failure_reaches_the_consumer_where_its_batch_would_have_come(
         ({"batch_size": 0}, "--batch_size 0"),
         ({"batch_size": None}, "give --batch_size, --max_events or both"),
         ({"seed": -1}, "--seed -1"),
+        ({"group_events": 0}, "--group_events 0"),
         ({"prefetch": -1}, "--prefetch -1"),
         ({"max_sequence_length": 0}, "--max_sequence_length 0"),
         ({"truncate": "middle"}, "--truncate middle: must be one of earliest, latest, random"),
