@@ -28,11 +28,12 @@ import polars as pl
 
 from benchmarks.machine import describe
 from pipeline.build import EVENTS_PER_SHARD, BuildOptions, build, spill_piece
+from pipeline.folder import file_sha256
 from pipeline.publish import WORK
 from pipeline.report import write_data_report
 from pipeline.rules import Rules
 from pipeline.schema import MANIFEST_FILE, MINUTE, PATIENT_ID, VALUE, VARIABLE
-from pipeline.shards import Manifest, file_sha256, read_vocabulary
+from pipeline.shards import Manifest, read_vocabulary
 from pipeline.sources.source import LABEL, PIECE_BYTES, ROW_BYTES, Piece, RawRows, Source, number_rows
 from pipeline.sources.synthetic import Synthetic
 from pipeline.sources.table import Table

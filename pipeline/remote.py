@@ -41,7 +41,7 @@ CHUNK: Final = 1 << 24
 
 S3_RETRIES: Final = 2
 """Of s3fs, which counts them twice when it reads, around five attempts of botocore (``AWS_MAX_ATTEMPTS``) at 15 s each:
-a store that says nothing is given up after about five minutes.  With s3fs's own 5 it would be half an hour."""
+a store that says nothing is given up after three to six minutes.  With s3fs's own 5 it would be half an hour."""
 
 PART: Final = ".part"
 """Ends the names of files that are being written."""
@@ -145,8 +145,9 @@ class RemoteFolder(Folder):
         except FileNotFoundError:
             raise self._bad(name, "is missing") from None
         with source:
-            self._check_size(name, source.size, num_bytes)
-            make_room(source.size)
+            size = num_bytes if source.size is None else source.size  # some stores do not say
+            self._check_size(name, size or 0, num_bytes)
+            make_room(size or 0)
             chunk = b"-"
             while chunk:
                 with self._asking(name):

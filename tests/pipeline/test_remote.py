@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from pipeline import make_loader, plan_report
 from pipeline.folder import BadFile, Folder
 from pipeline.remote import PART, TAG, TAG_FILE, RemoteFolder, open_folder, parse_bytes
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, MANIFEST_FILE, UserError
-from pipeline.shards import Manifest, ShardEntry, check_shards, read_shard
+from pipeline.shards import Manifest, ShardEntry, check_shards, read_index, read_shard
 from tests.conftest import ragged_sizes
 from tests.data_dirs import Patient, make_patients, write_data_dir
 from tests.object_store import BUCKET, Fault, ObjectStore
@@ -471,6 +472,21 @@ def test_a_bad_shard_is_named_and_can_be_left_out(
     loader = make_loader(folder, quarantined=bad)
     assert loader.num_patients == 53 - 5
     assert entries[3].sha256 not in cached(cache)
+
+
+def test_a_store_that_does_not_tell_sizes_will_do(
+    remote: str, data_dir: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream(io.BytesIO):
+        size = None
+
+    folder = open_folder(remote, cache_dir=cache)
+    assert isinstance(folder, RemoteFolder)
+    monkeypatch.setattr(folder, "_open", lambda name: Stream((data_dir / name).read_bytes()))
+    manifest = Manifest.load(folder)
+    assert read_index(folder, manifest).equals(read_index(data_dir, manifest))
+    for batch, expected in zip(make_loader(folder), make_loader(data_dir), strict=True):
+        assert_equal(batch, expected)
 
 
 def test_a_checksum_that_is_a_path_is_refused(data_dir: Path, cache: Path, tmp_path: Path) -> None:
