@@ -132,9 +132,11 @@ def read_partition(folder: Path, num_pieces: int, partition: int, num_partitions
 
 def _merge_names(parts: Sequence[pa.Array]) -> tuple[list[str], list[npt.NDArray[np.int32]]]:
     """All names in order, without repeats, and the positions among them of each part's names."""
-    unique = pa.chunked_array(parts, pa.string()).unique()
+    together = pa.chunked_array(parts, pa.string())
+    unique = together.unique()
     merged = unique.take(pc.array_sort_indices(unique))
-    return merged.to_pylist(), [pc.index_in(part, value_set=merged).to_numpy() for part in parts]
+    position = pc.index_in(together, value_set=merged)  # one table of texts for all parts
+    return merged.to_pylist(), np.split(position.to_numpy(), np.cumsum([len(part) for part in parts])[:-1])
 
 
 def read_slice(path: Path, partition: int, num_partitions: int) -> tuple[pa.Table, pa.Table]:
@@ -151,8 +153,9 @@ def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
     with pa.OSFile(str(path)) as file:
         reader = pa.ipc.open_file(file)
         batches = [reader.get_batch(number) for number in range(first, -(-stop // BATCH_ROWS))]
-    table = pa.Table.from_batches(batches, reader.schema)
-    return table.slice(start - first * BATCH_ROWS, stop - start).combine_chunks()
+    table = pa.Table.from_batches(batches, reader.schema).slice(start - first * BATCH_ROWS, stop - start)
+    # A part of a single batch is copied, or it would keep all of the batch in memory, times the number of spills.
+    return table.take(np.arange(stop - start)) if len(batches) == 1 else table.combine_chunks()
 
 
 def read_table(path: Path) -> pa.Table:
