@@ -76,11 +76,12 @@ class VariableAxis(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, events_RD: Tensor, context_RD: Tensor, real_R: Tensor, variables: VariableLayout, noise: Noise | None
+        self, events_RD: Tensor, context_SD: Tensor, sets: SetLayout, variables: VariableLayout, noise: Noise | None
     ) -> Tensor:
-        """[R, D] events and the contexts of their sets -> [B, D]; ``noise`` has a row a pair."""
-        rows_RD = F.gelu(self.event(events_RD * self.scale) + self.context(context_RD))
-        score_RH = self.score(rows_RD).float().masked_fill(real_R[:, None] == 0, -torch.inf)
+        """Events [R, D] and the contexts of sets [S, D], in the batch's order -> [B, D]; ``noise`` has a row a pair."""
+        context_SD = self.context(context_SD)[sets.set_order]
+        rows_RD = F.gelu(self.event(events_RD * self.scale) + context_SD[sets.set_of_row])
+        score_RH = self.score(rows_RD).float().masked_fill(sets.real_row[:, None] == 0, -torch.inf)
         heads = rows_RD.chunk(score_RH.shape[1], dim=1)
         pooled_VD = torch.cat(
             [
@@ -122,9 +123,8 @@ class OutcomeHead(nn.Module):
         score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
         pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
         if self.variables is not None:
-            context_RD = context_SD[sets.set_order][sets.set_of_row]
             axis_BD = self.variables(
-                events_RD, context_RD, sets.real_row, variables, noise and noise.at(variables.patient, variables.code)
+                events_RD, context_SD, sets, variables, noise and noise.at(variables.patient, variables.code)
             )
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
