@@ -99,10 +99,12 @@ def timed(work: Callable[[], object]) -> float:
     return sorted(runs)[1]
 
 
-def invented(batch_size: int, seed: int) -> PatientBatch:
+def invented(batch_size: int, seed: int, *, sets: int | None = None, events: int | None = None) -> PatientBatch:
+    """Patients with as many sets and events a set as intensive-care stays have, or exactly as many as asked for."""
     generator = np.random.default_rng(seed)
-    num_sets = generator.integers(66, 81, batch_size)
+    num_sets = generator.integers(66, 81, batch_size) if sets is None else np.full(batch_size, sets)
     sizes = generator.choice(np.arange(1, 17), num_sets.sum(), p=SET_SIZES / SET_SIZES.sum())
+    sizes = sizes if events is None else np.full_like(sizes, events)
     num_events = int(sizes.sum())
     zero = np.zeros(1, np.int64)
     return PatientBatch(
