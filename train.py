@@ -38,6 +38,7 @@ from model.evaluation import auroc_auprc, evaluate_predictions
 from model.losses import LossCounts
 from model.options import TrainOptions, parse_options
 from model.parallel import World, run
+from model.profiling import StepProfiler, lines, part
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
 from pipeline.batch import PatientBatch
 from pipeline.folder import Folder
@@ -195,8 +196,14 @@ class Training:
                 progress=dict(self.progress),
             ).save(*(self.checkpoints / f"{name}.pt" for name in names))
 
-    def step(self, batch: PatientBatch, counts: LossCounts) -> tuple[Losses, Tensor]:
-        """One step of the optimiser on a global batch, of which this rank has ``batch``; its losses and gradient
+    def prepare(self, batch: PatientBatch) -> ModelInput:
+        """What this step sees of a batch, laid out, on the device."""
+        options = self.options
+        batch = drop_events(batch, options.event_dropout, seed=options.seed, step=self.progress["step"])
+        return ModelInput.of(batch).to(self.world.device)
+
+    def step(self, given: ModelInput, counts: LossCounts) -> tuple[Losses, Tensor]:
+        """One step of the optimiser on a global batch, of which this rank has ``given``; its losses and gradient
         norm.
         """
         options, world, step = self.options, self.world, self.progress["step"]
@@ -204,22 +211,23 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
-        batch = drop_events(batch, options.event_dropout, seed=options.seed, step=step)
-        given = ModelInput.of(batch).to(world.device)
         with autocast(options, world):
             output = self.stepper(given, seed=options.seed, step=step)
-            loss = losses(output, given.batch.label, options.loss_weights(), counts, beta=kl_weight(options, step))
+            with part("losses"):
+                loss = losses(output, given.batch.label, options.loss_weights(), counts, beta=kl_weight(options, step))
         total = loss.total
         if world.size > 1:
             # Losses are shares of a sum, and DDP averages.  Every parameter takes part, also on a rank that got no
             # patients or only sets of one event, because the others wait for its gradient.
             total = total * world.size + sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
-        self.scaler.scale(total).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.gradient_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.average()
+        with part("backward"):
+            self.scaler.scale(total).backward()
+        with part("optimiser"):
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.gradient_clip or math.inf)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.average()
         self.progress["step"] = step + 1
         return loss, norm
 
@@ -270,16 +278,20 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
         if options.on_bad_shard == "quarantine":
             patients = {f"{split}_patients": number for split, number in data.quarantined_patients.items()}
             log("event", step=progress["step"], event="quarantine", **patients)
+        profiler = stack.enter_context(step_profiler(training))
         while loader.epoch < options.max_epochs and stop is None:
             epoch, interval, sums = loader.epoch, Throughput(), LossSums(model.config.levels, world.device)
             bar.begin(epoch, len(loader), loader.cursor)
             model.train()
             for batch, counts, waited in timed(loader):
                 started = time.perf_counter()
-                loss, norm = training.step(lay_out(batch, options, pad_to), kept(counts, options))
+                with part("layout and copy"):
+                    given = training.prepare(lay_out(batch, options, pad_to))
+                loss, norm = training.step(given, kept(counts, options))
                 sums.add(loss, norm)
                 for meter in (interval, overall):
                     meter.add(batch, waited=waited, step_seconds=time.perf_counter() - started, pad_to=pad_to)
+                profiler.step(given.batch)
                 step = progress["step"]
                 if step == 1:
                     memory.mark("first step")
@@ -322,6 +334,9 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     run = {"stopped_by": stop or "max_epochs", **overall.rates()}
     if options.profile_memory:  # of this process and those below it; each rank has a profile of its own
         run |= {"profiled_peak_rss_bytes": memory.peak_rss_bytes, "profiled_peak_uss_bytes": memory.peak_uss_bytes}
+    if profiler.table is not None:
+        run["profile"] = profiler.table
+        say(world, "\n".join(["where the time goes:", *lines(profiler.table)]))
     finish(options, data, world, progress, run)
     return 0
 
@@ -418,9 +433,12 @@ def kl_weight(options: TrainOptions, step: int) -> float:
     return options.beta * min(1.0, (step + 1) / max(options.beta_warmup_steps, 1))
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(options: TrainOptions, world: World) -> torch.autocast:
-    dtype = torch.float16 if options.precision == "fp16" else torch.bfloat16
-    return torch.autocast(world.device.type, dtype=dtype, enabled=options.precision != "fp32")
+    enabled = options.precision != "fp32"
+    return torch.autocast(world.device.type, dtype=DTYPES[options.precision] if enabled else None, enabled=enabled)
 
 
 def timed(loader: PatientLoader) -> Iterator[tuple[PatientBatch, LossCounts, float]]:
@@ -428,7 +446,8 @@ def timed(loader: PatientLoader) -> Iterator[tuple[PatientBatch, LossCounts, flo
     batches = iter(loader)
     while True:
         started, step = time.perf_counter(), loader.cursor
-        batch = next(batches, None)
+        with part("data"):
+            batch = next(batches, None)
         if batch is None:
             return
         waited = time.perf_counter() - started
@@ -664,6 +683,19 @@ def metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[...
         return
     with JsonLines(run_dir / "metrics.jsonl", resume_step=step) as lines:
         yield lambda kind, **numbers: lines.write({"kind": kind, **numbers})
+
+
+def step_profiler(training: Training) -> StepProfiler:
+    """``--profile``, on the first rank; the others' steps are alike."""
+    options, world, loader = training.options, training.world, training.loader
+    on = options.profile and world.is_main and loader.epoch < options.max_epochs
+    return StepProfiler(
+        Path(options.output_dir) / "trace.json.gz" if on else None,
+        training.model.config,
+        world.device,
+        DTYPES[options.precision],
+        steps=len(loader) - loader.cursor,
+    )
 
 
 def memory_file(run_dir: Path, world: World) -> Path:

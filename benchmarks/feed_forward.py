@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.machine import describe, matrix_rate
+from benchmarks.machine import describe
 from model import feed_forward
 from model.feed_forward import FeedForward
+from model.profiling import matrix_rate
 
 ROWS, WIDTH, HIDDEN = 18_000, 256, 512  # a batch of 16 intensive-care stays at the reference preset
 

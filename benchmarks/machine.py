@@ -1,11 +1,10 @@
-"""What a figure was measured on, and how fast that machine multiplies matrices."""
+"""What a figure was measured on."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -27,14 +26,3 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def matrix_rate(dtype: torch.dtype, size: int = 4096, seconds: float = 2.0) -> float:
-    """FLOP/s of a product of two square matrices on the CPU, after one to warm up."""
-    a, b = torch.randn(2, size, size).to(dtype).unbind()
-    out = a @ b
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        torch.mm(a, b, out=out)
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - started)

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import describe, matrix_rate
+from benchmarks.machine import describe
 from model.config import SeqSetVAEConfig
+from model.flops import step_flops
 from model.losses import LossCounts, LossWeights
+from model.profiling import matrix_rate
 from model.seqsetvae import ModelInput, SeqSetVAE, losses
 from pipeline.batch import PatientBatch
 from pipeline.loader import make_loader
@@ -58,7 +60,7 @@ def main() -> None:
 
     rate = matrix_rate(torch.float32)
     patients = sum(b.num_patients for b in batches)
-    flops = sum(step_flops(batch, config) for batch in batches)
+    flops = sum(sum(step_flops(batch, config).values()) for batch in batches)
     result: dict[str, object] = {
         **describe(),
         "preset": options.preset,
@@ -97,26 +99,12 @@ def timed(work: Callable[[], object]) -> float:
     return sorted(runs)[1]
 
 
-def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> float:
-    """Operations of the matrix products that a step needs, forward and twice that backward; attention over sets and
-    elementwise work are left out, so the share of the matrix rate is understated.
-    """
-    square, widening = config.width**2, config.set_feed_forward / config.width
-    sizes = batch.set_sizes
-    events, sets, single = int(sizes.sum()), len(sizes), int((sizes == 1).sum())
-    induced = config.inducing_points * (sets - single) + single
-    block = induced * 2 * widening + events * (2 + 4 + 2 * widening)
-    encoder = config.levels * (block + 2 * sets)
-    one_key = sets * (1 + 2 * widening)
-    decoder = 3 * one_key + (config.levels - 1) * (block + events * (2 + 2 * widening)) + events
-    transformer = config.layers * sets * (4 + 2 * config.feed_forward / config.width)
-    return 3 * 2 * square * (encoder + decoder + transformer)
-
-
-def invented(batch_size: int, seed: int) -> PatientBatch:
+def invented(batch_size: int, seed: int, *, sets: int | None = None, events: int | None = None) -> PatientBatch:
+    """Patients with as many sets and events a set as intensive-care stays have, or exactly as many as asked for."""
     generator = np.random.default_rng(seed)
-    num_sets = generator.integers(66, 81, batch_size)
+    num_sets = generator.integers(66, 81, batch_size) if sets is None else np.full(batch_size, sets)
     sizes = generator.choice(np.arange(1, 17), num_sets.sum(), p=SET_SIZES / SET_SIZES.sum())
+    sizes = sizes if events is None else np.full_like(sizes, events)
     num_events = int(sizes.sum())
     zero = np.zeros(1, np.int64)
     return PatientBatch(

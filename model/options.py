@@ -91,6 +91,7 @@ class TrainOptions:
     stop_on_collapse: bool = _flag(False, "end the run when it does")
     log_steps: int = _flag(10, "steps between lines of metrics.jsonl", least=1)
     profile_memory: bool = _flag(False, "sample the memory of all processes into memory.csv")
+    profile: bool = _flag(False, "record a few steps into trace.json.gz, and show where their time goes")
     verbose: bool = _flag(False, "say more")
     # other jobs
     evaluate: str | None = _flag(None, "no training: evaluate this checkpoint")

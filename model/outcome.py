@@ -90,14 +90,17 @@ class VariableAxis(nn.Module):
     def forward(
         self,
         events_RD: Tensor,
-        context_RD: Tensor,
+        context_SD: Tensor,
         facts_VF: Tensor,
         sets: SetLayout,
         variables: VariableLayout,
         noise: Noise | None,
     ) -> Tensor:
-        """[R, D] events and the contexts of their sets, facts of their pairs -> [B, D]; ``noise`` has a row a pair."""
-        rows_RD = F.gelu(self.event(events_RD * self.scale) + self.context(context_RD))
+        """Events [R, D], the contexts of sets [S, D] in the batch's order, facts of pairs [V, F] -> [B, D]; ``noise``
+        has a row a pair.
+        """
+        context_SD = self.context(context_SD)[sets.set_order]
+        rows_RD = F.gelu(self.event(events_RD * self.scale) + context_SD[sets.set_of_row])
         score_RH = self.score(rows_RD).float().masked_fill(sets.real_row[:, None] == 0, -torch.inf)
         heads, pair_R = rows_RD.chunk(score_RH.shape[1], dim=1), variables.pair[sets.event_of_row]
         pooled_VD = torch.cat(
@@ -143,10 +146,8 @@ class OutcomeHead(nn.Module):
         score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
         pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
         if self.variables is not None:
-            context_RD = context_SD[sets.set_order][sets.set_of_row]
             pair_noise = noise and noise.at(variables.patient, variables.code)
-            facts_VF = _facts(batch, variables)
-            axis_BD = self.variables(events_RD, context_RD, facts_VF, sets, variables, pair_noise)
+            axis_BD = self.variables(events_RD, context_SD, _facts(batch, variables), sets, variables, pair_noise)
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
         if noise is not None:

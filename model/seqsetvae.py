@@ -17,6 +17,7 @@ from model.events import EventEncoder
 from model.losses import LossCounts, LossWeights, chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
 from model.noise import PatientNoise, patient_keys
 from model.outcome import OutcomeHead, VariableLayout
+from model.profiling import part
 from model.ragged import SetLayout
 from model.sequence import CausalTransformer, SequenceLayout
 from model.set_vae import Posterior, SetDecoder, SetEncoder
@@ -117,24 +118,28 @@ class SeqSetVAE(nn.Module):
         given = patients if isinstance(patients, ModelInput) else ModelInput.of(patients)
         batch, sets, sequences = given.batch, given.sets, given.sequences
         checkpointed = self.gradient_checkpointing
-        row = sets.event_of_row
-        events_RD = self.events(batch.code[row], batch.value[row], batch.has_value[row])
-        posteriors = [
-            Posterior(p.mu[sets.set_rank], p.logvar[sets.set_rank])
-            for p in self.encoder(events_RD, sets, checkpointed=checkpointed)
-        ]
-        z_SD = posteriors[-1].mu
-        noise = set_noise = None
-        if seed is not None:
-            noise = PatientNoise.of_step(seed, step, given.patient_key)
-            set_noise = noise.at(sequences.patient, sequences.place)
-            z_SD = z_SD + (posteriors[-1].logvar / 2).exp() * set_noise.normal(_SAMPLE_SALT, z_SD.shape[1])
-        context_SD = self.transformer(z_SD, batch.minute, sequences, set_noise, checkpointed=checkpointed)
-        decoded_RD = self.decoder(context_SD[sets.set_order], sets, checkpointed=checkpointed)
+        noise = None if seed is None else PatientNoise.of_step(seed, step, given.patient_key)
+        set_noise = None if noise is None else noise.at(sequences.patient, sequences.place)
+        with part("encoder"):
+            row = sets.event_of_row
+            events_RD = self.events(batch.code[row], batch.value[row], batch.has_value[row])
+            posteriors = [
+                Posterior(p.mu[sets.set_rank], p.logvar[sets.set_rank])
+                for p in self.encoder(events_RD, sets, checkpointed=checkpointed)
+            ]
+            z_SD = posteriors[-1].mu
+            if set_noise is not None:
+                z_SD = z_SD + (posteriors[-1].logvar / 2).exp() * set_noise.normal(_SAMPLE_SALT, z_SD.shape[1])
+        with part("transformer"):
+            context_SD = self.transformer(z_SD, batch.minute, sequences, set_noise, checkpointed=checkpointed)
+        with part("decoder"):
+            decoded_RD = self.decoder(context_SD[sets.set_order], sets, checkpointed=checkpointed)
+        with part("head"):
+            logits_B2 = self.head(batch, events_RD, context_SD, z_SD, sets, sequences, given.variables, noise)
         return SeqSetVAEOutput(
             posteriors=posteriors,
             context=context_SD,
-            logits=self.head(batch, events_RD, context_SD, z_SD, sets, sequences, given.variables, noise),
+            logits=logits_B2,
             events=events_RD.detach(),
             decoded=decoded_RD,
             sets=sets,

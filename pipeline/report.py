@@ -53,6 +53,10 @@ SPREAD_REACH = 4.0
 """Standard deviations on each side of the mean that the bar of a variable shows."""
 
 
+MAX_PROCESSES = 4
+"""Processes with curves of their own in the plot of memory; those of the others are summed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Panel:
     """One plot of a run's metrics over its steps.
@@ -182,7 +186,9 @@ def write_run_report(run_dir: Path) -> Path:
     """
     metrics_file = run_dir / "metrics.jsonl"
     records = read_json_lines(metrics_file) if metrics_file.exists() else []
-    summary = dict(_flat(_read_summary(run_dir / SUMMARY_FILE)))
+    whole_summary = _read_summary(run_dir / SUMMARY_FILE)
+    profile = whole_summary.pop("profile", None)
+    summary = dict(_flat(whole_summary))
     headline = {name: summary[name] for name in RUN_HEADLINE if name in summary} or summary
     if not headline:
         last: dict[str, Any] = next((record for record in reversed(records) if record.get("kind") == "train"), {})
@@ -198,6 +204,8 @@ def write_run_report(run_dir: Path) -> Path:
     sections += [
         section(title, image) for title, panels in RUN_FIGURES.items() if (image := _metrics_figure(records, panels))
     ]
+    if profile:
+        sections.append(section("Where the time goes", *_profile_figure(profile)))
     for path in sorted(run_dir.glob("memory*.csv")):
         image = figure("Memory over time", 1, 1, functools.partial(_draw_memory, path))
         sections.append(section(f"Memory: {path.stem}", image, "Resident memory counts shared pages in each process."))
@@ -367,43 +375,74 @@ def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[f
     return [step for step, _ in points], [value for _, value in points]
 
 
+def _profile_figure(profile: dict[str, Any]) -> tuple[str, str]:
+    """Time of a step's parts as bars and a table, and what that is of the machine's matrix rate."""
+    parts = {name: row for name, row in profile["parts"].items() if name != "step"}
+
+    def draw(axes: list[Axes]) -> None:
+        bars = axes[0].barh([*parts], [row["milliseconds"] for row in parts.values()])
+        axes[0].bar_label(bars, [f"{row['share']:.1%}" for row in parts.values()], padding=3)
+        axes[0].invert_yaxis()
+        axes[0].grid(axis="y", visible=False)
+        axes[0].set(xlabel="ms a step, recorded")
+
+    rows = [
+        (name, row["milliseconds"], Share(row["share"]), row["gflop"] or None, row["gflops"] or None)
+        for name, row in profile["parts"].items()
+    ]
+    note = (
+        f"Mean of {profile['recorded_steps']} steps, {profile['device']}, {profile['precision']}; their trace is in "
+        f"trace.json.gz. {'Not recorded, a' if profile['timed_steps'] else 'A'} step takes "
+        f"{profile['step_milliseconds']:,.1f} ms: {profile['step_gflops']:,.1f} GFLOP/s, "
+        f"{profile['share_of_matrix_rate']:.1%} of the {profile['matrix_gflops']:,.0f} that large matrices reach."
+    )
+    return figure("Where the time goes", 1, 1, draw) + table(("part", "ms", "share", "GFLOP", "GFLOP/s"), rows), note
+
+
 def _draw_memory(path: Path, axes: list[Axes]) -> None:
     axis = axes[0]
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get("event") is not None]  # a last row cut short has none
     try:
-        seconds = [float(row["seconds"]) for row in rows]
-        sample_seconds, sample = np.unique(seconds, return_inverse=True)
-
-        def total(column: str, *roles: str) -> Floats:
-            """MiB of all processes of the roles at each sample."""
-            numbers = [float(row[column] or 0) if row["role"] in roles else 0.0 for row in rows]
-            return np.bincount(sample, weights=numbers) / 2**20
-
-        curves = {
-            "main process, resident": total("rss_bytes", "main"),
-            "its children, resident": total("rss_bytes", "child"),
-            "all processes, unique": total("uss_bytes", "main", "child"),
-            "CUDA, allocated": total("cuda_allocated_bytes", "main"),
-            "CUDA, reserved": total("cuda_reserved_bytes", "main"),
+        seconds = np.array([float(row["seconds"]) for row in rows])
+        mebibytes = {
+            name: np.array([float(row[f"{name}_bytes"] or "nan") / 2**20 for row in rows])
+            for name in ("rss", "uss", "cuda_allocated", "cuda_reserved")
         }
+        process = np.array(["main process" if row["role"] == "main" else f"process {row['pid']}" for row in rows])
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a memory profile ({error}); move the file away") from None
-    for label, mebibytes in curves.items():
-        if mebibytes.any():
-            axis.plot(sample_seconds, mebibytes, label=label)
-    marked: set[str] = set()
+
+    def draw(of: npt.NDArray[np.bool_], name: str, label: str, **style: Any) -> None:
+        """The sum over the rows ``of`` at every sample, where it is known."""
+        known = of & np.isfinite(mebibytes[name])
+        moments, sample = np.unique(seconds[known], return_inverse=True)
+        if len(moments):
+            axis.plot(moments, np.bincount(sample, weights=mebibytes[name][known]), label=label, **style)
+
+    peak = {name: float(mebibytes["rss"][process == name].max()) for name in dict.fromkeys(process.tolist())}
+    drawn = sorted(peak, key=lambda name: (name != "main process", -peak[name]))[:MAX_PROCESSES]
+    curves = [(name, process == name) for name in drawn]
+    if len(peak) > len(drawn):
+        curves.append((f"{len(peak) - len(drawn)} others", ~np.isin(process, drawn)))
+    for number, (name, of) in enumerate(curves):
+        colour: Any = COLOURS[number % len(COLOURS)]
+        draw(of, "rss", f"{name}, resident", color=colour)
+        draw(of, "uss", f"{name}, unique", color=colour, linestyle="--")
+    for name in ("cuda_allocated", "cuda_reserved"):
+        draw(process == "main process", name, name.replace("_", ", ").replace("cuda", "CUDA"), linestyle="-.")
+    curve_lines = axis.get_lines()
+    marks: dict[str, Any] = {}
     for second, event in zip(seconds, (row["event"] for row in rows), strict=True):
-        if event:
-            axis.axvline(second, color=COLOURS[-1], linewidth=0.6, linestyle=":")
-        if event and event not in marked:  # validations come again and again: name the first
-            marked.add(event)
-            axis.text(
-                second, 1, event, transform=axis.get_xaxis_transform(), rotation=90, va="top", size=7, parse_math=False
-            )
-    axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, 1.2 * axis.dataLim.ymax))
-    if axis.get_lines():
-        axis.legend(loc="lower center", ncols=3)
+        if event and event != "start":
+            colour = marks[event].get_color() if event in marks else COLOURS[-1 - len(marks) % len(COLOURS)]
+            marks[event] = axis.axvline(second, color=colour, linewidth=0.9, linestyle=":")
+    axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, 1.05 * axis.dataLim.ymax))
+    if curve_lines:
+        axis.figure.legend(handles=curve_lines, loc="outside lower center", ncols=4, fontsize="small")
+    if marks:
+        names = [event.replace("$", r"\$") for event in marks]
+        axis.figure.legend([*marks.values()], names, loc="outside upper center", ncols=6)
 
 
 def _predictions_figure(path: Path) -> tuple[str, str]:

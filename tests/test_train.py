@@ -22,6 +22,7 @@ import preprocess
 import train
 from model.checkpoint import Checkpoint
 from model.options import TrainOptions
+from model.profiling import PARTS
 from pipeline.schema import UserError
 from pipeline.shards import Manifest
 from tests.data_dirs import make_patients, write_data_dir
@@ -303,6 +304,27 @@ def test_profile_memory_early_stopping_and_verbose(
     text = (tmp_path / "memory.csv").read_text()
     assert all(event in text for event in ("first step", "validation", "checkpoint"))
     assert "grad_norm" in capsys.readouterr().err
+
+
+def test_profile(
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("model.profiling.matrix_rate", lambda dtype, device: 1e11)
+    assert run(data, tmp_path, "--profile") == 0
+    assert_same(weights(tmp_path), weights(finished))
+    profile = json.loads((tmp_path / "summary.json").read_text())["profile"]
+    assert profile["recorded_steps"] == 4  # of the five steps of an epoch
+    parts = profile["parts"]
+    assert all(parts[name]["milliseconds"] > 0 for name in PARTS)
+    assert sum(row["share"] for name, row in parts.items() if name != "step") == pytest.approx(1, abs=0.01)
+    assert parts["backward"]["gflop"] > parts["encoder"]["gflop"] > 0
+    assert (tmp_path / "trace.json.gz").exists()
+    assert "large matrices" in capsys.readouterr().err
+    assert "Where the time goes" in (tmp_path / "report.html").read_text()
 
 
 def test_collapse_is_caught(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,96 @@
+"""Seconds of a training step per event, for patients of 100 to 5,000 sets, and what a patient costs.
+
+    python -m benchmarks.growth [--preset small] [--total_sets 15000] [--output FILE.json]
+
+Batches have about equal numbers of sets and of events, so only the length of a patient differs.  The cost of a patient
+is fitted as a·events + b·sets + c·sets² + d, none negative, each batch's error relative to its time; for this, batches
+of short patients and of other set sizes are measured too.  Time is that of the processor on one thread, batches in
+turns; the least of the rounds counts, for other work on the machine can only add to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from benchmarks.checkpointing import step
+from benchmarks.machine import describe
+from benchmarks.train_step import invented
+from model.config import SeqSetVAEConfig
+from model.seqsetvae import ModelInput, SeqSetVAE
+
+SETS = (100, 300, 1000, 3000, 5000)
+OTHERS = ((10, None), (100, 1), (100, 2), (100, 4), (100, 12), (1000, 2), (1000, 12))
+"""Further batches for the fit: sets of a patient, events of a set."""
+
+TERMS = ("event", "set", "set_squared", "patient")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("small", "reference"), default="small")
+    parser.add_argument("--total_sets", type=int, default=15_000, help="sets of a batch, as far as whole patients go")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    batches = [
+        invented(max(1, round(options.total_sets / sets)), 0, sets=sets, events=events)
+        for sets, events in [*((sets, None) for sets in SETS), *OTHERS]
+    ]
+    model = SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=43))
+    inputs = [ModelInput.of(batch) for batch in batches]
+    step(model, inputs[0])
+    runs: list[list[float]] = [[] for _ in inputs]
+    for _ in range(options.rounds):
+        for given, seconds in zip(inputs, runs, strict=True):
+            started = time.process_time()
+            step(model, given)
+            seconds.append(time.process_time() - started)
+    seconds = np.array([min(run) for run in runs])
+    # A batch's terms: the sums over its patients.
+    terms = np.array(
+        [(b.num_events, b.num_sets, int(b.sets_per_patient.square().sum()), b.num_patients) for b in batches],
+        dtype=np.float64,
+    )
+    cost, _ = nnls(terms / seconds[:, None], np.ones(len(seconds)))
+    fitted = terms @ cost
+    rows = [
+        {
+            "patients": batch.num_patients,
+            "sets_of_a_patient": batch.num_sets // batch.num_patients,
+            "events_of_a_set": round(batch.num_events / batch.num_sets, 2),
+            "microseconds_an_event": round(1e6 * taken / batch.num_events, 2),
+            "of_which_attention": round(1e6 * term[2] * cost[2] / batch.num_events, 2),
+            "fit_error": round(float(fit / taken - 1), 3),
+        }
+        for batch, taken, term, fit in zip(batches, seconds, terms, fitted, strict=True)
+    ]
+    rest = [row["microseconds_an_event"] - row["of_which_attention"] for row in rows[: len(SETS)]]
+    result = {
+        **describe(),
+        "preset": options.preset,
+        "rounds": options.rounds,
+        "growth": rows[: len(SETS)],
+        "times_an_event_of_100_sets_at_5000": round(
+            rows[len(SETS) - 1]["microseconds_an_event"] / rows[0]["microseconds_an_event"], 3
+        ),
+        "the_same_without_attention": [round(value / rest[0], 3) for value in rest],
+        "for_the_fit": rows[len(SETS) :],
+        "nanoseconds": {name: float(f"{1e9 * value:.4g}") for name, value in zip(TERMS, cost, strict=True)},
+        "in_events": {name: float(f"{value / cost[0]:.3g}") for name, value in zip(TERMS, cost, strict=True)},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

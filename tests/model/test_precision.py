@@ -1,0 +1,68 @@
+"""Mixed precision: how near it is, and what stays in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.precision import compare
+from model.losses import LossWeights
+from model.options import TrainOptions
+from model.seqsetvae import losses
+from tests.model.helpers import counts_of, random_batch, tiny_model
+
+SETS = [[1, 3, 2, 1, 9], [5], [2, 2, 12, 1, 1, 1, 4], [1], [11, 3]]
+
+
+@pytest.mark.parametrize(("dtype", "loss", "gradient"), [(torch.bfloat16, 0.01, 0.15), (torch.float16, 0.001, 0.02)])
+def test_losses_and_gradients_are_near_those_of_float32(dtype: torch.dtype, loss: float, gradient: float) -> None:
+    """docs/model.md states the bounds."""
+    options = TrainOptions(data_dir="-", output_dir="-", warmup_steps=0)
+    found: Any = compare(tiny_model(), dtype, [random_batch(SETS, seed=seed) for seed in range(4)], options)
+    for name in ("total", "reconstruction", "kl", "classification", "free_total"):
+        assert 0 < found[name]["largest"] < loss, name
+    assert 0 < found["gradient"]["largest"] < gradient
+
+
+class Seen(TorchDispatchMode):
+    """Notes the dtypes of the floating tensors that go in and come out of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[str, set[torch.dtype]] = {}
+        self.outputs: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__
+        for seen, values in ((self.inputs, args), (self.outputs, (out,))):
+            for value in torch.utils._pytree.tree_leaves(values):
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    seen.setdefault(name, set()).add(value.dtype)
+        return out
+
+
+FLOAT32_INPUTS = (
+    "exp", "log", "sqrt", "_log_softmax", "nll_loss_forward", "index_add", "amin", "clamp_min", "clamp", "asinh", "sin",
+)  # fmt: skip
+"""Of KL divergence, posterior, losses, softmax over sets and variables, distances, time encoding and events."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_sums_and_exponentiates_stays_in_float32(dtype: torch.dtype) -> None:
+    model, batch = tiny_model(), random_batch(SETS)
+    with Seen() as seen, torch.autocast("cpu", dtype):
+        output = model(batch, seed=0)
+        found = losses(output, batch.label, LossWeights(), counts_of(batch), beta=0.1)
+    assert all(dtype in seen.inputs[name] for name in ("mm", "addmm", "bmm")), "or nothing was rough at all"
+    for name in FLOAT32_INPUTS:
+        assert seen.inputs[name] == {torch.float32}, name
+    assert seen.outputs["_softmax"] == {torch.float32}
+    values = [found.total, found.reconstruction, found.kl, found.classification, found.kl_levels, output.context]
+    values += [tensor for posterior in output.posteriors for tensor in posterior]
+    assert {value.dtype for value in values} == {torch.float32}
+    found.total.backward()
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
