@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from model.config import EventForm, Preset
 from model.losses import LossWeights
 from pipeline.groups import GROUP_EVENTS
+from pipeline.plan import BUCKET_WIDTH
 from pipeline.remote import CACHE_BYTES, parse_bytes
 from pipeline.schema import UserError
 
@@ -40,6 +41,9 @@ class TrainOptions:
     max_events: int | None = _flag(None, "most events of a global batch, whatever its number of patients", least=1)
     max_sequence_length: int | None = _flag(None, "events kept of a patient, the earliest", least=1)
     bucketing: bool = _flag(True, "batch patients of like length")
+    bucket_width: float = _flag(
+        BUCKET_WIDTH, "how far apart in length they may be, in batches: less pads less, more mixes more", least=0
+    )
     use_dynamic_padding: bool | None = _flag(
         None,
         "pad each batch to its longest patient, or (--no-…) all to one size; left out, batches stay ragged and nothing "
