@@ -91,7 +91,10 @@ def meds_torch_data(folder: Path, batch_size: int) -> Callable[[], Iterable[Any]
     from meds_torchdata import MEDSPytorchDataset, MEDSTorchDataConfig  # noqa: PLC0415
 
     config = MEDSTorchDataConfig(
-        tensorized_cohort_dir=str(folder / "cohort"), max_seq_len=1_000_000, seq_sampling_strategy="from_start"
+        tensorized_cohort_dir=str(folder / "cohort"),
+        max_seq_len=1_000_000,
+        seq_sampling_strategy="from_start",
+        static_inclusion_mode="omit",  # there are no events without a time
     )
     dataset = MEDSPytorchDataset(config, split="train")
 
