@@ -79,21 +79,30 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
-    """Predicted cost of a patient in a training step, in units of one event's.
+    """Predicted cost of a patient in a training step, by default its time in units of one event's.
 
-    The defaults count the multiplications of the reference preset: a set brings 16 inducing points of its own, so it
-    weighs as much as several events; attention over sets is quadratic, but with a small factor.
+    Fitted to measured steps (``benchmarks.growth``, 2 cores): in the reference preset a set, with 16 inducing points of
+    its own, takes as long as 3.9 events, a patient 1.0; in the small preset a set 0.7, a patient 1.7, and the square of
+    its sets, which is attention's, 0.0002.
     """
 
     event: float = 1.0
-    set: float = 8.0
-    set_squared: float = 0.001
-    patient: float = 0.0
+    set: float = 4.0
+    set_squared: float = 0.0002
+    patient: float = 1.0
 
     def of(self, num_events: Lengths, num_sets: Lengths) -> npt.NDArray[np.float64]:
         """[P] float64 cost of each patient."""
         sets = num_sets.astype(np.float64)
         return self.event * num_events + (self.set + self.set_squared * sets) * sets + self.patient
+
+
+PEAK_BYTES = {
+    "small": CostModel(event=1.0, set=1.0, set_squared=0.0, patient=0.0),
+    "reference": CostModel(event=1.0, set=1.0, set_squared=0.0, patient=0.0),
+}
+"""Bytes that a training step in float32 needs for a patient at its peak, over what weights and optimiser hold, by
+preset of the model; fitted by ``benchmarks.memory_model``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

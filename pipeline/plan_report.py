@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.folder import Folder
-from pipeline.plan import BUCKET_WIDTH, CostModel, EpochPlan, Layout, Lengths, Policy, deal, plan_epoch
+from pipeline.plan import BUCKET_WIDTH, PEAK_BYTES, CostModel, EpochPlan, Layout, Lengths, Policy, deal, plan_epoch
 from pipeline.remote import open_folder
 from pipeline.schema import SPLITS, UNLABELLED, UserError
 from pipeline.shards import Manifest, read_index
@@ -117,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_sequence_length", type=int, help="most events of a patient")
     parser.add_argument("--bucket_width", type=float, default=BUCKET_WIDTH, help="in batches (default: %(default)s)")
     parser.add_argument("--world_size", type=int, default=1, help="ranks that share a batch (default: %(default)s)")
+    parser.add_argument(
+        "--preset", choices=PEAK_BYTES, default="small", help="of the model, for its memory (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=5, help="epochs to average over (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
@@ -146,7 +149,9 @@ def _table(flags: argparse.Namespace) -> Table:
         title += f" ({num_events.sum():,} kept)"
 
     table = Table(
-        title=title, caption=f"Means over {flags.epochs} epochs, seed {flags.seed}. r: correlation, - without meaning."
+        title=title,
+        caption=f"Means over {flags.epochs} epochs, seed {flags.seed}. r: correlation, - without meaning. "
+        "Peak: predicted, in float32, beside weights and optimiser.",
     )
     table.add_column("policy", no_wrap=True)
     for heading in (
@@ -155,13 +160,14 @@ def _table(flags: argparse.Namespace) -> Table:
         "padding\nof sets",
         "patients a batch\nmin / median / max",
         "most events\na batch",
+        f"peak of a step,\n{flags.preset}",
         "pairs\nmeeting again",
         "r of neighbours'\nevents",
         "r of label\nand batch",
         f"imbalance\nof {flags.world_size} ranks",
     ):
         table.add_column(heading, justify="right")
-    cost = CostModel().of(num_events, num_sets)
+    cost, peak = (model.of(num_events, num_sets) for model in (CostModel(), PEAK_BYTES[flags.preset]))
     for name, policy in _policies(flags):
         plans = [
             plan_epoch(num_events, num_sets, policy, seed=flags.seed, epoch=epoch) for epoch in range(flags.epochs)
@@ -175,6 +181,7 @@ def _table(flags: argparse.Namespace) -> Table:
             _percent([padding_waste(plan, num_sets) for plan in plans]),
             spread,
             f"{max(plan.totals(num_events).max(initial=0) for plan in plans):,}",
+            f"{max(plan.totals(peak).max(initial=0) for plan in plans) / 2**20:,.0f} MiB",
             _percent([pairs_meeting_again(plan, later) for plan, later in pairwise(plans)]),
             _signed([neighbour_correlation(plan, num_events) for plan in plans]),
             _signed([label_correlation(plan, num_events, lengths.label) for plan in plans]),

@@ -1,0 +1,87 @@
+"""Peak memory of a training step, predicted from what is in its batch.
+
+    python -m benchmarks.memory_model DATA [--preset small] [--output FILE.json]
+
+The peak (``benchmarks.checkpointing`` says of what) is fitted by ``a·events + b·sets + c·Σ sets² + d·patients``, none
+below 0, on some batches, and compared on 20 others: of 1 to 32 patients of the data directory, bucketed and random, and
+a few of long made-up histories.  What is fitted goes to ``pipeline.plan.PEAK_BYTES``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from benchmarks.checkpointing import memory_of, step
+from benchmarks.machine import describe
+from benchmarks.train_step import invented
+from model.config import SeqSetVAEConfig
+from model.seqsetvae import ModelInput, SeqSetVAE
+from pipeline.batch import PatientBatch
+from pipeline.loader import make_loader
+
+NUM_COMPARED = 20
+
+
+def batches(data: str, seed: int, num_codes: int) -> list[PatientBatch]:
+    found = [
+        batch
+        for size, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False))
+        for batch in itertools.islice(make_loader(data, batch_size=size, bucketing=bucketing, seed=seed), 2)
+    ]
+    found += [invented(patients, seed, sets=sets) for patients, sets in ((2, 300), (1, 1000), (4, 500))]
+    assert all(int(batch.code.max()) < num_codes for batch in found)
+    return found
+
+
+def amounts(batch: PatientBatch) -> list[float]:
+    sets = batch.sets_per_patient.double()
+    return [batch.num_events, batch.num_sets, float(sets.square().sum()), batch.num_patients]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir")
+    parser.add_argument("--preset", choices=("reference", "small"), default="small")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    num_codes = make_loader(options.data_dir).manifest.num_codes
+    model = SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=num_codes))
+    step(model, ModelInput.of(invented(1, 0)))  # makes the gradients
+
+    def measured(of: list[PatientBatch]) -> np.ndarray:
+        return np.array([memory_of(model, ModelInput.of(batch))[0] for batch in of], dtype=np.float64)
+
+    fitted, compared = batches(options.data_dir, 1, num_codes), batches(options.data_dir, 2, num_codes)
+    compared = [compared[at] for at in np.random.default_rng(0).permutation(len(compared))[:NUM_COMPARED]]
+    x, y = np.array([amounts(batch) for batch in fitted]), measured(fitted)
+    scale = x.max(axis=0)  # columns of like size, for the solver
+    weights = nnls(x / scale / y[:, None], np.ones(len(y)))[0] / scale  # least relative error
+    predicted, found = np.array([amounts(batch) for batch in compared]) @ weights, measured(compared)
+    errors = predicted / found - 1
+    names = ("event", "set", "set_squared", "patient")
+    result = {
+        **describe(),
+        "preset": options.preset,
+        "bytes": {name: round(float(weight), 2) for name, weight in zip(names, weights, strict=True)},
+        "batches_fitted": len(fitted),
+        "batches_compared": len(compared),
+        "largest_relative_error": round(float(np.abs(errors).max()), 3),
+        "median_relative_error": round(float(np.median(np.abs(errors))), 3),
+        "mebibytes_of_the_compared": [round(float(peak) / 2**20, 1) for peak in np.sort(found)],
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
