@@ -52,8 +52,8 @@ from pipeline.store import Outline, PatientStore, Truncate, Windows
 
 STATE_VERSION = 2
 
-GATHER_EVENTS = 1 << 16
-"""Ragged batches are gathered together up to about this many events: 1 MB, enough to hide the cost of a call."""
+GATHER_EVENTS = 1 << 17
+"""Ragged batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call."""
 
 T = TypeVar("T")
 
