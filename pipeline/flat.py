@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,11 @@ def ranges(starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.N
     """The ranges ``starts[i] : starts[i] + sizes[i]`` one after another, [sum of sizes] int64."""
     stops = np.cumsum(sizes)
     positions = np.repeat(starts - (stops - sizes), sizes)
-    positions += _counting(len(positions))
+    positions += _numbers()[: len(positions)] if len(positions) <= KEPT_NUMBERS else np.arange(len(positions))
     return positions
 
 
-_numbers = np.arange(0)
-
-
-def _counting(count: int) -> npt.NDArray[np.int64]:
-    """0, 1, 2 … ``count`` − 1, to read; counting is a third of the work of a short :func:`ranges`, so it is kept."""
-    global _numbers
-    numbers = _numbers
-    if len(numbers) < count:
-        if count > KEPT_NUMBERS:
-            return np.arange(count)
-        _numbers = numbers = np.arange(KEPT_NUMBERS)
-    return numbers[:count]
+@cache
+def _numbers() -> npt.NDArray[np.int64]:
+    """0, 1, 2 …, to read: to count anew would be a third of the work of a short :func:`ranges`."""
+    return np.arange(KEPT_NUMBERS)
