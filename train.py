@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,8 +45,8 @@ from pipeline.loader import PatientLoader, make_loader
 from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
 from pipeline.remote import open_folder
 from pipeline.report import write_run_report
-from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, UNLABELLED, UserError
-from pipeline.shards import Manifest, ShardEntry, check_shards, checked_file, write_atomically
+from pipeline.schema import FIRST_CODE, UNLABELLED, UserError
+from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, write_atomically
 
 console = Console(stderr=True, highlight=False)
 
@@ -377,8 +376,7 @@ def new_model(options: TrainOptions, data: Data) -> SeqSetVAE:
     changes: dict[str, Any] = {"event_form": options.event_form, "dropout": options.dropout}
     embeddings, manifest = None, data.manifest
     if manifest.embedding_dim is not None:
-        with checked_file(data.folder, manifest, EMBEDDINGS_FILE) as path:
-            embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
+        embeddings = torch.from_numpy(load_embeddings(data.folder, manifest))
         changes |= {"embedding_dim": manifest.embedding_dim, "frozen_embeddings": True}
     torch.manual_seed(options.seed)
     return SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=manifest.num_codes, **changes), embeddings)

@@ -48,7 +48,17 @@ from pipeline.schema import (
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.shards import INDEX_SCHEMA, SHARD_SUFFIXES, Manifest, checked_file, replacing, sync, write_atomically
+from pipeline.shards import (
+    INDEX_SCHEMA,
+    SHARD_SUFFIXES,
+    Manifest,
+    checked_file,
+    replacing,
+    sealed,
+    sync,
+    unsealed,
+    write_atomically,
+)
 from pipeline.sources.side_files import read_embeddings, read_statistics
 from pipeline.sources.source import LABEL, SPLIT, SUBJECT, Piece, Source, unreadable
 from pipeline.spill import read_table, write_spill, write_table
@@ -153,8 +163,7 @@ def build(
 
     with output_folder(output.absolute(), look_at_input, overwrite=overwrite, say=say) as claimed:
         if claimed is None:
-            summary: dict[str, Any] = json.loads((output / SUMMARY_FILE).read_bytes())
-            return summary
+            return _read_summary(output / SUMMARY_FILE)
         work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             _check_space(source, output)
@@ -255,6 +264,7 @@ def build(
             "events_per_second": round(events_in / seconds),
             "peak_rss_bytes": peak_rss_bytes(),
         }
+        summary = sealed(summary)
         write_atomically(data / SUMMARY_FILE, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
 
         splits, *tars = (
@@ -271,6 +281,16 @@ def build(
             options=resolved,
             fingerprint=fingerprint,
         ).save(data)
+    return summary
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    mend = "give --overwrite to make the data set again"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: missing, or not as it was written; {mend}") from None
+    unsealed(summary, path, mend)
     return summary
 
 
