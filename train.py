@@ -46,7 +46,7 @@ from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_byte
 from pipeline.remote import open_folder
 from pipeline.report import write_run_report
 from pipeline.schema import FIRST_CODE, UNLABELLED, UserError
-from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, write_atomically
+from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, replacing, write_atomically
 
 console = Console(stderr=True, highlight=False)
 
@@ -347,7 +347,11 @@ def finish(options: TrainOptions, data: Data, world: World, progress: dict[str, 
     test = None
     if data.manifest.splits.get("test"):
         world.wait()  # until the first rank has written it
-        model = Checkpoint.load(best).build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
+        saved = Checkpoint.load(best)
+        if saved.progress["step"] != progress["best"]["step"]:
+            at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
+            raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
+        model = saved.build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
         test = evaluate_split(model, "test", options, data, world)
     if not world.is_main:
         return
@@ -532,7 +536,8 @@ def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, data: Da
     """Metrics of a split with bootstrap intervals; writes ``predictions_<split>.parquet``."""
     metrics, predictions = validate(model, open_loader(options, data, world, split, shuffle=False), options, world)
     if world.is_main:
-        pq.write_table(predictions, Path(options.output_dir) / f"predictions_{split}.parquet")
+        with replacing(Path(options.output_dir) / f"predictions_{split}.parquet") as path:
+            pq.write_table(predictions, path, write_page_checksum=True)
         label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
         metrics |= evaluate_predictions(label, predictions["probability"].to_numpy())
     return metrics
