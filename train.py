@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -45,7 +46,7 @@ from pipeline.loader import PatientLoader, make_loader
 from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
 from pipeline.remote import open_folder
 from pipeline.report import write_run_report
-from pipeline.schema import FIRST_CODE, UNLABELLED, UserError
+from pipeline.schema import FIRST_CODE, PRIVATE, UNLABELLED, UserError
 from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, replacing, write_atomically
 
 console = Console(stderr=True, highlight=False)
@@ -53,6 +54,7 @@ console = Console(stderr=True, highlight=False)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend, 128 + n = stopped by signal n."""
+    os.umask(os.umask(PRIVATE) | PRIVATE)
     try:
         options = parse_options(arguments)
         manifest = Manifest.load(data_folder(options))

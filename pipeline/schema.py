@@ -19,6 +19,9 @@ FIRST_CODE: Final = 2
 
 UNLABELLED: Final = -1
 
+PRIVATE: Final = 0o077
+"""The umask of both command lines: files of patients are readable by their owner alone."""
+
 SPLITS: Final = ("train", "valid", "test")
 
 # Canonical columns of an event table, as every source gives them.

@@ -304,5 +304,6 @@ def check_splits(patients: dict[str, list[str]], origin: Path) -> pl.DataFrame:
     )
     for (before, first), (patient, second) in pairwise(frame.iter_rows()):
         if before == patient:
-            raise UserError(f"{origin}: patient {patient!r} is in {first} and in {second}; leave it in one")
+            number = patients[first].index(patient) + 1
+            raise UserError(f"{origin}: patient number {number} of {first} is in {second} too; leave it in one")
     return frame

@@ -27,7 +27,7 @@ full_only = pytest.mark.skipif(not FULL, reason="with make test-faults")
 @pytest.fixture
 def tried(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
     """Notes how many cases a promise was tried with."""
-    return lambda promise, number: record_property(promise, number)
+    return record_property
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

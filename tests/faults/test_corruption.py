@@ -24,7 +24,18 @@ from tests.faults.harm import KINDS, harm
 
 Tried = Callable[[str, int], None]
 
-QUICK = ["--batch_size", "6", "--log_steps", "2", "--warmup_steps", "3", "--beta_warmup_steps", "10", "--max_epochs", "2"]
+QUICK = [
+    "--batch_size",
+    "6",
+    "--log_steps",
+    "2",
+    "--warmup_steps",
+    "3",
+    "--beta_warmup_steps",
+    "10",
+    "--max_epochs",
+    "2",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +51,9 @@ def prepare(folder: Path, seed: int) -> Path:
     rows = ["patient_id,minute,variable,value"]
     rng = random.Random(seed)
     for patient in range(40):
-        for _ in range(rng.randint(1, 12)):
-            rows.append(f"p{patient},{rng.randint(0, 9)},v{rng.randint(0, 7)},{rng.gauss(0, 1)}")
+        rows += [
+            f"p{patient},{rng.randint(0, 9)},v{rng.randint(0, 7)},{rng.gauss(0, 1)}" for _ in range(rng.randint(1, 12))
+        ]
     rows.append("p0,never,v1,1")
     folder.mkdir(parents=True)
     (folder / "in.csv").write_text("\n".join(rows) + "\n")
