@@ -62,8 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
             return inspect(options, manifest)
         worker = evaluate if options.evaluate else train
         return run(functools.partial(worker, options, manifest), devices=options.devices, device=options.device)
-    except UserError as error:
+    except (UserError, OSError) as error:  # such as a full disk
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        print("train.py: out of memory; lower --batch_size, or give --max_events or --gradient_checkpointing", file=sys.stderr)
         return 2
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import names
@@ -17,6 +16,7 @@ from pipeline.sources.source import (
     LABEL,
     SPLIT,
     SUBJECT,
+    UNREADABLE,
     Origin,
     Piece,
     RawRows,
@@ -47,7 +47,7 @@ def is_meds(path: Path) -> bool:
     first = min((path / "data").rglob("*.parquet"), default=None)
     try:
         return first is not None and set(COLUMNS) <= set(pq.read_schema(first).names)
-    except (OSError, pa.ArrowException):
+    except UNREADABLE:
         return False
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from pipeline.rules import ACTIONS, MOST, Range
-from pipeline.schema import FIRST_CODE, PATIENT_ID, VARIABLE, UserError
+from pipeline.rules import ACTIONS, Range
+from pipeline.schema import FIRST_CODE, MOST, PATIENT_ID, VARIABLE, UserError
 from pipeline.sources.source import LABEL, patient_ids, unreadable
 
 LABEL_COLUMNS: Final = ("label", "in_hospital_mortality", "In-hospital_death")
@@ -40,11 +40,13 @@ def pick_column(path: Path, columns: Iterable[str], wanted: str | None, known: S
     """The column that a flag names, or the first of the ``known`` names that is there.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or more than one.
     """
     columns = list(columns)
     for name in [wanted] if wanted is not None else known:
         if name in columns:
+            if columns.count(name) > 1 or f"{name}_duplicated_0" in columns:  # as Polars renames the second
+                raise UserError(f"{path}: column {name!r} is there more than once; keep one")
             return name
     missing = repr(wanted) if wanted is not None else " or ".join(map(repr, known))
     raise UserError(f"{path}: no column {missing}; name one of {', '.join(map(repr, columns))} with {flag}")

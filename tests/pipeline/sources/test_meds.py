@@ -384,7 +384,7 @@ TASK = {"labels_file": "task"}
         ("data/0", {"subject_id": [1], "time": [ADMISSION]}, {}, r"0\.parquet: no column 'code'"),
         ("data/0", {"subject_id": ["1"], "time": [ADMISSION], "code": ["HR"]}, {}, "'subject_id' holds String"),
         ("data/0", {"subject_id": [1], "time": [3.5], "code": ["HR"]}, {}, "'time' holds Float64"),
-        ("metadata/subject_splits", {"subject_id": [1, 1], "split": ["train", "tuning"]}, {}, "patient number 1 of train is in valid too"),
+        ("metadata/subject_splits", {"subject_id": [1, 1], "split": ["train", "tuning"]}, {}, "number 1 of train is"),
         ("metadata/subject_splits", {"subject_id": [1, 2], "split": ["train", None]}, {}, "row 2 has split None"),
         ("metadata/subject_splits", {"subject_id": [1]}, {}, r"subject_splits\.parquet: no column 'split'"),
         ("metadata/codes", {"description": ["x"]}, {}, r"codes\.parquet: no column 'code'"),
