@@ -7,7 +7,9 @@ import errno
 import json
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, Self
@@ -35,6 +37,8 @@ DISK_FULL: Final = "{}: no space left on the disk; free some, and the same comma
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend.  Files that it makes are their owner's alone."""
     os.umask(os.umask(PRIVATE) | PRIVATE)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         given, flags = _parse(arguments)
         source = open_source(given.input, given.format, flags.source)
@@ -70,12 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         print(f"preprocess.py: {DISK_FULL.format(given.output) if full else error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("preprocess.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     _print_summary(summary, verbose=given.verbose)
     print(f"{given.output}: ready; {report} shows it")
     return 0
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    raise KeyboardInterrupt(number)
 
 
 def _print_summary(summary: dict[str, Any], *, verbose: bool) -> None:

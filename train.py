@@ -68,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        print("train.py: out of memory; lower --batch_size, or give --max_events or --gradient_checkpointing", file=sys.stderr)
+        print(
+            "train.py: out of memory; lower --batch_size, or give --max_events or --gradient_checkpointing",
+            file=sys.stderr,
+        )
         return 2
 
 

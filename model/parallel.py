@@ -111,7 +111,7 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
             if not killed:
                 raise
             raise UserError(
-                f"process {killed[0]} of {devices} was killed, most likely for want of memory, and the others were ended; "
+                f"process {killed[0]} of {devices} was killed, most likely for want of memory; the others were ended; "
                 "--resume goes on from the last checkpoint; lower --batch_size or --devices if it comes again"
             ) from None
 
