@@ -21,8 +21,10 @@ from pipeline.shards import Manifest, load_embeddings
 
 Tried = Callable[[str, int], None]
 
-PATHS = ("../../x.parquet", "/etc/passwd", "train/../../x.parquet", "train/x/../../../y.parquet", "train/..", "train/00000.pkl",
-         "index.parquet", "train\\00000.parquet", "train/00000.parquet\n", "train/\u0660\u0660.parquet", "")  # fmt: skip
+PATHS = [
+    *["../../x.parquet", "/etc/passwd", "train/../../x.parquet", "train/x/../../../y.parquet", "train/.."],
+    *["train/00000.pkl", "index.parquet", "train\\00000.parquet", "train/00000.parquet\n", "train/\u0660.parquet", ""],
+]
 
 
 def with_first_shard(data: Path, tmp_path: Path, **changes: object) -> Path:
