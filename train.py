@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,7 +38,18 @@ from model.collapse import CollapseGauges, is_collapsed
 from model.config import SeqSetVAEConfig
 from model.evaluation import auroc_auprc, evaluate_predictions
 from model.losses import LossCounts
-from model.options import TrainOptions, parse_options
+from model.memory import (
+    MARGIN,
+    StepMemory,
+    amounts,
+    fit,
+    free_bytes,
+    halved,
+    held_bytes,
+    is_out_of_memory,
+    peak_of,
+)
+from model.options import LEAST_STEPS, TrainOptions, parse_options
 from model.parallel import World, run
 from model.profiling import StepProfiler, lines, part
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
@@ -44,7 +57,7 @@ from pipeline.batch import PatientBatch
 from pipeline.folder import Folder
 from pipeline.loader import PatientLoader, make_loader
 from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
-from pipeline.remote import open_folder
+from pipeline.remote import open_folder, parse_bytes
 from pipeline.report import write_run_report
 from pipeline.schema import FIRST_CODE, PRIVATE, UNLABELLED, UserError
 from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, replacing, write_atomically
@@ -147,11 +160,14 @@ class Training:
     def __init__(self, options: TrainOptions, data: Data, world: World) -> None:
         self.options, self.manifest, self.world = options, data.manifest, world
         self.checkpoints = Path(options.output_dir) / "checkpoints"
-        self.loader = open_loader(options, data, world, "train", shuffle=True)
-        if not self.loader.num_patients:
+        if not sum(entry.num_patients for entry in data.manifest.splits["train"]):
             raise UserError(f"{options.data_dir}: no patients to train on; its train split is empty, or left out")
         self.model = new_model(options, data).to(world.device)
         self.model.gradient_checkpointing = options.gradient_checkpointing
+        self.memory = find_step_memory(options, data, world, self.model)
+        if self.memory is not None:
+            options = self.options = dataclasses.replace(options, batch_size=self.memory.batch_size)
+        self.loader = open_loader(options, data, world, "train", shuffle=True, memory=self.memory)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         # With the usual eps of 1e-8 weights that matter to nothing would follow the rounding noise of their gradients.
         groups = parameter_groups(self.model, options)
@@ -163,7 +179,7 @@ class Training:
         self.total_steps = max(len(self.loader) * options.max_epochs, 1)
         self.restore()
         self._started = time.perf_counter() - self.progress["seconds"]
-        self.stepper = DistributedDataParallel(self.model) if world.size > 1 else self.model
+        self.stepper: Any = DistributedDataParallel(self.model) if world.size > 1 else self.model
 
     @property
     def seconds(self) -> float:
@@ -205,32 +221,26 @@ class Training:
                 progress=dict(self.progress),
             ).save(*(self.checkpoints / f"{name}.pt" for name in names))
 
-    def prepare(self, batch: PatientBatch) -> ModelInput:
-        """What this step sees of a batch, laid out, on the device."""
-        options = self.options
-        batch = drop_events(batch, options.event_dropout, seed=options.seed, step=self.progress["step"])
-        return ModelInput.of(batch).to(self.world.device)
+    def step(self, batch: PatientBatch, counts: LossCounts) -> tuple[Losses, Tensor]:
+        """One step of the optimiser on a global batch, of which this rank has ``batch``; its losses and gradient norm.
 
-    def step(self, given: ModelInput, counts: LossCounts) -> tuple[Losses, Tensor]:
-        """One step of the optimiser on a global batch, of which this rank has ``given``; its losses and gradient
-        norm.
+        A batch that does not fit is taken in parts.  Losses are sums over patients and noise is a patient's own, so the
+        gradient is that of the whole.
         """
-        options, world, step = self.options, self.world, self.progress["step"]
+        options, step = self.options, self.progress["step"]
         # Schedules and noise are functions of the step alone, so a resumed run needs none of their state.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, step, self.total_steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(options, world):
-            output = self.stepper(given, seed=options.seed, step=step)
-            with part("losses"):
-                loss = losses(output, given.batch.label, options.loss_weights(), counts, beta=kl_weight(options, step))
-        total = loss.total
-        if world.size > 1:
-            # Losses are shares of a sum, and DDP averages.  Every parameter takes part, also on a rank that got no
-            # patients or only sets of one event, because the others wait for its gradient.
-            total = total * world.size + sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
-        with part("backward"):
-            self.scaler.scale(total).backward()
+        parts, loss = self.memory.parts(batch) if self.memory else [batch], None
+        while loss is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                loss = self.accumulate(parts, counts)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            if loss is None:  # out here nothing holds what the failed part had
+                parts = self.smaller(parts)
         with part("optimiser"):
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.gradient_clip or math.inf)
@@ -239,6 +249,46 @@ class Training:
             self.average()
         self.progress["step"] = step + 1
         return loss, norm
+
+    def accumulate(self, parts: list[PatientBatch], counts: LossCounts) -> Losses:
+        """Gradients of a batch, part by part; the sum of the losses, of which no part can be differentiated again."""
+        world, step, total = self.world, self.progress["step"], None
+        for number, batch in enumerate(parts, start=1):
+            with part("layout and copy"):
+                given = ModelInput.of(batch).to(world.device)
+            # Ranks wait for one another in a backward pass that ends with a sum over all: the last part's.
+            alone = isinstance(self.stepper, DistributedDataParallel) and number < len(parts)
+            with self.stepper.no_sync() if alone else contextlib.nullcontext():
+                loss = forward_losses(self.stepper, given, counts, self.options, world, step)
+                differentiated = loss.total
+                if world.size > 1:
+                    # Losses are shares of a sum, and DDP averages.  Every parameter takes part, also on a rank that got
+                    # no patients or only sets of one event, because the others wait for its gradient.
+                    idle = sum(p.sum() for p in self.model.parameters() if p.requires_grad) * 0.0
+                    differentiated = differentiated * world.size + idle
+                with part("backward"):
+                    self.scaler.scale(differentiated).backward()
+            loss = dataclasses.replace(loss, total=loss.total.detach())
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def smaller(self, parts: list[PatientBatch]) -> list[PatientBatch]:
+        """Smaller parts of a batch for which there was no memory, which is said.
+
+        Raises:
+            UserError: there are none; or there are other ranks, which cannot be told to begin the step again.
+        """
+        step, largest = self.progress["step"] + 1, max(parts, key=lambda batch: batch.num_events)
+        size = f"{largest.num_patients} patients, {largest.num_events:,} events in {largest.num_sets:,} sets"
+        if self.world.size > 1:
+            raise UserError(f"out of memory in step {step}, on {size}: give --max_memory, or lower --batch_size")
+        if largest.num_patients == 1:
+            help_ = "give --gradient_checkpointing, or cut patients with --max_sequence_length"
+            raise UserError(f"out of memory in step {step}, on a single patient: {size}; {help_}")
+        smaller = halved(parts)
+        say(self.world, f"warning: out of memory in step {step}, on {size}: taken again in {len(smaller)} parts")
+        return smaller
 
     @torch.no_grad()
     def average(self) -> None:
@@ -268,6 +318,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     run_dir = Path(options.output_dir)
     data = agree_on_data(options, manifest, world, *manifest.splits)
     training = Training(options, data, world)
+    options = training.options
     model, loader, progress = training.model, training.loader, training.progress
     valid_loader = open_loader(options, data, world, "valid", shuffle=False)
     pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
@@ -294,13 +345,14 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
             model.train()
             for batch, counts, waited in timed(loader):
                 started = time.perf_counter()
-                with part("layout and copy"):
-                    given = training.prepare(lay_out(batch, options, pad_to))
-                loss, norm = training.step(given, kept(counts, options))
+                seen = drop_events(
+                    lay_out(batch, options, pad_to), options.event_dropout, seed=options.seed, step=progress["step"]
+                )
+                loss, norm = training.step(seen, kept(counts, options))
                 sums.add(loss, norm)
                 for meter in (interval, overall):
                     meter.add(batch, waited=waited, step_seconds=time.perf_counter() - started, pad_to=pad_to)
-                profiler.step(given.batch)
+                profiler.step(seen)
                 step = progress["step"]
                 if step == 1:
                     memory.mark("first step")
@@ -396,14 +448,82 @@ def new_model(options: TrainOptions, data: Data) -> SeqSetVAE:
     return SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=manifest.num_codes, **changes), embeddings)
 
 
-def open_loader(options: TrainOptions, data: Data, world: World, split: str, *, shuffle: bool) -> PatientLoader:
+def find_step_memory(options: TrainOptions, data: Data, world: World, model: SeqSetVAE) -> StepMemory | None:
+    """What steps may take, and will, where ``--max_memory`` or ``--batch_size auto`` asks; the same on every rank.
+
+    It decides the batches, so a run that is resumed has what it began with, in ``memory_model.json``.
+
+    Raises:
+        UserError: there is no room for a step.
+    """
+    if options.max_memory is None and options.batch_size != "auto":
+        return None
+    path, found = Path(options.output_dir) / "memory_model.json", None
+    if options.resume and path.exists():
+        return StepMemory.load(path)
+    if world.is_main:
+        alone = World(0, 1, world.device)  # the batches of the whole job, before they are dealt
+        parameter_bytes = sum(p.nbytes for p in model.parameters())
+        batches: list[PatientBatch] = []
+        for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
+            tried = dataclasses.replace(options, batch_size=patients, bucketing=bucketing, max_events=None)
+            batches += itertools.islice(open_loader(tried, data, alone, "train", shuffle=True), 2)
+
+        def step(batch: PatientBatch) -> None:
+            counts = LossCounts(
+                num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=int((batch.label >= 0).sum())
+            )
+            forward_losses(model, ModelInput.of(batch).to(world.device), counts, options, alone, 0).total.backward()
+
+        step(batches[0])  # makes the gradients, which are held from then on
+        peaks = [peak_of(functools.partial(step, batch), world.device) for batch in batches]
+        model.zero_grad(set_to_none=True)
+        peak = fit(np.array([amounts(batch) for batch in batches]), np.array(peaks, np.float64))
+        limit = MARGIN * free_bytes(world.device, world.local_size)
+        if options.max_memory is not None:
+            limit = parse_bytes(options.max_memory)
+        release_free_memory()
+        held = held_bytes(world.device, parameter_bytes)
+        step_bytes = MARGIN * (limit - held)
+        if step_bytes <= min(peaks):
+            raise UserError(
+                f"--max_memory: of {limit / 1e9:.2f} GB {held / 1e9:.2f} are taken before a step, which needs another "
+                f"{min(peaks) / 1e9:.2f}; raise it, or choose a smaller --preset or --gradient_checkpointing"
+            )
+        size = options.batch_size
+        if size == "auto":
+            most = max(sum(entry.num_patients for entry in data.manifest.splits["train"]) // LEAST_STEPS, world.size)
+            size = world.size
+            while size * 2 <= most:
+                tried = dataclasses.replace(options, batch_size=size * 2)
+                dearest = open_loader(tried, data, alone, "train", shuffle=True).predicted(peak).max()
+                if dearest > world.size * step_bytes:
+                    break
+                size *= 2
+        found = StepMemory(peak=peak, step_bytes=step_bytes, batch_size=size)
+        found.save(path)
+        say(world, f"{size} patients a batch; a step may take {step_bytes / 1e9:.2f} GB of {limit / 1e9:.2f}")
+    return world.gather(found)[0]
+
+
+def open_loader(
+    options: TrainOptions,
+    data: Data,
+    world: World,
+    split: str,
+    *,
+    shuffle: bool,
+    memory: StepMemory | None = None,
+) -> PatientLoader:
     return make_loader(
         data.folder,
         manifest=data.manifest,
         quarantined=data.quarantined_shards,
         split=split,
-        batch_size=options.batch_size,
+        batch_size=16 if options.batch_size == "auto" else options.batch_size,
         max_events=options.max_events,
+        max_cost=memory.step_bytes * world.size if memory else None,
+        budget=memory.peak if memory else None,
         max_sequence_length=options.max_sequence_length,
         shuffle=shuffle,
         seed=options.seed,
@@ -447,6 +567,16 @@ def kl_weight(options: TrainOptions, step: int) -> float:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def forward_losses(
+    model: torch.nn.Module, given: ModelInput, counts: LossCounts, options: TrainOptions, world: World, step: int
+) -> Losses:
+    """Losses of training step ``step`` on ``given``."""
+    with autocast(options, world):
+        output = model(given, seed=options.seed, step=step)
+        with part("losses"):
+            return losses(output, given.batch.label, options.loss_weights(), counts, beta=kl_weight(options, step))
 
 
 def autocast(options: TrainOptions, world: World) -> torch.autocast:

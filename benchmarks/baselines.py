@@ -29,8 +29,17 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    x_train, y_train = summaries(options.data, "train")
-    x_test, y_test = summaries(options.data, "test")
+    result = {**describe(), **baselines(options.data)}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+def baselines(data: Path) -> dict[str, object]:
+    """Metrics on the test split of models fitted to the train split, and the patients of both."""
+    x_train, y_train = summaries(data, "train")
+    x_test, y_test = summaries(data, "test")
     seen = np.isfinite(x_train).any(axis=0)
     models = {
         "trees": HistGradientBoostingClassifier(
@@ -40,14 +49,11 @@ def main() -> None:
             SimpleImputer(), StandardScaler(), LogisticRegression(C=0.003, max_iter=2000)
         ),
     }
-    result: dict[str, object] = {**describe(), "train": len(y_train), "test": len(y_test)}
+    result: dict[str, object] = {"train": len(y_train), "test": len(y_test)}
     for name, model in models.items():
         model.fit(x_train[:, seen], y_train)
         result[name] = evaluate_predictions(y_test, model.predict_proba(x_test[:, seen])[:, 1])
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    return result
 
 
 def summaries(data: Path, split: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:

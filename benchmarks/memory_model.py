@@ -2,26 +2,28 @@
 
     python -m benchmarks.memory_model DATA [--preset small] [--output FILE.json]
 
-The peak (``benchmarks.checkpointing`` says of what) is fitted by ``a·events + b·sets + c·Σ sets² + d·patients``, none
-below 0, on some batches, and compared on 20 others: of 1 to 32 patients of the data directory, bucketed and random, and
+The peak is fitted by ``a·events + b·sets + c·Σ sets² + d·patients + e``, none below 0, on some batches, and compared
+on 20 others: of 1 to 32 patients of the data directory, bucketed and random, and
 a few of long made-up histories.  What is fitted goes to ``pipeline.plan.PEAK_BYTES``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 
-from benchmarks.checkpointing import memory_of, step
+from benchmarks.checkpointing import step
 from benchmarks.machine import describe
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
+from model.memory import amounts, fit, peak_of
 from model.seqsetvae import ModelInput, SeqSetVAE
 from pipeline.batch import PatientBatch
 from pipeline.loader import make_loader
@@ -40,11 +42,6 @@ def batches(data: str, seed: int, num_codes: int) -> list[PatientBatch]:
     return found
 
 
-def amounts(batch: PatientBatch) -> list[float]:
-    sets = batch.sets_per_patient.double()
-    return [batch.num_events, batch.num_sets, float(sets.square().sum()), batch.num_patients]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir")
@@ -57,20 +54,18 @@ def main() -> None:
     step(model, ModelInput.of(invented(1, 0)))  # makes the gradients
 
     def measured(of: list[PatientBatch]) -> np.ndarray:
-        return np.array([memory_of(model, ModelInput.of(batch))[0] for batch in of], dtype=np.float64)
+        steps = [functools.partial(step, model, ModelInput.of(batch)) for batch in of]
+        return np.array([peak_of(one, torch.device("cpu")) for one in steps], dtype=np.float64)
 
     fitted, compared = batches(options.data_dir, 1, num_codes), batches(options.data_dir, 2, num_codes)
     compared = [compared[at] for at in np.random.default_rng(0).permutation(len(compared))[:NUM_COMPARED]]
-    x, y = np.array([amounts(batch) for batch in fitted]), measured(fitted)
-    scale = x.max(axis=0)  # columns of like size, for the solver
-    weights = nnls(x / scale / y[:, None], np.ones(len(y)))[0] / scale  # least relative error
-    predicted, found = np.array([amounts(batch) for batch in compared]) @ weights, measured(compared)
+    weights = fit(np.array([amounts(batch) for batch in fitted]), measured(fitted))
+    predicted, found = np.array([amounts(batch) for batch in compared]) @ astuple(weights), measured(compared)
     errors = predicted / found - 1
-    names = ("event", "set", "set_squared", "patient")
     result = {
         **describe(),
         "preset": options.preset,
-        "bytes": {name: round(float(weight), 2) for name, weight in zip(names, weights, strict=True)},
+        "bytes": {name: round(weight, 2) for name, weight in asdict(weights).items()},
         "batches_fitted": len(fitted),
         "batches_compared": len(compared),
         "largest_relative_error": round(float(np.abs(errors).max()), 3),

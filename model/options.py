@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,9 @@ from pipeline.schema import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Monitor = Literal["auroc", "auprc", "loss"]
+
+LEAST_STEPS = 50
+"""Steps an epoch that ``--batch_size auto`` leaves: fewer would train another model, not the same one faster."""
 
 
 def _flag(default: Any, text: str, *, least: float | None = None, most: float | None = None) -> Any:
@@ -37,7 +41,17 @@ class TrainOptions:
         "fail", "where a shard is missing or damaged: stop; or check all before, and leave out the patients of bad ones"
     )
     # batches
-    batch_size: int = _flag(16, "patients of a global batch, over all devices", least=1)
+    batch_size: int | Literal["auto"] = _flag(
+        16,
+        "patients of a global batch, over all devices; auto = the largest power of two that fits the memory and leaves "
+        f"at least {LEAST_STEPS} steps an epoch",
+        least=1,
+    )
+    max_memory: str | None = _flag(
+        None,
+        "the most that each process may hold of its device's memory, such as 8GB: the memory of a step is measured and "
+        "batches are planned that fit; a batch that does not is taken in parts, with the same result",
+    )
     max_events: int | None = _flag(None, "most events of a global batch, whatever its number of patients", least=1)
     max_sequence_length: int | None = _flag(None, "events kept of a patient, the earliest", least=1)
     bucketing: bool = _flag(True, "batch patients of like length")
@@ -108,14 +122,18 @@ class TrainOptions:
         if not self.output_dir and not self.inspect:
             raise UserError("--output_dir is missing: name a directory for the run's files")
         parse_bytes(self.cache_bytes)
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
         for option in dataclasses.fields(self):
             value, least, most = getattr(self, option.name), option.metadata["least"], option.metadata["most"]
-            too_little = least is not None and value is not None and not value >= least
-            too_much = most is not None and value is not None and not value <= most
+            if value is None or isinstance(value, str):
+                continue
+            too_little = least is not None and not value >= least
+            too_much = most is not None and not value <= most
             if too_little or too_much:
                 bound = f"at least {least}" if most is None else f"from {least} to {most}"
                 raise UserError(f"--{option.name} must be {bound}, not {value}")
-        if self.devices > self.batch_size:
+        if self.batch_size != "auto" and self.devices > self.batch_size:
             raise UserError(
                 f"--devices {self.devices} is more than --batch_size {self.batch_size}: some would get nothing"
             )
@@ -132,6 +150,13 @@ class TrainOptions:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see --help")
+
+
+def _number_or(*words: str) -> Callable[[str], int | str]:
+    def number(text: str) -> int | str:
+        return text if text in words else int(text)
+
+    return number
 
 
 def parse_options(arguments: list[str] | None) -> TrainOptions:
@@ -154,5 +179,7 @@ def parse_options(arguments: list[str] | None) -> TrainOptions:
         elif kind is bool or members == [bool]:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
         else:
-            parser.add_argument(flag, type=members[0] if members else kind, default=option.default, help=text)
+            words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+            of = _number_or(*words) if words else members[0] if members else kind
+            parser.add_argument(flag, type=of, default=option.default, help=text)
     return TrainOptions(**vars(parser.parse_args(arguments)))

@@ -7,7 +7,7 @@ Shape suffixes: B patients, S sets, E events, R rows of the set layout, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,10 @@ class Losses:
     kl: Tensor
     classification: Tensor
     kl_levels: Tensor
+
+    def __add__(self, other: Losses) -> Losses:
+        """Of two parts of a batch together."""
+        return Losses(**{name.name: getattr(self, name.name) + getattr(other, name.name) for name in fields(self)})
 
 
 def losses(

@@ -72,6 +72,21 @@ class PatientBatch:
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def between(self, start: int, stop: int) -> PatientBatch:
+        """The patients ``start`` … ``stop`` − 1 alone, as views where that can be."""
+        sets = slice(*self.patient_offsets[[start, stop]].tolist())
+        events = slice(*self.set_offsets[[sets.start, sets.stop]].tolist())
+        return PatientBatch(
+            code=self.code[events],
+            value=self.value[events],
+            has_value=self.has_value[events],
+            set_offsets=self.set_offsets[sets.start : sets.stop + 1] - events.start,
+            minute=self.minute[sets],
+            patient_offsets=self.patient_offsets[start : stop + 1] - sets.start,
+            label=self.label[start:stop],
+            patient_id=self.patient_id[start:stop],
+        )
+
     def keep_events(self, keep_E: Tensor) -> PatientBatch:
         """The same patients with some of their events, and the sets that still have any.
 

@@ -52,8 +52,8 @@ from pipeline.store import Outline, PatientStore, Truncate, Windows
 
 STATE_VERSION = 2
 
-GATHER_EVENTS = 1 << 16
-"""Ragged batches are gathered together up to about this many events: 1 MB, enough to hide the cost of a call."""
+GATHER_EVENTS = 1 << 17
+"""Ragged batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call."""
 
 T = TypeVar("T")
 
@@ -247,8 +247,8 @@ class PatientLoader:
     def __len__(self) -> int:
         """Batches of the current epoch from its start, equal on every rank; exact.
 
-        Without ``max_events`` it follows from the manifest.  With it, the groups that are still to come in the epoch
-        are planned for this, once an epoch, from the lengths in their shards.
+        Where batches have a fixed size it follows from the manifest.  Otherwise the groups that are still to come in
+        the epoch are planned for this, once an epoch, from the lengths in their shards.
         """
         if size := self._policy.fixed_size:
             return (self.num_patients + size - 1) // size
@@ -276,6 +276,11 @@ class PatientLoader:
             num_sets=int(group.num_sets[step]),
             num_events=int(group.num_events[step]),
         )
+
+    def predicted(self, cost: CostModel) -> npt.NDArray[np.float64]:
+        """[N] float64, what each global batch of the current group costs."""
+        windows = self._group.windows
+        return self.plan.totals(cost.of(windows.num_events, windows.num_sets)) + cost.batch
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of ``epoch``; where that is the current one, stay."""
@@ -419,6 +424,8 @@ def make_loader(
     split: str = "train",
     batch_size: int | None = 16,
     max_events: int | None = None,
+    max_cost: float | None = None,
+    budget: CostModel | None = None,
     shuffle: bool = True,
     seed: int = 0,
     bucketing: bool = True,
@@ -448,6 +455,8 @@ def make_loader(
         split: ``train``, ``valid`` or ``test``.
         batch_size: most patients of a global batch, or None.
         max_events: most events of a global batch, or None; see :class:`pipeline.plan.Policy`.
+        max_cost: most that a global batch costs, or None; a patient who costs more is a batch alone.
+        budget: what ``max_cost`` counts, by default the time of a step.
         shuffle: new batches in a new order every epoch; otherwise the same ones, in order of length.
         seed: of plan and truncation, 0 or more.
         bucketing: group patients of like length; otherwise at random (or, without shuffle, in stored order).
@@ -485,6 +494,8 @@ def make_loader(
         batch_size=batch_size,
         max_events=max_events,
         layout=layout,
+        max_cost=max_cost,
+        cost=budget or CostModel(),
         bucket_by=bucket_by if bucketing else None,
         bucket_width=bucket_width,
         shuffle=shuffle,

@@ -35,6 +35,39 @@ GAP_REACH = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """Predicted cost of a training step, by default its time in units of one event's.
+
+    Fitted to measured steps (``benchmarks.growth``, 2 cores): in the reference preset a set, with 16 inducing points of
+    its own, takes as long as 3.9 events, a patient 1.0; in the small preset a set 0.7, a patient 1.7, and the square of
+    its sets, which is attention's, 0.0002.
+
+    Attributes:
+        event, set, set_squared, patient: of each event, set, square of a patient's number of sets, and patient.
+        batch: of a step whatever is in its batch.
+    """
+
+    event: float = 1.0
+    set: float = 4.0
+    set_squared: float = 0.0002
+    patient: float = 1.0
+    batch: float = 0.0
+
+    def of(self, num_events: Lengths, num_sets: Lengths) -> npt.NDArray[np.float64]:
+        """[P] float64 cost of each patient; a batch costs their sum and ``batch``."""
+        sets = num_sets.astype(np.float64)
+        return self.event * num_events + (self.set + self.set_squared * sets) * sets + self.patient
+
+
+PEAK_BYTES = {
+    "small": CostModel(event=14_356, set=35_038, patient=130_543, batch=480_430),
+    "reference": CostModel(event=64_867, set=285_444, set_squared=6.8, patient=984_200, batch=7_369_469),
+}
+"""Bytes that a training step in float32 needs at its peak, over what weights and optimiser hold, by preset of the
+model; fitted by ``benchmarks.memory_model``.  ``model.memory`` fits them to a machine and a configuration."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
     """How patients are grouped into global batches.
 
@@ -42,6 +75,9 @@ class Policy:
         batch_size: most patients of a global batch (all ranks together), or None for no limit.
         max_events: most events of a global batch, or None for no limit; padding counts in the padded layout.
         layout: what ``max_events`` counts: ``ragged`` the events, ``padded`` patients times the most events of one.
+        max_cost: the most that a global batch may cost, or None for no limit; a patient who costs more is a batch
+            alone.
+        cost: what ``max_cost`` counts: the time of a step, or the bytes of its peak.
         bucket_by: the axis along which the patients of a batch are alike; None groups at random, as a control.
         bucket_width: how far apart patients of a batch may be, in batches.  0 is plain sorting, with the least
             padding and the same batches every epoch; larger values mix more and pad more.
@@ -54,16 +90,22 @@ class Policy:
     batch_size: int | None = 16
     max_events: int | None = None
     layout: Layout = "ragged"
+    max_cost: float | None = None
+    cost: CostModel = CostModel()
     bucket_by: Axis | None = "events"
     bucket_width: float = BUCKET_WIDTH
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        if self.batch_size is None and self.max_events is None:
+        if self.batch_size is None and self.max_events is None and self.max_cost is None:
             raise UserError("batches have no limit: give --batch_size, --max_events or both")
         for flag, limit in (("batch_size", self.batch_size), ("max_events", self.max_events)):
             if limit is not None and limit < 1:
                 raise UserError(f"--{flag} {limit}: must be at least 1")
+        if self.max_cost is not None and not self.cost.batch < self.max_cost < float("inf"):
+            raise UserError(
+                f"a batch cannot cost {self.max_cost:g} at most: without patients it costs {self.cost.batch:g}"
+            )
         if not 0 <= self.bucket_width < float("inf"):
             raise UserError(f"--bucket_width {self.bucket_width}: must be a finite number of batches, 0 or more")
         if self.layout not in ("ragged", "padded"):
@@ -73,36 +115,8 @@ class Policy:
 
     @property
     def fixed_size(self) -> int | None:
-        """Patients of every batch but one, or None where ``max_events`` has a say."""
-        return self.batch_size if self.max_events is None else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CostModel:
-    """Predicted cost of a patient in a training step, by default its time in units of one event's.
-
-    Fitted to measured steps (``benchmarks.growth``, 2 cores): in the reference preset a set, with 16 inducing points of
-    its own, takes as long as 3.9 events, a patient 1.0; in the small preset a set 0.7, a patient 1.7, and the square of
-    its sets, which is attention's, 0.0002.
-    """
-
-    event: float = 1.0
-    set: float = 4.0
-    set_squared: float = 0.0002
-    patient: float = 1.0
-
-    def of(self, num_events: Lengths, num_sets: Lengths) -> npt.NDArray[np.float64]:
-        """[P] float64 cost of each patient."""
-        sets = num_sets.astype(np.float64)
-        return self.event * num_events + (self.set + self.set_squared * sets) * sets + self.patient
-
-
-PEAK_BYTES = {
-    "small": CostModel(event=17_142, set=18_212, set_squared=1.0, patient=348_721),
-    "reference": CostModel(event=93_215, set=96_355, set_squared=42.0, patient=4_854_972),
-}
-"""Bytes that a training step in float32 needs for a patient at its peak, over what weights and optimiser hold, by
-preset of the model; fitted by ``benchmarks.memory_model``."""
+        """Patients of every batch but one, or None where ``max_events`` or ``max_cost`` has a say."""
+        return self.batch_size if self.max_events is None and self.max_cost is None else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +187,7 @@ def plan_epoch(
         )
     rng = source_of_chance(seed=seed, epoch=epoch, group=group)
     order = _order(num_events, num_sets, policy, rng)
-    offsets = _cut(num_events[order], policy, rng)
+    offsets = _cut(num_events[order], num_sets[order], policy, rng)
     if policy.shuffle:
         sizes = np.diff(offsets)
         batches = rng.permutation(len(sizes))
@@ -194,6 +208,9 @@ def _order(num_events: Lengths, num_sets: Lengths, policy: Policy, rng: np.rando
     batch_size = np.full(len(order), policy.batch_size or len(order))
     if policy.max_events is not None:
         batch_size = np.minimum(batch_size, policy.max_events // num_events[order])
+    if policy.max_cost is not None:
+        fitting = (policy.max_cost - policy.cost.batch) // policy.cost.of(num_events[order], num_sets[order])
+        batch_size = np.minimum(batch_size, np.maximum(fitting, 1).astype(np.int64))
     place = _room(lengths[order], batch_size).cumsum()
     return order[np.argsort(place + policy.bucket_width * rng.random(len(order)))]
 
@@ -209,11 +226,11 @@ def _room(sorted_lengths: Lengths, batch_size: npt.NDArray[np.int64]) -> npt.NDA
     return room * (np.sum(1 / batch_size) / room.sum())
 
 
-def _cut(num_events: Lengths, policy: Policy, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """[N+1] int64, where batches begin in the ordered row ``num_events`` [P]."""
+def _cut(num_events: Lengths, num_sets: Lengths, policy: Policy, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """[N+1] int64, where batches begin in an ordered row of patients of these lengths [P]."""
     count = len(num_events)
     most = policy.batch_size or count
-    if policy.max_events is None:
+    if policy.fixed_size is not None:
         full, rest = divmod(count, most)
         sizes = np.full(full, most)
         if rest:
@@ -221,16 +238,22 @@ def _cut(num_events: Lengths, policy: Policy, rng: np.random.Generator) -> npt.N
             sizes = np.insert(sizes, rng.integers(full + 1) if policy.shuffle else full, rest)
         return offsets_of(sizes)
 
-    before = offsets_of(num_events)
+    budgets: list[tuple[npt.NDArray[Any], float]] = []  # what patients have used before each, and a batch's limit
+    if policy.max_events is not None and policy.layout == "ragged":
+        budgets.append((offsets_of(num_events), policy.max_events))
+    if policy.max_cost is not None:
+        used = np.concatenate([[0.0], np.cumsum(policy.cost.of(num_events, num_sets))])
+        budgets.append((used, policy.max_cost - policy.cost.batch))
     offsets = [0]
     while (start := offsets[-1]) < count:
-        if policy.layout == "ragged":
-            stop = int(np.searchsorted(before, before[start] + policy.max_events, side="right")) - 1
-        else:
-            window = num_events[start : start + min(most, policy.max_events // int(num_events[start]))]
+        stop = min(start + most, count)
+        for used, limit in budgets:
+            stop = min(stop, int(np.searchsorted(used, used[start] + limit, side="right")) - 1)
+        if policy.max_events is not None and policy.layout == "padded":
+            window = num_events[start : min(stop, start + policy.max_events // int(num_events[start]))]
             area = np.maximum.accumulate(window).astype(np.int64) * np.arange(1, len(window) + 1)
             stop = start + int(np.searchsorted(area, policy.max_events, side="right"))
-        offsets.append(min(stop, start + most))
+        offsets.append(max(stop, start + 1))
     return np.array(offsets, dtype=np.int64)
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pipeline.folder import Folder
 from pipeline.plan import BUCKET_WIDTH, PEAK_BYTES, CostModel, EpochPlan, Layout, Lengths, Policy, deal, plan_epoch
-from pipeline.remote import open_folder
+from pipeline.remote import open_folder, parse_bytes
 from pipeline.schema import SPLITS, UNLABELLED, UserError
 from pipeline.shards import Manifest, read_index
 
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--batch_size", type=int, default=16, help="most patients a global batch (default: %(default)s)"
     )
     parser.add_argument("--max_events", type=int, help="also show batches of at most so many events")
+    parser.add_argument("--max_memory", help="also show batches whose step takes at most so much, such as 2GB")
     parser.add_argument("--max_sequence_length", type=int, help="most events of a patient")
     parser.add_argument("--bucket_width", type=float, default=BUCKET_WIDTH, help="in batches (default: %(default)s)")
     parser.add_argument("--world_size", type=int, default=1, help="ranks that share a batch (default: %(default)s)")
@@ -167,7 +168,8 @@ def _table(flags: argparse.Namespace) -> Table:
         f"imbalance\nof {flags.world_size} ranks",
     ):
         table.add_column(heading, justify="right")
-    cost, peak = (model.of(num_events, num_sets) for model in (CostModel(), PEAK_BYTES[flags.preset]))
+    peak_model = PEAK_BYTES[flags.preset]
+    cost, peak = (model.of(num_events, num_sets) for model in (CostModel(), peak_model))
     for name, policy in _policies(flags):
         plans = [
             plan_epoch(num_events, num_sets, policy, seed=flags.seed, epoch=epoch) for epoch in range(flags.epochs)
@@ -181,7 +183,7 @@ def _table(flags: argparse.Namespace) -> Table:
             _percent([padding_waste(plan, num_sets) for plan in plans]),
             spread,
             f"{max(plan.totals(num_events).max(initial=0) for plan in plans):,}",
-            f"{max(plan.totals(peak).max(initial=0) for plan in plans) / 2**20:,.0f} MiB",
+            f"{(max(plan.totals(peak).max(initial=0) for plan in plans) + peak_model.batch) / 2**20:,.0f} MiB",
             _percent([pairs_meeting_again(plan, later) for plan, later in pairwise(plans)]),
             _signed([neighbour_correlation(plan, num_events) for plan in plans]),
             _signed([label_correlation(plan, num_events, lengths.label) for plan in plans]),
@@ -201,6 +203,9 @@ def _policies(flags: argparse.Namespace) -> Iterator[tuple[str, Policy]]:
             policy = Policy(batch_size=None, max_events=budget, layout=layout, bucket_width=width)
             yield f"{budget:,} events, {layout}", policy
             yield f"{budget:,} events, {layout}, and {size} patients", replace(policy, batch_size=size)
+    if flags.max_memory is not None:
+        limit, model = parse_bytes(flags.max_memory), PEAK_BYTES[flags.preset]
+        yield f"{flags.max_memory}, any number", Policy(batch_size=None, max_cost=limit, cost=model, bucket_width=width)
 
 
 def _percent(values: list[float]) -> str:

@@ -185,6 +185,7 @@ class PatientStore(Outline):
             patients: [N] the patients of all K batches, one after another.
             batch_offsets: [K+1] batch ``k`` has ``patients[batch_offsets[k]:batch_offsets[k+1]]``.
         """
+        # Every index is in range; mode="clip" says so, and saves the third of a gather that checking takes.
         event_start = windows.event_start[patients]
         num_events = windows.num_events[patients]
         num_sets = windows.num_sets[patients]
@@ -194,13 +195,14 @@ class PatientStore(Outline):
         patient_offsets = offsets_of(num_sets)
 
         set_offsets = np.empty(len(sets) + 1, np.int64)
-        np.subtract(self.set_offsets[sets], np.repeat(event_start - event_offsets[:-1], num_sets), out=set_offsets[:-1])
+        np.take(self.set_offsets, sets, mode="clip", out=set_offsets[:-1])
+        set_offsets[:-1] -= np.repeat(event_start - event_offsets[:-1], num_sets)
         set_offsets[patient_offsets] = event_offsets  # a cut first set begins, and a cut last set ends, with its window
 
-        code = self.code[events].astype(np.int64)
-        value = self.value[events]
-        has_value = self.has_value[events]
-        minute = self.minute[sets]
+        code = self.code.take(events, mode="clip").astype(np.int64)
+        value = self.value.take(events, mode="clip")
+        has_value = self.has_value.take(events, mode="clip")
+        minute = self.minute.take(sets, mode="clip")
         label = self.label[patients]
         patient_id = self.patient_id[patients].tolist()
 
