@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model.attention import Tail
 from model.augment import drop_events
 from model.checkpoint import Checkpoint
 from model.collapse import CollapseGauges, is_collapsed
@@ -179,6 +180,8 @@ class Training:
         self.total_steps = max(len(self.loader) * options.max_epochs, 1)
         self.restore()
         self._started = time.perf_counter() - self.progress["seconds"]
+        if options.compile:
+            compile_dense(self.model)
         self.stepper: Any = DistributedDataParallel(self.model) if world.size > 1 else self.model
 
     @property
@@ -237,6 +240,8 @@ class Training:
             try:
                 loss = self.accumulate(parts, counts)
             except RuntimeError as error:
+                if type(error).__module__.startswith("torch._dynamo"):
+                    raise UserError(f"--compile: {str(error).splitlines()[0]}; leave it out") from error
                 if not is_out_of_memory(error):
                     raise
             if loss is None:  # out here nothing holds what the failed part had
@@ -393,6 +398,8 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                 stop = "patience"
     progress["seconds"] = training.seconds
     run = {"stopped_by": stop or "max_epochs", **overall.rates()}
+    if options.compile:
+        run["compiled_graphs"] = compiled_graphs()
     if options.profile_memory:  # of this process and those below it; each rank has a profile of its own
         run |= {"profiled_peak_rss_bytes": memory.peak_rss_bytes, "profiled_peak_uss_bytes": memory.peak_uss_bytes}
     if profiler.table is not None:
@@ -504,6 +511,25 @@ def find_step_memory(options: TrainOptions, data: Data, world: World, model: Seq
         found.save(path)
         say(world, f"{size} patients a batch; a step may take {step_bytes / 1e9:.2f} GB of {limit / 1e9:.2f}")
     return world.gather(found)[0]
+
+
+COMPILER = "inductor"
+
+
+def compile_dense(model: SeqSetVAE) -> None:
+    """Compile, in place, the blocks after each attention: norms, activation and feed-forward of rows, however many.
+
+    Elsewhere shapes follow the sizes of sets, and each batch would be compiled anew; here one graph with a symbolic
+    number of rows serves all.  PyTorch compiles a block 8 times at most and then runs it as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, Tail):
+            module.compile(backend=COMPILER, dynamic=True)
+
+
+def compiled_graphs() -> int:
+    """Graphs that this process has compiled."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def open_loader(

@@ -30,7 +30,7 @@ from model.feed_forward import FeedForward
 from model.ragged import SetLayout
 
 
-class _Tail(nn.Module):
+class Tail(nn.Module):
     """What follows attention in a MAB: ``LN(a + FF(a))`` of ``a = LN(attended)``."""
 
     def __init__(self, width: int, feed_forward: int) -> None:
@@ -52,7 +52,7 @@ class OneKeyMAB(nn.Module):
     def __init__(self, width: int, feed_forward: int) -> None:
         super().__init__()
         self.value = nn.Linear(width, width)
-        self.tail = _Tail(width, feed_forward)
+        self.tail = Tail(width, feed_forward)
 
     def forward(self, key_SD: Tensor) -> Tensor:
         return self.tail(self.value(key_SD))
@@ -74,7 +74,7 @@ class MAB(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
-        self.tail = _Tail(width, feed_forward)
+        self.tail = Tail(width, feed_forward)
 
     def shared_queries(self, queries_MD: Tensor, rows_RD: Tensor, layout: SetLayout, *, one_per_row: bool) -> Tensor:
         """Queries that are the same for every set attend to the set's rows.

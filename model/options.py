@@ -99,6 +99,10 @@ class TrainOptions:
     device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where to compute")
     precision: Precision = _flag("fp32", "of matrix products; losses, softmax sums and the posterior stay in float32")
     gradient_checkpointing: bool = _flag(False, "compute activations again rather than keep them")
+    compile: bool = _flag(
+        False,
+        "compile what follows each attention, where all is dense; some 10 graphs at most, counted in summary.json",
+    )
     resume: bool = _flag(False, "go on from checkpoints/last.pt of --output_dir, where there is one")
     checkpoint_steps: int = _flag(0, "save last.pt every so many steps too; 0 = at the end of epochs", least=0)
     monitor: Monitor = _flag("auroc", "what decides the best checkpoint, on the validation split")

@@ -565,3 +565,17 @@ def test_a_batch_without_room_is_taken_in_parts_with_the_same_result(
     monkeypatch.setattr(train, "forward_losses", in_none)
     assert run(data, tmp_path / "none") == 2
     assert "on a single patient" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+def test_compiled_blocks_train_the_same_model_and_are_few(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(data, tmp_path / "eager", "--max_epochs", "1") == 0
+    monkeypatch.setattr(train, "COMPILER", "aot_eager")  # all of it but the code, which takes a minute to make
+    assert run(data, tmp_path / "compiled", "--max_epochs", "1", "--compile") == 0
+    summary = json.loads((tmp_path / "compiled" / "summary.json").read_text())
+    assert 1 <= summary["compiled_graphs"] <= 10
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    assert eager.keys() == compiled.keys(), "a checkpoint does not tell that its run was compiled"
+    assert all(torch.allclose(compiled[name], eager[name], rtol=1e-3, atol=1e-5) for name in eager)
