@@ -49,6 +49,7 @@ def test_distances_stay_in_float32_under_autocast() -> None:
     generator = torch.Generator().manual_seed(0)
     target, output = torch.randn(2, 9, 4, generator=generator)
     layout = SetLayout.build(torch.tensor([0, 9]))
+    target, output = target[layout.event_of_row], output[layout.event_of_row]
     exact = chamfer_sums(target, output, layout)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(chamfer_sums(target, output, layout), exact, strict=True))
