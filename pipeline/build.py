@@ -179,7 +179,12 @@ def build(
 
             spill_tasks = [(source, piece, number, options, work) for number, piece in enumerate(pieces)]
             spilled = run(
-                "read", spill_piece, spill_tasks, from_json=Spilled.from_json, size=lambda piece: piece.num_rows
+                "read",
+                spill_piece,
+                spill_tasks,
+                from_json=Spilled.from_json,
+                size=lambda piece: piece.num_rows,
+                leaves=("spills/{:05d}.*.arrow", "rejects/{:05d}.parquet"),
             )
             _check_alike(pieces, spilled)
 
@@ -204,6 +209,7 @@ def build(
                 [(*task, rules, limits) for task in sort_tasks],
                 from_json=SortedPartition.from_json,
                 size=lambda part: part.num_events,
+                leaves=("sorted/{:05d}.arrow", "late_rejects/{:05d}.parquet"),
             )
             shutil.rmtree(work / "spills")
             if num_labels and not any(part.num_labels for part in parts):
@@ -232,6 +238,7 @@ def build(
                 write_tasks,
                 from_json=WrittenPartition.from_json,
                 size=lambda part: part.num_events,
+                leaves=("index/*-{:05d}.arrow", "data/*/{:05d}.*"),
             )
             shutil.rmtree(work / "sorted")
 

@@ -1,7 +1,8 @@
 """Stages of tasks, with a journal: a task that has been done is not done again.
 
-A task leaves files; when they are complete, what it found is written to ``journal/<stage>/<task>.json``, whole or not
-at all.  A run that was killed finds its journal and goes on with the tasks that have no entry.
+A task leaves files; when they are complete, what it found and their checksums are written to
+``journal/<stage>/<task>.json``, whole or not at all.  A run that was killed finds its journal and goes on with the
+tasks that have no entry, or whose files are not as they left them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.shards import write_atomically
+from pipeline.folder import file_sha256
+from pipeline.shards import sealed, unsealed, write_atomically
 
 T = TypeVar("T", bound=Any)  # a dataclass of JSON values, arrays and such dataclasses
 
 JOURNAL = "journal"
+CLEARED = ("spills/", "sorted/")
+"""Folders whose files go as a whole when a later stage is through with them."""
 
 
 class Progress(Protocol):
@@ -50,6 +54,7 @@ class Stages:
         *,
         from_json: Callable[[dict[str, Any]], T],
         size: Callable[[T], int],
+        leaves: Sequence[str] = (),
     ) -> list[T]:
         """What the tasks found, in the order of ``arguments``; the first failure ends the stage.
 
@@ -59,12 +64,12 @@ class Stages:
             arguments: the same ones whenever this run is begun.
             from_json: makes what a task returned of its fields.
             size: rows that a task was about.
+            leaves: patterns of the files below ``work`` that task ``{}`` writes.
         """
         entries = [self.work / JOURNAL / stage / f"{number:06d}.json" for number in range(len(arguments))]
         entries[0].parent.mkdir(parents=True, exist_ok=True)
-        found = {
-            number: from_json(json.loads(entry.read_bytes())) for number, entry in enumerate(entries) if entry.exists()
-        }
+        journal = {number: _read(entry, self.work) for number, entry in enumerate(entries)}
+        found = {number: from_json(content) for number, content in journal.items() if content is not None}
         done, rows = len(found), sum(map(size, found.values()))
         if self.progress is not None:
             self.progress(stage, done=done, total=len(arguments), rows=rows)
@@ -79,7 +84,8 @@ class Stages:
         try:
             for number, given in enumerate(arguments):
                 if number not in found:
-                    futures[number] = self.executor.submit(_do, entries[number], task, given)
+                    files = [pattern.format(number) for pattern in leaves]
+                    futures[number] = self.executor.submit(_do, entries[number], self.work, files, task, given)
                     futures[number].add_done_callback(tell)
             return [found[number] if number in found else futures[number].result() for number in range(len(arguments))]
         finally:
@@ -87,9 +93,36 @@ class Stages:
                 future.cancel()
 
 
-def _do(entry: Path, task: Callable[..., T], given: tuple[Any, ...]) -> T:
+def _do(entry: Path, work: Path, leaves: list[str], task: Callable[..., T], given: tuple[Any, ...]) -> T:
     found = task(*given)
-    write_atomically(entry, json.dumps(asdict(found), default=_plain).encode())
+    files = [path for pattern in leaves for path in sorted(work.glob(pattern))]
+    content = {
+        "task": _name(entry),
+        "found": json.loads(json.dumps(asdict(found), default=_plain)),
+        "files": {path.relative_to(work).as_posix(): file_sha256(path) for path in files},
+    }
+    write_atomically(entry, json.dumps(sealed(content)).encode())
+    return found
+
+
+def _name(entry: Path) -> str:
+    return f"{entry.parent.name}/{entry.stem}"
+
+
+def _read(entry: Path, work: Path) -> dict[str, Any] | None:
+    """What a task found; None where it is to be done, because its entry or a file is missing or damaged."""
+    try:
+        content = unsealed(json.loads(entry.read_bytes()), entry, "")
+        if content["task"] != _name(entry):
+            return None
+        for name, sha256 in content["files"].items():
+            path = work / name
+            cleared = name.startswith(CLEARED) and not path.exists() and not any(path.parent.iterdir())
+            if not cleared and file_sha256(path) != sha256:
+                return None
+    except (OSError, ValueError):
+        return None
+    found: dict[str, Any] = content["found"]
     return found
 
 

@@ -276,7 +276,7 @@ def read_parquet(
         frame = frame_of(table.drop_columns(encoded)).with_columns(
             names.from_dictionary(name, table[name]) for name in encoded
         )
-    except UNREADABLE as error:
+    except (*UNREADABLE, KeyError) as error:  # of a column of names that is nested
         raise unreadable(path, error) from None
     return frame, 1 + before
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import pipeline.stages
 import preprocess
 import train
 from model.checkpoint import Checkpoint
 from pipeline.loader import make_loader
 from pipeline.report import write_data_report
-from pipeline.schema import SPLITS, UserError
+from pipeline.schema import REPORT_FILE, SPLITS, SUMMARY_FILE, UserError
 from pipeline.shards import Manifest, load_embeddings, read_index, read_shard, read_vocabulary
 from tests.faults.conftest import cases
 from tests.faults.harm import KINDS, harm
@@ -252,3 +253,46 @@ def test_a_report_is_made_of_what_is_whole(run_dir: Path, tmp_path: Path, tried:
             assert str(out / name) in str(error), done
         shutil.rmtree(out)
     tried("damage to what a report is made of", number)
+
+
+def test_no_damage_to_what_a_stopped_run_left_reaches_the_next(
+    tmp_path: Path, tried: Tried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after some task, with a file damaged: the same command gives the same bytes, or a line."""
+    rng, number = random.Random(4), cases(6, 100)
+    words = ["synthetic", "--num_patients", "40", "--workers", "1", "--events_per_shard", "6000", "--output"]
+    assert preprocess.main([*words, str(tmp_path / "whole")]) == 0
+    assert preprocess.main([*words, str(tmp_path / "other"), "--seed", "1"]) == 0
+    right = bytes_of(tmp_path / "whole")
+    done = pipeline.stages._do
+    for case in range(number):
+        out, left = tmp_path / str(case), rng.randint(1, 6)
+
+        def stop(*given: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return done(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.stages._do", stop)
+            assert preprocess.main([*words, str(out)]) == 130
+        files = [path for path in sorted((out / ".preprocess").rglob("*")) if path.is_file() and path.name != "lock"]
+        path = rng.choice(files)
+        others = [file for file in files if file.suffix == path.suffix]
+        what = harm(path, rng, KINDS[case % 4], rng.choice(others).read_bytes()) if path.stat().st_size else "nothing"
+        status = preprocess.main([*words, str(out)])
+        if status:
+            assert status == 2, what
+            assert preprocess.main([*words, str(out)]) in (0, 2), what
+        else:
+            assert bytes_of(out) == right, what
+        shutil.rmtree(out)
+    tried("damage to what a stopped run left", number)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    skipped = (SUMMARY_FILE, REPORT_FILE)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in skipped]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.losses import chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
+from model.losses import LossWeights, chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
 from model.ragged import SetLayout
 from model.set_vae import Posterior
 from tests.model import reference
@@ -42,6 +42,23 @@ def test_chamfer_of_a_set_with_itself_is_nothing() -> None:
     layout = SetLayout.build(torch.tensor([0, 9]))
     rows = x[layout.event_of_row]
     assert all(s.item() == pytest.approx(0, abs=1e-4) for s in chamfer_sums(rows, rows, layout))
+
+
+def test_distances_stay_in_float32_under_autocast() -> None:
+    """In bfloat16 a product of 1.01 with itself would be off in the second digit."""
+    generator = torch.Generator().manual_seed(0)
+    target, output = torch.randn(2, 9, 4, generator=generator)
+    layout = SetLayout.build(torch.tensor([0, 9]))
+    target, output = target[layout.event_of_row], output[layout.event_of_row]
+    exact = chamfer_sums(target, output, layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(chamfer_sums(target, output, layout), exact, strict=True))
+
+
+def test_default_weights_are_the_documented_ones() -> None:
+    assert LossWeights() == LossWeights(
+        direction=1.0, magnitude=1.0, squared=3.0, vae=0.01, classification=1.0, beta=0.1, free_bits=0.1
+    )
 
 
 def test_gradient_at_a_zero_vector_is_finite() -> None:
