@@ -49,6 +49,7 @@ from model.memory import (
     peak_of,
 )
 from model.options import LEAST_STEPS, TrainOptions, parse_options
+from model.outcome import fact_moments
 from model.parallel import World, run
 from model.profiling import StepProfiler, lines, part
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
@@ -158,6 +159,8 @@ class Training:
         if self.memory is not None:
             options = self.options = dataclasses.replace(options, batch_size=self.memory.batch_size)
         self.loader = open_loader(options, data, world, "train", shuffle=True, memory=self.memory)
+        if not (self.checkpoints / "last.pt").exists():
+            fit_facts(self.model, options, data, world, self.memory)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         # With the usual eps of 1e-8 weights that matter to nothing would follow the rounding noise of their gradients.
         groups = parameter_groups(self.model, options)
@@ -522,6 +525,19 @@ def open_loader(
         prefetch=options.prefetch,
         pin_memory=world.device.type == "cuda",
     )
+
+
+def fit_facts(model: SeqSetVAE, options: TrainOptions, data: Data, world: World, memory: StepMemory | None) -> None:
+    """Tell the head what the facts of each variable are like in the train split, or in a large sample of it."""
+    moments = torch.zeros(3, *model.head.fact_mean.shape, dtype=torch.float64)
+    loader = open_loader(options, data, world, "train", shuffle=True, memory=memory)
+    for batch in itertools.islice(loader, math.ceil(FACT_PATIENTS / options.batch_size)):
+        moments += fact_moments(batch.to("cpu"), len(moments[0]))
+    model.head.fit_facts(world.sum(moments.to(world.device)))
+
+
+FACT_PATIENTS = 20_000
+"""Enough for means and deviations, however large the split is."""
 
 
 def lay_out(batch: PatientBatch, options: TrainOptions, pad_to: int | None) -> PatientBatch:

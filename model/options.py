@@ -77,7 +77,7 @@ class TrainOptions:
         0.3, "share of a patient's events left out of a training step, another at each", least=0, most=0.5
     )
     # optimisation
-    max_epochs: int = _flag(10, "epochs", least=1)
+    max_epochs: int = _flag(6, "epochs", least=1)
     learning_rate: float = _flag(1e-3, "of AdamW, at its highest", least=0)
     weight_decay: float = _flag(0.1, "of AdamW, on matrices", least=0)
     warmup_steps: int = _flag(50, "steps over which the learning rate rises; a cosine takes it down after", least=0)

@@ -118,7 +118,14 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     pooled = weights @ context
     if model.head.variables is not None:
         pooled = torch.cat([pooled, variable_axis(model, batch, b, sets, context)])
-    logits = model.head.output(F.gelu(model.head.hidden(model.head.norm(pooled))))
+    pooled = model.head.norm(pooled)
+    if model.head.summary is not None:
+        total = model.head.summary.bias
+        for code, facts in course_of_variables(batch, b).items():
+            inputs = torch.cat([standardised(model, code, facts), torch.ones(1)])
+            total = total + inputs @ model.head.summary.weight[code]
+        pooled = torch.cat([pooled, F.gelu(total)])
+    logits = model.head.output(F.gelu(model.head.hidden(pooled)))
     distances = [
         decoded_distances(target.detach(), decode(model, h, len(target)))
         for target, h in zip(sets, context, strict=True)
@@ -127,6 +134,12 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     return PatientResult(
         [torch.stack(m) for m in mu], [torch.stack(v) for v in logvar], context, logits, direction, magnitude, squared
     )
+
+
+def standardised(model: SeqSetVAE, code: int, facts: list[float]) -> Tensor:
+    """The facts of a variable as z-scores, 4 at most."""
+    moments = zip(facts, model.head.fact_mean[code].tolist(), model.head.fact_std[code].tolist(), strict=True)
+    return torch.tensor([min(max((fact - mean) / std, -4.0), 4.0) for fact, mean, std in moments])
 
 
 def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tensor], context: Tensor) -> Tensor:
@@ -145,7 +158,7 @@ def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tens
         weights = torch.softmax(axis.score(stacked), dim=0)
         parts = stacked.chunk(model.config.heads, dim=1)
         pooled = torch.cat([weights[:, head] @ part for head, part in enumerate(parts)])
-        told = torch.tensor(facts[code]) @ axis.facts[code]
+        told = standardised(model, code, facts[code]) @ axis.facts[code]
         pooled = torch.cat([pooled[: len(told)] + told, pooled[len(told) :]])
         variables.append(axis.norm(pooled + axis.variable.weight[code]))
     x = torch.stack(variables)
