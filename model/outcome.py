@@ -175,7 +175,7 @@ class OutcomeHead(nn.Module):
         if self.variables is None or self.summary is None:
             pooled_BD = self.norm(pooled_BD)
         else:
-            pair_noise = noise and noise.at(variables.patient, variables.code)
+            pair_noise = None if noise is None else noise.at(variables.patient, variables.code)
             facts_VF = self.standardised(_facts(batch, variables), variables.code)
             axis_BD = self.variables(events_RD, context_SD, facts_VF, sets, variables, pair_noise)
             if pair_noise is not None:

@@ -180,7 +180,7 @@ def losses(
     parts = weights.direction * direction + weights.magnitude * magnitude + weights.squared * squared
     reconstruction = parts / max(counts.num_events, 1)
     kl = kl_sum(output.posteriors, weights.free_bits) / max(counts.num_sets, 1)
-    classification = cross_entropy_sum(output.logits, label_B) / max(counts.num_labelled, 1)
+    classification = cross_entropy_sum(output.logits, label_B, weights.positive) / max(counts.num_labelled, 1)
     total = weights.vae * (reconstruction + beta * kl) + weights.classification * classification
     with torch.no_grad():
         levels = torch.stack([kl_per_dimension(p).sum() for p in output.posteriors]) / max(counts.num_sets, 1)
