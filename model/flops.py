@@ -47,7 +47,9 @@ def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> dict[str, float]
     if config.variable_axis:
         axes = 2
         variables_B = _variables_per_patient(batch)
-        facts = float(variables_B.sum()) * NUM_FACTS * min(width, FACT_CHANNELS)
+        channels = min(width, FACT_CHANNELS)
+        facts = float(variables_B.sum()) * (2 * NUM_FACTS + 1) * channels  # to the variables, and to the summary
+        head += patients * channels * width
         head += (events + sets) * square + events * width * config.heads + facts + _isab(variables_B, config)
     head += axes * patients * square
 
