@@ -7,7 +7,9 @@ import errno
 import json
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, Self
@@ -19,9 +21,10 @@ from rich.table import Table
 from pipeline.build import EVENTS_PER_SHARD, BuildOptions, build
 from pipeline.executors import LOCAL
 from pipeline.like import Like, all_in
+from pipeline.pseudonyms import Pseudonyms
 from pipeline.report import write_data_report
 from pipeline.rules import ACTIONS, AGGREGATES, Rules
-from pipeline.schema import REPORT_FILE, SPLITS, UserError
+from pipeline.schema import PRIVATE, REPORT_FILE, SPLITS, UserError
 from pipeline.shards import SHARD_SUFFIXES
 from pipeline.sources.auto import FORMATS, open_source
 from pipeline.sources.meds import EXCLUDE_CODES
@@ -32,7 +35,10 @@ DISK_FULL: Final = "{}: no space left on the disk; free some, and the same comma
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 = done, 2 = something the user can mend."""
+    """Run the command line; 0 = done, 2 = something the user can mend.  Files that it makes are their owner's alone."""
+    os.umask(os.umask(PRIVATE) | PRIVATE)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         given, flags = _parse(arguments)
         source = open_source(given.input, given.format, flags.source)
@@ -40,13 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--output {given.output}: lies in the input; name a folder outside of {given.input}")
         console = Console(stderr=True, highlight=False)
         console.print(f"{given.input}: read as {source.name}")
-        sizes = {"events_per_shard": given.events_per_shard, "shard_format": given.shard_format}
+        shape = {"events_per_shard": given.events_per_shard, "shard_format": given.shard_format}
+        shape |= {"pseudonyms": given.pseudonymize and Pseudonyms.read(given.pseudonymize)}
         if given.like is None:
-            options = BuildOptions(rule=SplitRule(**flags.split), rules=Rules(**flags.rules), **sizes)
+            options = BuildOptions(rule=SplitRule(**flags.split), rules=Rules(**flags.rules), **shape)
         else:
             like = Like.open(given.like)
+            if like.manifest.options.get("pseudonym_key") and not given.pseudonymize:
+                raise UserError(f"--like {given.like}: has pseudonyms for patients; give --pseudonymize too")
             source = like.source(source, flags.source)
-            options = BuildOptions(rule=all_in(given.like_split), rules=like.rules(flags.rules), like=like, **sizes)
+            options = BuildOptions(rule=all_in(given.like_split), rules=like.rules(flags.rules), like=like, **shape)
         with StageBars(console) as bars:
             summary = build(
                 source,
@@ -65,17 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         print(f"preprocess.py: {DISK_FULL.format(given.output) if full else error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("preprocess.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     _print_summary(summary, verbose=given.verbose)
     print(f"{given.output}: ready; {report} shows it")
     return 0
 
 
+def _interrupt(number: int, _: object) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
 def _print_summary(summary: dict[str, Any], *, verbose: bool) -> None:
     if verbose:
-        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        shown = {name: value for name, value in summary.items() if name != "patients_without_events_first"}
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
     counts: dict[str, dict[str, int]] = summary["splits"]
     table = Table("", *counts["train"])
     for split, numbers in counts.items():
@@ -117,6 +131,13 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, _Flags]
     add("--verbose", action="store_true", help="say more of what was found")
     add("--like", metavar="DATA", help="use the vocabulary, statistics and rules of this data directory (path or URL)")
     add("--like_split", choices=SPLITS, default="test", help="of all patients, with --like")
+
+    add(
+        "--pseudonymize",
+        type=Path,
+        metavar="KEYFILE",
+        help="keyed hashes instead of patients' ids, in all that is written",
+    )
 
     own = parser.add_argument_group("not with --like, which has them from DATA", argument_default=argparse.SUPPRESS)
     rule = own.add_argument

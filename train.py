@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -61,14 +62,15 @@ from pipeline.loader import PatientLoader, make_loader
 from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
 from pipeline.remote import open_folder, parse_bytes
 from pipeline.report import write_run_report
-from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, UNLABELLED, UserError
-from pipeline.shards import Manifest, ShardEntry, check_shards, checked_file, write_atomically
+from pipeline.schema import FIRST_CODE, PRIVATE, UNLABELLED, UserError
+from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, replacing, write_atomically
 
 console = Console(stderr=True, highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend, 128 + n = stopped by signal n."""
+    os.umask(os.umask(PRIVATE) | PRIVATE)
     try:
         options = parse_options(arguments)
         manifest = Manifest.load(data_folder(options))
@@ -76,8 +78,16 @@ def main(arguments: list[str] | None = None) -> int:
             return inspect(options, manifest)
         worker = evaluate if options.evaluate else train
         return run(functools.partial(worker, options, manifest), devices=options.devices, device=options.device)
-    except UserError as error:
+    except (UserError, OSError) as error:  # such as a full disk
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        print(
+            "train.py: out of memory; lower --batch_size, or give --max_events or --gradient_checkpointing",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -411,7 +421,11 @@ def finish(options: TrainOptions, data: Data, world: World, progress: dict[str, 
     test = None
     if data.manifest.splits.get("test"):
         world.wait()  # until the first rank has written it
-        model = Checkpoint.load(best).build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
+        saved = Checkpoint.load(best)
+        if saved.progress["step"] != progress["best"]["step"]:
+            at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
+            raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
+        model = saved.build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
         test = evaluate_split(model, "test", options, data, world)
     if not world.is_main:
         return
@@ -440,8 +454,7 @@ def new_model(options: TrainOptions, data: Data) -> SeqSetVAE:
     changes: dict[str, Any] = {"event_form": options.event_form, "dropout": options.dropout}
     embeddings, manifest = None, data.manifest
     if manifest.embedding_dim is not None:
-        with checked_file(data.folder, manifest, EMBEDDINGS_FILE) as path:
-            embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
+        embeddings = torch.from_numpy(load_embeddings(data.folder, manifest))
         changes |= {"embedding_dim": manifest.embedding_dim, "frozen_embeddings": True}
     torch.manual_seed(options.seed)
     return SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=manifest.num_codes, **changes), embeddings)
@@ -693,7 +706,8 @@ def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, data: Da
     """Metrics of a split with bootstrap intervals; writes ``predictions_<split>.parquet``."""
     metrics, predictions = validate(model, open_loader(options, data, world, split, shuffle=False), options, world)
     if world.is_main:
-        pq.write_table(predictions, Path(options.output_dir) / f"predictions_{split}.parquet")
+        with replacing(Path(options.output_dir) / f"predictions_{split}.parquet") as path:
+            pq.write_table(predictions, path, write_page_checksum=True)
         label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
         metrics |= evaluate_predictions(label, predictions["probability"].to_numpy())
     return metrics

@@ -4,7 +4,7 @@
 
 Prepares the records once a split (64 / 16 / 20 %), trains with the default configuration, changed by the flags after
 ``--``, and evaluates the checkpoint that did best on the validation split, once, on the test split.  The work folder
-keeps what is done: a run that was interrupted goes on, more seeds and splits add to it.  Several are averaged too.
+keeps what is done: a run that was interrupted goes on, more seeds and splits add to it.  Seeds are also averaged.
 """
 
 from __future__ import annotations

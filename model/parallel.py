@@ -104,10 +104,16 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
         note = Path(folder) / "user_error"
         try:
             return max(elastic_launch(config, _join_with_note)(worker, device, note).values())
-        except ChildFailedError:
+        except ChildFailedError as failed:
             if note.exists():
                 raise UserError(note.read_text("utf-8")) from None
-            raise
+            killed = [rank for rank, failure in failed.failures.items() if failure.exitcode < 0]
+            if not killed:
+                raise
+            raise UserError(
+                f"process {killed[0]} of {devices} was killed, most likely for want of memory; the others were ended; "
+                "--resume goes on from the last checkpoint; lower --batch_size or --devices if it comes again"
+            ) from None
 
 
 def _join_with_note(worker: Callable[[World], int], device: str, note: Path) -> int:
@@ -116,7 +122,7 @@ def _join_with_note(worker: Callable[[World], int], device: str, note: Path) -> 
     def noting(world: World) -> int:
         try:
             return worker(world)
-        except UserError as error:
+        except (UserError, OSError) as error:
             write_atomically(note, str(error).encode())
             sys.exit(2)
 

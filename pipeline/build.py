@@ -34,6 +34,7 @@ from pipeline.folder import file_sha256
 from pipeline.like import Like
 from pipeline.monitor import peak_rss_bytes
 from pipeline.partition import SortedPartition, WrittenPartition, measure_partition, sort_partition, write_partition
+from pipeline.pseudonyms import Pseudonyms
 from pipeline.publish import output_folder
 from pipeline.rules import Limits, Rules, apply_ranges, outlier_limits
 from pipeline.schema import (
@@ -48,7 +49,17 @@ from pipeline.schema import (
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.shards import INDEX_SCHEMA, SHARD_SUFFIXES, Manifest, checked_file, replacing, sync, write_atomically
+from pipeline.shards import (
+    INDEX_SCHEMA,
+    SHARD_SUFFIXES,
+    Manifest,
+    checked_file,
+    replacing,
+    sealed,
+    sync,
+    unsealed,
+    write_atomically,
+)
 from pipeline.sources.side_files import read_embeddings, read_statistics
 from pipeline.sources.source import LABEL, SPLIT, SUBJECT, Piece, Source, unreadable
 from pipeline.spill import read_table, write_spill, write_table
@@ -76,6 +87,7 @@ class BuildOptions:
     Attributes:
         rule: how patients are split where the source does not say.
         rules: which events count.
+        pseudonyms: what patients are called instead of their ids.
         like: the data set whose vocabulary and statistics are used, instead of what the source gives, splits included.
         events_per_shard: about how many events a partition has; its splits share them.
         shard_format: a key of ``SHARD_SUFFIXES``.
@@ -83,6 +95,7 @@ class BuildOptions:
 
     rule: SplitRule = field(default_factory=SplitRule)
     rules: Rules = field(default_factory=Rules)
+    pseudonyms: Pseudonyms | None = None
     like: Like | None = None
     events_per_shard: int = EVENTS_PER_SHARD
     shard_format: str = "parquet"
@@ -153,8 +166,7 @@ def build(
 
     with output_folder(output.absolute(), look_at_input, overwrite=overwrite, say=say) as claimed:
         if claimed is None:
-            summary: dict[str, Any] = json.loads((output / SUMMARY_FILE).read_bytes())
-            return summary
+            return _read_summary(output / SUMMARY_FILE)
         work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             _check_space(source, output)
@@ -165,7 +177,7 @@ def build(
         with open_executor(executor, min(workers, len(pieces))) as opened:
             run = Stages(opened, work, progress)
 
-            spill_tasks = [(source, piece, number, rule, rules, work) for number, piece in enumerate(pieces)]
+            spill_tasks = [(source, piece, number, options, work) for number, piece in enumerate(pieces)]
             spilled = run(
                 "read", spill_piece, spill_tasks, from_json=Spilled.from_json, size=lambda piece: piece.num_rows
             )
@@ -255,6 +267,7 @@ def build(
             "events_per_second": round(events_in / seconds),
             "peak_rss_bytes": peak_rss_bytes(),
         }
+        summary = sealed(summary)
         write_atomically(data / SUMMARY_FILE, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
 
         splits, *tars = (
@@ -274,22 +287,37 @@ def build(
     return summary
 
 
+def _read_summary(path: Path) -> dict[str, Any]:
+    mend = "give --overwrite to make the data set again"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: missing, or not as it was written; {mend}") from None
+    unsealed(summary, path, mend)
+    return summary
+
+
 # ---------------------------------------------------------------------------------------------- tasks
 
 
-def spill_piece(source: Source, piece: Piece, number: int, rule: SplitRule, rules: Rules, work: Path) -> Spilled:
+def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions, work: Path) -> Spilled:
     """Read and clean a piece; its kept rows go to ``spills/``, the others to ``rejects/``."""
+    rules, pseudonyms, names = options.rules, options.pseudonyms, list(piece.files)
     raw = source.read(piece)
     kept, rejected = clean(raw)
     num_clipped = 0
     if rules.ranges:
         kept, outside, num_clipped = apply_ranges(kept, rules.ranges)
         rejected = pl.concat([rejected, outside])
+    others = pl.Series(raw.patients, dtype=pl.String)
+    if pseudonyms is not None:  # files are often named like patients
+        kept, rejected, others = pseudonyms.of_kept(kept), pseudonyms.of_rejected(rejected), pseudonyms.of_names(others)
+        names = [pseudonyms.of(name) for name in names]
     seen = pl.concat([frame[PATIENT_ID].unique().cast(pl.String) for frame in (kept, rejected)]).drop_nulls()
-    patients = [*seen.filter(~is_blank(seen)), *raw.patients]
-    write_spill(work / "spills", number, kept, piece.files, patients, rule)
+    patients = [*seen.filter(~is_blank(seen)), *others]
+    write_spill(work / "spills", number, kept, names, patients, options.rule)
     if rejected.height:
-        files = pl.Series(piece.files, dtype=pl.String)
+        files = pl.Series(names, dtype=pl.String)
         named = rejected.with_columns(files.gather(rejected["file"]).alias("file")).select(REJECTS_SCHEMA.names)
         _write_parquet(
             work / "rejects" / f"{number:05d}.parquet", REJECTS_SCHEMA, [named.to_arrow().cast(REJECTS_SCHEMA)]
@@ -329,6 +357,10 @@ def _write_facts(source: Source, options: BuildOptions, work: Path) -> tuple[str
     splits = source.splits() if options.like is None else None
     if splits is None:
         splits = pl.DataFrame(schema={PATIENT_ID: pl.String, SPLIT: pl.String})
+    if options.pseudonyms is not None:
+        hidden = options.pseudonyms.of_names
+        labels = labels.with_columns(hidden(labels[name]) for name in (PATIENT_ID, SUBJECT) if name in labels.columns)
+        splits = splits.with_columns(hidden(splits[PATIENT_ID]))
     facts = labels.with_columns(in_labels=True).join(splits, on=PATIENT_ID, how="full", coalesce=True)
     subjects = pl.coalesce(SUBJECT, PATIENT_ID) if SUBJECT in facts.columns else pl.col(PATIENT_ID)
     by_hash = pl.Series(options.rule.split(facts.select(subjects).to_series().to_list()))
@@ -426,6 +458,7 @@ def _resolved(source: Source, options: BuildOptions) -> dict[str, Any]:
         "split_fractions": list(options.rule.fractions),
         "split_seed": options.rule.seed,
         **options.rules.options,
+        "pseudonym_key": options.pseudonyms and options.pseudonyms.fingerprint,
         "like": options.like and options.like.manifest.fingerprint,
         "events_per_shard": options.events_per_shard,
         "shard_format": options.shard_format,

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
-from pipeline.rules import MOST, Bools, Limits, Rules, Sieve, repeats
-from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, UNKNOWN_CODE, VALUE
+from pipeline.rules import Bools, Limits, Rules, Sieve, repeats
+from pipeline.schema import MINUTE, MOST, PATIENT_ID, SET_INDEX, SPLITS, UNKNOWN_CODE, VALUE
 from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, ShardEntry, replacing, write_shard
 from pipeline.sources.source import FILE, LABEL, MICROSECONDS, ROW, SPLIT, Origin
 from pipeline.spill import STATIC_INSTANT, PartitionRows, read_partition, read_slice, read_table, write_table

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from pipeline.folder import file_sha256
 from pipeline.schema import (
     EMBEDDINGS_FILE,
     FORMAT_VERSION,
@@ -137,10 +138,19 @@ def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
             f"{output}: holds a data set of other input or options; give --overwrite to replace it, "
             "or name another --output"
         )
-    for entry in manifest.shards():
-        path = output / entry.path
-        if not path.is_file() or path.stat().st_size != entry.num_bytes:
-            raise UserError(f"{path}: missing, or not as it was written; give --overwrite to make the data set again")
+    bad = [entry.path for entry in manifest.shards() if not _has_size(output / entry.path, entry.num_bytes)]
+    bad += [name for name, sum_ in manifest.files.items() if not _has_sum(output / name, sum_)]
+    if bad:
+        path = output / bad[0]
+        raise UserError(f"{path}: missing, or not as it was written; give --overwrite to make the data set again")
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
+
+
+def _has_sum(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def _take_up(work: Path, fingerprint: str, say: Callable[[str], None]) -> None:

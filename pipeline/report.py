@@ -401,16 +401,16 @@ def _profile_figure(profile: dict[str, Any]) -> tuple[str, str]:
 
 def _draw_memory(path: Path, axes: list[Axes]) -> None:
     axis = axes[0]
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("event") is not None]  # a last row cut short has none
     try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("event") is not None]  # a last row cut short: none
         seconds = np.array([float(row["seconds"]) for row in rows])
         mebibytes = {
             name: np.array([float(row[f"{name}_bytes"] or "nan") / 2**20 for row in rows])
             for name in ("rss", "uss", "cuda_allocated", "cuda_reserved")
         }
         process = np.array(["main process" if row["role"] == "main" else f"process {row['pid']}" for row in rows])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path}: not a memory profile ({error}); move the file away") from None
 
     def draw(of: npt.NDArray[np.bool_], name: str, label: str, **style: Any) -> None:
@@ -437,8 +437,9 @@ def _draw_memory(path: Path, axes: list[Axes]) -> None:
         if event and event != "start":
             colour = marks[event].get_color() if event in marks else COLOURS[-1 - len(marks) % len(COLOURS)]
             marks[event] = axis.axvline(second, color=colour, linewidth=0.9, linestyle=":")
-    axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, 1.05 * axis.dataLim.ymax))
+    axis.set(xlabel="seconds", ylabel="MiB")
     if curve_lines:
+        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
         axis.figure.legend(handles=curve_lines, loc="outside lower center", ncols=4, fontsize="small")
     if marks:
         names = [event.replace("$", r"\$") for event in marks]
@@ -451,7 +452,7 @@ def _predictions_figure(path: Path) -> tuple[str, str]:
     from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
 
     try:
-        predictions = pq.read_table(path, columns=["label", "probability"])
+        predictions = pq.read_table(path, columns=["label", "probability"], page_checksum_verification=True)
         predictions = predictions.filter(pc.greater_equal(predictions["label"], 0))  # null is not kept either
         label, probability = predictions["label"].to_numpy(), predictions["probability"].to_numpy()
     except (OSError, pa.ArrowException) as error:

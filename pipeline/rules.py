@@ -21,7 +21,6 @@ Limits: TypeAlias = Mapping[str, tuple[float, float]]
 """Least and greatest value, by variable."""
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
-MOST: Final = float(np.finfo(np.float32).max)
 AGGREGATES: Final[tuple[Aggregate, ...]] = get_args(Aggregate)
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 

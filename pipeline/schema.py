@@ -19,6 +19,12 @@ FIRST_CODE: Final = 2
 
 UNLABELLED: Final = -1
 
+MOST: Final = 2.0**128 - 2.0**104
+"""The greatest float32: batches hold minutes and values as such."""
+
+PRIVATE: Final = 0o077
+"""The umask of both command lines: files of patients are readable by their owner alone."""
+
 SPLITS: Final = ("train", "valid", "test")
 
 # Canonical columns of an event table, as every source gives them.

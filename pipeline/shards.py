@@ -9,9 +9,11 @@ A WebDataset shard (``pipeline.tars``) holds the same rows as a tar; both are re
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
+import re
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,11 +29,23 @@ import pyarrow.parquet as pq
 
 from pipeline.flat import offsets_of
 from pipeline.folder import BadFile, Folder, file_sha256, folder_at
-from pipeline.schema import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, UNLABELLED, VOCABULARY_FILE, UserError
+from pipeline.schema import (
+    EMBEDDINGS_FILE,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    SPLITS,
+    UNLABELLED,
+    VOCABULARY_FILE,
+    UserError,
+)
 from pipeline.tars import read_tar, write_tar
 
 SHARD_SUFFIXES: Final = {"parquet": (".parquet",), "webdataset": (".tar",), "both": (".parquet", ".tar")}
 """Files of a shard by ``--shard_format``; the first is the one that training reads."""
+
+_SHARD_PATH: Final = re.compile(rf"({'|'.join(SPLITS)})/[0-9]+\.(parquet|tar)")
+"""Nothing else is opened, or removed, because a manifest names it."""
 
 TEMPORARY: Final = ".tmp"
 """Ends the names of files that are not complete."""
@@ -129,16 +143,15 @@ class Manifest:
         return replace(self, splits=kept)
 
     def save(self, directory: Path) -> None:
-        write_atomically(
-            directory / MANIFEST_FILE, (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
-        )
+        content = json.dumps(sealed(asdict(self)), indent=1, sort_keys=True)
+        write_atomically(directory / MANIFEST_FILE, (content + "\n").encode())
 
     @classmethod
     def load(cls, directory: Path | Folder) -> Manifest:
         """The manifest of a data directory.
 
         Raises:
-            UserError: there is none, it is not one of ours, or it is of another format version.
+            UserError: there is none, it is damaged, it is not one of ours, or it is of another format version.
         """
         folder = folder_at(directory)
         path = f"{folder}/{MANIFEST_FILE}"
@@ -155,16 +168,34 @@ class Manifest:
         try:
             version = content["format_version"]
             if version == FORMAT_VERSION:
+                content = unsealed(content, path, folder.mend)
                 shards = {
                     name: {split: [ShardEntry(**entry) for entry in entries] for split, entries in given.items()}
                     for name, given in (("splits", content["splits"]), ("tars", content["tars"]))
                 }
-                return cls(**(content | shards))
+                manifest = cls(**(content | shards))
+                for entry in manifest.shards():
+                    if not _SHARD_PATH.fullmatch(entry.path):
+                        raise UserError(f"{path}: names {entry.path!r}, which is no place of a shard; {folder.mend}")
+                return manifest
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a manifest of this project ({error}); run preprocess.py again") from None
         raise UserError(
             f"{path}: format version {version}, this program reads {FORMAT_VERSION}; run preprocess.py again"
         )
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of what it says, however it will be laid out."""
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def unsealed(content: Any, path: Path | str, mend: str) -> dict[str, Any]:
+    """What :func:`sealed` was given; UserError where ``path`` holds something else."""
+    plain = {name: value for name, value in content.items() if name != "sha256"} if isinstance(content, dict) else {}
+    if sealed(plain) != content:
+        raise UserError(f"{path}: checksum of its content is wrong; {mend}")
+    return plain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,6 +382,20 @@ def _read_table(directory: Path | Folder, manifest: Manifest, name: str, schema:
             return pq.read_table(path, schema=schema)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{folder}/{name}: cannot be read ({error}); run preprocess.py again") from None
+
+
+def load_embeddings(directory: Path | Folder, manifest: Manifest) -> npt.NDArray[np.float32]:
+    """``embeddings.npy``, [num_codes, embedding_dim], checked against the manifest; a header claims no memory."""
+    folder = folder_at(directory)
+    with checked_file(folder, manifest, EMBEDDINGS_FILE) as path:
+        try:
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{folder}/{EMBEDDINGS_FILE}: cannot be read ({error}); {folder.mend}") from None
+        if vectors.dtype != np.float32 or vectors.shape != (manifest.num_codes, manifest.embedding_dim):
+            found = f"{vectors.dtype} {vectors.shape}"
+            raise UserError(f"{folder}/{EMBEDDINGS_FILE}: holds {found}, the manifest says otherwise; {folder.mend}")
+        return np.array(vectors)
 
 
 @contextmanager

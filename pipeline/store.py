@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.batch import PatientBatch
 from pipeline.flat import offsets_of, ranges
 from pipeline.folder import Folder
+from pipeline.schema import UserError
 from pipeline.shards import ShardEntry, read_set_sizes, read_shard
 
 Truncate = Literal["earliest", "latest", "random"]
@@ -128,15 +129,20 @@ class PatientStore(Outline):
         num_patients = sum(entry.num_patients for entry in entries)
         num_sets = sum(entry.num_sets for entry in entries)
         num_events = sum(entry.num_events for entry in entries)
-        self.label = np.empty(num_patients, np.int64)
-        self.patient_id = np.empty(num_patients, object)
-        self.minute = np.empty(num_sets, np.float32)
-        patient_offsets = np.zeros(num_patients + 1, np.int64)
-        set_offsets = np.zeros(num_sets + 1, np.int64)
-        margin = max((entry.num_events for entry in entries), default=0)  # never written: takes no memory
-        self.code = np.zeros(num_events + margin, np.int32)
-        self.value = np.zeros(num_events + margin, np.float32)
-        self.has_value = np.zeros(num_events + margin, np.bool_)
+        try:  # memory is taken as shards that keep to the claim fill it
+            self.label = np.empty(num_patients, np.int64)
+            self.patient_id = np.empty(num_patients, object)
+            self.minute = np.empty(num_sets, np.float32)
+            patient_offsets = np.zeros(num_patients + 1, np.int64)
+            set_offsets = np.zeros(num_sets + 1, np.int64)
+            margin = max((entry.num_events for entry in entries), default=0)  # never written: takes no memory
+            self.code = np.zeros(num_events + margin, np.int32)
+            self.value = np.zeros(num_events + margin, np.float32)
+            self.has_value = np.zeros(num_events + margin, np.bool_)
+        except (MemoryError, ValueError):
+            raise UserError(
+                f"{directory}: {num_events:,} events do not fit into memory; lower --group_events, or mend the manifest"
+            ) from None
 
         patient = set_ = event = 0
         for entry in entries:  # one after another into place: the most memory is all shards and one more

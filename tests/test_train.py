@@ -569,3 +569,44 @@ def test_an_empty_train_split_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     data = write_data_dir(tmp_path / "data", {"train": [], "valid": [], "test": make_patients([[1]])})
     assert run(data, tmp_path / "run") == 2
     assert "no patients" in capsys.readouterr().err
+
+
+def test_batches_are_planned_for_the_memory_and_a_resumed_run_keeps_to_it(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "--batch_size", "auto", "--max_memory", "64GB", "--max_epochs", "1") == 0
+    found = json.loads((tmp_path / "memory_model.json").read_text())
+    assert found["batch_size"] == 1, "26 patients leave no 50 steps of 2"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["options"]["batch_size"] == 1
+    (tmp_path / "memory_model.json").write_text(json.dumps({**found, "step_bytes": found["step_bytes"] - 1}))
+    assert run(data, tmp_path, "--batch_size", "auto", "--max_memory", "64GB", "--resume") == 2, "other batches"
+    (tmp_path / "memory_model.json").write_text(json.dumps(found))
+    assert run(data, tmp_path, "--batch_size", "auto", "--max_memory", "64GB", "--resume") == 0
+
+
+def test_too_little_memory_for_any_step_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(data, tmp_path, "--max_memory", "1MB") == 2
+    assert "--max_memory" in capsys.readouterr().err
+
+
+def test_a_batch_without_room_is_taken_in_parts_with_the_same_result(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data, tmp_path / "whole", "--max_epochs", "1") == 0
+    forward_losses = train.forward_losses
+
+    def in_little_memory(model: Any, given: Any, *rest: Any) -> Any:
+        if given.batch.num_patients > 2:
+            raise torch.OutOfMemoryError
+        return forward_losses(model, given, *rest)
+
+    monkeypatch.setattr(train, "forward_losses", in_little_memory)
+    assert run(data, tmp_path / "parts", "--max_epochs", "1") == 0
+    assert "warning: out of memory in step " in capsys.readouterr().err
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.allclose(parts[name], whole[name], rtol=1e-3, atol=1e-5) for name in whole)
+
+    def in_none(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train, "forward_losses", in_none)
+    assert run(data, tmp_path / "none") == 2
+    assert "on a single patient" in capsys.readouterr().err

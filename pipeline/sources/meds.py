@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import names
@@ -17,6 +16,7 @@ from pipeline.sources.source import (
     LABEL,
     SPLIT,
     SUBJECT,
+    UNREADABLE,
     Origin,
     Piece,
     RawRows,
@@ -47,7 +47,7 @@ def is_meds(path: Path) -> bool:
     first = min((path / "data").rglob("*.parquet"), default=None)
     try:
         return first is not None and set(COLUMNS) <= set(pq.read_schema(first).names)
-    except (OSError, pa.ArrowException):
+    except UNREADABLE:
         return False
 
 
@@ -186,7 +186,7 @@ class Meds(Source):
             {
                 SUBJECT: subjects,
                 PREDICTION_TIME: _instants(path, frame[PREDICTION_TIME]),
-                LABEL: parse_labels(path, subjects, frame[label]),
+                LABEL: parse_labels(path, frame[label]),
             }
         )
 
@@ -203,10 +203,10 @@ class Meds(Source):
         for name in ("subject_id", SPLIT):
             pick_column(path, frame.columns, name, (), "MEDS's names")
         known = dict(self.split_map)
-        strange = frame.filter(~pl.col(SPLIT).is_in(list(known)).fill_null(False))
-        if strange.height:
+        strange = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
+        if len(strange):
             raise UserError(
-                f"{path}: subject {strange['subject_id'][0]} is in split {strange[SPLIT][0]!r}, not one of "
+                f"{path}: row {strange[0] + 1} has split {frame[SPLIT][strange[0]]!r}, not one of "
                 f"{', '.join(known)}; say which is which: --split_map NAME=train,OTHER=test"
             )
         subjects = _subjects(path, frame)

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE, VARIABLE, UserError
 from pipeline.sources.side_files import read_labels
 from pipeline.sources.source import (
     FILE,
+    UNREADABLE,
     Piece,
     RawRows,
     Source,
     check_splits,
+    frame_of,
     group_files,
     number_rows,
     patient_ids,
@@ -86,10 +87,9 @@ class PatientFiles(Source):
                     raise UserError(f"{path}: no column {missing[0]!r}; it needs {', '.join(wanted)}")
                 wanted += [SET_INDEX] * (SET_INDEX in names)
                 table = file.read(columns=wanted, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+            frame = frame_of(table)
+        except UNREADABLE as error:
             raise unreadable(path, error) from None
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
         return number_rows({column: plain_column(path, column, frame[column]) for column in wanted}, file=number)
 
     def labels(self) -> tuple[str, pl.DataFrame] | None:

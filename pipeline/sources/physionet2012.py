@@ -128,10 +128,8 @@ class PhysioNet2012(Source):
         """A copied or renamed record would put one patient into two splits."""
         other = rows.filter(pl.col(VARIABLE) == "RecordID", pl.col(VALUE) != pl.col(PATIENT_ID))
         if other.height:
-            name, record = other[PATIENT_ID][0], other[VALUE][0]
-            raise UserError(
-                f"{self.path / name}.txt: holds record {record}; name the file {record}.txt or leave it out"
-            )
+            path, row = self.path / f"{other[PATIENT_ID][0]}.txt", other[ROW][0]
+            raise UserError(f"{path}: row {row} has another RecordID; name the file like its record, or leave it out")
 
     def labels(self) -> tuple[str, pl.DataFrame] | None:
         outcomes = self._outcomes()

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from pipeline.rules import ACTIONS, MOST, Range
-from pipeline.schema import FIRST_CODE, PATIENT_ID, VARIABLE, UserError
+from pipeline.rules import ACTIONS, Range
+from pipeline.schema import FIRST_CODE, MOST, PATIENT_ID, VARIABLE, UserError
 from pipeline.sources.source import LABEL, patient_ids, unreadable
 
 LABEL_COLUMNS: Final = ("label", "in_hospital_mortality", "In-hospital_death")
@@ -40,11 +40,13 @@ def pick_column(path: Path, columns: Iterable[str], wanted: str | None, known: S
     """The column that a flag names, or the first of the ``known`` names that is there.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or more than one.
     """
     columns = list(columns)
     for name in [wanted] if wanted is not None else known:
         if name in columns:
+            if columns.count(name) > 1 or f"{name}_duplicated_0" in columns:  # as Polars renames the second
+                raise UserError(f"{path}: column {name!r} is there more than once; keep one")
             return name
     missing = repr(wanted) if wanted is not None else " or ".join(map(repr, known))
     raise UserError(f"{path}: no column {missing}; name one of {', '.join(map(repr, columns))} with {flag}")
@@ -65,25 +67,22 @@ def read_labels(path: Path, label_column: str | None = None, id_column: str | No
     id_name = pick_column(path, frame.columns, None, id_columns, "one of these headers")
     label_name = pick_column(path, frame.columns, label_column, LABEL_COLUMNS, "--label_column")
     ids = patient_ids(frame[id_name])
-    return unique_labels(path, ids, parse_labels(path, ids, frame[label_name]))
+    return unique_labels(path, ids, parse_labels(path, frame[label_name]))
 
 
-def parse_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.Series:
+def parse_labels(path: Path, labels: pl.Series) -> pl.Series:
     """Labels as int8: 0, 1 or null.
 
     Raises:
-        UserError: one is none of 0, 1, true, false, -1 or empty; ``ids`` says whose.
+        UserError: one is none of 0, 1, true, false, -1 or empty.
     """
     text = labels.cast(pl.String).str.strip_chars().str.to_lowercase().replace({"true": "1", "false": "0"})
     number = text.cast(pl.Float64, strict=False)
     empty = text.is_null() | (text == "") | (number.is_nan().fill_null(False))
     wrong = ~(empty | number.is_in([0.0, 1.0, -1.0]).fill_null(False))
     if wrong.any():
-        row = wrong.arg_true()[0]
-        raise UserError(
-            f"{path}: column {labels.name!r} of patient {ids[row]!r} is {text[row]!r}; "
-            "a label is 0, 1, or empty or -1 for none"
-        )
+        row = wrong.arg_true()[0] + 1
+        raise UserError(f"{path}: row {row}, column {labels.name!r}: a label is 0, 1, or empty or -1 for none; mend it")
     label = number.cast(pl.Int8, strict=False)
     return label.set(empty | (label == -1).fill_null(False), None)
 
@@ -98,7 +97,8 @@ def unique_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.DataFrame
     unique = known.group_by(PATIENT_ID).agg(pl.col(LABEL).min(), pl.col(LABEL).max().alias("most")).sort(PATIENT_ID)
     contradicting = unique.filter(pl.col(LABEL) != pl.col("most"))
     if contradicting.height:
-        raise UserError(f"{path}: patient {contradicting[PATIENT_ID][0]!r} has both label 0 and label 1; keep one")
+        rows = (ids == contradicting[PATIENT_ID][0]).arg_true() + 1
+        raise UserError(f"{path}: rows {rows[0]} to {rows[-1]} give a patient both label 0 and label 1; keep one")
     return unique.select(PATIENT_ID, LABEL)
 
 

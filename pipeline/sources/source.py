@@ -31,6 +31,9 @@ MICROSECONDS: Final = 60e6
 PIECE_BYTES: Final = 1 << 26
 """About how much input a piece holds: two or three million events, some hundred MiB while they are worked on."""
 
+UNREADABLE: Final = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError)
+"""What a damaged file can raise when it is read."""
+
 ROW_BYTES: Final = 24
 """Of a row of text, about."""
 
@@ -227,7 +230,7 @@ def file_pieces(files: Sequence[tuple[Path, str]]) -> list[Piece]:
             continue
         try:
             metadata = pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             raise unreadable(path, error) from None
         if metadata.num_rows * ROW_BYTES <= PIECE_BYTES:
             whole.append((name, metadata.num_rows * ROW_BYTES))
@@ -249,7 +252,7 @@ def parquet_columns(path: Path) -> list[str]:
     """
     try:
         return list(pq.read_schema(path).names)
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise unreadable(path, error) from None
 
 
@@ -270,12 +273,24 @@ def read_parquet(
             before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
             table = file.read_row_groups(groups, columns=columns)
         encoded = [name for name in of_names if pa.types.is_dictionary(table.schema.field(name).type)]
-        frame = pl.from_arrow(table.drop_columns(encoded))
-        assert isinstance(frame, pl.DataFrame)
-        frame = frame.with_columns(names.from_dictionary(name, table[name]) for name in encoded)
-    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+        frame = frame_of(table.drop_columns(encoded)).with_columns(
+            names.from_dictionary(name, table[name]) for name in encoded
+        )
+    except UNREADABLE as error:
         raise unreadable(path, error) from None
     return frame, 1 + before
+
+
+def frame_of(table: pa.Table) -> pl.DataFrame:
+    """The columns without metadata, when their text is text: Polars takes both on trust, and panics.
+
+    Raises:
+        pa.ArrowException, pl.exceptions.PolarsError: they are damaged, or of a type that Polars has not.
+    """
+    table.validate(full=True)
+    frame = pl.from_arrow(pa.Table.from_arrays(table.columns, names=table.column_names))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
@@ -304,5 +319,6 @@ def check_splits(patients: dict[str, list[str]], origin: Path) -> pl.DataFrame:
     )
     for (before, first), (patient, second) in pairwise(frame.iter_rows()):
         if before == patient:
-            raise UserError(f"{origin}: patient {patient!r} is in {first} and in {second}; leave it in one")
+            number = patients[first].index(patient) + 1
+            raise UserError(f"{origin}: patient number {number} of {first} is in {second} too; leave it in one")
     return frame

@@ -240,3 +240,31 @@ def test_real_stays_waste_and_mix_as_promised(set_a_dir: Path) -> None:
         waste, meeting = measured[width]
         assert waste < most_waste
         assert meeting < most_meeting
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), max_size=60),
+    st.floats(1, 400),
+    st.one_of(st.none(), st.integers(1, 9)),
+    st.booleans(),
+)
+def test_batches_cost_no_more_than_their_limit_or_are_one_patient(
+    lengths: list[tuple[int, int]], limit: float, batch_size: int | None, shuffle: bool
+) -> None:
+    num_events = np.array([events for events, _ in lengths], np.int64)
+    num_sets = np.array([min(sets, events) for events, sets in lengths], np.int64)
+    cost = CostModel(event=1, set=2, set_squared=0.1, patient=3, batch=7)
+    policy = Policy(batch_size=batch_size, max_cost=limit + 7, cost=cost, shuffle=shuffle)
+    plan = plan_epoch(num_events, num_sets, policy, seed=1, epoch=2)
+    assert sorted(plan.order) == list(range(len(lengths)))
+    costs = plan.totals(cost.of(num_events, num_sets))
+    assert ((costs <= limit * (1 + 1e-9)) | (plan.batch_sizes == 1)).all()
+    assert (plan.batch_sizes <= (batch_size or len(lengths))).all()
+    if batch_size is None and len(lengths) and not shuffle:  # in order of length each batch takes all that it can
+        first = np.cumsum(plan.batch_sizes)[:-1]
+        assert (costs[:-1] + cost.of(num_events, num_sets)[plan.order[first]] > limit * (1 - 1e-9)).all()
+
+
+def test_a_limit_below_what_a_batch_costs_without_patients_is_refused() -> None:
+    with pytest.raises(UserError, match="without patients it costs 7"):
+        Policy(max_cost=7, cost=CostModel(batch=7))

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -503,9 +503,8 @@ def test_a_store_that_does_not_tell_sizes_will_do(
 
 def test_a_checksum_that_is_a_path_is_refused(data_dir: Path, cache: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(data_dir, tmp_path / "copy")
-    manifest = json.loads((copy / MANIFEST_FILE).read_text())
-    manifest["files"][INDEX_FILE] = "../stolen"
-    (copy / MANIFEST_FILE).write_text(json.dumps(manifest))
+    manifest = Manifest.load(copy)
+    dataclasses.replace(manifest, files=manifest.files | {INDEX_FILE: "../stolen"}).save(copy)
     with pytest.raises(UserError, match=r"checksum '\.\./stolen' is none"):
         plan_report.SplitLengths.read(open_folder(f"file://{copy}", cache_dir=cache), "train")
 

@@ -178,7 +178,7 @@ def test_a_manifest_survives_a_round_trip(directory: Path) -> None:
         (None, "no manifest here; run preprocess.py"),
         ("{", "cannot be read as a manifest"),
         ("[]", "not a manifest of this project"),
-        ('{"format_version": 1}', "not a manifest of this project"),
+        ('{"format_version": 1}', "checksum of its content is wrong"),
         ('{"format_version": 99, "splits": {}}', "format version 99, this program reads 1"),
     ],
 )

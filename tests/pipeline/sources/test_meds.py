@@ -257,7 +257,7 @@ def test_given_splits_hold_for_all_samples_of_a_subject(tmp_path: Path) -> None:
     assert summary["patients_split_by_hash"] == 1  # subject 7
     other = {0: "b", 1: "a", 2: "b", 3: "a", 4: "a", 5: "a", 6: "a"}
     write_splits(root, other)
-    with pytest.raises(UserError, match=r"subject_splits\.parquet: subject 0 is in split 'b', not one of train"):
+    with pytest.raises(UserError, match=r"subject_splits\.parquet: row 1 has split 'b', not one of train"):
         build(Meds(path=root), tmp_path / "refused", ALL_TRAIN)
     build(Meds(path=root, split_map=(("a", "train"), ("b", "test"))), tmp_path / "mapped", ALL_TRAIN)
     assert {name for name, *_ in read_prepared(tmp_path / "mapped").patients["test"]} == {"0", "2"}
@@ -384,8 +384,8 @@ TASK = {"labels_file": "task"}
         ("data/0", {"subject_id": [1], "time": [ADMISSION]}, {}, r"0\.parquet: no column 'code'"),
         ("data/0", {"subject_id": ["1"], "time": [ADMISSION], "code": ["HR"]}, {}, "'subject_id' holds String"),
         ("data/0", {"subject_id": [1], "time": [3.5], "code": ["HR"]}, {}, "'time' holds Float64"),
-        ("metadata/subject_splits", {"subject_id": [1, 1], "split": ["train", "tuning"]}, {}, "'1' is in train and"),
-        ("metadata/subject_splits", {"subject_id": [1, 2], "split": ["train", None]}, {}, "subject 2 is in split None"),
+        ("metadata/subject_splits", {"subject_id": [1, 1], "split": ["train", "tuning"]}, {}, "number 1 of train is"),
+        ("metadata/subject_splits", {"subject_id": [1, 2], "split": ["train", None]}, {}, "row 2 has split None"),
         ("metadata/subject_splits", {"subject_id": [1]}, {}, r"subject_splits\.parquet: no column 'split'"),
         ("metadata/codes", {"description": ["x"]}, {}, r"codes\.parquet: no column 'code'"),
         ("task/0", {"subject_id": [1]}, TASK, r"task/0\.parquet: no column 'prediction_time'"),
@@ -395,7 +395,7 @@ TASK = {"labels_file": "task"}
             "task/0",
             {"subject_id": [1, 1], "prediction_time": [ADMISSION] * 2, "boolean_value": [True, False]},
             TASK,
-            "has both label 0 and label 1",
+            "give a patient both label 0 and label 1",
         ),
         ("task/x/0", {"subject_id": [9], "prediction_time": [ADMISSION], "boolean_value": [True]}, TASK, "names no"),
         ("data/1", {"subject_id": [1], "time": [ADMISSION], "code": ["A"]}, {"exclude_codes": ("(",)}, "no regular"),

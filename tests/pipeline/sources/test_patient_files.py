@@ -74,7 +74,7 @@ def test_files_beside_the_folders_are_found(tmp_path: Path) -> None:
         ({"train/1.parquet": {"variable": ["HR"], "minute": [0.0]}}, r"1\.parquet: no column 'value'"),
         ({"train/1.parquet": events(), "train/2.parquet": events(set_index=[0, 1])}, "'set_index' is in some files"),
         ({"train/1.parquet": events(value=[[1.0], [2.0]])}, r"1\.parquet: column 'value' holds List"),
-        ({"train/1.0.parquet": events(), "test/1.parquet": events()}, "patient '1' is in test and in train"),
+        ({"train/1.0.parquet": events(), "test/1.parquet": events()}, "patient number 1 of test is in train too"),
         ({"training/1.parquet": events()}, "no {train,valid,test}"),
     ],
 )  # fmt: skip

@@ -84,7 +84,7 @@ def test_outcomes_are_found_in_the_folder_or_beside_it(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("Hour,Parameter,Value\n", r"1\.txt: the first line is not Time,Parameter,Value"),
-        (HEADER + "00:00,RecordID,2\n", r"1\.txt: holds record 2; name the file 2\.txt"),
+        (HEADER + "00:00,RecordID,2\n", r"1\.txt: row 1 has another RecordID; name the file like"),
         ("", r"1\.txt: the first line"),
     ],
 )

@@ -29,9 +29,9 @@ def test_labels_are_zero_one_or_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("patient_id,label\na,0\na,1\n", "patient 'a' has both label 0 and label 1"),
-        ("patient_id,label\na,2\n", "of patient 'a' is '2'"),
-        ("patient_id,label\na,yes\n", "of patient 'a' is 'yes'"),
+        ("patient_id,label\na,0\na,1\n", "rows 1 to 2 give a patient both label 0 and label 1"),
+        ("patient_id,label\na,2\n", "row 1, column 'label': a label is 0, 1"),
+        ("patient_id,label\na,yes\n", "row 1, column 'label': a label is 0, 1"),
         ("patient_id,died\na,1\n", "no column 'label' or .*--label_column"),
         ("who,label\na,1\n", "no column 'patient_id' or"),
         ("", "cannot be read"),
