@@ -171,13 +171,11 @@ class Training:
         if self.memory is not None:
             options = self.options = dataclasses.replace(options, batch_size=self.memory.batch_size)
         self.loader = open_loader(options, data, world, "train", shuffle=True, memory=self.memory)
-        if options.init_from is not None:
-            path = Path(options.init_from)
-            start = Checkpoint.load(path)
-            start.check_same_model(path, self.model.config)
-            self.model.load_state_dict(start.build_model(path, data.manifest.vocabulary_fingerprint).state_dict())
-        elif not (self.checkpoints / "last.pt").exists():
-            fit_facts(self.model, options, data, world, self.memory)
+        if not (self.checkpoints / "last.pt").exists():
+            if options.init_from is None:
+                fit_facts(self.model, options, data, world, self.memory)
+            else:
+                start_from(Path(options.init_from), self.model, self.manifest)
         if options.freeze:
             self.model.requires_grad_(False).head.requires_grad_(True)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
@@ -547,6 +545,14 @@ def open_loader(
         prefetch=options.prefetch,
         pin_memory=world.device.type == "cuda",
     )
+
+
+def start_from(path: Path, model: SeqSetVAE, manifest: Manifest) -> None:
+    """``--init_from``: the averaged weights of a checkpoint of the same shape and vocabulary."""
+    saved = Checkpoint.load(path)
+    saved.check_same_model(path, model.config)
+    saved.check_same_vocabulary(path, manifest.vocabulary_fingerprint)
+    model.load_state_dict(saved.averaged)
 
 
 def fit_facts(model: SeqSetVAE, options: TrainOptions, data: Data, world: World, memory: StepMemory | None) -> None:

@@ -432,6 +432,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (["--data_dir", "memory://nowhere", "--output_dir", str(tmp_path / "o")], "memory://nowhere/manifest.json"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--device", "cuda"], "--device cuda"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--evaluate", best, "--no_such"], "--no_such"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--init_from", str(no_checkpoint)], "x.pt"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--freeze"], "--init_from"),
     ]
     for arguments, expected in cases:
         if "cuda" in arguments and torch.cuda.is_available():
