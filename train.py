@@ -824,7 +824,7 @@ def inspect(options: TrainOptions, manifest: Manifest) -> int:
             output = model(batch)
         milliseconds = 1000 * (time.perf_counter() - started)
         sizes = f"{batch.num_sets} sets, {batch.num_events} events"
-        print(f"  forward: {sizes} -> logits {tuple(output.logits.shape)}, {milliseconds:.0f} ms")
+        print(f"  forward: {sizes} -> probabilities {tuple(output.probability.shape)}, {milliseconds:.0f} ms")
         print(f"  memory: {peak_rss_bytes() / 2**20:.0f} MiB at most so far")
     return 0
 

@@ -4,7 +4,8 @@ Over time, softmax of h·z weighs the contexts of sets.  Across time, the events
 context of their sets, joined by facts about its course (``model.course``), and the variables of a patient attend to one
 another: the course of one variable is then one vector, as it is one group of features to a tree (compare the Bi-Axial
 Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same facts reach the last layers
-by a shorter way too, added up over the patient's variables: a dense layer on all facts, which learns in few steps.
+by a shorter way too, added up over the patient's variables: a dense layer on all facts, which learns in few steps.  The
+last layers are an ensemble (compare TabM, arXiv:2410.24210): each member is trained on its own, their mean predicts.
 
 Shape suffixes: B patients, S sets, R rows of the set layout, V (patient, variable) pairs that occur, D width.
 """
@@ -61,10 +62,14 @@ class VariableLayout:
         return VariableLayout(pair, patient, self.code.to(device, non_blocking=True), self.layout.to(device))
 
 
-HEAD_SALT, AXIS_SALT, FACT_SALT = 1, 2, 3
+AXIS_SALT, MEMBER_SALT = 2, 1024
+"""Of dropout; members' salts are the even numbers from theirs, and the odd ones after them."""
 
 FACT_CHANNELS = 64
 """Channels that the facts about a variable's course reach."""
+
+SUMMARY_CHANNELS = 32
+"""Channels of a member's summary."""
 
 
 class VariableAxis(nn.Module):
@@ -121,26 +126,51 @@ class VariableAxis(nn.Module):
         return variables.layout.mean(x)[variables.layout.set_rank]
 
 
-class Summary(nn.Module):
-    """Facts of all variables of a patient -> [B, channels]: one dense layer over all of them, which a variable that did
-    not occur adds nothing to.  One more fact of each variable says that it occurs.
+class Member(nn.Module):
+    """One of the ensemble that a head ends in: two layers on what the axes give and on a summary of its own.
+
+    The summary is one dense layer over the facts of all variables of a patient, to which a variable that did not occur
+    adds nothing; one more fact of each says that it occurs.
     """
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
-        inputs = NUM_FACTS + 1
-        shape = (config.num_codes, inputs, min(config.width, FACT_CHANNELS))
-        self.weight = nn.Parameter(torch.randn(shape) / math.sqrt(config.num_codes * inputs))
-        self.bias = nn.Parameter(torch.zeros(shape[2]))
+        inputs, width = (2 if config.variable_axis else 1) * config.width, config.width
+        self.facts = None
+        if config.variable_axis:
+            channels = min(width, SUMMARY_CHANNELS)
+            scale = math.sqrt(config.num_codes * (NUM_FACTS + 1))
+            self.facts = nn.Parameter(torch.randn(config.num_codes, NUM_FACTS + 1, channels) / scale)
+            self.bias = nn.Parameter(torch.zeros(channels))
+            inputs += channels
+        self.hidden = nn.Linear(inputs, width)
+        self.output = nn.Linear(width, 2)
+        self.dropout = config.dropout
 
-    def forward(self, facts_VF: Tensor, variables: VariableLayout, num_patients: int) -> Tensor:
-        told_VC = (F.pad(facts_VF, (0, 1), value=1.0)[:, None] @ self.weight[variables.code])[:, 0]
-        bias_BC = self.bias.to(told_VC.dtype).repeat(num_patients, 1)
-        return F.gelu(bias_BC.index_add(0, variables.patient, told_VC))
+    def forward(
+        self,
+        pooled_BD: Tensor,
+        facts_VF: Tensor | None,
+        variables: VariableLayout,
+        noise: PatientNoise | None,
+        salt: int,
+    ) -> Tensor:
+        """[B, 2]; ``salt`` and the next one are the member's own."""
+        if self.facts is not None and facts_VF is not None:
+            if noise is not None:
+                pair_noise = noise.at(variables.patient, variables.code)
+                facts_VF = pair_noise.dropout(facts_VF, salt, self.dropout)
+            told_VC = (F.pad(facts_VF, (0, 1), value=1.0)[:, None] @ self.facts[variables.code])[:, 0]
+            bias_BC = self.bias.to(told_VC.dtype).repeat(len(pooled_BD), 1)
+            summary_BC = F.gelu(bias_BC.index_add(0, variables.patient, told_VC))
+            pooled_BD = torch.cat([pooled_BD, summary_BC.to(pooled_BD.dtype)], dim=1)
+        if noise is not None:
+            pooled_BD = noise.of_patients().dropout(pooled_BD, salt + 1, self.dropout)
+        return self.output(F.gelu(self.hidden(pooled_BD)))
 
 
 class OutcomeHead(nn.Module):
-    """Contexts, latents and events -> logits [B, 2]; two layers on what the axes give."""
+    """Contexts, latents and events -> logits [B, K, 2] of an ensemble of K members, which share all but their ends."""
 
     fact_mean: Tensor
     fact_std: Tensor
@@ -148,16 +178,12 @@ class OutcomeHead(nn.Module):
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
         self.variables = VariableAxis(config) if config.variable_axis else None
-        self.summary = Summary(config) if config.variable_axis else None
         # Moments of the train split, see ``fit_facts``.
         self.register_buffer("fact_mean", torch.zeros(config.num_codes, NUM_FACTS))
         self.register_buffer("fact_std", torch.ones(config.num_codes, NUM_FACTS))
         axes = 2 if config.variable_axis else 1
-        summary = min(config.width, FACT_CHANNELS) if config.variable_axis else 0
         self.norm = nn.LayerNorm(axes * config.width)
-        self.hidden = nn.Linear(axes * config.width + summary, config.width)
-        self.output = nn.Linear(config.width, 2)
-        self.dropout = config.dropout
+        self.members = nn.ModuleList(Member(config) for _ in range(config.members))
 
     def forward(
         self,
@@ -172,20 +198,18 @@ class OutcomeHead(nn.Module):
     ) -> Tensor:
         score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
         pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
-        if self.variables is None or self.summary is None:
-            pooled_BD = self.norm(pooled_BD)
-        else:
+        facts_VF = None
+        if self.variables is not None:
             pair_noise = None if noise is None else noise.at(variables.patient, variables.code)
             facts_VF = self.standardised(_facts(batch, variables), variables.code)
             axis_BD = self.variables(events_RD, context_SD, facts_VF, sets, variables, pair_noise)
-            if pair_noise is not None:
-                facts_VF = pair_noise.dropout(facts_VF, FACT_SALT, self.dropout)
-            summary_BC = self.summary(facts_VF, variables, sequences.num_patients)
-            pooled_BD = self.norm(torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1))
-            pooled_BD = torch.cat([pooled_BD, summary_BC.to(pooled_BD.dtype)], dim=1)
-        if noise is not None:
-            pooled_BD = noise.of_patients().dropout(pooled_BD, HEAD_SALT, self.dropout)
-        return self.output(F.gelu(self.hidden(pooled_BD)))
+            pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
+        pooled_BD = self.norm(pooled_BD)
+        members = [
+            member(pooled_BD, facts_VF, variables, noise, MEMBER_SALT + 2 * number)
+            for number, member in enumerate(self.members)
+        ]
+        return torch.stack(members, dim=1)
 
     def standardised(self, facts_VF: Tensor, code_V: Tensor) -> Tensor:
         """Facts as z-scores within their variable; 4 at most, so that a record's error is not the whole sum."""

@@ -357,7 +357,7 @@ def test_the_head_is_fine_tuned_on_a_pretrained_model(data: Path, tmp_path: Path
         fixed = not name.startswith("head.") or name.startswith("head.fact_")
         assert not fixed or torch.equal(after, given[name]), name
     moved = [name for name, after in weights(tmp_path / "head").items() if not torch.equal(after, given[name])]
-    assert "head.output.weight" in moved
+    assert "head.members.0.output.weight" in moved
     assert not torch.equal(weights(tmp_path / "all")["encoder.heads.1.weight"], given["encoder.heads.1.weight"])
 
 
@@ -368,7 +368,7 @@ def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None
     found = train.Data(folder=folder, manifest=Manifest.load(folder), quarantined={})
     untrained = train.new_model(options, found).state_dict()
     after = weights(tmp_path)
-    assert torch.equal(after["head.output.weight"], untrained["head.output.weight"])
+    assert torch.equal(after["head.members.0.output.weight"], untrained["head.members.0.output.weight"])
     assert not torch.equal(after["decoder.output.weight"], untrained["decoder.output.weight"])
 
 

@@ -119,13 +119,16 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     if model.head.variables is not None:
         pooled = torch.cat([pooled, variable_axis(model, batch, b, sets, context)])
     pooled = model.head.norm(pooled)
-    if model.head.summary is not None:
-        total = model.head.summary.bias
-        for code, facts in course_of_variables(batch, b).items():
-            inputs = torch.cat([standardised(model, code, facts), torch.ones(1)])
-            total = total + inputs @ model.head.summary.weight[code]
-        pooled = torch.cat([pooled, F.gelu(total)])
-    logits = model.head.output(F.gelu(model.head.hidden(pooled)))
+    members = []
+    for member in model.head.members:
+        inputs = [pooled]
+        if member.facts is not None:
+            total = member.bias
+            for code, facts in course_of_variables(batch, b).items():
+                total = total + torch.cat([standardised(model, code, facts), torch.ones(1)]) @ member.facts[code]
+            inputs.append(F.gelu(total))
+        members.append(member.output(F.gelu(member.hidden(torch.cat(inputs)))))
+    logits = torch.stack(members)
     distances = [
         decoded_distances(target.detach(), decode(model, h, len(target)))
         for target, h in zip(sets, context, strict=True)
@@ -239,7 +242,7 @@ def total_loss(model: SeqSetVAE, batch: PatientBatch, weights: LossWeights, beta
                 for d in range(len(m)):
                     kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(weights.free_bits)
     labelled = [(r.logits, int(label)) for r, label in zip(results, batch.label, strict=True) if label >= 0]
-    crossed = torch.stack([-torch.log_softmax(logits, 0)[label] for logits, label in labelled]).sum()
+    crossed = torch.stack([-torch.log_softmax(logits, 1)[:, label].mean() for logits, label in labelled]).sum()
     return weights.vae * (
         reconstruction / batch.num_events + beta * kl / batch.num_sets
     ) + weights.classification * crossed / len(labelled)

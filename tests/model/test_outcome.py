@@ -34,8 +34,9 @@ def test_the_head_sees_facts_as_z_scores_four_at_most() -> None:
     generator = torch.Generator().manual_seed(0)
     model.head.fact_mean.copy_(torch.randn(NUM_CODES, NUM_FACTS, generator=generator))
     model.head.fact_std.copy_(torch.rand(NUM_CODES, NUM_FACTS, generator=generator) + 0.05)
-    torch.nn.init.normal_(model.head.summary.bias)
+    for member in model.head.members:
+        torch.nn.init.normal_(member.bias)
     with torch.no_grad():
-        found = model(batch).logits
+        found = model(batch).members
         expected = torch.stack([reference.patient(model, batch, b).logits for b in range(3)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
