@@ -9,11 +9,12 @@ BENCHMARKS ?= train_step
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-faults lint format bench clean
 
 help:
 	@echo "make demo    synthetic patients: preprocess, train on CPU, evaluate, report (a few minutes)"
 	@echo "make test    all tests"
+	@echo "make test-faults  the whole fault suite, with its counts into benchmarks/results/faults.json (an hour)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff, rewriting files"
 	@echo "make bench   the figures of the README, measured again into benchmarks/results"
@@ -33,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --quiet --numprocesses auto
+
+test-faults: $(READY)
+	FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

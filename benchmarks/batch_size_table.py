@@ -118,11 +118,9 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for size, row in result["sizes"].items():
         gpu = "not measured" if row["peak_cuda_bytes"] is None else f"{row['peak_cuda_bytes'] / 1e9:.2f} GB"
-        lines.append(
-            f"| {size} | {row['relative_speed']:.2f} | {row['patients_per_second']:.1f} | "
-            f"{row['events_per_second']:,.0f} | {row['peak_rss_bytes'] / 1e9:.2f} GB | {gpu} | "
-            f"{row['padding_waste']:.1%} |"
-        )
+        speed = f"{row['relative_speed']:.2f} | {row['patients_per_second']:.1f} | {row['events_per_second']:,.0f}"
+        memory = f"{row['peak_rss_bytes'] / 1e9:.2f} GB | {gpu}"
+        lines.append(f"| {size} | {speed} | {memory} | {row['padding_waste']:.1%} |")
     return "\n".join(lines) + "\n"
 
 

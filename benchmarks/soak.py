@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--minutes 60] [--output FILE.json]
 
 Synthetic patients.  A round is ``train.py --resume`` for two more epochs: batches, validation, checkpoints after
-every 20 steps, the best one's evaluation, report.  After each, the process is looked at; the first fifth of the rounds
+every 20 steps, the best one's evaluation, report.  After each, the process is looked at; the first half of the rounds
 warms up and does not count.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
                     "patients_per_second": round(summary["patients_per_second"], 2),
                 }
             )
-    steady = rounds[len(rounds) // 5 :]
+    steady = rounds[len(rounds) // 2 :]
     seconds, rss, speed = (
         np.array([each[key] for each in steady]) for key in ("seconds", "rss_bytes", "patients_per_second")
     )

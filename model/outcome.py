@@ -161,8 +161,8 @@ class Member(nn.Module):
                 pair_noise = noise.at(variables.patient, variables.code)
                 facts_VF = pair_noise.dropout(facts_VF, salt, self.dropout)
             told_VC = (F.pad(facts_VF, (0, 1), value=1.0)[:, None] @ self.facts[variables.code])[:, 0]
-            bias_BC = self.bias.to(told_VC.dtype).repeat(len(pooled_BD), 1)
-            summary_BC = F.gelu(bias_BC.index_add(0, variables.patient, told_VC))
+            bias_BC = self.bias.repeat(len(pooled_BD), 1)
+            summary_BC = F.gelu(bias_BC.index_add(0, variables.patient, told_VC.float()))
             pooled_BD = torch.cat([pooled_BD, summary_BC.to(pooled_BD.dtype)], dim=1)
         if noise is not None:
             pooled_BD = noise.of_patients().dropout(pooled_BD, salt + 1, self.dropout)

@@ -47,6 +47,12 @@ SHARD_SUFFIXES: Final = {"parquet": (".parquet",), "webdataset": (".tar",), "bot
 _SHARD_PATH: Final = re.compile(rf"({'|'.join(SPLITS)})/[0-9]+\.(parquet|tar)")
 """Nothing else is opened, or removed, because a manifest names it."""
 
+MOST_OF_A_SHARD: Final = 1 << 31
+"""Patients, sets and events are counted in 32 bits."""
+
+PATIENTS_A_BYTE: Final = 64
+"""More than any compression fits; memory for lengths is taken before a shard is read."""
+
 TEMPORARY: Final = ".tmp"
 """Ends the names of files that are not complete."""
 
@@ -177,6 +183,9 @@ class Manifest:
                 for entry in manifest.shards():
                     if not _SHARD_PATH.fullmatch(entry.path):
                         raise UserError(f"{path}: names {entry.path!r}, which is no place of a shard; {folder.mend}")
+                    in_order = 1 <= entry.num_patients <= entry.num_sets <= entry.num_events < MOST_OF_A_SHARD
+                    if not in_order or entry.num_patients > PATIENTS_A_BYTE * entry.num_bytes:
+                        raise UserError(f"{path}: {entry.path} cannot hold as much as it says; {folder.mend}")
                 return manifest
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a manifest of this project ({error}); run preprocess.py again") from None
