@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.attention import Tail
 from model.augment import drop_events
+from model.card import EARLY_HOURS, by_length, first_hours, reconstruction_sums
 from model.checkpoint import Checkpoint
 from model.collapse import CollapseGauges, is_collapsed
 from model.config import SeqSetVAEConfig
@@ -51,9 +52,11 @@ from model.memory import (
     peak_of,
 )
 from model.options import LEAST_STEPS, TrainOptions, parse_options
+from model.outcome import fact_moments
 from model.parallel import World, run
 from model.profiling import StepProfiler, lines, part
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
+from model.set_vae import Posterior
 from pipeline.batch import PatientBatch
 from pipeline.folder import Folder
 from pipeline.loader import PatientLoader, make_loader
@@ -169,6 +172,13 @@ class Training:
         if self.memory is not None:
             options = self.options = dataclasses.replace(options, batch_size=self.memory.batch_size)
         self.loader = open_loader(options, data, world, "train", shuffle=True, memory=self.memory)
+        if not (self.checkpoints / "last.pt").exists():
+            if options.init_from is None:
+                fit_facts(self.model, options, data, world, self.memory)
+            else:
+                start_from(Path(options.init_from), self.model, self.manifest)
+        if options.freeze:
+            self.model.requires_grad_(False).head.requires_grad_(True)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         # With the usual eps of 1e-8 weights that matter to nothing would follow the rounding noise of their gradients.
         groups = parameter_groups(self.model, options)
@@ -309,7 +319,7 @@ class Training:
         validation patients the last is the best.
         """
         best, name = self.progress["best"], self.options.monitor
-        name = name if metrics[name] is not None else "loss"
+        name = "loss" if self.options.objective == "pretrain" or metrics[name] is None else name
         sign = -1 if name == "loss" else 1
         better = best is None or metrics[name] is None or best[name] is None or sign * metrics[name] > sign * best[name]
         if better:
@@ -563,6 +573,29 @@ def open_loader(
     )
 
 
+def start_from(path: Path, model: SeqSetVAE, manifest: Manifest) -> None:
+    """``--init_from``: the averaged weights of a checkpoint of the same shape and vocabulary."""
+    saved = Checkpoint.load(path)
+    saved.check_same_model(path, model.config)
+    saved.check_same_vocabulary(path, manifest.vocabulary_fingerprint)
+    model.load_state_dict(saved.averaged)
+
+
+def fit_facts(model: SeqSetVAE, options: TrainOptions, data: Data, world: World, memory: StepMemory | None) -> None:
+    """Tell the head what the facts of each variable are like in the train split, or in a large sample of it."""
+    moments, patients = torch.zeros(3, *model.head.fact_mean.shape, dtype=torch.float64), 0
+    for batch in open_loader(options, data, world, "train", shuffle=True, memory=memory):
+        moments += fact_moments(batch.to("cpu"), len(moments[0]))
+        patients += batch.num_patients
+        if patients >= FACT_PATIENTS:
+            break
+    model.head.fit_facts(world.sum(moments.to(world.device)))
+
+
+FACT_PATIENTS = 20_000
+"""Enough for means and deviations, however large the split is."""
+
+
 def lay_out(batch: PatientBatch, options: TrainOptions, pad_to: int | None) -> PatientBatch:
     """The batch as it came, or through the padded layout where the user asks for that."""
     if options.use_dynamic_padding is None:
@@ -588,8 +621,11 @@ def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
 
 
 def kl_weight(options: TrainOptions, step: int) -> float:
-    """Linear warm-up of beta."""
-    return options.beta * min(1.0, (step + 1) / max(options.beta_warmup_steps, 1))
+    """Linear warm-up of beta; a cycle (Fu et al. 2019, arXiv:1903.10145) is half warm-up, half its height."""
+    warmup = max(options.beta_warmup_steps, 1)
+    return options.beta * min(
+        1.0, ((step % (2 * warmup) if options.beta_schedule == "cyclical" else step) + 1) / warmup
+    )
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -718,6 +754,7 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     model = Checkpoint.load(path).build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     run_dir.mkdir(parents=True, exist_ok=True)
     metrics = evaluate_split(model, split, options, data, world)
+    more = card(model, split, options, data, world)
     if world.is_main:
         content = {
             "checkpoint": str(path),
@@ -725,6 +762,7 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
             "quarantined_patients": data.quarantined_patients[split],
             "quarantined_shards": data.quarantined_shards,
             **metrics,
+            **more,
         }
         write_atomically(run_dir / f"evaluation_{split}.json", (json.dumps(content, indent=1) + "\n").encode())
         print(
@@ -732,6 +770,63 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
         )
         print(f"report {write_run_report(run_dir)}")
     return 0
+
+
+@torch.no_grad()
+def card(model: SeqSetVAE, split: str, options: TrainOptions, data: Data, world: World) -> dict[str, Any]:
+    """What ``--evaluate`` adds: answers after the first hours, quality by length, reconstruction beside the variables'
+    means; writes ``latents_<split>.parquet`` (a file a rank) where ``--export_latents`` asks.
+    """
+    model.eval()
+    label, number = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    probability = [torch.zeros(0, 1 + len(EARLY_HOURS), dtype=torch.float64)]
+    errors, num_events = torch.zeros(2, dtype=torch.float64, device=world.device), 0
+    suffix = "" if world.is_main else f"_rank{world.rank}"
+    path = Path(options.output_dir) / f"latents_{split}{suffix}.parquet"
+    with pq.ParquetWriter(path, LATENTS) if options.export_latents else contextlib.nullcontext() as latents:
+        for batch, counts, _ in timed(open_loader(options, data, world, split, shuffle=False)):
+            views = [batch, *(first_hours(batch, hours) for hours in EARLY_HOURS)]
+            with autocast(options, world):
+                given = [ModelInput.of(view).to(world.device) for view in views]
+                outputs = [model(view) for view in given]
+                errors += reconstruction_sums(model, given[0].batch, outputs[0], options.loss_weights())
+            label.append(batch.label)
+            number.append(batch.events_per_patient)
+            probability.append(torch.stack([output.probability.cpu().double() for output in outputs], dim=1))
+            num_events += counts.num_events
+            if latents is not None:
+                latents.write_table(latent_rows(batch, outputs[0].posteriors[-1]))
+    shares = world.gather((torch.cat(label), torch.cat(number), torch.cat(probability)))
+    labels, numbers, probabilities = (torch.cat(parts).numpy() for parts in zip(*shares, strict=True))
+    ours, at_mean = (world.sum(errors) / max(num_events, 1)).tolist()
+    early = dict[str, dict[str, float | None]]()
+    for column, hours in enumerate(EARLY_HOURS, start=1):
+        auroc, auprc = auroc_auprc(labels, probabilities[:, column])
+        early[f"{hours} hours"] = {"auroc": auroc, "auprc": auprc}
+    return {
+        "reconstruction_error": ours,
+        "reconstruction_error_at_variable_means": at_mean,
+        "after_the_first": early,
+        "by_length": by_length(labels, probabilities[:, 0], numbers),
+    }
+
+
+LATENTS = pa.schema(
+    [
+        ("patient_id", pa.string()),
+        ("minute", pa.float32()),
+        ("mu", pa.list_(pa.float32())),
+        ("logvar", pa.list_(pa.float32())),
+    ]
+)
+
+
+def latent_rows(batch: PatientBatch, posterior: Posterior) -> pa.Table:
+    """A row a set: whose it is, when, and the posterior of its latent."""
+    patient = torch.repeat_interleave(torch.arange(batch.num_patients), batch.sets_per_patient)
+    ids = pa.array(batch.patient_id, pa.string()).take(pa.array(patient.numpy()))
+    wide = [pa.array(list(part.float().cpu().numpy()), LATENTS.field("mu").type) for part in posterior]
+    return pa.table([ids, pa.array(batch.minute.numpy()), *wide], schema=LATENTS)
 
 
 def inspect(options: TrainOptions, manifest: Manifest) -> int:
@@ -755,7 +850,7 @@ def inspect(options: TrainOptions, manifest: Manifest) -> int:
             output = model(batch)
         milliseconds = 1000 * (time.perf_counter() - started)
         sizes = f"{batch.num_sets} sets, {batch.num_events} events"
-        print(f"  forward: {sizes} -> logits {tuple(output.logits.shape)}, {milliseconds:.0f} ms")
+        print(f"  forward: {sizes} -> probabilities {tuple(output.probability.shape)}, {milliseconds:.0f} ms")
         print(f"  memory: {peak_rss_bytes() / 2**20:.0f} MiB at most so far")
     return 0
 

@@ -28,6 +28,7 @@ class SeqSetVAEConfig:
         layers: layers of the causal transformer over sets.
         feed_forward: hidden width of their feed-forward.
         variable_axis: whether the head sees each variable across time beside each set in time.
+        members: ends of the outcome head, whose mean predicts.
         dropout: probability, in the transformer and the outcome head.
         max_logvar: bound of \|logvar\| of the posterior.
     """
@@ -44,6 +45,7 @@ class SeqSetVAEConfig:
     layers: int = 2
     feed_forward: int = 256
     variable_axis: bool = True
+    members: int = 8
     dropout: float = 0.1
     max_logvar: float = 10.0
 
@@ -56,6 +58,7 @@ class SeqSetVAEConfig:
             "inducing_points",
             "set_feed_forward",
             "feed_forward",
+            "members",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"model configuration: {name} must be at least 1, not {getattr(self, name)}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import SeqSetVAEConfig
 from model.course import NUM_FACTS
-from model.outcome import FACT_CHANNELS
+from model.outcome import FACT_CHANNELS, SUMMARY_CHANNELS
 from pipeline.batch import PatientBatch
 
 BACKWARD = "backward"
@@ -42,14 +42,15 @@ def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> dict[str, float]
     layer = 4 * sets * square + 2 * sets * width * config.feed_forward + 2 * pairs * width
     transformer = config.layers * layer
 
-    axes, facts = 1, 0.0
-    head = 2.0 * patients * width
+    inputs, facts, head = width, 0.0, 0.0
     if config.variable_axis:
-        axes = 2
         variables_B = _variables_per_patient(batch)
-        facts = float(variables_B.sum()) * NUM_FACTS * min(width, FACT_CHANNELS)
-        head += (events + sets) * square + events * width * config.heads + facts + _isab(variables_B, config)
-    head += axes * patients * square
+        channels = min(width, SUMMARY_CHANNELS)
+        inputs = 2 * width + channels
+        a_variable = NUM_FACTS * min(width, FACT_CHANNELS) + config.members * (NUM_FACTS + 1) * channels
+        facts = float(variables_B.sum()) * a_variable
+        head = (events + sets) * square + events * width * config.heads + facts + _isab(variables_B, config)
+    head += config.members * patients * width * (inputs + 2)
 
     losses = float(sizes_S.double().square().sum() * width)
     forward = {

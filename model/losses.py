@@ -32,6 +32,7 @@ class LossWeights:
         direction, magnitude, squared: parts of the reconstruction.
         vae: the VAE's part of the total, reconstruction plus beta times KL divergence.
         classification: the outcome's part of the total.
+        positive: of a patient with the outcome, within it; one without weighs 1.
         beta: weight of the KL divergence within the VAE's part, once warmed up.
         free_bits: nats a dimension of a set may diverge at no cost (Kingma et al. 2016, §C.8).
     """
@@ -41,6 +42,7 @@ class LossWeights:
     squared: float = 3.0
     vae: float = 0.01
     classification: float = 1.0
+    positive: float = 1.0
     beta: float = 0.1
     free_bits: float = 0.1
 
@@ -108,6 +110,7 @@ def kl_sum(posteriors: Sequence[Posterior], free_bits: float) -> Tensor:
     return torch.stack([kl_per_dimension(p).clamp_min(free_bits).sum() for p in posteriors]).sum()
 
 
-def cross_entropy_sum(logits_BC: Tensor, label_B: Tensor) -> Tensor:
-    """Sum over labelled patients; a label of -1 adds nothing."""
-    return F.cross_entropy(logits_BC.float(), label_B, ignore_index=-1, reduction="sum")
+def cross_entropy_sum(logits_B2: Tensor, label_B: Tensor, positive: float = 1.0) -> Tensor:
+    """Sum over labelled patients, those of label 1 weighing ``positive``; a label of -1 adds nothing."""
+    weight = logits_B2.new_tensor([1.0, positive], dtype=torch.float32)
+    return F.cross_entropy(logits_B2.float(), label_B, weight, ignore_index=-1, reduction="sum")

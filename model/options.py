@@ -17,6 +17,8 @@ from pipeline.schema import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Monitor = Literal["auroc", "auprc", "loss"]
+Objective = Literal["joint", "supervised", "pretrain"]
+BetaSchedule = Literal["linear", "cyclical"]
 
 LEAST_STEPS = 50
 """Steps an epoch that ``--batch_size auto`` leaves: fewer would train another model, not the same one faster."""
@@ -77,7 +79,12 @@ class TrainOptions:
         0.3, "share of a patient's events left out of a training step, another at each", least=0, most=0.5
     )
     # optimisation
-    max_epochs: int = _flag(10, "epochs", least=1)
+    objective: Objective = _flag(
+        "joint", "what is learned: sets alone (pretrain, needs no labels), the outcome alone (supervised), or both"
+    )
+    init_from: str | None = _flag(None, "begin with the weights of this checkpoint")
+    freeze: bool = _flag(False, "train the outcome head alone; the rest stays as --init_from gives it")
+    max_epochs: int = _flag(6, "epochs", least=1)
     learning_rate: float = _flag(1e-3, "of AdamW, at its highest", least=0)
     weight_decay: float = _flag(0.1, "of AdamW, on matrices", least=0)
     warmup_steps: int = _flag(50, "steps over which the learning rate rises; a cosine takes it down after", least=0)
@@ -90,9 +97,15 @@ class TrainOptions:
     gradient_clip: float = _flag(1.0, "largest norm of the gradient", least=0)
     beta: float = _flag(0.1, "weight of the KL divergence after warm-up", least=0)
     beta_warmup_steps: int = _flag(5000, "steps over which it rises from 0", least=0)
+    beta_schedule: BetaSchedule = _flag(
+        "linear", "whether it rises once, or (cyclical) again after as many steps at its height"
+    )
     free_bits: float = _flag(0.1, "nats a dimension may diverge at no cost", least=0)
     vae_weight: float = _flag(0.01, "of reconstruction + beta × KL divergence in the loss", least=0)
     classification_weight: float = _flag(1.0, "of the outcome's cross-entropy in the loss", least=0)
+    positive_weight: float = _flag(
+        1.0, "of patients with the outcome in the cross-entropy; other than 1 it shifts probabilities", least=0
+    )
     seed: int = _flag(0, "of weights, noise and the order of patients", least=0)
     # running
     devices: int = _flag(1, "processes, one a GPU or a share of the CPU's cores", least=1)
@@ -118,6 +131,7 @@ class TrainOptions:
     # other jobs
     evaluate: str | None = _flag(None, "no training: evaluate this checkpoint")
     evaluate_split: Literal["train", "valid", "test"] = _flag("test", "the split that is evaluated")
+    export_latents: bool = _flag(False, "with --evaluate: write mu and logvar of each set, with patient and minute")
     inspect: bool = _flag(False, "no training: show batches of 1, 2, 4 and 8 patients and a forward pass of each")
 
     def __post_init__(self) -> None:
@@ -142,10 +156,17 @@ class TrainOptions:
                 f"--devices {self.devices} is more than --batch_size {self.batch_size}: some would get nothing"
             )
 
+        if self.freeze and (self.init_from is None or self.objective == "pretrain"):
+            raise UserError(
+                "--freeze trains the head alone: name a checkpoint with --init_from, and another --objective"
+            )
+
     def loss_weights(self) -> LossWeights:
+        """Those of the objective: without the head's part, or without the VAE's, or as the flags say."""
         return LossWeights(
-            vae=self.vae_weight,
-            classification=self.classification_weight,
+            vae={"joint": self.vae_weight, "supervised": 0.0, "pretrain": 1.0}[self.objective],
+            classification=0.0 if self.objective == "pretrain" else self.classification_weight,
+            positive=self.positive_weight,
             beta=self.beta,
             free_bits=self.free_bits,
         )

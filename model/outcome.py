@@ -3,7 +3,9 @@
 Over time, softmax of h·z weighs the contexts of sets.  Across time, the events of each variable are pooled with the
 context of their sets, joined by facts about its course (``model.course``), and the variables of a patient attend to one
 another: the course of one variable is then one vector, as it is one group of features to a tree (compare the Bi-Axial
-Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).
+Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same facts reach the last layers
+by a shorter way too, added up over the patient's variables: a dense layer on all facts, which learns in few steps.  The
+last layers are an ensemble (compare TabM, arXiv:2410.24210): each member is trained on its own, their mean predicts.
 
 Shape suffixes: B patients, S sets, R rows of the set layout, V (patient, variable) pairs that occur, D width.
 """
@@ -60,10 +62,14 @@ class VariableLayout:
         return VariableLayout(pair, patient, self.code.to(device, non_blocking=True), self.layout.to(device))
 
 
-HEAD_SALT, AXIS_SALT = 1, 2
+AXIS_SALT, MEMBER_SALT = 2, 1024
+"""Of dropout; members' salts are the even numbers from theirs, and the odd ones after them."""
 
 FACT_CHANNELS = 64
 """Channels that the facts about a variable's course reach."""
+
+SUMMARY_CHANNELS = 32
+"""Channels of a member's summary."""
 
 
 class VariableAxis(nn.Module):
@@ -120,17 +126,64 @@ class VariableAxis(nn.Module):
         return variables.layout.mean(x)[variables.layout.set_rank]
 
 
+class Member(nn.Module):
+    """One of the ensemble that a head ends in: two layers on what the axes give and on a summary of its own.
+
+    The summary is one dense layer over the facts of all variables of a patient, to which a variable that did not occur
+    adds nothing; one more fact of each says that it occurs.
+    """
+
+    def __init__(self, config: SeqSetVAEConfig) -> None:
+        super().__init__()
+        inputs, width = (2 if config.variable_axis else 1) * config.width, config.width
+        self.facts = None
+        if config.variable_axis:
+            channels = min(width, SUMMARY_CHANNELS)
+            scale = math.sqrt(config.num_codes * (NUM_FACTS + 1))
+            self.facts = nn.Parameter(torch.randn(config.num_codes, NUM_FACTS + 1, channels) / scale)
+            self.bias = nn.Parameter(torch.zeros(channels))
+            inputs += channels
+        self.hidden = nn.Linear(inputs, width)
+        self.output = nn.Linear(width, 2)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        pooled_BD: Tensor,
+        facts_VF: Tensor | None,
+        variables: VariableLayout,
+        noise: PatientNoise | None,
+        salt: int,
+    ) -> Tensor:
+        """[B, 2]; ``salt`` and the next one are the member's own."""
+        if self.facts is not None and facts_VF is not None:
+            if noise is not None:
+                pair_noise = noise.at(variables.patient, variables.code)
+                facts_VF = pair_noise.dropout(facts_VF, salt, self.dropout)
+            told_VC = (F.pad(facts_VF, (0, 1), value=1.0)[:, None] @ self.facts[variables.code])[:, 0]
+            bias_BC = self.bias.repeat(len(pooled_BD), 1)
+            summary_BC = F.gelu(bias_BC.index_add(0, variables.patient, told_VC.float()))
+            pooled_BD = torch.cat([pooled_BD, summary_BC.to(pooled_BD.dtype)], dim=1)
+        if noise is not None:
+            pooled_BD = noise.of_patients().dropout(pooled_BD, salt + 1, self.dropout)
+        return self.output(F.gelu(self.hidden(pooled_BD)))
+
+
 class OutcomeHead(nn.Module):
-    """Contexts, latents and events -> logits [B, 2]; two layers on what the axes give."""
+    """Contexts, latents and events -> logits [B, K, 2] of an ensemble of K members, which share all but their ends."""
+
+    fact_mean: Tensor
+    fact_std: Tensor
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
         self.variables = VariableAxis(config) if config.variable_axis else None
+        # Moments of the train split, see ``fit_facts``.
+        self.register_buffer("fact_mean", torch.zeros(config.num_codes, NUM_FACTS))
+        self.register_buffer("fact_std", torch.ones(config.num_codes, NUM_FACTS))
         axes = 2 if config.variable_axis else 1
         self.norm = nn.LayerNorm(axes * config.width)
-        self.hidden = nn.Linear(axes * config.width, config.width)
-        self.output = nn.Linear(config.width, 2)
-        self.dropout = config.dropout
+        self.members = nn.ModuleList(Member(config) for _ in range(config.members))
 
     def forward(
         self,
@@ -145,14 +198,43 @@ class OutcomeHead(nn.Module):
     ) -> Tensor:
         score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
         pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
+        facts_VF = None
         if self.variables is not None:
-            pair_noise = noise and noise.at(variables.patient, variables.code)
-            axis_BD = self.variables(events_RD, context_SD, _facts(batch, variables), sets, variables, pair_noise)
+            pair_noise = None if noise is None else noise.at(variables.patient, variables.code)
+            facts_VF = self.standardised(_facts(batch, variables), variables.code)
+            axis_BD = self.variables(events_RD, context_SD, facts_VF, sets, variables, pair_noise)
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
-        if noise is not None:
-            pooled_BD = noise.of_patients().dropout(pooled_BD, HEAD_SALT, self.dropout)
-        return self.output(F.gelu(self.hidden(pooled_BD)))
+        members = [
+            member(pooled_BD, facts_VF, variables, noise, MEMBER_SALT + 2 * number)
+            for number, member in enumerate(self.members)
+        ]
+        return torch.stack(members, dim=1)
+
+    def standardised(self, facts_VF: Tensor, code_V: Tensor) -> Tensor:
+        """Facts as z-scores within their variable; 4 at most, so that a record's error is not the whole sum."""
+        return ((facts_VF - self.fact_mean[code_V]) / self.fact_std[code_V]).clamp(-4, 4)
+
+    @torch.no_grad()
+    def fit_facts(self, moments_3CF: Tensor) -> None:
+        """Take mean and standard deviation from the sums of :func:`fact_moments` over the train split."""
+        count, total, square = moments_3CF.unbind()
+        mean = total / count.clamp_min(1)
+        std = (square / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+        self.fact_mean.copy_(mean)
+        self.fact_std.copy_(torch.where(std > SMALLEST_STD, std, 1.0))
+
+
+SMALLEST_STD = 1e-3
+"""A fact that varies less in the train split is a constant, and left on its scale."""
+
+
+def fact_moments(batch: PatientBatch, num_codes: int) -> Tensor:
+    """[3, C, F] float64, on the CPU: of each variable's facts the count, sum and sum of squares over the patients."""
+    variables = VariableLayout.build(batch)
+    facts_VF = _facts(batch, variables).double()
+    parts = torch.stack([torch.ones_like(facts_VF), facts_VF, facts_VF.square()])
+    return parts.new_zeros(3, num_codes, NUM_FACTS).index_add(1, variables.code, parts)
 
 
 def _facts(batch: PatientBatch, variables: VariableLayout) -> Tensor:

@@ -69,7 +69,7 @@ class SeqSetVAEOutput:
     Attributes:
         posteriors: of each level, [S, D] each, in the batch's order of sets; the last is the set's.
         context: [S, D], the transformer's output h.
-        logits: [B, 2].
+        members: [B, K, 2], logits of each end of the head.
         events: [R, D], what was to be reconstructed, in rows of the set layout; no gradient.
         decoded: [R, D], what was reconstructed.
         sets: the layout of those rows.
@@ -77,15 +77,15 @@ class SeqSetVAEOutput:
 
     posteriors: list[Posterior]
     context: Tensor
-    logits: Tensor
+    members: Tensor
     events: Tensor
     decoded: Tensor
     sets: SetLayout
 
     @property
     def probability(self) -> Tensor:
-        """[B] float32, of the outcome."""
-        return self.logits.float().softmax(1)[:, 1]
+        """[B] float32, of the outcome: the mean of the members'."""
+        return self.members.float().softmax(2)[:, :, 1].mean(1)
 
 
 class SeqSetVAE(nn.Module):
@@ -135,11 +135,11 @@ class SeqSetVAE(nn.Module):
         with part("decoder"):
             decoded_RD = self.decoder(context_SD[sets.set_order], sets, checkpointed=checkpointed)
         with part("head"):
-            logits_B2 = self.head(batch, events_RD, context_SD, z_SD, sets, sequences, given.variables, noise)
+            members_BK2 = self.head(batch, events_RD, context_SD, z_SD, sets, sequences, given.variables, noise)
         return SeqSetVAEOutput(
             posteriors=posteriors,
             context=context_SD,
-            logits=logits_B2,
+            members=members_BK2,
             events=events_RD.detach(),
             decoded=decoded_RD,
             sets=sets,
@@ -180,7 +180,9 @@ def losses(
     parts = weights.direction * direction + weights.magnitude * magnitude + weights.squared * squared
     reconstruction = parts / max(counts.num_events, 1)
     kl = kl_sum(output.posteriors, weights.free_bits) / max(counts.num_sets, 1)
-    classification = cross_entropy_sum(output.logits, label_B) / max(counts.num_labelled, 1)
+    members = output.members.shape[1]
+    of_members = cross_entropy_sum(output.members.flatten(0, 1), label_B.repeat_interleave(members), weights.positive)
+    classification = of_members / members / max(counts.num_labelled, 1)
     total = weights.vae * (reconstruction + beta * kl) + weights.classification * classification
     with torch.no_grad():
         levels = torch.stack([kl_per_dimension(p).sum() for p in output.posteriors]) / max(counts.num_sets, 1)

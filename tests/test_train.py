@@ -346,6 +346,51 @@ def test_collapse_is_caught(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "collapsed" in capsys.readouterr().err
 
 
+def test_the_head_is_fine_tuned_on_a_pretrained_model(data: Path, tmp_path: Path) -> None:
+    """With --freeze fine-tuning moves the head alone, without it all."""
+    assert run(data, tmp_path / "pre", "--objective", "pretrain", "--weight_decay", "0") == 0
+    start = str(tmp_path / "pre" / "checkpoints" / "best.pt")
+    given = Checkpoint.load(Path(start)).averaged
+    assert run(data, tmp_path / "head", "--objective", "supervised", "--init_from", start, "--freeze") == 0
+    assert run(data, tmp_path / "all", "--init_from", start) == 0
+    for name, after in weights(tmp_path / "head").items():
+        fixed = not name.startswith("head.") or name.startswith("head.fact_")
+        assert not fixed or torch.equal(after, given[name]), name
+    moved = [name for name, after in weights(tmp_path / "head").items() if not torch.equal(after, given[name])]
+    assert "head.members.0.output.weight" in moved
+    assert not torch.equal(weights(tmp_path / "all")["encoder.heads.1.weight"], given["encoder.heads.1.weight"])
+
+
+def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "--objective", "pretrain", "--max_epochs", "1", "--weight_decay", "0") == 0
+    options = TrainOptions(data_dir=str(data), output_dir="-")
+    folder = train.data_folder(options)
+    found = train.Data(folder=folder, manifest=Manifest.load(folder), quarantined={})
+    untrained = train.new_model(options, found).state_dict()
+    after = weights(tmp_path)
+    assert torch.equal(after["head.members.0.output.weight"], untrained["head.members.0.output.weight"])
+    assert not torch.equal(after["decoder.output.weight"], untrained["decoder.output.weight"])
+
+
+def test_beta_rises_once_or_in_cycles() -> None:
+    once = TrainOptions(data_dir="-", output_dir="-", beta=1.0, beta_warmup_steps=2)
+    again = TrainOptions(data_dir="-", output_dir="-", beta=1.0, beta_warmup_steps=2, beta_schedule="cyclical")
+    assert [train.kl_weight(once, step) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
+    assert [train.kl_weight(again, step) for step in range(6)] == [0.5, 1, 1, 1, 0.5, 1]
+
+
+def test_the_card_and_the_latents(finished: Path, data: Path, tmp_path: Path) -> None:
+    best = str(finished / "checkpoints" / "best.pt")
+    assert run(data, tmp_path, "--evaluate", best, "--export_latents") == 0
+    card = json.loads((tmp_path / "evaluation_test.json").read_text())
+    assert set(card["after_the_first"]) == {"6 hours", "12 hours", "24 hours", "48 hours"}
+    assert sum(bucket["patients"] for bucket in card["by_length"].values()) == card["num_labelled"]
+    assert card["reconstruction_error"] == pytest.approx(card["reconstruction"], rel=1e-5)
+    latents = pq.read_table(tmp_path / "latents_test.parquet")
+    assert len(set(latents["patient_id"].to_pylist())) == 12
+    assert {len(mu) for mu in latents["mu"].to_pylist()} == {64}
+
+
 def test_inspect_prints_batches(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--data_dir", str(data), "--inspect"]) == 0
     text = capsys.readouterr().out
@@ -387,6 +432,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (["--data_dir", "memory://nowhere", "--output_dir", str(tmp_path / "o")], "memory://nowhere/manifest.json"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--device", "cuda"], "--device cuda"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--evaluate", best, "--no_such"], "--no_such"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--init_from", str(no_checkpoint)], "x.pt"),
+        (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--freeze"], "--init_from"),
     ]
     for arguments, expected in cases:
         if "cuda" in arguments and torch.cuda.is_available():

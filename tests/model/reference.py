@@ -118,7 +118,17 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     pooled = weights @ context
     if model.head.variables is not None:
         pooled = torch.cat([pooled, variable_axis(model, batch, b, sets, context)])
-    logits = model.head.output(F.gelu(model.head.hidden(model.head.norm(pooled))))
+    pooled = model.head.norm(pooled)
+    members = []
+    for member in model.head.members:
+        inputs = [pooled]
+        if member.facts is not None:
+            total = member.bias
+            for code, facts in course_of_variables(batch, b).items():
+                total = total + torch.cat([standardised(model, code, facts), torch.ones(1)]) @ member.facts[code]
+            inputs.append(F.gelu(total))
+        members.append(member.output(F.gelu(member.hidden(torch.cat(inputs)))))
+    logits = torch.stack(members)
     distances = [
         decoded_distances(target.detach(), decode(model, h, len(target)))
         for target, h in zip(sets, context, strict=True)
@@ -127,6 +137,12 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     return PatientResult(
         [torch.stack(m) for m in mu], [torch.stack(v) for v in logvar], context, logits, direction, magnitude, squared
     )
+
+
+def standardised(model: SeqSetVAE, code: int, facts: list[float]) -> Tensor:
+    """The facts of a variable as z-scores, 4 at most."""
+    moments = zip(facts, model.head.fact_mean[code].tolist(), model.head.fact_std[code].tolist(), strict=True)
+    return torch.tensor([min(max((fact - mean) / std, -4.0), 4.0) for fact, mean, std in moments])
 
 
 def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tensor], context: Tensor) -> Tensor:
@@ -145,7 +161,7 @@ def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tens
         weights = torch.softmax(axis.score(stacked), dim=0)
         parts = stacked.chunk(model.config.heads, dim=1)
         pooled = torch.cat([weights[:, head] @ part for head, part in enumerate(parts)])
-        told = torch.tensor(facts[code]) @ axis.facts[code]
+        told = standardised(model, code, facts[code]) @ axis.facts[code]
         pooled = torch.cat([pooled[: len(told)] + told, pooled[len(told) :]])
         variables.append(axis.norm(pooled + axis.variable.weight[code]))
     x = torch.stack(variables)
@@ -226,7 +242,7 @@ def total_loss(model: SeqSetVAE, batch: PatientBatch, weights: LossWeights, beta
                 for d in range(len(m)):
                     kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(weights.free_bits)
     labelled = [(r.logits, int(label)) for r, label in zip(results, batch.label, strict=True) if label >= 0]
-    crossed = torch.stack([-torch.log_softmax(logits, 0)[label] for logits, label in labelled]).sum()
+    crossed = torch.stack([-torch.log_softmax(logits, 1)[:, label].mean() for logits, label in labelled]).sum()
     return weights.vae * (
         reconstruction / batch.num_events + beta * kl / batch.num_sets
     ) + weights.classification * crossed / len(labelled)

@@ -82,3 +82,9 @@ def test_cross_entropy_skips_the_unlabelled() -> None:
     found = cross_entropy_sum(logits, torch.tensor([1, -1, 0])).item()
     assert found == pytest.approx(math.log(2) + math.log(1 + math.exp(2)))
     assert cross_entropy_sum(logits, torch.tensor([-1, -1, -1])).item() == 0.0
+
+
+def test_positives_weigh_what_they_are_told() -> None:
+    """Equal logits: each patient ln 2, the one with the outcome three times that, the unlabelled nothing."""
+    found = cross_entropy_sum(torch.zeros(3, 2), torch.tensor([1, -1, 0]), 3.0)
+    assert found.item() == pytest.approx(4 * math.log(2))

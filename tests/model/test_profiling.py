@@ -74,7 +74,7 @@ def run_steps(path: Path, model: SeqSetVAE, steps: int, done: int) -> StepProfil
     batch = random_batch([[1, 3], [2]])
     with StepProfiler(path, model.config, torch.device("cpu"), torch.float32, steps=steps) as profiler:
         for _ in range(done):
-            model(batch).logits.sum().backward()
+            model(batch).members.sum().backward()
             profiler.step(batch)
     return profiler
 

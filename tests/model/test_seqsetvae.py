@@ -43,7 +43,7 @@ def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool) -
                 output.posteriors[level].logvar[own], expected.logvar[level], atol=1e-5, rtol=1e-5
             )
         torch.testing.assert_close(output.context[own], expected.context, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(output.logits[b], expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.members[b], expected.logits, atol=1e-5, rtol=1e-5)
     found = losses(output, batch.label, WEIGHTS, counts_of(batch), beta=0.07).total
     torch.testing.assert_close(found, reference.total_loss(model, batch, WEIGHTS, 0.07), atol=1e-5, rtol=1e-5)
 
@@ -68,7 +68,7 @@ def test_a_patient_is_the_same_alone_and_in_any_batch(seed: int | None, order: l
         alone = model(select(batch, [b]), seed=seed, step=5)
         first = sum(len(SETS[other]) for other in order[:place])
         own = slice(first, first + len(SETS[b]))
-        torch.testing.assert_close(together.logits[place : place + 1], alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.members[place : place + 1], alone.members, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.context[own], alone.context, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.posteriors[-1].mu[own], alone.posteriors[-1].mu, atol=1e-5, rtol=1e-5)
 
@@ -88,7 +88,7 @@ def test_losses_and_gradients_of_parts_add_up_to_the_whole(seed: int | None) -> 
 def test_padding_changes_nothing(pad_to: int | None) -> None:
     model, batch = tiny_model(), random_batch(SETS)
     unpadded = PatientBatch.from_padded(batch.to_padded(pad_to=pad_to), batch.patient_id)
-    torch.testing.assert_close(model(unpadded).logits, model(batch).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(unpadded).members, model(batch).members, atol=1e-5, rtol=1e-5)
     counts = counts_of(batch)
     torch.testing.assert_close(
         gradients(model, unpadded, counts), gradients(model, batch, counts), atol=1e-5, rtol=1e-4
@@ -129,7 +129,7 @@ def test_order_of_events_inside_a_set_does_not_matter() -> None:
         batch, code=batch.code[order], value=batch.value[order], has_value=batch.has_value[order]
     )
     counts = counts_of(batch)
-    torch.testing.assert_close(model(shuffled).logits, model(batch).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(shuffled).members, model(batch).members, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
         gradients(model, shuffled, counts), gradients(model, batch, counts), atol=1e-5, rtol=1e-4
     )
@@ -181,7 +181,7 @@ def test_gradient_checkpointing_keeps_less() -> None:
 
 def test_noise_changes_with_the_step_and_the_seed() -> None:
     model, batch = tiny_model(), random_batch(SETS)
-    logits = [model(batch, seed=seed, step=step).logits for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    logits = [model(batch, seed=seed, step=step).members for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2])
     assert not torch.allclose(logits[0], logits[3])
@@ -192,7 +192,7 @@ def test_no_patients_at_all() -> None:
     model = tiny_model()
     batch = random_batch([])
     output = model(batch, seed=0)
-    assert output.logits.shape == (0, 2)
+    assert output.members.shape == (0, 8, 2)
     loss = losses(output, batch.label, WEIGHTS, LossCounts(num_events=5, num_sets=2, num_labelled=1), beta=0.1)
     loss.total.backward()
     assert loss.total.item() == 0.0
@@ -200,10 +200,10 @@ def test_no_patients_at_all() -> None:
 
 def test_input_made_beforehand_is_the_same_input() -> None:
     model, batch = tiny_model(), random_batch(SETS)
-    assert torch.equal(model(ModelInput.of(batch)).logits, model(batch).logits)
+    assert torch.equal(model(ModelInput.of(batch)).members, model(batch).members)
 
 
 def test_extreme_values_stay_finite() -> None:
     model, batch = tiny_model(), random_batch(SETS)
     extreme = dataclasses.replace(batch, value=batch.value * 1e30, minute=batch.minute * 1e6 - 1e8)
-    assert torch.isfinite(model(extreme).logits).all()
+    assert torch.isfinite(model(extreme).members).all()
