@@ -83,10 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print(
-            "train.py: out of memory; lower --batch_size, or give --max_events or --gradient_checkpointing",
+            "train.py: out of memory; lower --batch_size, or give --max_memory or --gradient_checkpointing",
             file=sys.stderr,
         )
         return 2

@@ -127,9 +127,12 @@ def halved(parts: list[PatientBatch]) -> list[PatientBatch]:
     return [half for half in halves if half.num_patients]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch's allocator of a GPU, or of the CPU, which has no class of its own, found no room."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room: for Python, for PyTorch on a GPU or (which has no class of its own) the CPU, or for
+    the stack of a thread.
+    """
+    said = ("can't allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 def held_bytes(device: torch.device, parameter_bytes: int) -> int:

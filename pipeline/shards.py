@@ -371,7 +371,15 @@ def _with_static(minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[n
 def _read_rows(path: Path, suffix: str, columns: list[str] | None = None) -> pa.Table:
     if suffix == ".tar":
         return read_tar(path).cast(SHARD_SCHEMA)
-    return pq.read_table(path, schema=SHARD_SCHEMA, columns=columns).combine_chunks()
+    return _read_parquet(path, SHARD_SCHEMA, columns).combine_chunks()
+
+
+def _read_parquet(path: str | Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    # In this thread: others win nothing here, and where memory is short Arrow waits for ever for one it cannot start.
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=columns, use_threads=False)
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    return table.select(wanted.names).cast(wanted)
 
 
 def read_index(directory: Path | Folder, manifest: Manifest) -> pa.Table:
@@ -388,7 +396,7 @@ def _read_table(directory: Path | Folder, manifest: Manifest, name: str, schema:
     folder = folder_at(directory)
     with checked_file(folder, manifest, name) as path:
         try:
-            return pq.read_table(path, schema=schema)
+            return _read_parquet(path, schema)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{folder}/{name}: cannot be read ({error}); run preprocess.py again") from None
 
