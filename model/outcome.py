@@ -71,6 +71,9 @@ FACT_CHANNELS = 64
 SUMMARY_CHANNELS = 32
 """Channels of a member's summary."""
 
+SUMMARY_WEIGHTS = 1 << 22
+"""Weights of all members' summaries: those of 30,000 codes, each with all channels, would be 84 million."""
+
 
 class VariableAxis(nn.Module):
     """Events with the context of their sets, pooled per variable, and facts about its course; variables attend to one
@@ -138,7 +141,8 @@ class Member(nn.Module):
         inputs, width = (2 if config.variable_axis else 1) * config.width, config.width
         self.facts = None
         if config.variable_axis:
-            channels = min(width, SUMMARY_CHANNELS)
+            affordable = SUMMARY_WEIGHTS // (config.num_codes * (NUM_FACTS + 1) * config.members)
+            channels = max(1, min(width, SUMMARY_CHANNELS, affordable))
             scale = math.sqrt(config.num_codes * (NUM_FACTS + 1))
             self.facts = nn.Parameter(torch.randn(config.num_codes, NUM_FACTS + 1, channels) / scale)
             self.bias = nn.Parameter(torch.zeros(channels))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from model.config import SeqSetVAEConfig
 from model.course import NUM_FACTS
-from model.outcome import fact_moments
+from model.outcome import Member, fact_moments
 from tests.model import reference
 from tests.model.helpers import NUM_CODES, random_batch, tiny_model
 
@@ -40,3 +42,10 @@ def test_the_head_sees_facts_as_z_scores_four_at_most() -> None:
         found = model(batch).members
         expected = torch.stack([reference.patient(model, batch, b).logits for b in range(3)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("num_codes", "channels"), [(43, 32), (10_000, 4), (100_000, 1)])
+def test_summaries_of_many_variables_are_narrower(num_codes: int, channels: int) -> None:
+    member = Member(SeqSetVAEConfig.preset("small", num_codes=num_codes))
+    assert member.facts is not None
+    assert member.facts.shape == (num_codes, NUM_FACTS + 1, channels)
