@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.attention import Tail
 from model.augment import drop_events
-from model.card import EARLY_HOURS, by_length, first_hours, reconstruction_sums
+from model.card import EARLY_HOURS, by_length, first_hours, model_card, reconstruction_sums
 from model.checkpoint import Checkpoint
 from model.collapse import CollapseGauges, is_collapsed
 from model.config import SeqSetVAEConfig
@@ -43,15 +42,13 @@ from model.losses import LossCounts
 from model.memory import (
     MARGIN,
     StepMemory,
-    amounts,
-    fit,
     free_bytes,
     halved,
     held_bytes,
     is_out_of_memory,
-    peak_of,
+    measured,
 )
-from model.options import LEAST_STEPS, TrainOptions, parse_options
+from model.options import DEFAULT_BATCH_SIZE, LEAST_STEPS, TrainOptions, parse_options
 from model.outcome import fact_moments
 from model.parallel import World, run
 from model.profiling import StepProfiler, lines, part
@@ -164,7 +161,7 @@ class Training:
     def __init__(self, options: TrainOptions, data: Data, world: World) -> None:
         self.options, self.manifest, self.world = options, data.manifest, world
         self.checkpoints = Path(options.output_dir) / "checkpoints"
-        if not sum(entry.num_patients for entry in data.manifest.splits["train"]):
+        if not patients_of(data.manifest)["train"]:
             raise UserError(f"{options.data_dir}: no patients to train on; its train split is empty, or left out")
         self.model = new_model(options, data).to(world.device)
         self.model.gradient_checkpointing = options.gradient_checkpointing
@@ -243,7 +240,7 @@ class Training:
         options, step = self.options, self.progress["step"]
         # Schedules and noise are functions of the step alone, so a resumed run needs none of their state.
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(options, step, self.total_steps)
+            group["lr"] = group["rate"] * learning_rate(options, step, self.total_steps)
         parts, loss = self.memory.parts(batch) if self.memory else [batch], None
         while loss is None:
             self.optimizer.zero_grad(set_to_none=True)
@@ -423,13 +420,12 @@ def finish(options: TrainOptions, data: Data, world: World, progress: dict[str, 
     """Evaluate the best checkpoint on the test split, write summary and report, say where they are."""
     run_dir = Path(options.output_dir)
     best = run_dir / "checkpoints" / "best.pt"
-    test = None
+    world.wait()  # until the first rank has written it
+    saved, test = Checkpoint.load(best), None
+    if saved.progress["step"] != progress["best"]["step"]:
+        at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
+        raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
     if data.manifest.splits.get("test"):
-        world.wait()  # until the first rank has written it
-        saved = Checkpoint.load(best)
-        if saved.progress["step"] != progress["best"]["step"]:
-            at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
-            raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
         model = saved.build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
         test = evaluate_split(model, "test", options, data, world)
     if not world.is_main:
@@ -446,6 +442,8 @@ def finish(options: TrainOptions, data: Data, world: World, progress: dict[str, 
         "test": test,
     }
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    text = model_card(SeqSetVAEConfig(**saved.config), options, patients_of(data.manifest), summary)
+    write_atomically(run_dir / "MODEL_CARD.md", text.encode())
     report = write_run_report(run_dir)
     if test is not None:
         print(f"test AUROC {shown(test['auroc'])}, AUPRC {shown(test['auprc'])}")
@@ -492,24 +490,22 @@ def find_step_memory(options: TrainOptions, data: Data, world: World, model: Seq
             )
             forward_losses(model, ModelInput.of(batch).to(world.device), counts, options, alone, 0).total.backward()
 
-        step(batches[0])  # makes the gradients, which are held from then on
-        peaks = [peak_of(functools.partial(step, batch), world.device) for batch in batches]
+        peak, least = measured(step, batches, world.device)
         model.zero_grad(set_to_none=True)
-        peak = fit(np.array([amounts(batch) for batch in batches]), np.array(peaks, np.float64))
-        limit = MARGIN * free_bytes(world.device, world.local_size)
+        source, limit = "the machine's free memory", MARGIN * free_bytes(world.device, world.local_size)
         if options.max_memory is not None:
-            limit = parse_bytes(options.max_memory)
+            source, limit = "--max_memory", parse_bytes(options.max_memory)
         release_free_memory()
         held = held_bytes(world.device, parameter_bytes)
         step_bytes = MARGIN * (limit - held)
-        if step_bytes <= min(peaks):
+        if step_bytes <= least:
             raise UserError(
-                f"--max_memory: of {limit / 1e9:.2f} GB {held / 1e9:.2f} are taken before a step, which needs another "
-                f"{min(peaks) / 1e9:.2f}; raise it, or choose a smaller --preset or --gradient_checkpointing"
+                f"{source}: of {limit / 1e9:.2f} GB {held / 1e9:.2f} are taken before a step, which needs another "
+                f"{least / 1e9:.2f}; raise it, or choose a smaller --preset or --gradient_checkpointing"
             )
         size = options.batch_size
         if size == "auto":
-            most = max(sum(entry.num_patients for entry in data.manifest.splits["train"]) // LEAST_STEPS, world.size)
+            most = max(patients_of(data.manifest)["train"] // LEAST_STEPS, world.size)
             size = world.size
             while size * 2 <= most:
                 tried = dataclasses.replace(options, batch_size=size * 2)
@@ -556,7 +552,7 @@ def open_loader(
         manifest=data.manifest,
         quarantined=data.quarantined_shards,
         split=split,
-        batch_size=16 if options.batch_size == "auto" else options.batch_size,
+        batch_size=DEFAULT_BATCH_SIZE if options.batch_size == "auto" else options.batch_size,
         max_events=options.max_events,
         max_cost=memory.step_bytes * world.size if memory else None,
         budget=memory.peak if memory else None,
@@ -604,12 +600,20 @@ def lay_out(batch: PatientBatch, options: TrainOptions, pad_to: int | None) -> P
 
 
 def parameter_groups(model: SeqSetVAE, options: TrainOptions) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on biases, norms and single vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """Weight decay on matrices, none on biases, norms and single vectors; each group's learning rate is ``rate`` times
+    the schedule's.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = DECODER_RATE if name.startswith("decoder.") else 1.0
+            decay = options.weight_decay / rate if parameter.ndim > 1 else 0.0  # AdamW multiplies it by the rate
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": of, "weight_decay": decay, "rate": rate} for (rate, decay), of in groups.items()]
+
+
+DECODER_RATE = 8.0
+"""The decoder learns from reconstruction alone, and in as many steps as the outcome needs it would stay behind."""
 
 
 def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
@@ -976,8 +980,12 @@ def say(world: World, text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
 
+def patients_of(manifest: Manifest) -> dict[str, int]:
+    return {split: sum(entry.num_patients for entry in shards) for split, shards in manifest.splits.items()}
+
+
 def manifest_line(manifest: Manifest) -> str:
-    counts = [f"{sum(s.num_patients for s in shards):,} {split}" for split, shards in manifest.splits.items()]
+    counts = [f"{patients:,} {split}" for split, patients in patients_of(manifest).items()]
     return f"patients: {', '.join(counts)}; {manifest.num_codes - FIRST_CODE} variables"
 
 

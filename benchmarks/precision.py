@@ -64,7 +64,7 @@ class Run:
 
     def update(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.options, step, self.steps)
+            group["lr"] = group["rate"] * learning_rate(self.options, step, self.steps)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
         self.optimizer.step()
 

@@ -1,10 +1,10 @@
-"""Attention blocks over sets: MAB, ISAB, PMA (Lee et al. 2019, Set Transformer, arXiv:1810.00825).
+"""Attention blocks over sets: MAB and ISAB (Lee et al. 2019, Set Transformer, arXiv:1810.00825).
 
 The maths is the design's: ``MAB(q, k) = LN(a + FF(a))`` with ``a = LN(attention(q, k, k))``; residuals stand around
-ISAB and PMA, not inside MAB.  Identities that hold exactly save most of the work:
+ISAB, not inside MAB.  Identities that hold exactly save most of the work:
 
 * A key's bias adds the same to all scores of a query, and softmax does not see it: there is none.
-* ``score(q, k) = (q Wq)·(k Wk) = (q Wq Wkᵀ)·k``.  Queries that all sets share (inducing points, seeds) are projected
+* ``score(q, k) = (q Wq)·(k Wk) = (q Wq Wkᵀ)·k``.  Queries that all sets share (inducing points) are projected
   through both matrices once per batch and meet the events directly; where sets bring their own queries, the few events
   are projected twice rather than the many inducing rows once.
 * ``(Σ w v Wv) Wo = Σ w (v Wv Wo)``: value and output projection are one matrix per head, on the side with fewer rows.
@@ -44,20 +44,6 @@ class Tail(nn.Module):
         return self.norm_output(normed + self.feed_forward(normed))
 
 
-class OneKeyMAB(nn.Module):
-    """A MAB whose keys are always a single one: any query gets that key's value, so queries, scores and the product
-    of two projections in a row are left out.  [S, D] -> [S, D], what every query of the set gets.
-    """
-
-    def __init__(self, width: int, feed_forward: int) -> None:
-        super().__init__()
-        self.value = nn.Linear(width, width)
-        self.tail = Tail(width, feed_forward)
-
-    def forward(self, key_SD: Tensor) -> Tensor:
-        return self.tail(self.value(key_SD))
-
-
 class MAB(nn.Module):
     """Multihead attention block whose two products of projections are folded where that saves work.
 
@@ -76,16 +62,12 @@ class MAB(nn.Module):
         self.output = nn.Linear(width, width)
         self.tail = Tail(width, feed_forward)
 
-    def shared_queries(self, queries_MD: Tensor, rows_RD: Tensor, layout: SetLayout, *, one_per_row: bool) -> Tensor:
+    def shared_queries(self, queries_MD: Tensor, rows_RD: Tensor, layout: SetLayout) -> Tensor:
         """Queries that are the same for every set attend to the set's rows.
 
-        Args:
-            queries_MD: the queries; with ``one_per_row`` a set of N rows uses the first N of them, else all M.
-            rows_RD: keys.
-
         Returns:
-            [·, D]: the queries' rows of each set, sets in the layout's order.  Without ``one_per_row`` a set of one row
-            has one query row, standing for M equal ones.
+            [·, D]: the M queries' rows of each set, sets in the layout's order; a set of one row has one query row,
+            standing for M equal ones.
         """
         width = queries_MD.shape[1]
         projected_HMK = self.query(queries_MD).view(-1, self.heads, width // self.heads).transpose(0, 1)
@@ -98,8 +80,7 @@ class MAB(nn.Module):
             if c.size == 1:
                 attended.append(values.sum(1))
                 continue
-            queries = queries_HMD[:, : c.size] if one_per_row else queries_HMD
-            scores = F.linear(keys, queries.reshape(-1, width)).view(c.num_sets, c.size, self.heads, -1)
+            scores = F.linear(keys, queries_HMD.reshape(-1, width)).view(c.num_sets, c.size, self.heads, -1)
             if c.real is not None:
                 scores = scores.masked_fill(~c.real[:, :, None, None], -math.inf)
             weights = scores.softmax(1, dtype=torch.float32).to(values.dtype).view(c.num_sets, c.size * self.heads, -1)
@@ -150,16 +131,5 @@ class ISAB(nn.Module):
         self.scatter = MAB(width, heads, feed_forward)
 
     def forward(self, rows_RD: Tensor, layout: SetLayout) -> Tensor:
-        induced = self.gather.shared_queries(self.points, rows_RD, layout, one_per_row=False)
+        induced = self.gather.shared_queries(self.points, rows_RD, layout)
         return self.scatter.own_queries(rows_RD, induced, layout)
-
-
-class PMA(nn.Module):
-    """Pooling by multihead attention with one seed per row wanted, ``s + MAB(s, x)``."""
-
-    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
-        super().__init__()
-        self.attend = MAB(width, heads, feed_forward)
-
-    def forward(self, seeds_ND: Tensor, rows_RD: Tensor, layout: SetLayout) -> Tensor:
-        return seeds_ND[layout.place_in_set] + self.attend.shared_queries(seeds_ND, rows_RD, layout, one_per_row=True)

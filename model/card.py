@@ -1,7 +1,10 @@
-"""What the evaluation card says beside the metrics: how early, for whom, and how well sets are reconstructed."""
+"""What the evaluation card says beside the metrics (how early, for whom, how well sets are reconstructed), and the
+model card of a run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,11 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model.config import SeqSetVAEConfig
 from model.evaluation import auroc_auprc
 from model.losses import LossWeights, chamfer_sums
+from model.options import TrainOptions
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from pipeline.batch import PatientBatch
-from pipeline.schema import UNLABELLED
+from pipeline.schema import FIRST_CODE, UNLABELLED
 
 EARLY_HOURS = (6, 12, 24, 48)
 LENGTH_BUCKETS = 4
@@ -57,3 +62,61 @@ def by_length(
         name = f"{num_events[of].min()} to {num_events[of].max()} events"
         result[name] = {"patients": int(of.sum()), "positive": int(label[of].sum()), "auroc": auroc, "auprc": auprc}
     return result
+
+
+METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "min_se_ppv": "min(Se, +P)", "brier": "Brier", "ece": "ECE"}
+
+
+def model_card(
+    config: SeqSetVAEConfig, options: TrainOptions, patients: Mapping[str, int], summary: Mapping[str, Any]
+) -> str:
+    """What someone who is handed the checkpoint must know, in Markdown (Mitchell et al. 2019, arXiv:1810.03993).
+
+    Args:
+        patients: of each split of the data it was trained on.
+        summary: of the run, as in ``summary.json``.
+    """
+    test, best = summary["test"], summary["best"]
+    lines = [
+        "# Model card: SeqSetVAE",
+        "",
+        f"`checkpoints/best.pt` of a run with `--objective {options.objective}`: preset {options.preset}, width "
+        f"{config.width}, {config.num_codes - FIRST_CODE} variables, PyTorch {torch.__version__}. `config.yaml` has "
+        "every option.",
+        "",
+        "## Trained on",
+        "",
+        f"{', '.join(f'{number:,} {split}' for split, number in patients.items())} patients; statistics and "
+        f"vocabulary of the train split. Seed {options.seed}, {summary['steps']:,} steps in {summary['seconds']:,.0f} "
+        f"s; epoch {best['epoch'] + 1} was chosen by the validation split's {options.monitor}.",
+        "",
+        "## What it is good for",
+        "",
+    ]
+    if test is None:
+        lines.append("Not tested: the data have no test split.")
+    else:
+        labelled = f"{test['num_labelled']:,} labelled patients, {test['num_positive']:,} with the outcome"
+        lines += [f"Test split, {labelled}; 95 % intervals of the bootstrap over patients:", ""]
+        lines += ["| metric | value | 95 % interval |", "|---|---:|---:|"]
+        for name, title in METRICS.items():
+            if test[name] is not None:
+                lines.append(
+                    f"| {title} | {test[name]:.3f} | {test[f'{name}_low']:.3f} to {test[f'{name}_high']:.3f} |"
+                )
+        lines += ["", f"Active units {test[f'active_units_{config.levels}']} of {config.width}."]
+        if options.objective == "pretrain":
+            lines.append("The outcome head was not trained; its probabilities mean nothing.")
+    lines += [
+        "",
+        "## What it is not",
+        "",
+        "- Tried on patients of one source, at the same time and place as those it learned from. Elsewhere, prepare "
+        "patients with `preprocess.py --like` and look at `train.py --evaluate` before anything else.",
+        "- Probabilities are calibrated as far as the table says, for a like share of outcomes"
+        + ("." if options.positive_weight == 1 else f"; `--positive_weight {options.positive_weight}` shifts them."),
+        "- No quality by age, sex or origin is measured here; `--evaluate` gives it by length of stay alone.",
+        "- For research. Not a medical device; no decision about a patient should rest on it.",
+        "- It was fitted to records of patients: treat the checkpoint as you treat those records.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -18,6 +18,20 @@ from pipeline.shards import write_atomically
 
 CHECKPOINT_VERSION = 1
 
+
+def load_model(path: str | Path, vocabulary_fingerprint: str) -> SeqSetVAE:
+    """The trained model of a checkpoint, on the CPU, ready to predict.
+
+    Args:
+        path: such as ``run/checkpoints/best.pt``.
+        vocabulary_fingerprint: of the data it is for, ``loader.manifest.vocabulary_fingerprint``.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or the data's codes mean something else.
+    """
+    return Checkpoint.load(Path(path)).build_model(Path(path), vocabulary_fingerprint).eval()
+
+
 # What reading a stranger's archive can raise: of the system, of the archive, of the restricted unpickler.
 _UNREADABLE = (
     OSError,

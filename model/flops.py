@@ -32,10 +32,9 @@ def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> dict[str, float]
     table = config.num_codes * config.embedding_dim * width * (2 if config.event_form == "additive" else 1)
     encoder = config.levels * (_isab(sizes_S, config) + 2 * sets * square)
 
-    pool = _shared_queries(sizes_S, sizes_S, largest, config)
-    seeds = config.levels * largest * square
-    decoder = 3 * sets * (square + 2 * width * hidden) + events * square
-    decoder += (config.levels - 1) * (_isab(sizes_S, config) + pool)
+    seeds = float(largest * width * 2 * hidden)
+    decoder = float(sets * width * 2 * hidden + events * width * (4 * hidden + width))
+    decoder += (config.levels - 1) * _isab(sizes_S, config)
 
     time = float(sets * 33 * width)
     pairs = float((sets_B * (sets_B + 1) / 2).sum())

@@ -40,7 +40,7 @@ class LossWeights:
     direction: float = 1.0
     magnitude: float = 1.0
     squared: float = 3.0
-    vae: float = 0.01
+    vae: float = 0.3
     classification: float = 1.0
     positive: float = 1.0
     beta: float = 0.1

@@ -7,9 +7,10 @@ gradient of the largest weights, before it is added): ``benchmarks.memory_model`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def fit(amounts_N5: npt.NDArray[np.float64], peak_N: npt.NDArray[np.float64]) ->
                 best[list(columns)] = weights
     event, set_, set_squared, patient, batch = best.tolist()
     return CostModel(event=event, set=set_, set_squared=set_squared, patient=patient, batch=batch)
+
+
+def measured(
+    step: Callable[[PatientBatch], object], batches: Sequence[PatientBatch], device: torch.device
+) -> tuple[CostModel, int]:
+    """The model of peaks fitted to ``step`` of each batch, and the least of these peaks; gradients are there before."""
+    step(batches[0])
+    peaks = [peak_of(functools.partial(step, batch), device) for batch in batches]
+    return fit(np.array([amounts(batch) for batch in batches]), np.array(peaks, np.float64)), min(peaks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,9 @@ LEAST_STEPS = 50
 """Steps an epoch that ``--batch_size auto`` leaves: fewer would train another model, not the same one faster."""
 
 
+DEFAULT_BATCH_SIZE = 16
+
+
 def _flag(default: Any, text: str, *, least: float | None = None, most: float | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "least": least, "most": most})
 
@@ -44,7 +47,7 @@ class TrainOptions:
     )
     # batches
     batch_size: int | Literal["auto"] = _flag(
-        16,
+        DEFAULT_BATCH_SIZE,
         "patients of a global batch, over all devices; auto = the largest power of two that fits the memory and leaves "
         f"at least {LEAST_STEPS} steps an epoch",
         least=1,
@@ -101,7 +104,7 @@ class TrainOptions:
         "linear", "whether it rises once, or (cyclical) again after as many steps at its height"
     )
     free_bits: float = _flag(0.1, "nats a dimension may diverge at no cost", least=0)
-    vae_weight: float = _flag(0.01, "of reconstruction + beta × KL divergence in the loss", least=0)
+    vae_weight: float = _flag(0.3, "of reconstruction + beta × KL divergence in the loss", least=0)
     classification_weight: float = _flag(1.0, "of the outcome's cross-entropy in the loss", least=0)
     positive_weight: float = _flag(
         1.0, "of patients with the outcome in the cross-entropy; other than 1 it shifts probabilities", least=0
@@ -155,7 +158,6 @@ class TrainOptions:
             raise UserError(
                 f"--devices {self.devices} is more than --batch_size {self.batch_size}: some would get nothing"
             )
-
         if self.freeze and (self.init_from is None or self.objective == "pretrain"):
             raise UserError(
                 "--freeze trains the head alone: name a checkpoint with --init_from, and another --objective"

@@ -6,14 +6,17 @@ Shape suffixes: R rows of a layout, S sets, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import ISAB, PMA, OneKeyMAB
+from model.attention import ISAB
 from model.config import SeqSetVAEConfig
+from model.feed_forward import FeedForward
 from model.ragged import SetLayout
 
 
@@ -32,7 +35,7 @@ def sinusoids(position: Tensor, width: int, longest_period: float = 10_000.0) ->
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def run_block(block: nn.Module, *arguments: object, checkpointed: bool) -> Tensor:
+def run_block(block: Callable[..., Tensor], *arguments: object, checkpointed: bool) -> Tensor:
     """``block(*arguments)``, keeping its activations or, when checkpointed, computing them again for the gradient."""
     if checkpointed and torch.is_grad_enabled():
         # Noise is a function of the step, so there is no generator state to restore.
@@ -76,29 +79,35 @@ class SetEncoder(nn.Module):
 class SetDecoder(nn.Module):
     """Latent of a set -> as many vectors as the set has events.
 
-    Each level is ``x + ISAB(x)`` and then a PMA with one seed per event wanted.  The first level starts from a set of
-    one element, so its three MABs have one key and all of it is dense layers on one row a set.  Seeds are a learned
-    projection of sinusoids: distinct, and without a bound on their number.
+    Level one is a PMA with one seed per event wanted, whose only key is the latent: attention is the identity, and what
+    is left is a dense layer of seed and latent together.  The levels after it are ``x + ISAB(x)``; ``x + FF(x)`` and a
+    linear layer end it.  Seeds are a learned projection of sinusoids: distinct, and without a bound on their number.
+
+    A seed and the latent meet before the nonlinearity, and each row keeps its place: where a seed is added to a layer
+    of the latent alone, or a second PMA has to find each row again, reconstruction takes several times as many steps
+    (docs/model.md).
     """
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
-        shape = (config.width, config.heads, config.set_feed_forward)
-        # ISAB of one element is two MABs in a row, the pool a third.
-        self.first_block = nn.Sequential(*(OneKeyMAB(config.width, config.set_feed_forward) for _ in range(2)))
-        self.first_pool = OneKeyMAB(config.width, config.set_feed_forward)
-        self.blocks = nn.ModuleList(ISAB(*shape, config.inducing_points) for _ in range(config.levels - 1))
-        self.pools = nn.ModuleList(PMA(*shape) for _ in range(config.levels - 1))
-        self.seeds = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.levels))
-        self.output = nn.Linear(config.width, config.width)
+        width, hidden = config.width, config.set_feed_forward
+        wide = 2 * hidden
+        self.latent, self.seed, self.joint = nn.Linear(width, wide), nn.Linear(width, wide), nn.Linear(wide, width)
+        self.blocks = nn.ModuleList(
+            ISAB(width, config.heads, hidden, config.inducing_points) for _ in range(config.levels - 1)
+        )
+        self.norm, self.feed_forward = nn.LayerNorm(width), FeedForward(width, hidden)
+        self.output = nn.Linear(width, width)
 
     def forward(self, latent_SD: Tensor, layout: SetLayout, *, checkpointed: bool = False) -> Tensor:
         """[S, D] in the layout's sorted order -> [R, D], rows of the layout; padding rows hold nothing of meaning."""
+        rows_RD = run_block(self._first_level, latent_SD, layout, checkpointed=checkpointed)
+        for block in self.blocks:
+            rows_RD = rows_RD + run_block(block, rows_RD, layout, checkpointed=checkpointed)
+        return self.output(rows_RD + self.feed_forward(self.norm(rows_RD)))
+
+    def _first_level(self, latent_SD: Tensor, layout: SetLayout) -> Tensor:
         most = layout.classes[-1].size if layout.classes else 0
         places = sinusoids(torch.arange(most, device=latent_SD.device), latent_SD.shape[1])
-        pooled_SD = self.first_pool(latent_SD + self.first_block(latent_SD))
-        rows_RD = self.seeds[0](places)[layout.place_in_set] + pooled_SD[layout.set_of_row]
-        for block, pool, seed in zip(self.blocks, self.pools, self.seeds[1:], strict=True):
-            rows_RD = rows_RD + run_block(block, rows_RD, layout, checkpointed=checkpointed)
-            rows_RD = run_block(pool, seed(places), rows_RD, layout, checkpointed=checkpointed)
-        return self.output(rows_RD)
+        both = self.latent(latent_SD)[layout.set_of_row] + self.seed(places)[layout.place_in_set]
+        return self.joint(F.gelu(both))

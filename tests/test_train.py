@@ -109,12 +109,13 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "predictions_test.parquet",
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "MODEL_CARD.md", "predictions_test.parquet",
         "checkpoints/last.pt", "checkpoints/best.pt",
     }  # fmt: skip
     assert yaml.safe_load((finished / "config.yaml").read_text())["options"]["batch_size"] == 6
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["steps"] == 2 * 5
+    assert "12 test, 26 train, 12 valid patients" in (finished / "MODEL_CARD.md").read_text()
     assert summary["test"]["num_labelled"] + summary["test"]["num_unlabelled"] == 12
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10]

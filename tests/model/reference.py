@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import ISAB, MAB, PMA, OneKeyMAB
+from model.attention import ISAB, MAB
 from model.losses import LossWeights
 from model.seqsetvae import SeqSetVAE
 from model.set_vae import sinusoids
@@ -39,14 +39,6 @@ def mab(module: MAB, queries: Tensor, keys: Tensor) -> Tensor:
 
 def isab(module: ISAB, x: Tensor) -> Tensor:
     return mab(module.scatter, x, mab(module.gather, module.points, x))
-
-
-def pma(module: PMA, seeds: Tensor, x: Tensor) -> Tensor:
-    return seeds + mab(module.attend, seeds, x)
-
-
-def one_key(module: OneKeyMAB, key: Tensor) -> Tensor:
-    return tail(module.tail, module.value(key))
 
 
 def event(model: SeqSetVAE, code: int, value: float, has_value: bool) -> Tensor:
@@ -197,13 +189,11 @@ def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
 def decode(model: SeqSetVAE, h: Tensor, count: int) -> Tensor:
     decoder = model.decoder
     places = sinusoids(torch.arange(count), model.config.width)
-    y = h[None]
-    y = y + one_key(decoder.first_block[1], one_key(decoder.first_block[0], y))
-    y = decoder.seeds[0](places) + one_key(decoder.first_pool, y)
-    for block, pool, seed in zip(decoder.blocks, decoder.pools, decoder.seeds[1:], strict=True):
+    y = torch.stack([decoder.joint(F.gelu(decoder.latent(h) + decoder.seed(place))) for place in places])
+    for block in decoder.blocks:
         y = y + isab(block, y)
-        y = pma(pool, seed(places), y)
-    return decoder.output(y)
+    dense = decoder.feed_forward
+    return decoder.output(y + dense.contract(F.relu(dense.expand(decoder.norm(y)))))
 
 
 def decoded_distances(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

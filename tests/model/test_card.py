@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
-from model.card import by_length, first_hours, reconstruction_sums
+from model.card import METRICS, by_length, first_hours, model_card, reconstruction_sums
+from model.config import SeqSetVAEConfig
 from model.losses import LossWeights
+from model.options import TrainOptions
 from model.seqsetvae import ModelInput
 from pipeline.batch import PatientBatch
 from tests.model.helpers import random_batch, tiny_model
@@ -48,3 +52,21 @@ def test_means_reconstruct_what_lies_at_the_mean() -> None:
     ours, at_mean = reconstruction_sums(model, batch, output, LossWeights()).tolist()
     assert ours > 1e-3
     assert abs(at_mean) < 1e-4
+
+
+def test_the_model_card_says_what_was_measured_and_what_was_not() -> None:
+    config = SeqSetVAEConfig.preset("small", num_codes=43)
+    options = TrainOptions(data_dir="-", output_dir="-", positive_weight=4.0)
+    metrics: dict[str, float | None] = dict.fromkeys(METRICS, 0.5) | {f"{name}_low": 0.4 for name in METRICS}
+    metrics |= {f"{name}_high": 0.625 for name in METRICS}
+    test = {**metrics, "brier": None, "num_labelled": 12, "num_positive": 3, "active_units_2": 60}
+    summary = {"steps": 1000, "seconds": 61.4, "best": {"epoch": 2}, "test": test}
+    text = model_card(config, options, {"train": 5000, "test": 12}, summary)
+    assert "5,000 train, 12 test patients" in text
+    assert "| AUROC | 0.500 | 0.400 to 0.625 |" in text
+    assert "Brier" not in text  # undefined
+    assert "Active units 60 of 64" in text
+    assert "`--positive_weight 4.0` shifts them" in text
+    assert "Not tested" in model_card(config, options, {"train": 5000}, {**summary, "test": None})
+    pretrain = dataclasses.replace(options, objective="pretrain")
+    assert "probabilities mean nothing" in model_card(config, pretrain, {"train": 5000}, summary)

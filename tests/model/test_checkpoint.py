@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import load_model
 from model.checkpoint import Checkpoint
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
@@ -25,6 +26,17 @@ def checkpoint(model: SeqSetVAE) -> Checkpoint:
         loader={"epoch": 1},
         progress={"step": 3},
     )
+
+
+def test_a_model_in_one_line(tmp_path: Path) -> None:
+    model, path = tiny_model().train(), tmp_path / "best.pt"
+    checkpoint(model).save(path)
+    loaded = load_model(str(path), "v")
+    assert not loaded.training
+    batch = random_batch([[2, 3], [1]])
+    assert torch.equal(loaded(batch).probability, model(batch).probability)
+    with pytest.raises(UserError, match="another vocabulary"):
+        load_model(path, "w")
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Training on one process and on several: what a second device brings on this machine.
+
+    python -m benchmarks.devices DATA [--preset small] [--rounds 3] [--output FILE.json]
+
+On a CPU a "device" is a process with a share of the cores (gloo between them); where there are GPUs it is one of them.
+Each way trains an epoch of the same global batches through ``train.py``, in turns; the fastest round counts.  Weights
+are the same whatever the number of devices, which the tests hold; this is about speed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir")
+    parser.add_argument("--preset", choices=("reference", "small"), default="small")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    most = gpus or cores
+    ways = {f"{most} devices": (most, None)}
+    if gpus:
+        ways = {"1 device": (1, None), **ways}
+    else:
+        ways = {"1 device, 1 thread": (1, 1), f"1 device, {cores} threads": (1, cores), **ways}
+    best = dict.fromkeys(ways, 0.0)
+    for _ in range(options.rounds):
+        for name, (devices, threads) in ways.items():
+            best[name] = max(best[name], patients_per_second(options, devices, threads))
+    first = next(iter(best.values()))
+    result = {
+        **describe(),
+        **{name: getattr(options, name) for name in ("preset", "batch_size", "rounds")},
+        "patients_per_second": {name: round(value, 2) for name, value in best.items()},
+        "times_the_first": {name: round(value / first, 2) for name, value in best.items()},
+    }
+    print(json.dumps(result, indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def patients_per_second(options: argparse.Namespace, devices: int, threads: int | None) -> float:
+    """Of an epoch, as its summary has it: without start-up and validation."""
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--data_dir", options.data_dir, "--output_dir", folder, "--max_epochs", "1", "--devices", str(devices)]
+        flags += ["--preset", options.preset, "--batch_size", str(options.batch_size)]
+        command = [sys.executable, "train.py", *flags]
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+        return float(json.loads((Path(folder) / "summary.json").read_text())["patients_per_second"])
+
+
+if __name__ == "__main__":
+    main()
