@@ -26,6 +26,7 @@ from model.profiling import PARTS
 from pipeline.schema import UserError
 from pipeline.shards import Manifest
 from tests.data_dirs import make_patients, write_data_dir
+from tests.model.helpers import tiny_model
 
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore
@@ -104,6 +105,18 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "deep" / "er"
     assert run(data, out) == 0
     return out
+
+
+def test_the_decoder_learns_faster_and_forgets_as_slowly() -> None:
+    """AdamW takes rate × decay off a weight at each step, which is the same for all matrices; vectors keep theirs."""
+    model = tiny_model()
+    groups = train.parameter_groups(model, TrainOptions(data_dir="-", output_dir="-", weight_decay=0.1))
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        assert group["rate"] == (8.0 if name.startswith("decoder.") else 1.0)
+        assert group["rate"] * group["weight_decay"] == pytest.approx(0.1 if parameter.ndim > 1 else 0.0)
 
 
 def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:

@@ -57,7 +57,7 @@ def test_distances_stay_in_float32_under_autocast() -> None:
 
 def test_default_weights_are_the_documented_ones() -> None:
     assert LossWeights() == LossWeights(
-        direction=1.0, magnitude=1.0, squared=3.0, vae=0.01, classification=1.0, beta=0.1, free_bits=0.1
+        direction=1.0, magnitude=1.0, squared=3.0, vae=0.3, classification=1.0, beta=0.1, free_bits=0.1
     )
 
 
