@@ -17,7 +17,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model.attention import Tail
 from model.augment import drop_events
 from model.card import EARLY_HOURS, by_length, first_hours, model_card, reconstruction_sums
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, load_model
 from model.collapse import CollapseGauges, is_collapsed
 from model.config import SeqSetVAEConfig
+from model.console import EpochBar, LossSums, StopSignal, memory_file, metrics_log, say, shown
 from model.evaluation import auroc_auprc, evaluate_predictions
 from model.losses import LossCounts
 from model.memory import (
@@ -57,13 +57,11 @@ from model.set_vae import Posterior
 from pipeline.batch import PatientBatch
 from pipeline.folder import Folder
 from pipeline.loader import PatientLoader, make_loader
-from pipeline.monitor import JsonLines, MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
+from pipeline.monitor import MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
 from pipeline.remote import open_folder, parse_bytes
 from pipeline.report import write_run_report
 from pipeline.schema import FIRST_CODE, PRIVATE, UNLABELLED, UserError
 from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, replacing, write_atomically
-
-console = Console(stderr=True, highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -752,14 +750,16 @@ def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, data: Da
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """``--evaluate``: metrics with intervals, predictions and a report for one split."""
     path, run_dir, split = Path(options.evaluate or ""), Path(options.output_dir), options.evaluate_split
-    data = agree_on_data(options, manifest, world, split)
+    data = agree_on_data(options, manifest, world, *dict.fromkeys([split, *(["train"] if options.baselines else [])]))
     if not data.manifest.splits.get(split):
         raise UserError(f"{options.data_dir}: has no patients in split {split}; choose another with --evaluate_split")
-    model = Checkpoint.load(path).build_model(path, manifest.vocabulary_fingerprint).to(world.device)
+    model = load_model(path, manifest.vocabulary_fingerprint).to(world.device)
     run_dir.mkdir(parents=True, exist_ok=True)
     metrics = evaluate_split(model, split, options, data, world)
     more = card(model, split, options, data, world)
     if world.is_main:
+        if options.baselines:
+            more["baselines"] = beside(split, options, data, world)
         content = {
             "checkpoint": str(path),
             "split": split,
@@ -774,6 +774,14 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
         )
         print(f"report {write_run_report(run_dir)}")
     return 0
+
+
+def beside(split: str, options: TrainOptions, data: Data, world: World) -> dict[str, Any]:
+    """``--baselines``: what trees and logistic regression make of the train split, on the patients of ``split``."""
+    alone = World(0, 1, world.device)
+    fitted, evaluated = (open_loader(options, data, alone, name, shuffle=False) for name in ("train", split))
+    # Imported here because scikit-learn is slow to import, and training needs none of it.
+    return dict(import_module("model.baselines").baselines(fitted, evaluated, data.manifest.num_codes))
 
 
 @torch.no_grad()
@@ -859,101 +867,6 @@ def inspect(options: TrainOptions, manifest: Manifest) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------- in front of the user
-
-
-class LossSums:
-    """Losses gathered on the device; it is waited for when they are read, not at each step."""
-
-    def __init__(self, levels: int, device: torch.device) -> None:
-        self.names = ["loss", "reconstruction", "kl", "classification", "grad_norm"]
-        self.names += [f"kl_level_{number + 1}" for number in range(levels)]
-        self.values = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.steps = 0
-
-    def add(self, loss: Losses, grad_norm: Tensor | None) -> None:
-        parts = [loss.total.detach(), loss.reconstruction, loss.kl, loss.classification]
-        parts += [loss.total.new_zeros(()) if grad_norm is None else grad_norm, *loss.kl_levels]
-        self.values += torch.stack([part.double() for part in parts])
-        self.steps += 1
-
-    def totals(self, world: World) -> dict[str, float]:
-        """Sums over steps and ranks; starts again from nothing."""
-        summed = dict(zip(self.names, world.sum(self.values).tolist(), strict=True))
-        self.values, self.steps = torch.zeros_like(self.values), 0
-        return summed
-
-    def means(self, world: World) -> dict[str, float]:
-        """Means over steps since the last reading; ranks hold shares of a loss, and the same norm of the gradient."""
-        steps = max(self.steps, 1)
-        means = {name: value / steps for name, value in self.totals(world).items()}
-        means["grad_norm"] /= world.size
-        return means
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps."""
-
-    number: int | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.number = number
-
-
-class EpochBar:
-    """One progress bar an epoch with patients/s, padding waste and memory; lines alone where there is no terminal."""
-
-    def __init__(self, world: World, max_epochs: int) -> None:
-        self.world, self.max_epochs, self.epoch = world, max_epochs, 0
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        shown = world.is_main and console.is_terminal
-        self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not shown)
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> EpochBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def begin(self, epoch: int, steps: int, done: int) -> None:
-        if self.task is not None:
-            self.bar.remove_task(self.task)
-        self.epoch = epoch
-        self.task = self.bar.add_task(f"epoch {epoch + 1}/{self.max_epochs}", total=steps, completed=done, now="")
-
-    def advance(self, throughput: Throughput) -> None:
-        if self.task is not None and not self.bar.disable:
-            rates, memory = throughput.rates(reset=False), psutil.Process().memory_info().rss / 2**30
-            speed, waste = rates["patients_per_second"], rates["event_padding_waste"]
-            now = f"{speed:.1f} patients/s, padding {waste:.1%}, {memory:.2f} GiB"
-            self.bar.update(self.task, advance=1, now=now)
-
-    def end(self, metrics: dict[str, Any], better: bool) -> None:
-        quality = f"AUROC {shown(metrics['auroc'])}, AUPRC {shown(metrics['auprc'])}"
-        text = f"epoch {self.epoch + 1}/{self.max_epochs}: loss {shown(metrics['loss'])}, {quality}"
-        say(self.world, text + (" (best so far)" if better else ""))
-
-
-@contextlib.contextmanager
-def metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
-    """``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank and does nothing on others."""
-    if not world.is_main:
-        yield lambda kind, **numbers: None
-        return
-    with JsonLines(run_dir / "metrics.jsonl", resume_step=step) as lines:
-        yield lambda kind, **numbers: lines.write({"kind": kind, **numbers})
-
-
 def step_profiler(training: Training) -> StepProfiler:
     """``--profile``, on the first rank; the others' steps are alike."""
     options, world, loader = training.options, training.world, training.loader
@@ -965,19 +878,6 @@ def step_profiler(training: Training) -> StepProfiler:
         DTYPES[options.precision],
         steps=len(loader) - loader.cursor,
     )
-
-
-def memory_file(run_dir: Path, world: World) -> Path:
-    return run_dir / ("memory.csv" if world.is_main else f"memory_rank{world.rank}.csv")
-
-
-def shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
-def say(world: World, text: str) -> None:
-    if world.is_main:
-        console.print(text, markup=False, soft_wrap=True)
 
 
 def patients_of(manifest: Manifest) -> dict[str, int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.baselines import baselines
+from benchmarks.baselines import of_data
 from benchmarks.machine import describe
 from model.evaluation import auroc_auprc
 
@@ -61,7 +61,7 @@ def one_split(options: argparse.Namespace, number: int) -> Scores:
         python("preprocess.py", *prepare)
     known = options.work / f"baselines_{number}.json"
     if not known.exists():
-        known.write_text(json.dumps(baselines(data)))
+        known.write_text(json.dumps(of_data(data)))
     scores: Scores = {
         name: [model["auroc"], model["auprc"]]
         for name, model in json.loads(known.read_text()).items()

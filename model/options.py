@@ -134,6 +134,9 @@ class TrainOptions:
     # other jobs
     evaluate: str | None = _flag(None, "no training: evaluate this checkpoint")
     evaluate_split: Literal["train", "valid", "test"] = _flag("test", "the split that is evaluated")
+    baselines: bool = _flag(
+        False, "with --evaluate: beside it, trees and logistic regression on summaries of each variable, same splits"
+    )
     export_latents: bool = _flag(False, "with --evaluate: write mu and logvar of each set, with patient and minute")
     inspect: bool = _flag(False, "no training: show batches of 1, 2, 4 and 8 patients and a forward pass of each")
 

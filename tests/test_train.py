@@ -395,11 +395,13 @@ def test_beta_rises_once_or_in_cycles() -> None:
 
 def test_the_card_and_the_latents(finished: Path, data: Path, tmp_path: Path) -> None:
     best = str(finished / "checkpoints" / "best.pt")
-    assert run(data, tmp_path, "--evaluate", best, "--export_latents") == 0
+    assert run(data, tmp_path, "--evaluate", best, "--export_latents", "--baselines") == 0
     card = json.loads((tmp_path / "evaluation_test.json").read_text())
     assert set(card["after_the_first"]) == {"6 hours", "12 hours", "24 hours", "48 hours"}
     assert sum(bucket["patients"] for bucket in card["by_length"].values()) == card["num_labelled"]
     assert card["reconstruction_error"] == pytest.approx(card["reconstruction"], rel=1e-5)
+    assert set(card["baselines"]) == {"trees", "logistic_regression"}
+    assert {of["num_labelled"] for of in card["baselines"].values()} == {card["num_labelled"]}
     latents = pq.read_table(tmp_path / "latents_test.parquet")
     assert len(set(latents["patient_id"].to_pylist())) == 12
     assert {len(mu) for mu in latents["mu"].to_pylist()} == {64}
