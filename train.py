@@ -604,14 +604,14 @@ def parameter_groups(model: SeqSetVAE, options: TrainOptions) -> list[dict[str, 
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = DECODER_RATE if name.startswith("decoder.") else 1.0
+            rate = RATES.get(name.partition(".")[0], 1.0)
             decay = options.weight_decay / rate if parameter.ndim > 1 else 0.0  # AdamW multiplies it by the rate
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": of, "weight_decay": decay, "rate": rate} for (rate, decay), of in groups.items()]
 
 
-DECODER_RATE = 8.0
-"""The decoder learns from reconstruction alone, and in as many steps as the outcome needs it would stay behind."""
+RATES = {"encoder": 3.0, "decoder": 8.0}
+"""Sets are learned from reconstruction, which takes more steps than the outcome does, and would stay behind."""
 
 
 def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:

@@ -33,7 +33,7 @@ def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> dict[str, float]
     encoder = config.levels * (_isab(sizes_S, config) + 2 * sets * square)
 
     seeds = float(largest * width * 2 * hidden)
-    decoder = float(sets * width * 2 * hidden + events * width * (4 * hidden + width))
+    decoder = float(2 * sets * width * 2 * hidden + events * width * (4 * hidden + width))
     decoder += (config.levels - 1) * _isab(sizes_S, config)
 
     time = float(sets * 33 * width)

@@ -80,19 +80,21 @@ class SetDecoder(nn.Module):
     """Latent of a set -> as many vectors as the set has events.
 
     Level one is a PMA with one seed per event wanted, whose only key is the latent: attention is the identity, and what
-    is left is a dense layer of seed and latent together.  The levels after it are ``x + ISAB(x)``; ``x + FF(x)`` and a
-    linear layer end it.  Seeds are a learned projection of sinusoids: distinct, and without a bound on their number.
+    is left is a layer of seed and latent together, here a gated one (Shazeer 2020, arXiv:2002.05202): the gate, of
+    both, says what stands at a place, and lets through what the latent holds for it.  The levels after it are
+    ``x + ISAB(x)``; ``x + FF(x)`` and a linear layer end it.  Seeds are a learned projection of sinusoids: distinct,
+    and without a bound on their number.
 
-    A seed and the latent meet before the nonlinearity, and each row keeps its place: where a seed is added to a layer
-    of the latent alone, or a second PMA has to find each row again, reconstruction takes several times as many steps
-    (docs/model.md).
+    Each row keeps its place: where a seed is only added to a layer of the latent, or a second PMA has to find each row
+    again, reconstruction takes several times as many steps (docs/model.md).
     """
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
         width, hidden = config.width, config.set_feed_forward
         wide = 2 * hidden
-        self.latent, self.seed, self.joint = nn.Linear(width, wide), nn.Linear(width, wide), nn.Linear(wide, width)
+        self.value, self.gate, self.seed = (nn.Linear(width, wide) for _ in range(3))
+        self.joint = nn.Linear(wide, width)
         self.blocks = nn.ModuleList(
             ISAB(width, config.heads, hidden, config.inducing_points) for _ in range(config.levels - 1)
         )
@@ -109,5 +111,5 @@ class SetDecoder(nn.Module):
     def _first_level(self, latent_SD: Tensor, layout: SetLayout) -> Tensor:
         most = layout.classes[-1].size if layout.classes else 0
         places = sinusoids(torch.arange(most, device=latent_SD.device), latent_SD.shape[1])
-        both = self.latent(latent_SD)[layout.set_of_row] + self.seed(places)[layout.place_in_set]
-        return self.joint(F.gelu(both))
+        gate_RF = F.silu(self.gate(latent_SD)[layout.set_of_row] + self.seed(places)[layout.place_in_set])
+        return self.joint(gate_RF * self.value(latent_SD)[layout.set_of_row])

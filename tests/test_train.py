@@ -107,7 +107,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_decoder_learns_faster_and_forgets_as_slowly() -> None:
+def test_the_set_vae_learns_faster_and_forgets_as_slowly() -> None:
     """AdamW takes rate × decay off a weight at each step, which is the same for all matrices; vectors keep theirs."""
     model = tiny_model()
     groups = train.parameter_groups(model, TrainOptions(data_dir="-", output_dir="-", weight_decay=0.1))
@@ -115,7 +115,7 @@ def test_the_decoder_learns_faster_and_forgets_as_slowly() -> None:
     assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         group = found[id(parameter)]
-        assert group["rate"] == (8.0 if name.startswith("decoder.") else 1.0)
+        assert group["rate"] == {"encoder": 3.0, "decoder": 8.0}.get(name.split(".")[0], 1.0)
         assert group["rate"] * group["weight_decay"] == pytest.approx(0.1 if parameter.ndim > 1 else 0.0)
 
 

@@ -188,8 +188,11 @@ def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
 
 def decode(model: SeqSetVAE, h: Tensor, count: int) -> Tensor:
     decoder = model.decoder
-    places = sinusoids(torch.arange(count), model.config.width)
-    y = torch.stack([decoder.joint(F.gelu(decoder.latent(h) + decoder.seed(place))) for place in places])
+    rows = []
+    for place in sinusoids(torch.arange(count), model.config.width):
+        gate = decoder.gate(h) + decoder.seed(place)
+        rows += [decoder.joint(gate * torch.sigmoid(gate) * decoder.value(h))]
+    y = torch.stack(rows)
     for block in decoder.blocks:
         y = y + isab(block, y)
     dense = decoder.feed_forward
