@@ -125,3 +125,11 @@ def test_kept_events_stand_in_the_sets_they_stood_in(sizes: list[list[int]], ran
         naive.append(replace(patient, sets=[(minute, events) for minute, events in sets if events]))
     flat = [kept for of_patient in keep for of_set in of_patient for kept in of_set]
     assert_equal(batch_of(patients).keep_events(torch.tensor(flat, dtype=torch.bool)), batch_of(naive))
+
+
+@given(SET_SIZES, st.data())
+def test_some_patients_of_a_batch_are_a_batch(set_sizes: list[list[int]], data: st.DataObject) -> None:
+    patients = make_patients(set_sizes)
+    start = data.draw(st.integers(0, len(patients)))
+    stop = data.draw(st.integers(start, len(patients)))
+    assert_equal(batch_of(patients).between(start, stop), batch_of(patients[start:stop]))
