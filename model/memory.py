@@ -124,7 +124,7 @@ class StepMemory:
                 step_bytes=float(saved["step_bytes"]),
                 batch_size=int(saved["batch_size"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({error}); delete it, and the run measures its memory anew") from error
 
 

@@ -166,7 +166,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             break
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise UserError(f"{path}: line {number} is not a JSON object; move the file away")

@@ -502,7 +502,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         summary = None
     if not isinstance(summary, dict):
         raise UserError(f"{path}: not a summary; move the file away")

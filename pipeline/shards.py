@@ -169,7 +169,7 @@ class Manifest:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as a manifest ({error}); run preprocess.py again") from None
         try:
             version = content["format_version"]

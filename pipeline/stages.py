@@ -120,7 +120,7 @@ def _read(entry: Path, work: Path) -> dict[str, Any] | None:
             cleared = name.startswith(CLEARED) and not path.exists() and not any(path.parent.iterdir())
             if not cleared and file_sha256(path) != sha256:
                 return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     found: dict[str, Any] = content["found"]
     return found

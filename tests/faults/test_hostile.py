@@ -13,9 +13,11 @@ import psutil
 import pytest
 
 import preprocess
+from model.memory import StepMemory
 from pipeline.folder import file_sha256
 from pipeline.loader import make_loader
 from pipeline.plan import Policy, plan_epoch
+from pipeline.report import write_run_report
 from pipeline.schema import EMBEDDINGS_FILE, UserError
 from pipeline.shards import Manifest, load_embeddings
 
@@ -91,3 +93,18 @@ def test_more_events_than_32_bits_count_are_planned() -> None:
     assert sorted(np.concatenate([plan.patients(step) for step in range(plan.num_batches)]).tolist()) == list(
         range(30_000)
     )
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json", "metrics.jsonl", "memory_model.json"])
+def test_json_without_end_is_named(tmp_path: Path, name: str, tried: Tried) -> None:
+    """A parser that calls itself for each bracket comes to its end."""
+    (tmp_path / name).write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    read: dict[str, Callable[[], object]] = {
+        "manifest.json": lambda: Manifest.load(tmp_path),
+        "summary.json": lambda: write_run_report(tmp_path),
+        "metrics.jsonl": lambda: write_run_report(tmp_path),
+        "memory_model.json": lambda: StepMemory.load(tmp_path / name),
+    }
+    with pytest.raises(UserError, match=name.partition(".")[0]):
+        read[name]()
+    tried("JSON nested without end", 1)

@@ -64,6 +64,13 @@ def test_records_by_hand(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("first", "reason"), [("", "no_variable"), ("00:01", "no_variable"), ("00:01,HR", None)])
+def test_a_first_row_of_fewer_fields_is_a_row_like_others(tmp_path: Path, first: str, reason: str | None) -> None:
+    kept, rejected, _ = read(write(tmp_path, r1=HEADER + f"{first}\n00:02,Temp,3\n"))
+    assert kept.filter(pl.col("row") == 2).select("variable", "value").rows() == [("Temp", 3.0)]
+    assert rejected["reason"].to_list() == ([] if reason is None else [reason])
+
+
 def test_outcomes_are_found_in_the_folder_or_beside_it(tmp_path: Path) -> None:
     source = write(tmp_path / "set-b", r1=HEADER)
     assert source.labels() is None
