@@ -604,14 +604,16 @@ def parameter_groups(model: SeqSetVAE, options: TrainOptions) -> list[dict[str, 
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = RATES.get(name.partition(".")[0], 1.0)
+            rate = max(RATES.get(name.partition(".")[0], 1.0) * RATES_WIDTH / model.config.width, 1.0)
             decay = options.weight_decay / rate if parameter.ndim > 1 else 0.0  # AdamW multiplies it by the rate
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": of, "weight_decay": decay, "rate": rate} for (rate, decay), of in groups.items()]
 
 
-RATES = {"encoder": 3.0, "decoder": 8.0}
-"""Sets are learned from reconstruction, which takes more steps than the outcome does, and would stay behind."""
+RATES, RATES_WIDTH = {"encoder": 3.0, "decoder": 8.0}, 64
+"""Sets are learned from reconstruction, which takes more steps than the outcome does, and would stay behind.  A wider
+model takes rates that are lower by as much (Yang et al. 2022, arXiv:2203.03466), and no part's is below the schedule's.
+"""
 
 
 def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:

@@ -35,7 +35,7 @@ VARIANTS: dict[str, list[str]] = {
     "no VAE losses (supervised)": ["--objective", "supervised"],
     "VAE losses weigh 0.01": ["--vae_weight", "0.01"],
     "product form of events": ["--event_form", "product"],
-    "10 epochs": ["--max_epochs", "10"],
+    "6 epochs": ["--max_epochs", "6"],
     PRETRAINED: ["--init_from"],
 }
 COLUMNS = {

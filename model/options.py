@@ -87,7 +87,7 @@ class TrainOptions:
     )
     init_from: str | None = _flag(None, "begin with the weights of this checkpoint")
     freeze: bool = _flag(False, "train the outcome head alone; the rest stays as --init_from gives it")
-    max_epochs: int = _flag(6, "epochs", least=1)
+    max_epochs: int = _flag(8, "epochs", least=1)
     learning_rate: float = _flag(1e-3, "of AdamW, at its highest", least=0)
     weight_decay: float = _flag(0.1, "of AdamW, on matrices", least=0)
     warmup_steps: int = _flag(50, "steps over which the learning rate rises; a cosine takes it down after", least=0)

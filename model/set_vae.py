@@ -76,6 +76,10 @@ class SetEncoder(nn.Module):
         return posteriors
 
 
+LONGEST_PLACE_PERIOD = 100.0
+"""Of sinusoids, in units of 2π events: with the usual 10,000 the first ten places differ in a few channels alone."""
+
+
 class SetDecoder(nn.Module):
     """Latent of a set -> as many vectors as the set has events.
 
@@ -110,6 +114,6 @@ class SetDecoder(nn.Module):
 
     def _first_level(self, latent_SD: Tensor, layout: SetLayout) -> Tensor:
         most = layout.classes[-1].size if layout.classes else 0
-        places = sinusoids(torch.arange(most, device=latent_SD.device), latent_SD.shape[1])
+        places = sinusoids(torch.arange(most, device=latent_SD.device), latent_SD.shape[1], LONGEST_PLACE_PERIOD)
         gate_RF = F.silu(self.gate(latent_SD)[layout.set_of_row] + self.seed(places)[layout.place_in_set])
         return self.joint(gate_RF * self.value(latent_SD)[layout.set_of_row])

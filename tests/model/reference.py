@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from model.attention import ISAB, MAB
 from model.losses import LossWeights
 from model.seqsetvae import SeqSetVAE
-from model.set_vae import sinusoids
+from model.set_vae import LONGEST_PLACE_PERIOD, sinusoids
 from pipeline.batch import PatientBatch
 from pipeline.schema import UNKNOWN_CODE
 
@@ -189,7 +189,7 @@ def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
 def decode(model: SeqSetVAE, h: Tensor, count: int) -> Tensor:
     decoder = model.decoder
     rows = []
-    for place in sinusoids(torch.arange(count), model.config.width):
+    for place in sinusoids(torch.arange(count), model.config.width, LONGEST_PLACE_PERIOD):
         gate = decoder.gate(h) + decoder.seed(place)
         rows += [decoder.joint(gate * torch.sigmoid(gate) * decoder.value(h))]
     y = torch.stack(rows)
