@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.baselines import of_data
 from benchmarks.machine import describe
+from benchmarks.study import prepared, python
 from model.evaluation import auroc_auprc
 
 ROOT = Path(__file__).parent.parent
@@ -55,10 +54,7 @@ def main() -> None:
 
 def one_split(options: argparse.Namespace, number: int) -> Scores:
     """Test AUROC and AUPRC of every model on split ``number``."""
-    data = options.work / f"split_{number}"
-    if not (data / "manifest.json").exists():
-        prepare = [options.records, "--format", options.format, "--output", data, "--split_seed", number]
-        python("preprocess.py", *prepare)
+    data = prepared(options, number)
     known = options.work / f"baselines_{number}.json"
     if not known.exists():
         known.write_text(json.dumps(of_data(data)))
@@ -80,10 +76,6 @@ def one_split(options: argparse.Namespace, number: int) -> Scores:
         scores[f"SeqSetVAE, mean of {len(probabilities)} seeds"] = score(label, np.mean(probabilities, axis=0))
     print(number, json.dumps(scores), flush=True)
     return scores
-
-
-def python(program: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, program, *map(str, arguments)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def score(label: np.ndarray, probability: np.ndarray) -> list[float]:

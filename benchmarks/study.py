@@ -61,10 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "study.json")
     options = parser.parse_args()
     for split in options.splits:
-        data = options.work / f"split_{split}"
-        if not (data / "manifest.json").exists():
-            made = [options.records, "--format", options.format, "--output", data, "--split_seed", split]
-            python("preprocess.py", *made)
+        prepared(options, split)
     wanted = list(itertools.product(options.only, options.splits, options.seeds))
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda one: run_of(options.work, *one), wanted))
@@ -75,6 +72,15 @@ def main() -> None:
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     options.output.with_suffix(".md").write_text(table(rows))
     print(table(rows))
+
+
+def prepared(options: argparse.Namespace, split: int) -> Path:
+    """The data set of a split by patient, made where it is not there yet."""
+    data: Path = options.work / f"split_{split}"
+    if not (data / "manifest.json").exists():
+        made = [options.records, "--format", options.format, "--output", data, "--split_seed", split]
+        python("preprocess.py", *made)
+    return data
 
 
 @functools.cache
