@@ -604,7 +604,8 @@ def parameter_groups(model: SeqSetVAE, options: TrainOptions) -> list[dict[str, 
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = max(RATES.get(name.partition(".")[0], 0.0) * RATES_WIDTH / model.config.width, 1.0)
+            narrower = min(1.0, RATES_WIDTH / model.config.width)
+            rate = max(RATES.get(name.partition(".")[0], 1.0) * narrower, 1.0)
             decay = options.weight_decay / rate if parameter.ndim > 1 else 0.0  # AdamW multiplies it by the rate
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": of, "weight_decay": decay, "rate": rate} for (rate, decay), of in groups.items()]

@@ -109,13 +109,13 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_set_vae_learns_faster_and_forgets_as_slowly() -> None:
     """AdamW takes rate × decay off a weight at each step, which is the same for all matrices; vectors keep theirs."""
-    model = tiny_model(width=32)
+    model = tiny_model(width=128)
     groups = train.parameter_groups(model, TrainOptions(data_dir="-", output_dir="-", weight_decay=0.1))
     found = {id(parameter): group for group in groups for parameter in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         group = found[id(parameter)]
-        assert group["rate"] == {"encoder": 6.0, "decoder": 16.0}.get(name.split(".")[0], 1.0)
+        assert group["rate"] == {"encoder": 1.5, "decoder": 4.0}.get(name.split(".")[0], 1.0)
         assert group["rate"] * group["weight_decay"] == pytest.approx(0.1 if parameter.ndim > 1 else 0.0)
 
 

