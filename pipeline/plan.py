@@ -60,8 +60,8 @@ class CostModel:
 
 
 PEAK_BYTES = {
-    "small": CostModel(event=14_244, set=35_760, set_squared=0.0, patient=178_738, batch=481_919),
-    "reference": CostModel(event=64_768, set=286_179, set_squared=6.6, patient=1_060_062, batch=7_369_931),
+    "small": CostModel(event=17_375, set=30_788, set_squared=0.0, patient=179_580, batch=416_456),
+    "reference": CostModel(event=77_398, set=266_684, set_squared=7.0, patient=1_073_954, batch=6_720_449),
 }
 """Bytes that a training step in float32 needs at its peak, over what weights and optimiser hold, by preset of the
 model; fitted by ``benchmarks.memory_model``.  ``model.memory`` fits them to a machine and a configuration."""
