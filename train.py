@@ -410,20 +410,22 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     if profiler.table is not None:
         run["profile"] = profiler.table
         say(world, "\n".join(["where the time goes:", *lines(profiler.table)]))
-    finish(options, data, world, progress, run)
+    finish(training, data, run)
     return 0
 
 
-def finish(options: TrainOptions, data: Data, world: World, progress: dict[str, Any], run: dict[str, Any]) -> None:
-    """Evaluate the best checkpoint on the test split, write summary and report, say where they are."""
+def finish(training: Training, data: Data, run: dict[str, Any]) -> None:
+    """Evaluate the best checkpoint on the test split, write summary, model card and report, say where they are."""
+    options, world, progress = training.options, training.world, training.progress
     run_dir = Path(options.output_dir)
     best = run_dir / "checkpoints" / "best.pt"
-    world.wait()  # until the first rank has written it
-    saved, test = Checkpoint.load(best), None
-    if saved.progress["step"] != progress["best"]["step"]:
-        at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
-        raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
+    test = None
     if data.manifest.splits.get("test"):
+        world.wait()  # until the first rank has written it
+        saved = Checkpoint.load(best)
+        if saved.progress["step"] != progress["best"]["step"]:
+            at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
+            raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
         model = saved.build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
         test = evaluate_split(model, "test", options, data, world)
     if not world.is_main:
@@ -440,7 +442,7 @@ def finish(options: TrainOptions, data: Data, world: World, progress: dict[str, 
         "test": test,
     }
     write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    text = model_card(SeqSetVAEConfig(**saved.config), options, patients_of(data.manifest), summary)
+    text = model_card(training.model.config, options, patients_of(data.manifest), summary)
     write_atomically(run_dir / "MODEL_CARD.md", text.encode())
     report = write_run_report(run_dir)
     if test is not None:
@@ -602,9 +604,9 @@ def parameter_groups(model: SeqSetVAE, options: TrainOptions) -> list[dict[str, 
     the schedule's.
     """
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    narrower = min(1.0, RATES_WIDTH / model.config.width)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            narrower = min(1.0, RATES_WIDTH / model.config.width)
             rate = max(RATES.get(name.partition(".")[0], 1.0) * narrower, 1.0)
             decay = options.weight_decay / rate if parameter.ndim > 1 else 0.0  # AdamW multiplies it by the rate
             groups.setdefault((rate, decay), []).append(parameter)
@@ -753,7 +755,7 @@ def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, data: Da
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """``--evaluate``: metrics with intervals, predictions and a report for one split."""
     path, run_dir, split = Path(options.evaluate or ""), Path(options.output_dir), options.evaluate_split
-    data = agree_on_data(options, manifest, world, *dict.fromkeys([split, *(["train"] if options.baselines else [])]))
+    data = agree_on_data(options, manifest, world, *sorted({split, "train"} if options.baselines else {split}))
     if not data.manifest.splits.get(split):
         raise UserError(f"{options.data_dir}: has no patients in split {split}; choose another with --evaluate_split")
     model = load_model(path, manifest.vocabulary_fingerprint).to(world.device)

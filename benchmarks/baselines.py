@@ -6,11 +6,10 @@ python -m benchmarks.baselines DATA [--output FILE.json]
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from model.baselines import baselines
 from pipeline.loader import make_loader
 
@@ -20,10 +19,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    text = json.dumps({**describe(), **of_data(options.data)}, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish({**describe(), **of_data(options.data)}, options.output)
 
 
 def of_data(data: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
 from model.losses import LossCounts, LossWeights
@@ -46,10 +46,7 @@ def main() -> None:
     result: dict[str, object] = {**describe(), "preset": options.preset, "rounds": options.rounds}
     for name, batch in batches.items():
         result[name] = compare(batch, options.preset, options.rounds)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 def compare(batch: PatientBatch, preset: str, rounds: int) -> dict[str, object]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,9 +50,7 @@ def main() -> None:
         "patients_per_second": {name: round(value, 2) for name, value in best.items()},
         "times_the_first": {name: round(value / first, 2) for name, value in best.items()},
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.output)
 
 
 def patients_per_second(options: argparse.Namespace, devices: int, threads: int | None) -> float:

@@ -6,7 +6,6 @@ python -m benchmarks.feed_forward [--output FILE.json]
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from model import feed_forward
 from model.feed_forward import FeedForward
 from model.profiling import matrix_rate
@@ -45,10 +44,7 @@ def main() -> None:
     for rows in (512, 1024, 2048, 4096):
         feed_forward.PIECE_ROWS = rows
         result[f"pieces_of_{rows}_gflops"] = round(flops / seconds(pieces) / 1e9, 1)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 def seconds(work: Callable[[], None], repeats: int = 12) -> float:

@@ -13,7 +13,6 @@ can only add to it.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ import torch
 from scipy.optimize import nnls
 
 from benchmarks.checkpointing import step
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
 from model.seqsetvae import ModelInput, SeqSetVAE
@@ -91,10 +90,7 @@ def main() -> None:
         "nanoseconds": {name: float(f"{1e9 * value:.4g}") for name, value in zip(TERMS, cost, strict=True)},
         "in_events": {name: float(f"{value / cost[0]:.3g}") for name, value in zip(TERMS, cost, strict=True)},
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 def least_seconds(works: list[Callable[[], None]], rounds: int) -> np.ndarray:

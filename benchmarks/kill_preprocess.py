@@ -9,7 +9,6 @@ comes to its end between two kills, its output is compared and the next one begi
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from pipeline.schema import REPORT_FILE, SUMMARY_FILE
 
 ROOT = Path(__file__).parents[1]
@@ -79,9 +78,7 @@ def main() -> None:
         "outputs_compared": len(outputs),
         "byte_identical": True,
     }
-    print(json.dumps(result, indent=1))
-    if given.output:
-        given.output.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, given.output)
 
 
 if __name__ == "__main__":

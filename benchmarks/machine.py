@@ -1,10 +1,12 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and where a result goes."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,3 +28,11 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def publish(result: Mapping[str, object], output: Path | None) -> None:
+    """Print a result as JSON and, where asked, keep it."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if output:
+        output.write_text(text + "\n")

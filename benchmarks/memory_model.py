@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 from dataclasses import asdict, astuple
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.checkpointing import step
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
 from model.memory import amounts, fit, peak_of
@@ -72,10 +71,7 @@ def main() -> None:
         "median_relative_error": round(float(np.median(np.abs(errors))), 3),
         "mebibytes_of_the_compared": [round(float(peak) / 2**20, 1) for peak in np.sort(found)],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 if __name__ == "__main__":

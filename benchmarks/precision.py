@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.augment import drop_events
 from model.config import SeqSetVAEConfig
@@ -94,10 +93,7 @@ def main() -> None:
     for name in given.precisions:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
         result[name] = compare(model, dtype, batches, options)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.output:
-        given.output.write_text(text + "\n")
+    publish(result, given.output)
 
 
 def batches_of(data_dir: str | None, steps: int) -> list[PatientBatch]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import polars as pl
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.preprocess import prepare, timed
 from pipeline.clean import clean
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE
@@ -102,9 +102,7 @@ def main() -> None:
     ours = best["preprocess.py"]["seconds"]
     ratios = {way: round(figures["seconds"] / ours, 2) for way, figures in best.items()}
     result = {"machine": describe(), "events": num_events, "ways": best, "times_the_seconds_of_preprocess": ratios}
-    print(json.dumps(result, indent=1))
-    if given.output:
-        given.output.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, given.output)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.baselines import of_data
 from benchmarks.machine import describe
-from benchmarks.study import prepared, python
+from benchmarks.study import mean_sd, prepared, train
 from model.evaluation import auroc_auprc
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +42,8 @@ def main() -> None:
         "train_flags": options.flags,
         "splits": splits,
         "mean_and_sd": {
-            name: [mean_sd([split[name][metric] for split in splits]) for metric in (0, 1)] for name in names
+            name: [[round(of, 4) for of in mean_sd([split[name][metric] for split in splits])] for metric in (0, 1)]
+            for name in names
         },
     }
     text = json.dumps(result, indent=1)
@@ -65,9 +65,7 @@ def one_split(options: argparse.Namespace, number: int) -> Scores:
     }
     probabilities = []
     for seed in options.seeds:
-        run = options.work / f"run_{number}_{seed}"
-        if not (run / "summary.json").exists():
-            python("train.py", "--data_dir", data, "--output_dir", run, "--seed", seed, "--resume", *options.flags)
+        run = train(options.work, options.work / f"run_{number}_{seed}", number, seed, options.flags)
         predictions = pq.read_table(run / "predictions_test.parquet")
         label = predictions["label"].fill_null(-1).to_numpy().astype(np.int64)
         probabilities.append(predictions["probability"].to_numpy())
@@ -82,10 +80,6 @@ def score(label: np.ndarray, probability: np.ndarray) -> list[float]:
     values = auroc_auprc(label, probability)
     assert None not in values, "a test split has both outcomes"
     return [float(value) for value in values if value is not None]
-
-
-def mean_sd(values: list[float]) -> list[float]:
-    return [round(statistics.fmean(values), 4), round(statistics.stdev(values), 4) if len(values) > 1 else 0.0]
 
 
 def table(means: dict[str, list[list[float]]], splits: int) -> str:

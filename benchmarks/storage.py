@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import feather
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from pipeline.shards import Manifest, read_shard
 from pipeline.store import PatientStore
 
@@ -82,10 +81,7 @@ def main() -> None:
             },
             "milliseconds_of_sha256": round(1e3 * checksum, 1),
         }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 def decoded(table: pa.Table) -> list[np.ndarray]:

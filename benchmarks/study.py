@@ -2,8 +2,8 @@
 
     python -m benchmarks.study RECORDS --format physionet2012 --work DIR [--splits 0 1] [--seeds 0 1 2] [--only NAME …]
 
-Every row trains on the same patients for the same number of epochs, so as many patients are seen; mean and standard
-deviation are over splits by patient and seeds.  ``validation loss`` is the cross-entropy of the outcome, at the last
+Every row but "6 epochs" and the pretrained one trains for the same number of epochs, so as many patients are seen;
+mean and standard deviation are over splits by patient and seeds.  ``validation loss`` is the outcome's, at the last
 epoch and the least of all epochs.  The test split of the best epoch's weights is read once, and decides nothing.
 The work folder keeps what is done: a study that was interrupted goes on, more seeds add to it.
 """
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,6 @@ def prepared(options: argparse.Namespace, split: int) -> Path:
     return data
 
 
-@functools.cache
 def run_of(work: Path, name: str, split: int, seed: int) -> Path:
     """The folder of a training run that is done."""
     flags: list[object] = [*VARIANTS[name]]
@@ -95,7 +94,8 @@ def run_of(work: Path, name: str, split: int, seed: int) -> Path:
     return train(work, work / f"{folder}_{split}_{seed}", split, seed, flags)
 
 
-def train(work: Path, run: Path, split: int, seed: int, flags: list[object]) -> Path:
+def train(work: Path, run: Path, split: int, seed: int, flags: Sequence[object]) -> Path:
+    """``run``, the folder of a training on that split with these flags, made where it is not there yet."""
     if not (run / "summary.json").exists():
         given = ["--data_dir", work / f"split_{split}", "--output_dir", run, "--seed", seed, "--resume"]
         python("train.py", *given, *flags)
@@ -128,14 +128,17 @@ def figures(run: Path) -> dict[str, Any]:
     }
 
 
+def mean_sd(values: list[float]) -> list[float]:
+    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     lines = [f"| | runs | {' | '.join(COLUMNS.values())} |", "|---|---:|" + "---|" * len(COLUMNS)]
     for name, runs in rows.items():
         cells = []
         for column in COLUMNS:
-            values = [run[column] for run in runs]
-            sd = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.fmean(values):.3f} ± {sd:.3f}")
+            mean, sd = mean_sd([run[column] for run in runs])
+            cells.append(f"{mean:.3f} ± {sd:.3f}")
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,6 @@ All figures of one run come from the same machine at the same time; compare rati
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from model.config import SeqSetVAEConfig
 from model.flops import step_flops
 from model.losses import LossCounts, LossWeights
@@ -82,10 +81,7 @@ def main() -> None:
         loop = one.num_patients / (time.perf_counter() - started)
         result["loop_over_sets_patients_per_second"] = round(loop, 3)
         result["times_the_loop"] = round(float(str(result["fp32_patients_per_second"])) / loop, 1)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -88,7 +88,7 @@ def model_card(
         "",
         f"{', '.join(f'{number:,} {split}' for split, number in patients.items())} patients; statistics and "
         f"vocabulary of the train split. Seed {options.seed}, {summary['steps']:,} steps in {summary['seconds']:,.0f} "
-        f"s; epoch {best['epoch'] + 1} was chosen by the validation split's {options.monitor}.",
+        f"s; epoch {best['epoch'] + 1} was the best on the validation split.",
         "",
         "## What it is good for",
         "",

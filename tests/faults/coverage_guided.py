@@ -125,7 +125,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.target:
         fuzz(options.target, options.runs)
-    result: dict[str, object] = {**import_module("benchmarks.machine").describe()}
+    machine = import_module("benchmarks.machine")
+    result: dict[str, object] = {**machine.describe()}
     for name in TARGETS:
         runs = str(options.runs // (10 if name in ("record", "csv") else 1))
         command = [sys.executable, "-m", "tests.faults.coverage_guided", "--target", name, "--runs", runs]
@@ -141,10 +142,7 @@ def main() -> None:
             "places_reached": int(kept[-1][0]),
             "kept": int(kept[-1][1]),
         }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    machine.publish(result, options.output)
 
 
 if __name__ == "__main__":
