@@ -376,7 +376,8 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                         "beta": kl_weight(options, step - 1),
                         "rss_bytes": psutil.Process().memory_info().rss,
                     }
-                    line = {"step": step, "epoch": epoch, "seconds": training.seconds, **means, **interval.rates()}
+                    rates, interval = Throughput.of_job(world.gather(interval)).rates(), Throughput()
+                    line = {"step": step, "epoch": epoch, "seconds": training.seconds, **means, **rates}
                     log("train", **line, **schedule)
                     if options.verbose:
                         say(world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
@@ -402,7 +403,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
             if options.patience and progress["epochs_since_best"] >= options.patience:
                 stop = "patience"
     progress["seconds"] = training.seconds
-    run = {"stopped_by": stop or "max_epochs", **overall.rates()}
+    run = {"stopped_by": stop or "max_epochs", **Throughput.of_job(world.gather(overall)).rates()}
     if options.compile:
         run["compiled_graphs"] = compiled_graphs()
     if options.profile_memory:  # of this process and those below it; each rank has a profile of its own

@@ -61,8 +61,7 @@ def patients_per_second(options: argparse.Namespace, devices: int, threads: int 
         flags += ["--preset", options.preset, "--batch_size", str(options.batch_size)]
         command = [sys.executable, "train.py", *flags]
         subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
-        # A summary has the rate of the first device, which took its share of each batch.
-        return devices * float(json.loads((Path(folder) / "summary.json").read_text())["patients_per_second"])
+        return float(json.loads((Path(folder) / "summary.json").read_text())["patients_per_second"])
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ class EpochBar:
 
     def advance(self, throughput: Throughput) -> None:
         if self.task is not None and not self.bar.disable:
-            rates, memory = throughput.rates(reset=False), psutil.Process().memory_info().rss / 2**30
-            speed, waste = rates["patients_per_second"], rates["event_padding_waste"]
+            rates, memory = throughput.rates(), psutil.Process().memory_info().rss / 2**30
+            # Of this rank, times their number: all ranks would have to stop to be asked.
+            speed, waste = rates["patients_per_second"] * self.world.size, rates["event_padding_waste"]
             now = f"{speed:.1f} patients/s, padding {waste:.1%}, {memory:.2f} GiB"
             self.bar.update(self.task, advance=1, now=now)
 

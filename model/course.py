@@ -10,14 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUM_FACTS = 10
+NUM_FACTS = 11
+
+RECENT_MINUTES = 12 * 60
+"""In which the weight of a value in the mean of the recent ones falls to 1/e."""
 
 
 def course_facts(
     value_E: Tensor, number_E: Tensor, set_E: Tensor, pair_E: Tensor, minute_S: Tensor, end_V: Tensor
 ) -> Tensor:
     """[V, F] float32: of the values mean, standard deviation, least, greatest, first and last (the mean of those of one
-    set) and whether there are any; of the events their number, and the times since the first and since the last.
+    set), mean of the recent ones and whether there are any; of the events their number, and the times since the first
+    and since the last.
 
     Values go through asinh, counts and hours through log(1 + x), so that all are of like size.
 
@@ -53,8 +57,12 @@ def course_facts(
         of_pair = extreme(torch.where(number_E, set_E, torch.full_like(set_E, nowhere)), reduce, nowhere)
         there_E = weight_E * (set_E == of_pair[pair_E])
         facts.append(total(x_E * there_E) / total(there_E).clamp_min(1))
-    facts += [(count_V > 0).float(), total(torch.ones_like(x_E)).log1p()]
     minute_E = minute_S[set_E]
+    # By the time before the variable's own last value: before the patient's last set all weights could be nothing.
+    newest_V = extreme(torch.where(number_E, minute_E, -infinite), "amax", -torch.inf)
+    recent_E = ((minute_E - newest_V[pair_E]) / RECENT_MINUTES).clamp(max=0).exp() * weight_E
+    facts.append(total(x_E * recent_E) / torch.where(count_V > 0, total(recent_E), 1.0))
+    facts += [(count_V > 0).float(), total(torch.ones_like(x_E)).log1p()]
     for reduce, fill in (("amin", torch.inf), ("amax", -torch.inf)):
         at_V = torch.full_like(end_V, fill).scatter_reduce(0, pair_E, minute_E, reduce)
         facts.append(((end_V - at_V) / 60).log1p())

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import SeqSetVAEConfig
-from model.course import NUM_FACTS
-from model.outcome import FACT_CHANNELS, SUMMARY_CHANNELS
+from model.outcome import ENCODED_FACTS, FACT_CHANNELS, SUMMARY_CHANNELS
 from pipeline.batch import PatientBatch
 
 BACKWARD = "backward"
@@ -46,7 +45,7 @@ def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> dict[str, float]
         variables_B = _variables_per_patient(batch)
         channels = min(width, SUMMARY_CHANNELS)
         inputs = 2 * width + channels
-        a_variable = NUM_FACTS * min(width, FACT_CHANNELS) + config.members * (NUM_FACTS + 1) * channels
+        a_variable = ENCODED_FACTS * min(width, FACT_CHANNELS) + config.members * (ENCODED_FACTS + 1) * channels
         facts = float(variables_B.sum()) * a_variable
         head = (events + sets) * square + events * width * config.heads + facts + _isab(variables_B, config)
     head += config.members * patients * width * (inputs + 2)

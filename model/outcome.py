@@ -68,6 +68,9 @@ AXIS_SALT, MEMBER_SALT = 2, 1024
 FACT_CHANNELS = 64
 """Channels that the facts about a variable's course reach."""
 
+ENCODED_FACTS = 2 * NUM_FACTS
+"""Numbers that facts are encoded as: a z-score and its cosine each."""
+
 SUMMARY_CHANNELS = 32
 """Channels of a member's summary."""
 
@@ -90,7 +93,8 @@ class VariableAxis(nn.Module):
         # What a fact means differs between variables, so each has a projection of its own (to some of the channels: of
         # full width, those of 30,000 codes would outweigh the rest of the model).
         channels = min(width, FACT_CHANNELS)
-        self.facts = nn.Parameter(torch.randn(config.num_codes, NUM_FACTS, channels) / math.sqrt(NUM_FACTS))
+        scale = math.sqrt(ENCODED_FACTS)
+        self.facts = nn.Parameter(torch.randn(config.num_codes, ENCODED_FACTS, channels) / scale)
         self.norm = nn.LayerNorm(width)
         self.block = ISAB(width, config.heads, config.set_feed_forward, config.inducing_points)
         self.scale = math.sqrt(width)
@@ -141,10 +145,10 @@ class Member(nn.Module):
         inputs, width = (2 if config.variable_axis else 1) * config.width, config.width
         self.facts = None
         if config.variable_axis:
-            affordable = SUMMARY_WEIGHTS // (config.num_codes * (NUM_FACTS + 1) * config.members)
+            affordable = SUMMARY_WEIGHTS // (config.num_codes * (ENCODED_FACTS + 1) * config.members)
             channels = max(1, min(width, SUMMARY_CHANNELS, affordable))
             scale = math.sqrt(config.num_codes * (NUM_FACTS + 1))
-            self.facts = nn.Parameter(torch.randn(config.num_codes, NUM_FACTS + 1, channels) / scale)
+            self.facts = nn.Parameter(torch.randn(config.num_codes, ENCODED_FACTS + 1, channels) / scale)
             self.bias = nn.Parameter(torch.zeros(channels))
             inputs += channels
         self.hidden = nn.Linear(inputs, width)
@@ -205,7 +209,7 @@ class OutcomeHead(nn.Module):
         facts_VF = None
         if self.variables is not None:
             pair_noise = None if noise is None else noise.at(variables.patient, variables.code)
-            facts_VF = self.standardised(_facts(batch, variables), variables.code)
+            facts_VF = self.encoded(_facts(batch, variables), variables.code)
             axis_BD = self.variables(events_RD, context_SD, facts_VF, sets, variables, pair_noise)
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
@@ -215,9 +219,15 @@ class OutcomeHead(nn.Module):
         ]
         return torch.stack(members, dim=1)
 
-    def standardised(self, facts_VF: Tensor, code_V: Tensor) -> Tensor:
-        """Facts as z-scores within their variable; 4 at most, so that a record's error is not the whole sum."""
-        return ((facts_VF - self.fact_mean[code_V]) / self.fact_std[code_V]).clamp(-4, 4)
+    def encoded(self, facts_VF: Tensor, code_V: Tensor) -> Tensor:
+        """[V, 2 F]: facts as z-scores within their variable, 4 at most, so that a record's error is not the whole sum;
+        and the z-scores' cosines, which say how usual each is.
+
+        What is too high and what is too low are often signs of the same, which no dense layer on z-scores sees
+        (periodic encodings of numbers: Gorishniy et al., arXiv:2203.05556).
+        """
+        z_VF = ((facts_VF - self.fact_mean[code_V]) / self.fact_std[code_V]).clamp(-4, 4)
+        return torch.cat([z_VF, z_VF.cos()], dim=1)
 
     @torch.no_grad()
     def fit_facts(self, moments_3CF: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,8 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -216,17 +218,24 @@ class JsonLines:
         self.close()
 
 
+@dataclass
 class Throughput:
     """Sums over the batches of an interval, and their rates."""
 
-    def __init__(self) -> None:
-        self.reset()
+    num_patients: int = 0
+    num_events: int = 0
+    num_sets: int = 0
+    event_cells: int = 0  # of the padded layout: patients times the longest, padding included
+    set_cells: int = 0
+    waited: float = 0.0
+    step_seconds: float = 0.0
 
-    def reset(self) -> None:
-        """Begin a new interval."""
-        self.num_patients = self.num_events = self.num_sets = 0
-        self.event_cells = self.set_cells = 0  # of the padded layout: patients times the longest, padding included
-        self.waited = self.step_seconds = 0.0
+    @classmethod
+    def of_job(cls, ranks: Sequence[Throughput]) -> Throughput:
+        """Those of all ranks as one: counts added up, seconds, which ranks spend side by side, averaged."""
+        job = cls(**{field.name: sum(getattr(rank, field.name) for rank in ranks) for field in dataclasses.fields(cls)})
+        job.waited, job.step_seconds = job.waited / len(ranks), job.step_seconds / len(ranks)
+        return job
 
     def add(self, batch: PatientBatch, *, waited: float, step_seconds: float, pad_to: int | None = None) -> None:
         """Count one batch.
@@ -246,23 +255,16 @@ class Throughput:
         self.waited += waited
         self.step_seconds += step_seconds
 
-    def rates(self, *, reset: bool = True) -> dict[str, float]:
-        """Rates of the interval: per second of wall time, waiting included, and fractions; 0 where nothing was.
-
-        Args:
-            reset: whether a new interval begins.
-        """
+    def rates(self) -> dict[str, float]:
+        """Per second of wall time, waiting included, and fractions; 0 where nothing was."""
         seconds = self.waited + self.step_seconds
-        rates = {
+        return {
             "patients_per_second": _ratio(self.num_patients, seconds),
             "events_per_second": _ratio(self.num_events, seconds),
             "data_wait_fraction": _ratio(self.waited, seconds),
             "event_padding_waste": _ratio(self.event_cells - self.num_events, self.event_cells),
             "set_padding_waste": _ratio(self.set_cells - self.num_sets, self.set_cells),
         }
-        if reset:
-            self.reset()
-        return rates
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -117,7 +117,7 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
         if member.facts is not None:
             total = member.bias
             for code, facts in course_of_variables(batch, b).items():
-                total = total + torch.cat([standardised(model, code, facts), torch.ones(1)]) @ member.facts[code]
+                total = total + torch.cat([encoded(model, code, facts), torch.ones(1)]) @ member.facts[code]
             inputs.append(F.gelu(total))
         members.append(member.output(F.gelu(member.hidden(torch.cat(inputs)))))
     logits = torch.stack(members)
@@ -131,10 +131,11 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     )
 
 
-def standardised(model: SeqSetVAE, code: int, facts: list[float]) -> Tensor:
-    """The facts of a variable as z-scores, 4 at most."""
+def encoded(model: SeqSetVAE, code: int, facts: list[float]) -> Tensor:
+    """The facts of a variable as z-scores, 4 at most, and their cosines."""
     moments = zip(facts, model.head.fact_mean[code].tolist(), model.head.fact_std[code].tolist(), strict=True)
-    return torch.tensor([min(max((fact - mean) / std, -4.0), 4.0) for fact, mean, std in moments])
+    scores = [min(max((fact - mean) / std, -4.0), 4.0) for fact, mean, std in moments]
+    return torch.tensor(scores + [math.cos(score) for score in scores])
 
 
 def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tensor], context: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tens
         weights = torch.softmax(axis.score(stacked), dim=0)
         parts = stacked.chunk(model.config.heads, dim=1)
         pooled = torch.cat([weights[:, head] @ part for head, part in enumerate(parts)])
-        told = standardised(model, code, facts[code]) @ axis.facts[code]
+        told = encoded(model, code, facts[code]) @ axis.facts[code]
         pooled = torch.cat([pooled[: len(told)] + told, pooled[len(told) :]])
         variables.append(axis.norm(pooled + axis.variable.weight[code]))
     x = torch.stack(variables)
@@ -178,10 +179,13 @@ def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
             return statistics.fmean(value for at, value in course if at == s and value is not None)
 
         hours = [float(batch.minute[last - 1] - batch.minute[s]) / 60 for s, _ in course]
-        numbers = [0.0] * 7
+        numbers = [0.0] * 8
         if values:
             numbers = [statistics.fmean(values), statistics.pstdev(values), min(values), max(values)]
-            numbers += [of_set(with_number[0]), of_set(with_number[-1]), 1.0]
+            newest = float(batch.minute[with_number[-1]])
+            weights = [math.exp((float(batch.minute[s]) - newest) / (12 * 60)) for s in with_number]
+            recent = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+            numbers += [of_set(with_number[0]), of_set(with_number[-1]), recent, 1.0]
         facts[code] = [*numbers, math.log1p(len(course)), math.log1p(max(hours)), math.log1p(min(hours))]
     return facts
 

@@ -44,8 +44,8 @@ def test_the_head_sees_facts_as_z_scores_four_at_most() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("num_codes", "channels"), [(43, 32), (10_000, 4), (100_000, 1)])
+@pytest.mark.parametrize(("num_codes", "channels"), [(43, 32), (10_000, 2), (100_000, 1)])
 def test_summaries_of_many_variables_are_narrower(num_codes: int, channels: int) -> None:
     member = Member(SeqSetVAEConfig.preset("small", num_codes=num_codes))
     assert member.facts is not None
-    assert member.facts.shape == (num_codes, NUM_FACTS + 1, channels)
+    assert member.facts.shape == (num_codes, 2 * NUM_FACTS + 1, channels)

@@ -174,11 +174,24 @@ def test_throughput_by_hand() -> None:
         "event_padding_waste": (8 + 10 - 16) / 18,
         "set_padding_waste": 0.0,
     }
-    assert throughput.rates(reset=False) == throughput.rates() == expected
-    throughput.add(batch_of([2, 1, 1], [2]), waited=0.0, step_seconds=1.0, pad_to=10)  # a new interval
+    assert throughput.rates() == expected
+    throughput = Throughput()
+    throughput.add(batch_of([2, 1, 1], [2]), waited=0.0, step_seconds=1.0, pad_to=10)
     assert throughput.rates()["event_padding_waste"] == 14 / 20
+    throughput = Throughput()
     throughput.add(batch_of([2, 1, 1], [2]), waited=0.0, step_seconds=1.0)
     assert throughput.rates()["set_padding_waste"] == 2 / 6
+
+
+def test_throughput_of_a_job_counts_all_ranks() -> None:
+    first, second = Throughput(), Throughput()
+    first.add(batch_of([4], [2]), waited=1.0, step_seconds=2.0)
+    second.add(batch_of([3]), waited=0.0, step_seconds=3.0)
+    rates = Throughput.of_job([first, second]).rates()
+    assert rates["patients_per_second"] == 3 / 3
+    assert rates["events_per_second"] == 9 / 3
+    assert rates["data_wait_fraction"] == 0.5 / 3
+    assert rates["event_padding_waste"] == (8 + 3 - 9) / 11
 
 
 def test_throughput_of_nothing_is_zero() -> None:
