@@ -25,7 +25,7 @@ from pipeline.pseudonyms import Pseudonyms
 from pipeline.report import write_data_report
 from pipeline.rules import ACTIONS, AGGREGATES, Rules
 from pipeline.schema import PRIVATE, REPORT_FILE, SPLITS, UserError
-from pipeline.shards import SHARD_SUFFIXES
+from pipeline.shards import SHARD_SUFFIXES, remove_leftovers
 from pipeline.sources.auto import FORMATS, open_source
 from pipeline.sources.meds import EXCLUDE_CODES
 from pipeline.sources.side_files import read_ranges
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         report = given.output / REPORT_FILE
         if not report.exists():
+            remove_leftovers(given.output, REPORT_FILE)
             write_data_report(given.output)
     except (UserError, OSError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC

@@ -61,7 +61,15 @@ from pipeline.monitor import MemoryMonitor, Throughput, peak_rss_bytes, release_
 from pipeline.remote import open_folder, parse_bytes
 from pipeline.report import write_run_report
 from pipeline.schema import FIRST_CODE, PRIVATE, UNLABELLED, UserError
-from pipeline.shards import Manifest, ShardEntry, check_shards, load_embeddings, replacing, write_atomically
+from pipeline.shards import (
+    Manifest,
+    ShardEntry,
+    check_shards,
+    load_embeddings,
+    remove_leftovers,
+    replacing,
+    write_atomically,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -334,6 +342,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
+        remove_leftovers(run_dir)
         resolved = {"options": dataclasses.asdict(options), "model": model.config.to_dict()}
         write_atomically(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
     parameters = sum(p.numel() for p in model.parameters())

@@ -157,8 +157,12 @@ def build(
     """
     started = time.monotonic()
     rule, rules, like = options.rule, options.rules, options.like
+    measuring = rules.outlier_std is not None and like is None
     resolved = _resolved(source, options)
     pieces: list[Piece] = []
+
+    def partitions_of(spilled: Sequence[Spilled]) -> int:
+        return max(1, -(-sum(piece.num_kept for piece in spilled) // options.events_per_shard))
 
     def look_at_input() -> str:
         pieces.extend(source.pieces())
@@ -177,6 +181,10 @@ def build(
         with open_executor(executor, min(workers, len(pieces))) as opened:
             run = Stages(opened, work, progress)
 
+            def used_up(spilled: Sequence[Spilled]) -> bool:
+                after = (["measure"], ["sort", "write"]) if measuring else (["sort", "write"],)
+                return all(run.are_done(stages, partitions_of(spilled)) for stages in after)
+
             spill_tasks = [(source, piece, number, options, work) for number, piece in enumerate(pieces)]
             spilled = run(
                 "read",
@@ -185,16 +193,15 @@ def build(
                 from_json=Spilled.from_json,
                 size=lambda piece: piece.num_rows,
                 leaves=("spills/{:05d}.*.arrow", "rejects/{:05d}.parquet"),
+                used_up=used_up,
             )
             _check_alike(pieces, spilled)
-
-            num_kept = sum(piece.num_kept for piece in spilled)
-            num_partitions = max(1, -(-num_kept // options.events_per_shard))
+            num_partitions = partitions_of(spilled)
             sort_tasks = [
                 (work, len(pieces), number, num_partitions, rule, source.origin) for number in range(num_partitions)
             ]
             limits: Limits = {} if like is None else like.limits
-            if rules.outlier_std is not None and like is None:
+            if measuring:
                 measured = run(
                     "measure",
                     measure_partition,
@@ -210,6 +217,7 @@ def build(
                 from_json=SortedPartition.from_json,
                 size=lambda part: part.num_events,
                 leaves=("sorted/{:05d}.arrow", "late_rejects/{:05d}.parquet"),
+                used_up=lambda parts: run.are_done(["write"], len(parts)),
             )
             shutil.rmtree(work / "spills")
             if num_labels and not any(part.num_labels for part in parts):

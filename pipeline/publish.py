@@ -30,7 +30,7 @@ from pipeline.schema import (
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.shards import TEMPORARY, Manifest, sync, write_atomically
+from pipeline.shards import Manifest, remove_leftovers, sync, write_atomically
 
 WORK: Final = ".preprocess"
 LOCK_FILE: Final = "lock"
@@ -160,8 +160,7 @@ def _take_up(work: Path, fingerprint: str, say: Callable[[str], None]) -> None:
     if run.exists():
         if run.read_bytes() == content:
             say("an earlier run was stopped; it goes on where it was")
-            for leftover in work.rglob(f"*{TEMPORARY}"):
-                leftover.unlink()
+            remove_leftovers(work)
             return
         say("an earlier run was stopped, but input or options are others now; beginning afresh")
     _clear(work)

@@ -450,6 +450,12 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left of :func:`replacing` files of that name; nobody else may be writing them."""
+    for path in folder.rglob(f".{name}.*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` by way of :func:`replacing`."""
     with replacing(path) as temporary:

@@ -2,7 +2,8 @@
 
 A task leaves files; when they are complete, what it found and their checksums are written to
 ``journal/<stage>/<task>.json``, whole or not at all.  A run that was killed finds its journal and goes on with the
-tasks that have no entry, or whose files are not as they left them.
+tasks that have no entry, or whose files are not as they left them.  Files that later stages have used up go a whole
+folder at a time; they are made again where those stages turn out not to be done.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Stages:
         from_json: Callable[[dict[str, Any]], T],
         size: Callable[[T], int],
         leaves: Sequence[str] = (),
+        used_up: Callable[[list[T]], bool] = lambda found: False,
     ) -> list[T]:
         """What the tasks found, in the order of ``arguments``; the first failure ends the stage.
 
@@ -65,11 +67,15 @@ class Stages:
             from_json: makes what a task returned of its fields.
             size: rows that a task was about.
             leaves: patterns of the files below ``work`` that task ``{}`` writes.
+            used_up: whether later stages are done, given what all the tasks found, so that the files may be gone.
         """
         entries = [self.work / JOURNAL / stage / f"{number:06d}.json" for number in range(len(arguments))]
         entries[0].parent.mkdir(parents=True, exist_ok=True)
         journal = {number: _read(entry, self.work) for number, entry in enumerate(entries)}
-        found = {number: from_json(content) for number, content in journal.items() if content is not None}
+        found = {number: from_json(entry.found) for number, entry in journal.items() if entry is not None}
+        cleared = {number for number, entry in journal.items() if entry is not None and entry.cleared}
+        if cleared and not (len(found) == len(entries) and used_up(list(found.values()))):
+            found = {number: result for number, result in found.items() if number not in cleared}
         done, rows = len(found), sum(map(size, found.values()))
         if self.progress is not None:
             self.progress(stage, done=done, total=len(arguments), rows=rows)
@@ -92,6 +98,18 @@ class Stages:
             for future in futures.values():
                 future.cancel()
 
+    def are_done(self, stages: Sequence[str], total: int) -> bool:
+        """Whether the first of ``stages``, of ``total`` tasks each, is done, and its files are there or used up by the
+        next.
+        """
+        if not stages:
+            return False
+        journal = [_read(self.work / JOURNAL / stages[0] / f"{number:06d}.json", self.work) for number in range(total)]
+        if any(entry is None for entry in journal):
+            return False
+        cleared = any(entry is not None and entry.cleared for entry in journal)
+        return not cleared or self.are_done(stages[1:], total)
+
 
 def _do(entry: Path, work: Path, leaves: list[str], task: Callable[..., T], given: tuple[Any, ...]) -> T:
     found = task(*given)
@@ -109,21 +127,30 @@ def _name(entry: Path) -> str:
     return f"{entry.parent.name}/{entry.stem}"
 
 
-def _read(entry: Path, work: Path) -> dict[str, Any] | None:
-    """What a task found; None where it is to be done, because its entry or a file is missing or damaged."""
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a task found, and whether files that it left are gone with their whole folder."""
+
+    found: dict[str, Any]
+    cleared: bool
+
+
+def _read(path: Path, work: Path) -> _Entry | None:
+    """The entry of a task that is done; None where it is missing, or it or a file is damaged."""
     try:
-        content = unsealed(json.loads(entry.read_bytes()), entry, "")
-        if content["task"] != _name(entry):
+        content = unsealed(json.loads(path.read_bytes()), path, "")
+        if content["task"] != _name(path):
             return None
+        cleared = False
         for name, sha256 in content["files"].items():
-            path = work / name
-            cleared = name.startswith(CLEARED) and not path.exists() and not any(path.parent.iterdir())
-            if not cleared and file_sha256(path) != sha256:
+            file = work / name
+            if name.startswith(CLEARED) and not file.exists() and not any(file.parent.iterdir()):
+                cleared = True
+            elif file_sha256(file) != sha256:
                 return None
     except (OSError, ValueError, RecursionError):
         return None
-    found: dict[str, Any] = content["found"]
-    return found
+    return _Entry(content["found"], cleared)
 
 
 def _plain(array: object) -> object:

@@ -137,11 +137,12 @@ def test_a_second_run_does_nothing_and_another_needs_overwrite(
     assert run(*SYNTHETIC, "--output", output) == 0
     first = (output / MANIFEST_FILE).read_bytes()
     before = (output / MANIFEST_FILE).stat()
-    (output / "report.html").unlink()
+    (output / "report.html").rename(output / f".report.html.{'0' * 32}.tmp")  # as a kill leaves it
     assert run(*SYNTHETIC, "--output", output) == 0
     assert "is here already; nothing to do" in capsys.readouterr().err
     assert (output / MANIFEST_FILE).stat() == before
     assert (output / "report.html").exists()
+    assert not list(output.glob(".*"))
     assert run(*SYNTHETIC, "--output", output, "--seed", 2) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(*SYNTHETIC, "--output", output, "--overwrite") == 0

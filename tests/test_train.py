@@ -178,7 +178,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
     if number == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM
         assert "--resume" in errors
+    (last.parent / f".last.pt.{'0' * 32}.tmp").write_bytes(b"of a save that was killed")
     assert run(data, tmp_path, "--resume") == 0
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.pt", "last.pt"]
     assert_same(weights(tmp_path), weights(finished))
     assert_same(weights(tmp_path, "best"), weights(finished, "best"))
     averaged = [Checkpoint.load(out / "checkpoints" / "last.pt").averaged for out in (tmp_path, finished)]

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.build import BuildOptions, build
 from pipeline.executors import InlineExecutor
 from pipeline.partition import SortedPartition, WrittenPartition
 from pipeline.publish import WORK
+from pipeline.rules import Rules
 from pipeline.shards import ShardEntry
+from pipeline.sources.synthetic import Synthetic
 from pipeline.stages import JOURNAL, Stages
 from pipeline.statistics import Moments
 from tests.pipeline.test_build import shard_bytes
@@ -117,3 +120,66 @@ def test_killed_again_and_again_the_output_is_that_of_a_run_left_alone(tmp_path:
     assert b"it goes on where it was" in said or b"nothing to do" in said
     assert shard_bytes(output) == shard_bytes(tmp_path / "whole")
     assert not (output / WORK).exists()
+
+
+@pytest.mark.parametrize("outlier_std", [None, 6.0])
+@pytest.mark.parametrize(
+    ("stopped_in", "lost"),
+    [
+        ("write_partition", "sorted/00001.arrow"),
+        ("write_partition", "journal/read/000001.json"),
+        ("write_partition", "journal/measure/000000.json"),
+        ("write_partition", "journal/sort/000001.json"),
+        ("_finish", "index/*-00001.arrow"),
+        ("_finish", "data/train/00001.parquet"),
+        ("_finish", "journal/sort/000000.json"),
+        ("_finish", "journal/write/000001.json"),
+    ],
+)
+def test_what_was_used_up_is_made_again_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str, lost: str, outlier_std: float | None
+) -> None:
+    monkeypatch.setattr("pipeline.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 20})
+    source = Synthetic(num_patients=50)
+    options = BuildOptions(events_per_shard=5000, rules=Rules(outlier_std=outlier_std))
+    build(source, tmp_path / "whole", options)
+
+    def stop(*_: object, **__: object) -> None:
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pipeline.build.{stopped_in}", stop)
+        with pytest.raises(OSError, match="stopped"):
+            build(source, tmp_path / "out", options)
+    assert not (tmp_path / "out" / WORK / "spills").exists()
+    paths = list((tmp_path / "out" / WORK).glob(lost))
+    assert paths or (outlier_std is None and "measure" in lost)
+    for path in paths:
+        path.unlink()
+    build(source, tmp_path / "out", options)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("folder", ["spills", "sorted"])
+def test_a_folder_that_is_half_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setattr("pipeline.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 20})
+    source, options = Synthetic(num_patients=50), BuildOptions(events_per_shard=5000)
+    build(source, tmp_path / "whole", options)
+
+    def remove(path: Path) -> None:
+        files = sorted(path.iterdir())
+        for file in files[: 1 if path.name == folder else len(files)]:
+            file.unlink()
+        if path.name == folder:
+            raise OSError("stopped")
+        path.rmdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.build.shutil.rmtree", remove)
+        with pytest.raises(OSError, match="stopped"):
+            build(source, tmp_path / "out", options)
+    assert any((tmp_path / "out" / WORK / folder).iterdir())
+    build(source, tmp_path / "out", options)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
