@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from tests.data_dirs import Patient, make_patients, write_data_dir
 
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # by a shell that starts us in the background, and our processes too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "physionet2012"
 
