@@ -19,9 +19,8 @@ from tests.data_dirs import Patient, make_patients, write_data_dir
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # by a shell that starts us in the background, and our processes too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background ignores it, and so would the processes that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "physionet2012"
