@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.plan import CostModel, EpochPlan, Policy, deal, plan_epoch
+from pipeline.plan import CostModel, EpochPlan, Policy, _room, deal, plan_epoch
 from pipeline.plan_report import neighbour_correlation, padding_waste, pairs_meeting_again, rank_imbalance
 from pipeline.schema import UserError
 
@@ -91,6 +91,22 @@ def test_a_budget_is_filled_greedily_by_hand() -> None:
     assert batches(plan_epoch(num_events, num_events, padded, seed=0, epoch=0)) == [[0, 1, 2], [3, 4], [5]]
     both = replace(ragged, batch_size=2)
     assert batches(plan_epoch(num_events, num_events, both, seed=0, epoch=0)) == [[0, 1], [2, 3], [4], [5]]
+
+
+def test_a_budget_of_cost_is_filled_to_its_limit_by_hand() -> None:
+    num_events = np.array([4, 5, 5, 6])
+    cost = CostModel(event=1, set=0, set_squared=0, patient=0, batch=2)
+    for limit, expected in ((10, [[0], [1], [2], [3]]), (11, [[0, 1], [2], [3]]), (13, [[0, 1], [2, 3]])):
+        policy = Policy(batch_size=None, max_cost=limit, cost=cost, shuffle=False)
+        assert batches(plan_epoch(num_events, num_events, policy, seed=0, epoch=0)) == expected, limit
+
+
+def test_room_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gaps over one neighbour on each side are 1/2, 3/3 and 3/2; patients a batch 2, 1 and 1."""
+    monkeypatch.setattr("pipeline.plan.GAP_REACH", 1)
+    shares = np.array([0.5**0.5 / 2, 1.0, 1.5**0.5])
+    found = _room(np.array([1, 1, 3]), np.array([2, 1, 1]))
+    np.testing.assert_allclose(found, shares * 2.5 / shares.sum())
 
 
 def test_the_padded_budget_counts_the_longest_wherever_it_stands() -> None:
