@@ -203,6 +203,8 @@ def test_the_rank_with_a_patient_more_changes_with_the_step() -> None:
     for rank in range(4):
         share = deal(plan, alike.astype(np.float64), rank=rank, world_size=4)
         assert share.batch_sizes.tolist() == [2 if step % 4 == rank else 1 for step in range(100)]
+        later = deal(plan, alike.astype(np.float64), rank=rank, world_size=4, first_step=3)
+        assert later.batch_sizes.tolist() == [2 if (step + 3) % 4 == rank else 1 for step in range(100)]
 
 
 def test_costs_by_hand() -> None:
@@ -232,6 +234,7 @@ def test_a_patient_beyond_the_budget_is_refused_with_the_way_out() -> None:
         UserError, match="a patient has 50 events; raise it, or cut patients with --max_sequence_length"
     ):
         plan_epoch(np.array([3, 50]), np.array([1, 2]), Policy(max_events=49), seed=0, epoch=0)
+    assert plan_epoch(np.array([3, 50]), np.array([1, 2]), Policy(max_events=50), seed=0, epoch=0).num_batches == 2
 
 
 def test_a_negative_seed_is_refused() -> None:
