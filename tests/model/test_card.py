@@ -70,3 +70,7 @@ def test_the_model_card_says_what_was_measured_and_what_was_not() -> None:
     assert "Not tested" in model_card(config, options, {"train": 5000}, {**summary, "test": None})
     pretrain = dataclasses.replace(options, objective="pretrain")
     assert "probabilities mean nothing" in model_card(config, pretrain, {"train": 5000}, summary)
+
+
+def test_lengths_of_no_labelled_patient() -> None:
+    assert by_length(np.array([-1, -1]), np.array([0.5, 0.5]), np.array([3, 4])) == {}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model as model_package
 from model import load_model
 from model.checkpoint import Checkpoint
 from model.seqsetvae import SeqSetVAE
@@ -37,6 +38,8 @@ def test_a_model_in_one_line(tmp_path: Path) -> None:
     assert torch.equal(loaded(batch).probability, model(batch).probability)
     with pytest.raises(UserError, match="another vocabulary"):
         load_model(path, "w")
+    with pytest.raises(AttributeError, match="has no attribute 'load_models'"):
+        model_package.load_models  # noqa: B018
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -48,6 +51,13 @@ def test_round_trip(tmp_path: Path) -> None:
     batch = random_batch([[2, 3], [1]])
     assert torch.equal(again.build_model(path, "v")(batch).members, model(batch).members)
     assert os.listdir(path.parent) == ["last.pt"]
+
+
+def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    dataclasses.replace(checkpoint(tiny_model()), version=1_000).save(path)
+    with pytest.raises(UserError, match=r"last\.pt: checkpoint version 1000, this program reads"):
+        Checkpoint.load(path)
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -34,11 +34,18 @@ def test_reference_preset_is_the_designs() -> None:
         {"num_codes": 1},
         {"event_form": "sum"},
         {"layers": -1},
+        {"max_logvar": 0.0},
     ],
 )
 def test_nonsense_is_refused_by_name(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(change))):
         SeqSetVAEConfig(**{"num_codes": 9, **change})
+
+
+def test_an_unknown_preset_is_refused_by_name() -> None:
+    name: Any = "huge"
+    with pytest.raises(UserError, match="not 'huge'"):
+        SeqSetVAEConfig.preset(name, num_codes=9)
 
 
 def test_flags_have_their_types_and_defaults() -> None:
