@@ -342,7 +342,8 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
     run_dir.mkdir(parents=True, exist_ok=True)
     if world.is_main:
-        remove_leftovers(run_dir)
+        for folder in (run_dir, training.checkpoints):  # not below: other runs may be going on there
+            remove_leftovers(folder)
         resolved = {"options": dataclasses.asdict(options), "model": model.config.to_dict()}
         write_atomically(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
     parameters = sum(p.numel() for p in model.parameters())
@@ -429,13 +430,12 @@ def finish(training: Training, data: Data, run: dict[str, Any]) -> None:
     options, world, progress = training.options, training.world, training.progress
     run_dir = Path(options.output_dir)
     best = run_dir / "checkpoints" / "best.pt"
-    test = None
+    world.wait()  # until the first rank has written it
+    saved, test = Checkpoint.load(best), None
+    if saved.progress["step"] != progress["best"]["step"]:
+        at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
+        raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
     if data.manifest.splits.get("test"):
-        world.wait()  # until the first rank has written it
-        saved = Checkpoint.load(best)
-        if saved.progress["step"] != progress["best"]["step"]:
-            at = f"saved at step {saved.progress['step']}, the best was at step {progress['best']['step']}"
-            raise UserError(f"{best}: {at}; put the best checkpoint back, or start anew")
         model = saved.build_model(best, data.manifest.vocabulary_fingerprint).to(world.device)
         test = evaluate_split(model, "test", options, data, world)
     if not world.is_main:

@@ -61,7 +61,8 @@ def main() -> None:
                 status = run.wait(moment)
             except subprocess.TimeoutExpired:
                 run.send_signal(signal.SIGKILL)
-                run.wait()
+                status = run.wait()  # one that had just ended keeps its own
+            if status == -signal.SIGKILL:
                 kills += 1
                 moments.append(round(moment or 0, 2))
                 continue

@@ -61,7 +61,7 @@ def course_facts(
     # By the time before the variable's own last value: before the patient's last set all weights could be nothing.
     newest_V = extreme(torch.where(number_E, minute_E, -infinite), "amax", -torch.inf)
     recent_E = ((minute_E - newest_V[pair_E]) / RECENT_MINUTES).clamp(max=0).exp() * weight_E
-    facts.append(total(x_E * recent_E) / torch.where(count_V > 0, total(recent_E), 1.0))
+    facts.append(total(x_E * recent_E) / total(recent_E).clamp_min(1))  # the last value weighs 1
     facts += [(count_V > 0).float(), total(torch.ones_like(x_E)).log1p()]
     for reduce, fill in (("amin", torch.inf), ("amax", -torch.inf)):
         at_V = torch.full_like(end_V, fill).scatter_reduce(0, pair_E, minute_E, reduce)

@@ -147,7 +147,7 @@ class Member(nn.Module):
         if config.variable_axis:
             affordable = SUMMARY_WEIGHTS // (config.num_codes * (ENCODED_FACTS + 1) * config.members)
             channels = max(1, min(width, SUMMARY_CHANNELS, affordable))
-            scale = math.sqrt(config.num_codes * (NUM_FACTS + 1))
+            scale = math.sqrt(config.num_codes * (NUM_FACTS + 1))  # without cosines, as all forms were compared
             self.facts = nn.Parameter(torch.randn(config.num_codes, ENCODED_FACTS + 1, channels) / scale)
             self.bias = nn.Parameter(torch.zeros(channels))
             inputs += channels

@@ -160,7 +160,7 @@ def _take_up(work: Path, fingerprint: str, say: Callable[[str], None]) -> None:
     if run.exists():
         if run.read_bytes() == content:
             say("an earlier run was stopped; it goes on where it was")
-            remove_leftovers(work)
+            remove_leftovers(work, below=True)
             return
         say("an earlier run was stopped, but input or options are others now; beginning afresh")
     _clear(work)

@@ -450,9 +450,12 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what a killed process left of :func:`replacing` files of that name; nobody else may be writing them."""
-    for path in folder.rglob(f".{name}.*{TEMPORARY}"):
+def remove_leftovers(folder: Path, name: str = "*", *, below: bool = False) -> None:
+    """Remove what a killed process left of :func:`replacing` files of that name in ``folder``, and ``below`` it where
+    all is ours; nobody else may be writing them.
+    """
+    leftovers = f".{name}.*{TEMPORARY}"
+    for path in folder.rglob(leftovers) if below else folder.glob(leftovers):
         path.unlink(missing_ok=True)
 
 

@@ -69,7 +69,7 @@ class Stages:
             leaves: patterns of the files below ``work`` that task ``{}`` writes.
             used_up: whether later stages are done, given what all the tasks found, so that the files may be gone.
         """
-        entries = [self.work / JOURNAL / stage / f"{number:06d}.json" for number in range(len(arguments))]
+        entries = self._entries(stage, len(arguments))
         entries[0].parent.mkdir(parents=True, exist_ok=True)
         journal = {number: _read(entry, self.work) for number, entry in enumerate(entries)}
         found = {number: from_json(entry.found) for number, entry in journal.items() if entry is not None}
@@ -104,11 +104,14 @@ class Stages:
         """
         if not stages:
             return False
-        journal = [_read(self.work / JOURNAL / stages[0] / f"{number:06d}.json", self.work) for number in range(total)]
-        if any(entry is None for entry in journal):
+        journal = [_read(entry, self.work) for entry in self._entries(stages[0], total)]
+        done = [entry for entry in journal if entry is not None]
+        if len(done) < total:
             return False
-        cleared = any(entry is not None and entry.cleared for entry in journal)
-        return not cleared or self.are_done(stages[1:], total)
+        return not any(entry.cleared for entry in done) or self.are_done(stages[1:], total)
+
+    def _entries(self, stage: str, total: int) -> list[Path]:
+        return [self.work / JOURNAL / stage / f"{number:06d}.json" for number in range(total)]
 
 
 def _do(entry: Path, work: Path, leaves: list[str], task: Callable[..., T], given: tuple[Any, ...]) -> T:

@@ -17,7 +17,7 @@ from tests.model.helpers import counts_of, random_batch, tiny_model
 SETS = [[1, 3, 2, 1, 9], [5], [2, 2, 12, 1, 1, 1, 4], [1], [11, 3]]
 
 
-@pytest.mark.parametrize(("dtype", "loss", "gradient"), [(torch.bfloat16, 0.01, 0.2), (torch.float16, 0.001, 0.05)])
+@pytest.mark.parametrize(("dtype", "loss", "gradient"), [(torch.bfloat16, 0.01, 0.2), (torch.float16, 0.001, 0.03)])
 def test_losses_and_gradients_are_near_those_of_float32(dtype: torch.dtype, loss: float, gradient: float) -> None:
     """docs/model.md states the bounds."""
     options = TrainOptions(data_dir="-", output_dir="-", warmup_steps=0)

@@ -209,3 +209,21 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, m
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_only_leftovers_of_ours_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    ours, named = f".last.pt.{'0a' * 16}.tmp", f".report.html.{'9f' * 16}.tmp"
+    others = ["last.pt", f"last.pt.{'0a' * 16}.tmp"]
+    for name in (ours, named, *others, f"sub/{ours}"):
+        (tmp_path / name).touch()
+
+    def left() -> set[str]:
+        return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+
+    shards.remove_leftovers(tmp_path, "report.html")
+    assert left() == {ours, *others, f"sub/{ours}"}
+    shards.remove_leftovers(tmp_path)
+    assert left() == {*others, f"sub/{ours}"}
+    shards.remove_leftovers(tmp_path, below=True)
+    assert left() == set(others)
