@@ -18,18 +18,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.build import EVENTS_PER_SHARD, BuildOptions, build
-from pipeline.executors import LOCAL
-from pipeline.like import Like, all_in
-from pipeline.pseudonyms import Pseudonyms
-from pipeline.report import write_data_report
-from pipeline.rules import ACTIONS, AGGREGATES, Rules
+from pipeline.dataset.schemas import SHARD_SUFFIXES
+from pipeline.prepare.build import EVENTS_PER_SHARD, BuildOptions, build
+from pipeline.prepare.executors import LOCAL
+from pipeline.prepare.like import Like, all_in
+from pipeline.prepare.pseudonyms import Pseudonyms
+from pipeline.prepare.rules import ACTIONS, AGGREGATES, Rules
+from pipeline.prepare.sources.auto import FORMATS, open_source
+from pipeline.prepare.sources.meds import EXCLUDE_CODES
+from pipeline.prepare.sources.side_files import read_ranges
+from pipeline.prepare.splits import SplitRule
+from pipeline.reports.data_report import write_data_report
 from pipeline.schema import PRIVATE, REPORT_FILE, SPLITS, UserError
-from pipeline.shards import SHARD_SUFFIXES, remove_leftovers
-from pipeline.sources.auto import FORMATS, open_source
-from pipeline.sources.meds import EXCLUDE_CODES
-from pipeline.sources.side_files import read_ranges
-from pipeline.statistics import SplitRule
+from pipeline.storage.files import remove_leftovers
 
 DISK_FULL: Final = "{}: no space left on the disk; free some, and the same command goes on from here"
 

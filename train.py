@@ -31,45 +31,35 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model.attention import Tail
-from model.augment import drop_events
-from model.card import EARLY_HOURS, by_length, first_hours, model_card, reconstruction_sums
-from model.checkpoint import Checkpoint, load_model
-from model.collapse import CollapseGauges, is_collapsed
 from model.config import SeqSetVAEConfig
-from model.console import EpochBar, LossSums, StopSignal, memory_file, metrics_log, say, shown
-from model.evaluation import auroc_auprc, evaluate_predictions
 from model.losses import LossCounts
-from model.memory import (
-    MARGIN,
-    StepMemory,
-    free_bytes,
-    halved,
-    held_bytes,
-    is_out_of_memory,
-    measured,
-)
-from model.options import DEFAULT_BATCH_SIZE, LEAST_STEPS, TrainOptions, parse_options
 from model.outcome import fact_moments
-from model.parallel import World, run
-from model.profiling import StepProfiler, lines, part
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
 from model.set_vae import Posterior
-from pipeline.batch import PatientBatch
-from pipeline.folder import Folder
-from pipeline.loader import PatientLoader, make_loader
-from pipeline.monitor import MemoryMonitor, Throughput, peak_rss_bytes, release_free_memory
-from pipeline.remote import open_folder, parse_bytes
-from pipeline.report import write_run_report
+from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.shards import check_shards
+from pipeline.dataset.tables import load_embeddings
+from pipeline.loading.batch import PatientBatch
+from pipeline.loading.loader import PatientLoader, make_loader
+from pipeline.machine import peak_rss_bytes, release_free_memory
 from pipeline.schema import FIRST_CODE, PRIVATE, UNLABELLED, UserError
-from pipeline.shards import (
-    Manifest,
-    ShardEntry,
-    check_shards,
-    load_embeddings,
-    remove_leftovers,
-    replacing,
-    write_atomically,
-)
+from pipeline.storage.cache import parse_bytes
+from pipeline.storage.files import remove_leftovers, replacing, write_atomically
+from pipeline.storage.folder import Folder
+from pipeline.storage.remote import open_folder
+from training.augment import drop_events
+from training.card import EARLY_HOURS, by_length, first_hours, model_card, reconstruction_sums
+from training.checkpoint import Checkpoint, load_model
+from training.collapse import CollapseGauges, is_collapsed
+from training.console import EpochBar, LossSums, StopSignal, memory_file, metrics_log, say, shown
+from training.evaluation import auroc_auprc, evaluate_predictions
+from training.memory import MARGIN, StepMemory, free_bytes, halved, held_bytes, is_out_of_memory, measured
+from training.metrics import Throughput
+from training.monitor import MemoryMonitor
+from training.options import DEFAULT_BATCH_SIZE, LEAST_STEPS, TrainOptions, parse_options
+from training.parallel import World, run
+from training.profiling import StepProfiler, lines, part
+from training.report import write_run_report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -796,7 +786,7 @@ def beside(split: str, options: TrainOptions, data: Data, world: World) -> dict[
     alone = World(0, 1, world.device)
     fitted, evaluated = (open_loader(options, data, alone, name, shuffle=False) for name in ("train", split))
     # Imported here because scikit-learn is slow to import, and training needs none of it.
-    return dict(import_module("model.baselines").baselines(fitted, evaluated, data.manifest.num_codes))
+    return dict(import_module("training.baselines").baselines(fitted, evaluated, data.manifest.num_codes))
 
 
 @torch.no_grad()

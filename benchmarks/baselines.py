@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, publish
-from model.baselines import baselines
-from pipeline.loader import make_loader
+from pipeline.loading.loader import make_loader
+from training.baselines import baselines
 
 
 def main() -> None:

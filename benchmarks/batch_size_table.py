@@ -22,12 +22,12 @@ import torch
 
 import train
 from benchmarks.machine import describe
-from model.augment import drop_events
-from model.options import parse_options
-from model.parallel import World, choose_device
-from pipeline.monitor import peak_rss_bytes
-from pipeline.plan_report import padding_waste
-from pipeline.shards import Manifest
+from pipeline.dataset.manifest import Manifest
+from pipeline.machine import peak_rss_bytes
+from pipeline.sampling.quality import padding_waste
+from training.augment import drop_events
+from training.options import parse_options
+from training.parallel import World, choose_device
 
 ROOT = Path(__file__).parent.parent
 SIZES = (1, 2, 4, 8, 16, 32)

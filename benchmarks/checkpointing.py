@@ -24,8 +24,8 @@ from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
 from model.losses import LossCounts, LossWeights
 from model.seqsetvae import ModelInput, SeqSetVAE, losses
-from pipeline.batch import PatientBatch
-from pipeline.loader import make_loader
+from pipeline.loading.batch import PatientBatch
+from pipeline.loading.loader import make_loader
 
 LONG_SETS, LONG_PATIENTS = 1000, 4
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from benchmarks.machine import describe, publish
 from model import feed_forward
 from model.feed_forward import FeedForward
-from model.profiling import matrix_rate
+from training.profiling import matrix_rate
 
 ROWS, WIDTH, HIDDEN = 18_000, 256, 512  # a batch of 16 intensive-care stays at the reference preset
 

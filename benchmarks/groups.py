@@ -30,14 +30,16 @@ import numpy.typing as npt
 import psutil
 import pyarrow as pa
 
-import pipeline.store
+import pipeline.loading.store
 from benchmarks.machine import describe
-from pipeline.flat import offsets_of, ranges
-from pipeline.groups import GROUP_EVENTS
-from pipeline.loader import make_loader
-from pipeline.monitor import peak_rss_bytes
+from pipeline.arrays import offsets_of, ranges
+from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.schemas import SHARD_SCHEMA
+from pipeline.dataset.shards import FlatPatients, write_shard
+from pipeline.loading.loader import make_loader
+from pipeline.machine import peak_rss_bytes
+from pipeline.sampling.groups import GROUP_EVENTS
 from pipeline.schema import MANIFEST_FILE
-from pipeline.shards import SHARD_SCHEMA, FlatPatients, Manifest, ShardEntry, write_shard
 
 PATIENTS_PER_SHARD = 5000
 BATCH_SIZE = 16
@@ -129,7 +131,7 @@ def manifest_of(entries: list[ShardEntry]) -> Manifest:
 def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: float) -> dict[str, Any]:
     """One loader from its start over some groups of the first epoch, and another that resumes in the last of them."""
     if simulated:
-        pipeline.store.read_shard = drawn_shard
+        pipeline.loading.store.read_shard = drawn_shard
     rss_before = psutil.Process().memory_info().rss
     started = time.perf_counter()
     loader = make_loader(directory, batch_size=BATCH_SIZE, prefetch=4)

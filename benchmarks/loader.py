@@ -33,10 +33,10 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.preprocess_meds import MTD, write_meds
-from pipeline.loader import PatientLoader, make_loader
-from pipeline.plan_report import padding_waste
-from pipeline.shards import read_vocabulary
-from pipeline.store import PatientStore
+from pipeline.dataset.tables import read_vocabulary
+from pipeline.loading.loader import PatientLoader, make_loader
+from pipeline.loading.store import PatientStore
+from pipeline.sampling.quality import padding_waste
 
 ROOT = Path(__file__).parents[1]
 PANDAS_PATIENTS = 256

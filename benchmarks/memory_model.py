@@ -4,7 +4,7 @@
 
 The peak is fitted by ``a·events + b·sets + c·Σ sets² + d·patients + e``, none below 0, on some batches, and compared
 on 20 others: of 1 to 32 patients of the data directory, bucketed and random, and
-a few of long made-up histories.  What is fitted goes to ``pipeline.plan.PEAK_BYTES``.
+a few of long made-up histories.  What is fitted goes to ``pipeline.sampling.cost.PEAK_BYTES``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from benchmarks.checkpointing import step
 from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
-from model.memory import amounts, fit, peak_of
 from model.seqsetvae import ModelInput, SeqSetVAE
-from pipeline.batch import PatientBatch
-from pipeline.loader import make_loader
+from pipeline.loading.batch import PatientBatch
+from pipeline.loading.loader import make_loader
+from training.memory import amounts, fit, peak_of
 
 NUM_COMPARED = 20
 

@@ -22,18 +22,15 @@ import numpy.typing as npt
 import polars as pl
 
 from benchmarks.machine import describe
-from pipeline.build import BuildOptions, build
-from pipeline.loader import make_loader
-from pipeline.plan import CostModel, Lengths, Policy, deal, plan_epoch
-from pipeline.plan_report import (
-    SplitLengths,
-    neighbour_correlation,
-    padding_waste,
-    pairs_meeting_again,
-    rank_imbalance,
-)
-from pipeline.sources.table import Table
-from pipeline.statistics import SplitRule
+from pipeline.loading.loader import make_loader
+from pipeline.prepare.build import BuildOptions, build
+from pipeline.prepare.sources.table import Table
+from pipeline.prepare.splits import SplitRule
+from pipeline.reports.plan_table import SplitLengths
+from pipeline.sampling.cost import CostModel, Lengths
+from pipeline.sampling.plan import deal, plan_epoch
+from pipeline.sampling.policy import Policy
+from pipeline.sampling.quality import neighbour_correlation, padding_waste, pairs_meeting_again, rank_imbalance
 
 EPOCHS = 6
 RANKS = 4

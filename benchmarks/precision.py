@@ -22,14 +22,14 @@ from torch import Tensor
 
 from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
-from model.augment import drop_events
 from model.config import SeqSetVAEConfig
 from model.losses import LossCounts
-from model.options import TrainOptions
 from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
-from pipeline.batch import PatientBatch
-from pipeline.loader import make_loader
+from pipeline.loading.batch import PatientBatch
+from pipeline.loading.loader import make_loader
 from train import kl_weight, learning_rate, parameter_groups
+from training.augment import drop_events
+from training.options import TrainOptions
 
 SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1024.0}
 PARTS = ("total", "reconstruction", "kl", "classification")

@@ -22,9 +22,9 @@ from typing import Any
 import polars as pl
 
 from benchmarks.machine import describe
-from pipeline.clean import clean
+from pipeline.prepare.clean import clean
+from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.schema import MINUTE, PATIENT_ID, SUMMARY_FILE, VALUE, VARIABLE
-from pipeline.sources.synthetic import Synthetic
 
 ROOT = Path(__file__).parents[1]
 POLARS = f"""

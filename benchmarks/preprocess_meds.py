@@ -21,9 +21,9 @@ import polars as pl
 
 from benchmarks.machine import describe, publish
 from benchmarks.preprocess import prepare, timed
-from pipeline.clean import clean
+from pipeline.prepare.clean import clean
+from pipeline.prepare.sources.physionet2012 import PhysioNet2012
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE
-from pipeline.sources.physionet2012 import PhysioNet2012
 
 SPLITS = ("held_out", "tuning", "train", "train", "train")
 """By the record's number."""

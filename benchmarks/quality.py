@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from benchmarks.baselines import of_data
 from benchmarks.machine import describe
 from benchmarks.study import mean_sd, prepared, train
-from model.evaluation import auroc_auprc
+from training.evaluation import auroc_auprc
 
 ROOT = Path(__file__).parent.parent
 Scores = dict[str, list[float]]  # AUROC, AUPRC

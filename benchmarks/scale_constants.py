@@ -27,19 +27,20 @@ import numpy as np
 import polars as pl
 
 from benchmarks.machine import describe
-from pipeline.build import EVENTS_PER_SHARD, BuildOptions, build, spill_piece
-from pipeline.folder import file_sha256
-from pipeline.publish import WORK
-from pipeline.report import write_data_report
-from pipeline.rules import Rules
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tables import read_vocabulary
+from pipeline.prepare.build import EVENTS_PER_SHARD, BuildOptions, build, spill_piece
+from pipeline.prepare.journal import JOURNAL
+from pipeline.prepare.publish import WORK
+from pipeline.prepare.rules import Rules
+from pipeline.prepare.sources.source import LABEL, PIECE_BYTES, ROW_BYTES, Piece, RawRows, Source, number_rows
+from pipeline.prepare.sources.synthetic import Synthetic
+from pipeline.prepare.sources.table import Table
+from pipeline.prepare.spill import read_partition
+from pipeline.prepare.splits import SplitRule
+from pipeline.reports.data_report import write_data_report
 from pipeline.schema import MANIFEST_FILE, MINUTE, PATIENT_ID, VALUE, VARIABLE
-from pipeline.shards import Manifest, read_vocabulary
-from pipeline.sources.source import LABEL, PIECE_BYTES, ROW_BYTES, Piece, RawRows, Source, number_rows
-from pipeline.sources.synthetic import Synthetic
-from pipeline.sources.table import Table
-from pipeline.spill import read_partition
-from pipeline.stages import JOURNAL
-from pipeline.statistics import SplitRule
+from pipeline.storage.files import file_sha256
 
 ALL_TRAIN = SplitRule(fractions=(1.0, 0.0, 0.0))
 Figures = dict[str, float]

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from pipeline.build import EVENTS_PER_SHARD
-from pipeline.sources.source import PIECE_BYTES, ROW_BYTES
-from pipeline.spill import BATCH_ROWS
+from pipeline.prepare.build import EVENTS_PER_SHARD
+from pipeline.prepare.sources.source import PIECE_BYTES, ROW_BYTES
+from pipeline.prepare.spill import BATCH_ROWS
 
 RESULTS: Final = Path(__file__).parent / "results"
 WORKERS: Final = (1, 10, 100)

@@ -24,7 +24,7 @@ import psutil
 import preprocess
 import train
 from benchmarks.machine import describe
-from pipeline.monitor import release_free_memory
+from pipeline.machine import release_free_memory
 
 
 def main() -> None:

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from pyarrow import feather
 
 from benchmarks.machine import describe, publish
-from pipeline.shards import Manifest, read_shard
-from pipeline.store import PatientStore
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import read_shard
+from pipeline.loading.store import PatientStore
 
 ARRAYS = ("label", "minute", "set_offsets", "code", "value", "has_value")
 

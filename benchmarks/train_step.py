@@ -18,13 +18,13 @@ import torch
 
 from benchmarks.machine import describe, publish
 from model.config import SeqSetVAEConfig
-from model.flops import step_flops
 from model.losses import LossCounts, LossWeights
-from model.profiling import matrix_rate
 from model.seqsetvae import ModelInput, SeqSetVAE, losses
-from pipeline.batch import PatientBatch
-from pipeline.loader import make_loader
+from pipeline.loading.batch import PatientBatch
+from pipeline.loading.loader import make_loader
 from tests.model import reference
+from training.flops import step_flops
+from training.profiling import matrix_rate
 
 # Share of sets that have 1, 2, … 16 events, in PhysioNet 2012 set A.
 SET_SIZES = np.array([69, 39, 59, 88, 192, 212, 145, 87, 48, 33, 10, 4, 2, 2, 4, 6]) / 1000

@@ -1,17 +1,1 @@
-"""SeqSetVAE, the model; it knows of the pipeline only the batch and the words.  Names are imported when first used."""
-
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from model.checkpoint import load_model
-
-__all__ = ["load_model"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "load_model":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("model.checkpoint").load_model
+"""SeqSetVAE, the model; it knows of the pipeline only the batch and the words."""

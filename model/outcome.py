@@ -1,7 +1,8 @@
 """The outcome head: a patient's sets pooled over time and, beside them, its variables (design §7.5).
 
 Over time, softmax of h·z weighs the contexts of sets.  Across time, the events of each variable are pooled with the
-context of their sets, joined by facts about its course (``model.course``), and the variables of a patient attend to one
+context of their sets, joined by facts about its course (``model.features``), and the variables of a patient attend
+to one
 another: the course of one variable is then one vector, as it is one group of features to a tree (compare the Bi-Axial
 Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same facts reach the last layers
 by a shorter way too, added up over the patient's variables: a dense layer on all facts, which learns in few steps.  The
@@ -21,13 +22,13 @@ from torch.nn import functional as F
 
 from model.attention import ISAB
 from model.config import SeqSetVAEConfig
-from model.course import NUM_FACTS, course_facts
 from model.events import has_number
+from model.features import NUM_FACTS, course_facts
 from model.noise import Noise, PatientNoise
 from model.ragged import SetLayout
 from model.segments import attention_pool
 from model.sequence import SequenceLayout
-from pipeline.batch import PatientBatch
+from pipeline.loading.batch import PatientBatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,17 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function as part
 
 from model.config import SeqSetVAEConfig
 from model.events import EventEncoder
 from model.losses import LossCounts, LossWeights, chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
 from model.noise import PatientNoise, patient_keys
 from model.outcome import OutcomeHead, VariableLayout
-from model.profiling import part
 from model.ragged import SetLayout
 from model.sequence import CausalTransformer, SequenceLayout
 from model.set_vae import Posterior, SetDecoder, SetEncoder
-from pipeline.batch import PatientBatch
+from pipeline.loading.batch import PatientBatch
 
 _SAMPLE_SALT = 0
 

@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.batch import PatientBatch
-    from pipeline.loader import PatientLoader, make_loader
-    from pipeline.remote import open_folder
+    from pipeline.loading.batch import PatientBatch
+    from pipeline.loading.loader import PatientLoader, make_loader
+    from pipeline.storage.remote import open_folder
 
 __all__ = ["PatientBatch", "PatientLoader", "make_loader", "open_folder"]
 
 _HOME = {
-    "PatientBatch": "pipeline.batch",
-    "PatientLoader": "pipeline.loader",
-    "make_loader": "pipeline.loader",
-    "open_folder": "pipeline.remote",
+    "PatientBatch": "pipeline.loading.batch",
+    "PatientLoader": "pipeline.loading.loader",
+    "make_loader": "pipeline.loading.loader",
+    "open_folder": "pipeline.storage.remote",
 }
 
 

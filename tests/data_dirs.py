@@ -1,4 +1,4 @@
-"""Tiny data directories, written through ``pipeline.shards`` alone, and what a batch of them must hold.
+"""Tiny data directories, written through ``pipeline.dataset.shards`` alone, and what a batch of them must hold.
 
 The reference is as naive as it can be: loops over patients, sets and events.
 """
@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.folder import file_sha256
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA
+from pipeline.dataset.shards import write_shard
 from pipeline.schema import FIRST_CODE, INDEX_FILE, UNLABELLED, VOCABULARY_FILE
-from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA, Manifest, write_shard
+from pipeline.storage.files import file_sha256
 
 NUM_CODES = 12
 

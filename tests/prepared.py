@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.rules import Range, Rules
+from pipeline.prepare.rules import Range, Rules
+from pipeline.prepare.splits import SplitRule
 from pipeline.schema import SPLITS
-from pipeline.statistics import SplitRule
 
 Row = tuple[str | None, float | None, str | None, float | None]
 """patient, minute, variable, value."""

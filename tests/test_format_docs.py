@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 import preprocess
-from pipeline.clean import REJECTS_SCHEMA
+from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA
+from pipeline.prepare.clean import REJECTS_SCHEMA
 from pipeline.schema import FORMAT_VERSION
-from pipeline.shards import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA
 from tests.conftest import closing_files
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")

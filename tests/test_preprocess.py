@@ -12,9 +12,10 @@ import polars as pl
 import pytest
 
 import preprocess
-from pipeline.loader import make_loader
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import read_shard
+from pipeline.loading.loader import make_loader
 from pipeline.schema import MANIFEST_FILE, SPLITS
-from pipeline.shards import Manifest, read_shard
 
 SYNTHETIC = ["synthetic", "--num_patients", "40", "--workers", "1"]
 CSV = "patient_id,minute,variable,value\n" + "".join(f"p{number},0,HR,{number}\n" for number in range(30))
@@ -165,7 +166,7 @@ def test_a_full_disk_and_an_interrupt_are_one_line_and_the_same_command_goes_on(
             raise stop
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.partition.write_shard", fail)
+            patch.setattr("pipeline.prepare.partition.write_shard", fail)
             assert run(*SYNTHETIC, "--output", output) == status
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert run(*SYNTHETIC, "--output", output) == 0

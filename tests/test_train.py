@@ -20,13 +20,13 @@ import yaml
 
 import preprocess
 import train
-from model.checkpoint import Checkpoint
-from model.options import TrainOptions
-from model.profiling import PARTS
+from pipeline.dataset.manifest import Manifest
 from pipeline.schema import UserError
-from pipeline.shards import Manifest
 from tests.data_dirs import make_patients, write_data_dir
 from tests.model.helpers import tiny_model
+from training.checkpoint import Checkpoint
+from training.options import TrainOptions
+from training.profiling import PARTS
 
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore
@@ -329,7 +329,7 @@ def test_profile(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("model.profiling.matrix_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr("training.profiling.matrix_rate", lambda dtype, device: 1e11)
     assert run(data, tmp_path, "--profile") == 0
     assert_same(weights(tmp_path), weights(finished))
     profile = json.loads((tmp_path / "summary.json").read_text())["profile"]

@@ -29,7 +29,7 @@ RECORD = b"00:00,RecordID,1\n00:00,Age,54\n00:07,HR,73\n47:59,Temp,-1\n"
 
 
 def tar(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
-    shards, data_dirs = import_module("pipeline.shards"), import_module("tests.data_dirs")
+    shards, data_dirs = import_module("pipeline.dataset.shards"), import_module("tests.data_dirs")
     path = folder / "00000.tar"
     shards.write_tar(data_dirs.shard_table(data_dirs.make_patients([[1], [2, 3]])), path, "00000")
 
@@ -43,7 +43,7 @@ def tar(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
 
 
 def manifest(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
-    shards, data_dirs = import_module("pipeline.shards"), import_module("tests.data_dirs")
+    shards, data_dirs = import_module("pipeline.dataset.shards"), import_module("tests.data_dirs")
     patients = data_dirs.make_patients([[1], [2, 3]])
     data = data_dirs.write_data_dir(folder / "data", {"train": patients, "valid": patients, "test": []})
     path = data / "manifest.json"
@@ -66,7 +66,7 @@ def manifest(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
 
 
 def record(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
-    physionet2012 = import_module("pipeline.sources.physionet2012")
+    physionet2012 = import_module("pipeline.prepare.sources.physionet2012")
     path = folder / "set" / "1.txt"
     path.parent.mkdir()
     path.touch()
@@ -83,7 +83,10 @@ def record(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
 
 
 def csv(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
-    table, csv_pieces = import_module("pipeline.sources.table"), import_module("pipeline.sources.csv_pieces")
+    table, csv_pieces = (
+        import_module("pipeline.prepare.sources.table"),
+        import_module("pipeline.prepare.sources.csv_pieces"),
+    )
     path = folder / "rows.csv"
     path.touch()
 

@@ -26,8 +26,8 @@ import sklearn.metrics
 import torch
 
 import train
-from model.checkpoint import Checkpoint
 from tests.data_dirs import make_patients, write_data_dir
+from training.checkpoint import Checkpoint
 
 FLAGS = [
     f"--{word}" for word in ["max_epochs=3", "batch_size=6", "warmup_steps=3", "beta_warmup_steps=10", "log_steps=1"]

@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.stages
+import pipeline.prepare.journal
 import preprocess
 import train
-from model.checkpoint import Checkpoint
-from pipeline.loader import make_loader
-from pipeline.report import write_data_report
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.shards import read_shard
+from pipeline.dataset.tables import load_embeddings, read_index, read_vocabulary
+from pipeline.loading.loader import make_loader
+from pipeline.reports.data_report import write_data_report
 from pipeline.schema import REPORT_FILE, SPLITS, SUMMARY_FILE, UserError
-from pipeline.shards import Manifest, load_embeddings, read_index, read_shard, read_vocabulary
 from tests.faults.conftest import cases
 from tests.faults.harm import KINDS, harm
+from training.checkpoint import Checkpoint
 
 Tried = Callable[[str, int], None]
 
@@ -238,7 +240,7 @@ def test_the_best_checkpoint_is_the_one_that_was_best(
 
 
 def test_a_report_is_made_of_what_is_whole(run_dir: Path, tmp_path: Path, tried: Tried) -> None:
-    from pipeline.report import write_run_report
+    from training.report import write_run_report
 
     rng, number = random.Random(3), cases(12, 100)
     names = [name for name in files_of(run_dir / "whole") if not name.startswith("checkpoints")]
@@ -264,7 +266,7 @@ def test_no_damage_to_what_a_stopped_run_left_reaches_the_next(
     assert preprocess.main([*words, str(tmp_path / "whole")]) == 0
     assert preprocess.main([*words, str(tmp_path / "other"), "--seed", "1"]) == 0
     right = bytes_of(tmp_path / "whole")
-    done = pipeline.stages._do
+    done = pipeline.prepare.journal._do
     for case in range(number):
         out, left = tmp_path / str(case), rng.randint(1, 6)
 
@@ -276,7 +278,7 @@ def test_no_damage_to_what_a_stopped_run_left_reaches_the_next(
             return done(*given)
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.stages._do", stop)
+            patch.setattr("pipeline.prepare.journal._do", stop)
             assert preprocess.main([*words, str(out)]) == 130
         files = [path for path in sorted((out / ".preprocess").rglob("*")) if path.is_file() and path.name != "lock"]
         path = rng.choice(files)

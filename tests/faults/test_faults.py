@@ -213,7 +213,7 @@ def test_a_signal_ends_preprocess_with_a_line_and_it_goes_on(number: signal.Sign
 
 def test_data_are_on_the_disk_before_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of calls: write, fsync of the file, rename, fsync of the folder."""
-    from pipeline.shards import write_atomically
+    from pipeline.storage.files import write_atomically
 
     calls: list[str] = []
     real_sync, real_replace = os.fsync, os.replace

@@ -13,13 +13,15 @@ import psutil
 import pytest
 
 import preprocess
-from model.memory import StepMemory
-from pipeline.folder import file_sha256
-from pipeline.loader import make_loader
-from pipeline.plan import Policy, plan_epoch
-from pipeline.report import write_run_report
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tables import load_embeddings
+from pipeline.loading.loader import make_loader
+from pipeline.sampling.plan import plan_epoch
+from pipeline.sampling.policy import Policy
 from pipeline.schema import EMBEDDINGS_FILE, UserError
-from pipeline.shards import Manifest, load_embeddings
+from pipeline.storage.files import file_sha256
+from training.memory import StepMemory
+from training.report import write_run_report
 
 Tried = Callable[[str, int], None]
 

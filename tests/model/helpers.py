@@ -10,7 +10,7 @@ import torch
 from model.config import SeqSetVAEConfig
 from model.losses import LossCounts
 from model.seqsetvae import SeqSetVAE
-from pipeline.batch import PatientBatch
+from pipeline.loading.batch import PatientBatch
 
 NUM_CODES = 9
 

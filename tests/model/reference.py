@@ -17,7 +17,7 @@ from model.attention import ISAB, MAB
 from model.losses import LossWeights
 from model.seqsetvae import SeqSetVAE
 from model.set_vae import LONGEST_PLACE_PERIOD, sinusoids
-from pipeline.batch import PatientBatch
+from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UNKNOWN_CODE
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from model.config import SeqSetVAEConfig
-from model.options import parse_options
 from pipeline.schema import UserError
+from training.options import parse_options
 
 NEEDED = ["--data_dir", "d", "--output_dir", "r"]
 

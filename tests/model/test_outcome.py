@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import SeqSetVAEConfig
-from model.course import NUM_FACTS
+from model.features import NUM_FACTS
 from model.outcome import Member, fact_moments
 from tests.model import reference
 from tests.model.helpers import NUM_CODES, random_batch, tiny_model

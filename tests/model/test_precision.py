@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.precision import compare
 from model.losses import LossWeights
-from model.options import TrainOptions
 from model.seqsetvae import losses
 from tests.model.helpers import counts_of, random_batch, tiny_model
+from training.options import TrainOptions
 
 SETS = [[1, 3, 2, 1, 9], [5], [2, 2, 12, 1, 1, 1, 4], [1], [11, 3]]
 

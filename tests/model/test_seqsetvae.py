@@ -9,7 +9,7 @@ import torch
 
 from model.losses import LossCounts, LossWeights
 from model.seqsetvae import ModelInput, SeqSetVAE, losses
-from pipeline.batch import PatientBatch
+from pipeline.loading.batch import PatientBatch
 from tests.model import reference
 from tests.model.helpers import counts_of, random_batch, select, tiny_model
 

@@ -22,12 +22,12 @@ def test_a_user_error_is_a_value_error() -> None:
     ("module", "unwanted"),
     [
         ("pipeline", "torch"),
-        ("pipeline.plan", "torch"),
-        ("pipeline.plan", "pyarrow"),
-        ("pipeline.plan_report", "torch"),
-        ("pipeline.shards", "torch"),
-        ("pipeline.loader", "polars"),
-        ("pipeline.loader", "webdataset"),
+        ("pipeline.sampling.plan", "torch"),
+        ("pipeline.sampling.plan", "pyarrow"),
+        ("pipeline.reports.plan_table", "torch"),
+        ("pipeline.dataset.shards", "torch"),
+        ("pipeline.loading.loader", "polars"),
+        ("pipeline.loading.loader", "webdataset"),
     ],
 )
 def test_imports_stay_light(module: str, unwanted: str) -> None:

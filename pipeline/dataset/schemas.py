@@ -1,0 +1,52 @@
+"""The schemas of a data set's tables, and the files of a shard."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pyarrow as pa
+
+SHARD_SUFFIXES: Final = {"parquet": (".parquet",), "webdataset": (".tar",), "both": (".parquet", ".tar")}
+"""Files of a shard by ``--shard_format``; the first is the one that training reads."""
+
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("label", pa.int8()),  # null = unlabelled
+        pa.field("num_events", pa.int32(), nullable=False),
+        pa.field("num_sets", pa.int32(), nullable=False),
+        pa.field("minute", pa.list_(pa.field("item", pa.float64())), nullable=False),  # a set; null = the static set
+        pa.field("set_size", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # a set
+        pa.field("code", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # an event
+        pa.field("value", pa.list_(pa.field("item", pa.float32())), nullable=False),  # an event; null = no number
+    ]
+)
+
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("label", pa.int8()),
+        pa.field("shard", pa.string(), nullable=False),  # path below the data directory
+        pa.field("position", pa.int32(), nullable=False),  # row of the shard
+        pa.field("num_events", pa.int32(), nullable=False),
+        pa.field("num_sets", pa.int32(), nullable=False),
+        pa.field("max_set_size", pa.int32(), nullable=False),
+    ]
+)
+
+
+VOCABULARY_SCHEMA = pa.schema(
+    [
+        pa.field("code", pa.int32(), nullable=False),
+        pa.field("variable", pa.string(), nullable=False),
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("mean", pa.float64(), nullable=False),
+        pa.field("std", pa.float64(), nullable=False),
+        pa.field("low", pa.float64()),  # outliers are below low or above high; null where there is no such rule
+        pa.field("high", pa.float64()),
+        pa.field("description", pa.string()),  # null where the input has none
+    ]
+)

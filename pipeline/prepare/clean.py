@@ -1,0 +1,135 @@
+"""Rows as they came -> canonical rows that are kept, and rejected rows with the reason.
+
+Every row goes to exactly one of the two.  No row is an error: a row that cannot be used is a reject.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.prepare import names
+from pipeline.prepare.sources.source import FILE, ROW, RawRows, patient_ids
+from pipeline.schema import MINUTE, MOST, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
+
+DUPLICATE: Final = "duplicate"
+NO_ORIGIN: Final = "no_origin"
+"""Reasons that are found later, by pipeline.prepare.partition: they take all rows of a patient together."""
+
+RESERVED_VARIABLES: Final = ("<padding>", "<unknown>")
+"""Names of the first two rows of the vocabulary."""
+
+NO_NUMBER: Final = ("", "na", "nan", "null")
+"""Texts, in any case, that say that an event has no number."""
+
+REJECTS_SCHEMA: Final = pa.schema(
+    [
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),  # relative to the input
+        pa.field("row", pa.int64(), nullable=False),  # data row of the file, from 1
+        pa.field("patient_id", pa.string()),
+        pa.field("minute", pa.string()),
+        pa.field("variable", pa.string()),
+        pa.field("value", pa.string()),
+    ]
+)
+
+
+def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows to keep and the rows to reject.
+
+    Returns:
+        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` names (see ``pipeline.prepare.names``), ``minute``
+        float64, or
+        ``Datetime("us")`` and null where static, ``variable`` names, ``value`` float32 and null where there is no
+        number, and ``set_index`` int64 where the input has it.
+        Rejected: ``reason``, ``file``, ``row``, and the other columns as text, as they came.
+    """
+    rows = raw.rows
+    set_columns = [SET_INDEX] if SET_INDEX in rows.columns else []
+    patient = names.encode(rows[PATIENT_ID], patient_ids)
+    variable = names.encode(rows[VARIABLE])
+    typed = rows.select(
+        FILE,
+        ROW,
+        patient,
+        (_number(rows, MINUTE) if raw.minute is None else raw.minute).alias(MINUTE),
+        variable,
+        _number(rows, VALUE).cast(pl.Float32).fill_nan(None),
+        *(_whole(rows, name) for name in set_columns),
+    )
+    minute, value = pl.col(MINUTE), pl.col(VALUE)
+    instants = typed.schema[MINUTE].is_temporal()
+    rules: dict[str, pl.Expr | pl.Series] = {
+        "no_patient": names.fits(patient, is_blank).fill_null(True),
+        "no_variable": names.fits(variable, is_blank).fill_null(True),
+        "reserved_variable": names.fits(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
+        "bad_minute": (minute.is_null() & (not raw.static)) if instants else minute.is_null() | ~(minute.abs() <= MOST),
+        "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
+        "infinite_value": value.is_infinite(),
+        **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},
+    }
+    broken = pl.concat(
+        [
+            rows.select(rule.alias(reason) for reason, rule in raw.rules),
+            typed.select(rule.alias(reason) for reason, rule in rules.items()),
+        ],
+        how="horizontal",
+    )
+    reasons = [column.name for column in broken if column.any()]  # mostly none
+    first = broken.select(
+        pl.coalesce(
+            [pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons)]
+            or pl.repeat(None, pl.len(), dtype=pl.UInt8)
+        )
+    ).to_series()
+    kept = typed.filter(first.is_null()) if reasons else typed
+    kept = kept.with_columns(_one_zero(name) for name in (MINUTE, VALUE) if kept.schema[name].is_float())
+    rejected = rows.filter(first.is_not_null()).select(
+        pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls()),
+        FILE,
+        ROW,
+        pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String),
+    )
+    return kept, rejected
+
+
+def is_blank(name: pl.Series) -> pl.Series:
+    """[N] bool."""
+    return name.str.strip_chars() == ""
+
+
+def _number(rows: pl.DataFrame, name: str) -> pl.Expr:
+    """Column ``name`` as float64; null where it holds no number, infinite where float64 cannot hold it."""
+    column = pl.col(name)
+    return (column.str.strip_chars() if rows.schema[name] == pl.String else column).cast(pl.Float64, strict=False)
+
+
+def _whole(rows: pl.DataFrame, name: str) -> pl.Expr:
+    """Column ``name`` as int64; null where it holds no whole number."""
+    if rows.schema[name].is_integer():
+        return pl.col(name).cast(pl.Int64, strict=False)
+    number = _number(rows, name)
+    return pl.when(number == number.floor()).then(number).cast(pl.Int64, strict=False)
+
+
+def _has_number(rows: pl.DataFrame) -> pl.Expr:
+    """Whether the value means to be a number."""
+    value = pl.col(VALUE)
+    if rows.schema[VALUE] == pl.String:
+        return value.is_not_null() & ~value.str.strip_chars().str.to_lowercase().is_in(NO_NUMBER)
+    return value.is_not_null() & value.is_not_nan() if rows.schema[VALUE].is_float() else value.is_not_null()
+
+
+def _one_zero(name: str) -> pl.Expr:
+    """-0.0 and 0.0 are one number, and rows that differ in it alone are duplicates."""
+    column = pl.col(name)
+    return (
+        pl.when(column == 0)
+        .then(pl.lit(0.0))
+        .otherwise(column)
+        .cast(pl.Float32 if name == VALUE else pl.Float64)
+        .alias(name)
+    )

@@ -1,0 +1,223 @@
+"""The output folder: one run at a time, nothing of others touched, complete or not there.
+
+A run stages everything in ``OUTPUT/.preprocess``.  One that is stopped leaves it there, and the next run on the same
+input and options goes on with it.  Publishing removes what an older data set's manifest names,
+moves the staged files out, and the manifest last.  Killed in between, the next run finds the staged manifest and ends
+the move.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from pipeline.dataset.manifest import Manifest
+from pipeline.schema import (
+    EMBEDDINGS_FILE,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    REJECTS_FILE,
+    REPORT_FILE,
+    SPLITS,
+    SUMMARY_FILE,
+    VOCABULARY_FILE,
+    UserError,
+)
+from pipeline.storage.files import file_sha256, remove_leftovers, sync, write_atomically
+
+WORK: Final = ".preprocess"
+LOCK_FILE: Final = "lock"
+RUN_FILE: Final = "run.json"
+"""In the work folder: of what input and options its content is."""
+
+FILES: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE, REJECTS_FILE, SUMMARY_FILE, REPORT_FILE)
+
+
+@contextmanager
+def output_folder(
+    output: Path, read_fingerprint: Callable[[], str], *, overwrite: bool, say: Callable[[str], None]
+) -> Iterator[tuple[Path, str] | None]:
+    """Claim ``output`` and give a work folder in it, whose ``data`` is published in the end.
+
+    The work folder holds what a stopped run of the same fingerprint left, and nothing else.  It is kept when the
+    body is stopped by the system (a full disk, a lost worker) or by hand; on any other error it is removed, and so is
+    the output folder if this made it.
+
+    Args:
+        output: the folder.
+        read_fingerprint: gives that of input and options, as in the manifest.  It may take hours, so it is called when
+            the folder is claimed, and everything that can be refused without it has been.
+        overwrite: replace a data set that is there.
+        say: told, in a line, when the work is not begun from nothing.
+
+    Yields:
+        The work folder and the fingerprint; None where the data set of this fingerprint is there already.
+
+    Raises:
+        UserError: it holds files that are no data set, a data set that may not be overwritten, or another run's work.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; name a folder with --output")
+    work = output / WORK
+    made = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    with _lock(work):
+        if (work / "data" / MANIFEST_FILE).exists():
+            _publish(work, output)
+            _clear(work)
+        keep = (work / RUN_FILE).exists()  # a run that is refused throws away nothing
+        try:
+            there = _data_set_in(output)
+            fingerprint = read_fingerprint()
+            if there is not None and not overwrite:
+                _check_same(output, there, fingerprint)
+                say("the data set of this input and these options is here already; nothing to do")
+                keep = False
+                yield None
+                return
+            _take_up(work, fingerprint, say)
+            keep = False
+            try:
+                yield work, fingerprint
+            except (OSError, MemoryError, KeyboardInterrupt):
+                keep = True
+                raise
+            _refuse_collisions(work, output)
+            keep = True  # from here on the next run ends the move
+            _publish(work, output)
+            keep = False
+        finally:
+            if not keep:
+                _remove(work)
+            if made and not any(output.iterdir()):
+                output.rmdir()
+
+
+@contextmanager
+def _lock(work: Path) -> Iterator[None]:
+    """Hold the work folder; the system lets go of it when the process ends, however it ends."""
+    lock = work / LOCK_FILE
+    if work.exists() and not lock.exists() and any(work.iterdir()):
+        raise UserError(f"{work}: not made by preprocess.py; remove it, or name another --output")
+    work.mkdir(exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{work.parent}: another preprocess.py is writing here; wait for it, or name another --output"
+            ) from None
+        yield
+
+
+def _data_set_in(output: Path) -> Manifest | None:
+    """What the folder holds; None where it is empty.
+
+    Raises:
+        UserError: something else.
+    """
+    if (output / MANIFEST_FILE).exists():
+        return Manifest.load(output)
+    others = sorted(path.name for path in output.iterdir() if path.name != WORK)
+    if others:
+        raise UserError(f"{output}: holds {others[0]!r} and no data set; name an empty or a new folder with --output")
+    return None
+
+
+def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
+    """Raise UserError unless the data set is that of ``fingerprint``, and all of it is there."""
+    if manifest.fingerprint != fingerprint:
+        raise UserError(
+            f"{output}: holds a data set of other input or options; give --overwrite to replace it, "
+            "or name another --output"
+        )
+    bad = [entry.path for entry in manifest.shards() if not _has_size(output / entry.path, entry.num_bytes)]
+    bad += [name for name, sum_ in manifest.files.items() if not _has_sum(output / name, sum_)]
+    if bad:
+        path = output / bad[0]
+        raise UserError(f"{path}: missing, or not as it was written; give --overwrite to make the data set again")
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
+
+
+def _has_sum(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
+
+
+def _take_up(work: Path, fingerprint: str, say: Callable[[str], None]) -> None:
+    """Leave in the work folder what a run of ``fingerprint`` can go on with."""
+    run = work / RUN_FILE
+    content = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint}).encode()
+    if run.exists():
+        if run.read_bytes() == content:
+            say("an earlier run was stopped; it goes on where it was")
+            remove_leftovers(work, below=True)
+            return
+        say("an earlier run was stopped, but input or options are others now; beginning afresh")
+    _clear(work)
+    write_atomically(run, content)
+
+
+def _clear(work: Path) -> None:
+    (work / RUN_FILE).unlink(missing_ok=True)  # first: what is left half cleared is nothing to go on with
+    for leftover in work.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name != LOCK_FILE:
+            leftover.unlink()
+
+
+def _remove(work: Path) -> None:
+    """The lock last: a folder with other files and no lock is not ours."""
+    _clear(work)
+    (work / LOCK_FILE).unlink()
+    with suppress(OSError):  # another run came in between, and locked it
+        work.rmdir()
+
+
+def _names(data_set: Path) -> list[str]:
+    """Every file of a data set but its manifest."""
+    return [*FILES, *(entry.path for entry in Manifest.load(data_set).shards())]
+
+
+def _refuse_collisions(work: Path, output: Path) -> None:
+    ours = set(_names(output)) if (output / MANIFEST_FILE).exists() else set()
+    for name in set(_names(work / "data")) - ours:
+        if (output / name).exists():
+            raise UserError(
+                f"{output / name}: not made by preprocess.py, and in the way; move it, or name another --output"
+            )
+
+
+def _publish(work: Path, output: Path) -> None:
+    """Replace the data set in ``output`` by the staged one.  Each step can be repeated after a kill."""
+    stage, replaced = work / "data", work / "replaced"
+    (work / RUN_FILE).unlink(missing_ok=True)  # without its shards the rest is nothing to go on with
+    if (output / MANIFEST_FILE).exists():
+        replaced.mkdir(exist_ok=True)
+        os.replace(output / MANIFEST_FILE, replaced / MANIFEST_FILE)
+    if (replaced / MANIFEST_FILE).exists():
+        for name in _names(replaced):
+            (output / name).unlink(missing_ok=True)
+        (replaced / MANIFEST_FILE).unlink()
+    for name in _names(stage):
+        if (stage / name).exists():
+            (output / name).parent.mkdir(exist_ok=True)
+            os.replace(stage / name, output / name)
+    for split in SPLITS:
+        if (folder := output / split).is_dir():
+            sync(folder)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+    sync(output)
+    os.replace(stage / MANIFEST_FILE, output / MANIFEST_FILE)
+    sync(output)

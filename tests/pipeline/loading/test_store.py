@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.arrays import offsets_of
+from pipeline.dataset.manifest import Manifest
+from pipeline.loading.store import PatientStore, Truncate
+from tests.data_dirs import Patient, in_stored_order
+from tests.pipeline.loading.test_batch import assert_equal, batch_of
+
+
+def store_of(directory: Path, split: str = "train") -> PatientStore:
+    return PatientStore(directory, Manifest.load(directory).splits[split])
+
+
+@pytest.fixture(scope="module")
+def store(data_dir: Path) -> PatientStore:
+    return store_of(data_dir)
+
+
+@given(
+    picked=st.lists(st.lists(st.integers(0, 52), max_size=6), min_size=1, max_size=4),
+    max_sequence_length=st.none() | st.integers(1, 60),
+    truncate=st.sampled_from(["earliest", "latest", "random"]),
+)
+def test_gathering_and_truncation_against_a_loop(
+    store: PatientStore,
+    patients: list[Patient],
+    picked: list[list[int]],
+    max_sequence_length: int | None,
+    truncate: Truncate,
+) -> None:
+    windows = store.windows(max_sequence_length, truncate, np.random.default_rng(5))
+    first = windows.event_start - store.windows().event_start  # random places are checked below
+    stored = in_stored_order(patients)
+    most = max_sequence_length or 10**9
+    if truncate == "earliest":
+        assert not first.any()
+    if truncate == "latest":
+        assert first.tolist() == [max(patient.num_events - most, 0) for patient in stored]
+
+    kept = [patient.kept(int(skip), most) for patient, skip in zip(stored, first, strict=True)]
+    assert windows.num_events.tolist() == [patient.num_events for patient in kept]
+    assert windows.num_sets.tolist() == [patient.num_sets for patient in kept]
+    chosen = np.array([patient for part in picked for patient in part], dtype=np.int64)
+    batches = store.ragged(windows, chosen, offsets_of(np.array([len(part) for part in picked])))
+    for batch, part in zip(batches, picked, strict=True):
+        expected = batch_of([kept[patient] for patient in part])
+        assert_equal(batch, expected)
+        padded = store.padded(windows, np.array(part, dtype=np.int64))
+        reference = expected.to_padded()
+        assert padded.keys() == reference.keys()
+        for name, tensor in reference.items():
+            assert padded[name].dtype == tensor.dtype, name
+            assert torch.equal(padded[name], tensor), name
+
+
+def test_random_windows_lie_inside_and_reach_both_ends(store: PatientStore) -> None:
+    whole = store.windows()
+    seen = set()
+    for seed in range(60):
+        cut = store.windows(10, "random", np.random.default_rng(seed))
+        first = cut.event_start - whole.event_start
+        assert (first >= 0).all()
+        assert (first + cut.num_events <= whole.num_events).all()
+        seen.add(int(first[20]))
+    assert whole.num_events[20] > 10
+    assert seen == set(range(int(whole.num_events[20]) - 10 + 1))
+
+
+def test_a_limit_beyond_all_patients_changes_nothing(store: PatientStore) -> None:
+    assert store.windows(10_000, "latest") is store.windows()
+
+
+def test_what_is_gathered_can_be_changed_without_changing_the_store(store: PatientStore) -> None:
+    windows, some = store.windows(), np.arange(3)
+    store.ragged(windows, some, offsets_of(np.array([3])))[0].value.fill_(7)
+    store.padded(windows, some)["val"].fill_(7)
+    assert not (store.value == 7).any()
+
+
+def test_a_split_may_be_empty_or_one_patient(data_dir: Path) -> None:
+    empty = store_of(data_dir, "test")
+    assert (empty.num_patients, store_of(data_dir, "valid").num_patients) == (0, 1)
+    nobody = np.array([], dtype=np.int64)
+    (batch,) = empty.ragged(empty.windows(3), nobody, offsets_of(np.array([0])))
+    assert (batch.num_patients, batch.num_sets, batch.num_events) == (0, 0, 0)
+    padded = empty.padded(empty.windows(3), nobody)
+    assert {name: tuple(tensor.shape) for name, tensor in padded.items()} == {
+        name: tuple(tensor.shape) for name, tensor in batch.to_padded().items()
+    }

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.dataset.manifest import ShardEntry
+from pipeline.prepare.build import BuildOptions, build
+from pipeline.prepare.executors import InlineExecutor
+from pipeline.prepare.journal import JOURNAL, Stages
+from pipeline.prepare.moments import Moments
+from pipeline.prepare.partition import SortedPartition, WrittenPartition
+from pipeline.prepare.publish import WORK
+from pipeline.prepare.rules import Rules
+from pipeline.prepare.sources.synthetic import Synthetic
+from tests.pipeline.prepare.test_build import shard_bytes
+from tests.pipeline.prepare.test_executors import PATIENTS, ROOT, TRIAL
+
+
+@dataclass
+class Counted:
+    number: int
+
+
+def count(number: int, calls: list[int]) -> Counted:
+    if number in calls:
+        raise ZeroDivisionError
+    calls.append(number)
+    return Counted(number)
+
+
+def run(work: Path, numbers: list[int], calls: list[int]) -> list[Counted]:
+    stages = Stages(InlineExecutor(), work, None)
+    tasks = [(number, calls) for number in numbers]
+    return stages("count", count, tasks, from_json=lambda fields: Counted(**fields), size=lambda found: found.number)
+
+
+def test_what_is_in_the_journal_is_not_done_again(tmp_path: Path) -> None:
+    calls = [2]
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, [0, 1, 2, 3], calls)
+    assert calls == [2, 0, 1]
+    assert sorted(path.name for path in (tmp_path / JOURNAL / "count").iterdir()) == ["000000.json", "000001.json"]
+    calls = []
+    assert run(tmp_path, [0, 1, 2, 3], calls) == [Counted(number) for number in range(4)]
+    assert calls == [2, 3]
+
+
+def test_progress_counts_what_an_earlier_run_has_done(tmp_path: Path) -> None:
+    run(tmp_path, [5, 6], [])
+    seen: list[tuple[str, int, int, int]] = []
+
+    def progress(stage: str, *, done: int, total: int, rows: int) -> None:
+        seen.append((stage, done, total, rows))
+
+    stages = Stages(InlineExecutor(), tmp_path, progress)
+    tasks: list[tuple[int, list[int]]] = [(number, []) for number in (5, 6, 7)]
+    stages("count", count, tasks, from_json=lambda fields: Counted(**fields), size=lambda found: found.number)
+    assert seen == [("count", 2, 3, 11), ("count", 3, 3, 18)]
+
+
+def test_results_come_back_from_the_journal_to_the_last_bit(tmp_path: Path) -> None:
+    variables = ["a", "ü\n"]
+    moments = Moments.of(variables, np.array([0, 0, 1]), np.array([0.1, 1e30, np.nan], np.float32))
+    plain: dict[str, Any] = {name: 3 for name in SortedPartition.__slots__ if name != "train"}
+    sorted_ = SortedPartition(train=moments, **(plain | {"without_events": ["p"], "rejects": {"duplicate": 1}}))
+    entry = ShardEntry(path="train/0.tar", num_patients=1, num_sets=2, num_events=3, num_bytes=4, sha256="5")
+    written = WrittenPartition(shards={"train": [entry]}, num_events=3, unknown={"a": 1})
+
+    def once(kind: type[Any], found: Any) -> Any:
+        def task() -> Any:
+            return found
+
+        stages = Stages(InlineExecutor(), tmp_path, None)
+        arguments: list[tuple[()]] = [()]
+        for _ in range(2):
+            (back,) = stages(kind.__name__, task, arguments, from_json=kind.from_json, size=lambda _: 0)
+        assert back is not found
+        return back
+
+    assert once(WrittenPartition, written) == written
+    back = once(SortedPartition, sorted_)
+    for name in set(SortedPartition.__slots__) - {"train"}:
+        assert getattr(back, name) == getattr(sorted_, name), name
+    for name in Moments.__slots__:
+        mine, theirs = getattr(back.train, name), getattr(moments, name)
+        assert mine == theirs if name == "variables" else mine.dtype == theirs.dtype
+        assert name == "variables" or mine.tobytes() == theirs.tobytes()
+    assert math.isfinite(moments.mean[0])
+
+
+def test_killed_again_and_again_the_output_is_that_of_a_run_left_alone(tmp_path: Path) -> None:
+    """Each kill comes after some more tasks are done, so that every stage is met."""
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", TRIAL, *PATIENTS, "--output", str(output), "--workers", "2"]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    with start(tmp_path / "whole") as whole:
+        whole.communicate()
+    tasks = 24 + 2 * math.ceil(600 * 425 / 20_000)
+    rng = random.Random(0)
+    output = tmp_path / "killed"
+    for goal in sorted(rng.sample(range(1, tasks - 2), 4)):
+        with start(output) as running:
+            while len(list((output / WORK / JOURNAL).glob("*/*.json"))) < goal and running.poll() is None:
+                time.sleep(0.002)
+            running.kill()
+    with start(output) as running:
+        _, said = running.communicate()
+        assert running.returncode == 0
+    assert b"it goes on where it was" in said or b"nothing to do" in said
+    assert shard_bytes(output) == shard_bytes(tmp_path / "whole")
+    assert not (output / WORK).exists()
+
+
+@pytest.mark.parametrize("outlier_std", [None, 6.0])
+@pytest.mark.parametrize(
+    ("stopped_in", "lost"),
+    [
+        ("write_partition", "sorted/00001.arrow"),
+        ("write_partition", "journal/read/000001.json"),
+        ("write_partition", "journal/measure/000000.json"),
+        ("write_partition", "journal/sort/000001.json"),
+        ("_finish", "index/*-00001.arrow"),
+        ("_finish", "data/train/00001.parquet"),
+        ("_finish", "journal/sort/000000.json"),
+        ("_finish", "journal/write/000001.json"),
+    ],
+)
+def test_what_was_used_up_is_made_again_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str, lost: str, outlier_std: float | None
+) -> None:
+    monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 20})
+    source = Synthetic(num_patients=50)
+    options = BuildOptions(events_per_shard=5000, rules=Rules(outlier_std=outlier_std))
+    build(source, tmp_path / "whole", options)
+
+    def stop(*_: object, **__: object) -> None:
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pipeline.prepare.build.{stopped_in}", stop)
+        with pytest.raises(OSError, match="stopped"):
+            build(source, tmp_path / "out", options)
+    assert not (tmp_path / "out" / WORK / "spills").exists()
+    paths = list((tmp_path / "out" / WORK).glob(lost))
+    assert paths or (outlier_std is None and "measure" in lost)
+    for path in paths:
+        path.unlink()
+    build(source, tmp_path / "out", options)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("folder", ["spills", "sorted"])
+def test_a_folder_that_is_half_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 20})
+    source, options = Synthetic(num_patients=50), BuildOptions(events_per_shard=5000)
+    build(source, tmp_path / "whole", options)
+
+    def remove(path: Path) -> None:
+        files = sorted(path.iterdir())
+        for file in files[: 1 if path.name == folder else len(files)]:
+            file.unlink()
+        if path.name == folder:
+            raise OSError("stopped")
+        path.rmdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.prepare.build.shutil.rmtree", remove)
+        with pytest.raises(OSError, match="stopped"):
+            build(source, tmp_path / "out", options)
+    assert any((tmp_path / "out" / WORK / folder).iterdir())
+    build(source, tmp_path / "out", options)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.prepare import names
+
+texts = st.lists(st.sampled_from([None, "", " ", "a", "A", "ü", "7", "7.0"]), max_size=30)
+
+
+def upper(values: pl.Series) -> pl.Series:
+    return values.cast(pl.String).str.to_uppercase()
+
+
+@given(texts)
+def test_names_are_the_texts_of_their_rows(values: list[str | None]) -> None:
+    column = pl.Series("n", values, dtype=pl.String)
+    encoded = names.encode(column)
+    assert isinstance(encoded.dtype, pl.Enum)
+    assert encoded.name == "n"
+    assert encoded.cast(pl.String).to_list() == values
+    again = names.encode(encoded, upper)  # equal texts are one name
+    assert again.cast(pl.String).to_list() == upper(column).to_list()
+    assert names.fits(encoded, lambda name: name == "a").to_list() == (column == "a").to_list()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pl.Series([3, None, 3, -1]), ["3", None, "3", "-1"]),
+        (pl.Series([1.5, None, 1.5]), ["1.5", None, "1.5"]),
+        (pl.Series([True, False]), ["true", "false"]),
+        (pl.Series([None, None]), [None, None]),
+        (pl.Series([], dtype=pl.Int64), []),
+    ],
+)
+def test_numbers_have_names_too(values: pl.Series, expected: list[str | None]) -> None:
+    assert names.encode(values).cast(pl.String).to_list() == expected
+
+
+@given(st.lists(texts, min_size=1, max_size=4))
+def test_columns_of_other_names_make_one(parts: list[list[str | None]]) -> None:
+    columns = [names.encode(pl.Series("n", part, dtype=pl.String)) for part in parts]
+    assert names.concat(columns).cast(pl.String).to_list() == [value for part in parts for value in part]
+
+
+@given(st.lists(texts, max_size=4))
+def test_dictionaries_of_several_chunks_are_one_column(parts: list[list[str | None]]) -> None:
+    kind = pa.dictionary(pa.int32(), pa.string())
+    chunks = pa.chunked_array([pa.array(part, pa.string()).dictionary_encode() for part in parts], kind)
+    column = names.from_dictionary("n", chunks)
+    assert column.name == "n"
+    assert column.cast(pl.String).to_list() == [value for part in parts for value in part]
+
+
+def test_a_name_that_is_no_text_is_found() -> None:
+    bad = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
+    chunks = pa.chunked_array([pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), bad)])
+    with pytest.raises(pa.ArrowInvalid, match="UTF8"):
+        names.from_dictionary("n", chunks)

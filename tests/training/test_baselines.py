@@ -1,0 +1,51 @@
+"""Summaries by hand, and what is said where nothing can be fitted."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pipeline.loading.batch import PatientBatch
+from tests.model.helpers import NUM_CODES, random_batch
+from training.baselines import SUMMARIES, baselines, summaries
+
+
+def test_summaries_by_hand() -> None:
+    """Code 2 has 1, 5 and 3 over two sets and one event without a number; the second patient is unlabelled."""
+    batch = PatientBatch(
+        code=torch.tensor([2, 2, 3, 2, 2, 4]),
+        value=torch.tensor([1.0, 5, 7, 3, 0, 9]),
+        has_value=torch.tensor([True, True, True, True, False, True]),
+        set_offsets=torch.tensor([0, 3, 5, 6]),
+        minute=torch.tensor([0.0, 10, 0]),
+        patient_offsets=torch.tensor([0, 2, 3]),
+        label=torch.tensor([1, -1]),
+        patient_id=["a", "b"],
+    )
+    x, y = summaries([batch], 5)
+    assert y.tolist() == [1]
+    assert x.shape == (1, 5 * SUMMARIES)
+    row = x.reshape(5, SUMMARIES)
+    assert row[2].tolist() == [3, 1, 5, 1, 3, 3]
+    assert row[3].tolist() == [7, 7, 7, 7, 7, 1]
+    assert np.isnan(row[[0, 1, 4]]).all()
+
+
+def test_what_the_summaries_say_is_found() -> None:
+    """The outcome is whether the variables' values are high."""
+    sets = [[3, 2]] * 60
+    batch = random_batch(sets)
+    shift = torch.repeat_interleave(batch.label * 6.0, batch.events_per_patient)
+    told = PatientBatch(
+        **{**{name: getattr(batch, name) for name in PatientBatch.__slots__}, "value": batch.value + shift}
+    )
+    found = baselines([told], [told], NUM_CODES)
+    for metrics in found.values():
+        assert metrics is not None
+        assert metrics["auroc"] > 0.95
+
+
+def test_one_outcome_alone_fits_nothing() -> None:
+    batch = random_batch([[2], [3]], labels=[1, 1])
+    assert baselines([batch], [batch], NUM_CODES) == {"trees": None, "logistic_regression": None}
+    assert baselines([], [], NUM_CODES) == {"trees": None, "logistic_regression": None}

@@ -1,0 +1,42 @@
+"""What a run shows, and what a rank that is not the first keeps to itself."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from training.console import EpochBar, memory_file, metrics_log
+from training.metrics import Throughput
+from training.parallel import World
+
+CPU = torch.device("cpu")
+
+
+def test_the_bar_shows_the_rate_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, color_system=None, width=160)
+    monkeypatch.setattr("training.console.console", terminal)
+    throughput = Throughput(num_patients=6, num_events=90, event_cells=100, waited=1.0, step_seconds=1.0)
+    with EpochBar(World(0, 2, CPU), 3) as bar:
+        bar.begin(0, 4, 0)
+        bar.advance(throughput)
+        bar.bar.refresh()
+        bar.end({"auroc": None, "auprc": 0.5, "loss": 1.0}, better=True)
+        bar.begin(1, 4, 0)
+    shown = screen.getvalue()
+    assert "6.0 patients/s, padding 10.0%" in shown
+    assert "epoch 1/3: loss 1.0000, AUROC undefined, AUPRC 0.5000 (best so far)" in shown
+
+
+def test_only_the_first_rank_writes_the_log(tmp_path: Path) -> None:
+    with metrics_log(tmp_path, World(1, 2, CPU), 0) as log:
+        log("train", step=1)
+    assert not list(tmp_path.iterdir())
+    assert memory_file(tmp_path, World(1, 2, CPU)).name == "memory_rank1.csv"
+    with metrics_log(tmp_path, World(0, 2, CPU), 0) as log:
+        log("train", step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'

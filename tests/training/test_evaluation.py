@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+
+from training.evaluation import CALIBRATION_BINS, auroc_auprc, evaluate_predictions
+
+METRICS = ("auroc", "auprc", "min_se_ppv", "brier", "ece", "prevalence")
+
+
+def naive_metrics(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+    """The definitions, patient by patient and threshold by threshold."""
+    positive, negative = probability[label == 1], probability[label == 0]
+    pairs = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
+    auprc, best, before = 0.0, 0.0, 0.0
+    for threshold in sorted(set(probability.tolist()), reverse=True):
+        chosen = label[probability >= threshold]
+        precision, recall = chosen.mean(), chosen.sum() / label.sum()
+        auprc += (recall - before) * precision
+        best, before = max(best, min(precision, recall)), recall
+    return {"auroc": float(np.mean(pairs)), "auprc": auprc, "min_se_ppv": best}
+
+
+@st.composite
+def predictions(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    label = draw(st.lists(st.integers(0, 1), min_size=2, max_size=40).filter(lambda labels: len(set(labels)) == 2))
+    # Few distinct values, so that ties within and between the classes are common.
+    tenths = draw(st.lists(st.integers(0, 10), min_size=len(label), max_size=len(label)))
+    return np.array(label), np.array(tenths) / 10
+
+
+def test_by_hand() -> None:
+    # Descending: 1 0 1 0.  Pairs won: 2 + 1 of 4.  Precision where recall rises: 1/1, 2/3.
+    evaluation = evaluate_predictions(np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.5, 0.8]))
+    assert evaluation["auroc"] == pytest.approx(3 / 4)
+    assert evaluation["auprc"] == pytest.approx((1 + 2 / 3) / 2)
+    assert evaluation["min_se_ppv"] == pytest.approx(2 / 3)  # at the third: all positives found, 2 of 3 right
+    assert evaluation["brier"] == pytest.approx((0.01 + 0.36 + 0.25 + 0.04) / 4)
+    assert evaluation["ece"] == pytest.approx((0.1 + 0.6 + 0.5 + 0.2) / 4)  # a bin each
+    assert evaluation["prevalence"] == 0.5
+
+
+@given(predictions())
+def test_agrees_with_naive_and_library(given_predictions: tuple[np.ndarray, np.ndarray]) -> None:
+    label, probability = given_predictions
+    evaluation = evaluate_predictions(label, probability)
+    expected = naive_metrics(label, probability)
+    assert {name: evaluation[name] for name in expected} == pytest.approx(expected)
+    assert evaluation["auroc"] == pytest.approx(roc_auc_score(label, probability))
+    assert evaluation["auprc"] == pytest.approx(average_precision_score(label, probability))
+    assert evaluation["brier"] == pytest.approx(brier_score_loss(label, probability))
+    assert auroc_auprc(label, probability) == (evaluation["auroc"], evaluation["auprc"])
+
+
+def test_bins_are_the_library_s() -> None:
+    rng = np.random.default_rng(0)
+    label, probability = rng.integers(0, 2, 1000), np.round(rng.random(1000), 2)
+    observed, predicted = calibration_curve(label, probability, n_bins=CALIBRATION_BINS, strategy="quantile")
+    edges = np.percentile(probability, np.linspace(0, 100, CALIBRATION_BINS + 1))[1:-1]
+    mass = np.bincount(np.searchsorted(edges, probability)) / 1000
+    assert evaluate_predictions(label, probability)["ece"] == pytest.approx(mass @ np.abs(observed - predicted))
+
+
+def test_unlabelled_are_left_out_and_counted() -> None:
+    label, probability = np.array([0, -1, 1, -1, 0]), np.array([0.2, 0.9, 0.7, 0.1, 0.8])
+    evaluation = evaluate_predictions(label, probability)
+    assert (evaluation["num_labelled"], evaluation["num_unlabelled"], evaluation["num_positive"]) == (3, 2, 1)
+    labelled = label >= 0
+    alone = evaluate_predictions(label[labelled], probability[labelled])
+    assert evaluation == alone | {"num_unlabelled": 2}
+    assert auroc_auprc(label, probability) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("label", [[], [-1, -1], [0, 0, 0], [1, -1]])
+def test_what_is_undefined_is_none(label: list[int]) -> None:
+    probability = np.linspace(0.1, 0.9, len(label))
+    evaluation = evaluate_predictions(np.array(label, dtype=np.int64), probability)
+    json.dumps(evaluation, allow_nan=False)
+    assert evaluation["auroc"] is evaluation["auprc_low"] is evaluation["min_se_ppv"] is None
+    assert (evaluation["brier"] is None) == (evaluation["num_labelled"] == 0)
+    assert auroc_auprc(np.array(label, dtype=np.int64), probability) == (None, None)
+
+
+def test_intervals_hold_the_value_and_narrow_with_patients() -> None:
+    rng = np.random.default_rng(1)
+
+    def evaluate(num_patients: int) -> dict[str, float]:
+        label = (rng.random(num_patients) < 0.2).astype(np.int64)
+        return evaluate_predictions(label, 1 / (1 + np.exp(1.5 - label - rng.normal(size=num_patients))))
+
+    few, many = evaluate(200), evaluate(3200)
+    for name in METRICS:
+        if name != "ece":  # biased upwards in resamples, as documented
+            assert few[f"{name}_low"] < few[name] < few[f"{name}_high"]
+        width = [evaluation[f"{name}_high"] - evaluation[f"{name}_low"] for evaluation in (few, many)]
+        assert 0 < width[1] < width[0] / 2  # a quarter, by the root of 16
+
+    # The interval of a rate is known: p ± 1.96 √(p (1 - p) / n).
+    rate = many["prevalence"]
+    assert many["prevalence_high"] - rate == pytest.approx(1.96 * np.sqrt(rate * (1 - rate) / 3200), rel=0.15)
+
+
+def test_is_a_function_of_the_seed() -> None:
+    rng = np.random.default_rng(2)
+    label, probability = rng.integers(0, 2, 50), rng.random(50)
+    assert evaluate_predictions(label, probability, seed=3) == evaluate_predictions(label, probability, seed=3)
+    assert evaluate_predictions(label, probability, seed=3) != evaluate_predictions(label, probability, seed=4)
+
+
+def test_does_not_depend_on_the_order_of_patients() -> None:
+    rng = np.random.default_rng(3)
+    label, probability, order = rng.integers(0, 2, 90), rng.integers(0, 6, 90) / 6, rng.permutation(90)
+    one, other = (evaluate_predictions(label[i], probability[i]) for i in (np.arange(90), order))
+    assert {name: one[name] for name in METRICS} == pytest.approx({name: other[name] for name in METRICS})
+
+
+@pytest.mark.parametrize("probability", [float("nan"), float("inf"), -0.1, 1.5])
+def test_refuses_what_is_no_probability(probability: float) -> None:
+    with pytest.raises(ValueError, match="not in"):
+        evaluate_predictions(np.array([0, 1]), np.array([0.5, probability]))
+
+
+def test_refuses_other_labels() -> None:
+    with pytest.raises(ValueError, match=r"\[2\]"):
+        evaluate_predictions(np.array([0, 2]), np.array([0.5, 0.5]))

@@ -1,0 +1,67 @@
+"""What a model must beat: trees and logistic regression on summaries of each variable, on the same splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pipeline.loading.batch import PatientBatch
+from pipeline.schema import UNLABELLED
+from training.evaluation import evaluate_predictions
+
+SUMMARIES = 6  # mean, least, greatest, first, last, count
+
+
+def baselines(
+    train: Iterable[PatientBatch], test: Iterable[PatientBatch], num_codes: int
+) -> dict[str, dict[str, Any] | None]:
+    """Metrics of both on the labelled patients of ``test`` when fitted to those of ``train``; None where these have not
+    both outcomes.
+    """
+    x_train, y_train = summaries(train, num_codes)
+    x_test, y_test = summaries(test, num_codes)
+    seen = np.isfinite(x_train).any(axis=0)
+    models = {
+        "trees": HistGradientBoostingClassifier(
+            max_iter=150, learning_rate=0.06, max_leaf_nodes=15, l2_regularization=1.0, random_state=0
+        ),
+        "logistic_regression": make_pipeline(
+            SimpleImputer(), StandardScaler(), LogisticRegression(C=0.003, max_iter=2000)
+        ),
+    }
+    result: dict[str, dict[str, Any] | None] = {}
+    for name, model in models.items():
+        if len(np.unique(y_train)) < 2 or not len(y_test):
+            result[name] = None
+            continue
+        model.fit(x_train[:, seen], y_train)
+        result[name] = evaluate_predictions(y_test, model.predict_proba(x_test[:, seen])[:, 1])
+    return result
+
+
+def summaries(batches: Iterable[PatientBatch], num_codes: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """[P, num_codes × SUMMARIES], NaN where a variable has no number, and [P] labels, of the labelled patients."""
+    rows, labels = [np.zeros((0, num_codes * SUMMARIES))], list[int]()
+    for batch in batches:
+        event_offsets = batch.set_offsets[batch.patient_offsets].tolist()
+        for b, label in enumerate(batch.label.tolist()):
+            if label == UNLABELLED:
+                continue
+            events = slice(event_offsets[b], event_offsets[b + 1])
+            number = batch.has_value[events].numpy()
+            code, value = batch.code[events].numpy()[number], batch.value[events].numpy()[number]
+            row = np.full((num_codes, SUMMARIES), np.nan)
+            for variable in np.unique(code):
+                own = value[code == variable]
+                row[variable] = (own.mean(), own.min(), own.max(), own[0], own[-1], len(own))
+            rows.append(row.reshape(1, -1))
+            labels.append(label)
+    return np.concatenate(rows), np.array(labels, dtype=np.int64)

@@ -1,0 +1,220 @@
+"""Where the time of a training step goes: a trace of a few steps, and a table of its parts.
+
+The parts are marked in the code with :func:`part`, which costs microseconds while nothing is recorded.  On a CPU a part
+takes the time between its ends; on a GPU, the time of the kernels that were launched meanwhile, by whichever thread.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, record_function
+
+from model.config import SeqSetVAEConfig
+from pipeline.loading.batch import PatientBatch
+from pipeline.schema import UserError
+from training.flops import step_flops
+
+PARTS = ("data", "layout and copy", "encoder", "transformer", "decoder", "head", "losses", "backward", "optimiser")
+
+WARM_UP_STEPS, PROFILED_STEPS = 10, 5
+"""Few enough for a trace of some MB, whatever the batch: steps differ in length, not in their number of operations."""
+
+part = record_function
+
+
+class StepProfiler:
+    """Records ``PROFILED_STEPS`` steps after ``WARM_UP_STEPS`` while the context lasts, and costs nothing after.
+
+    Recording slows a step down, so the rate is that of the warm-up's last steps, which are timed and not recorded.
+
+    Args:
+        path: of the trace, Chrome's format, gzipped; None = off.
+        config: of the model, from which operations are counted.
+        dtype: of its matrix products.
+        steps: how many there will be before anything else, such as a validation; of fewer the last are recorded.
+
+    Attributes:
+        table: what was found, for ``summary.json``; None before, and where the run ended earlier.
+
+    Raises:
+        UserError: there are not two steps.
+    """
+
+    def __init__(
+        self, path: Path | None, config: SeqSetVAEConfig, device: torch.device, dtype: torch.dtype, *, steps: int
+    ) -> None:
+        self.path, self.config, self.device, self.dtype = path, config, device, dtype
+        self.table: dict[str, Any] | None = None
+        if path is None:
+            return
+        if steps < 2:
+            raise UserError(f"--profile: {steps} steps are left of this epoch, 2 are needed; lower --batch_size")
+        active = min(PROFILED_STEPS, steps - 1)
+        self._first = min(WARM_UP_STEPS, steps - active)
+        self._last = self._first + active
+        # The profiler prepares itself during the step before the first.
+        self._timed = range(max(1, self._first - 1 - PROFILED_STEPS), self._first - 1)
+        self._seconds, self._ended = 0.0, 0.0
+        self._batches: dict[int, PatientBatch] = {}
+        self._done = 0
+        self._profiler = torch.profiler.profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])],
+            schedule=torch.profiler.schedule(skip_first=self._first - 1, wait=0, warmup=1, active=active, repeat=1),
+            on_trace_ready=self._finish,
+        )
+
+    def __enter__(self) -> Self:
+        if self.path is not None:
+            self._profiler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.path is not None and self.table is None:
+            self._profiler.on_trace_ready = None  # a part of a trace would look whole
+            self._profiler.stop()
+
+    def step(self, batch: PatientBatch) -> None:
+        """A step on ``batch``, as the model got it, is done."""
+        if self.path is None or self.table is not None:
+            return
+        step = self._done
+        self._batches[step] = batch
+        if self.device.type == "cuda" and step + 1 in (self._timed.start, self._timed.stop, self._first, self._last):
+            torch.cuda.synchronize()  # what is still in flight belongs to the steps before
+        if step in self._timed:
+            self._seconds += time.perf_counter() - self._ended
+        self._done += 1
+        self._profiler.step()
+        if self._done == self._last:
+            del self._profiler, self._batches  # hundreds of MB
+        self._ended = time.perf_counter()
+
+    def _finish(self, profiler: torch.profiler.profile) -> None:
+        assert self.path is not None
+        partial = self.path.with_name(f"partial-{self.path.name}")
+        profiler.export_chrome_trace(str(partial))
+        partial.replace(self.path)
+        flops = [step_flops(batch.to("cpu"), self.config) for batch in self._batches.values()]
+        recorded = tabulate(part_times(profiler.events() or []), flops[self._first :])
+        rate = matrix_rate(self.dtype, self.device)
+        seconds, work = recorded["step"]["milliseconds"] / 1e3, recorded["step"]["gflop"] * 1e9
+        if self._timed:
+            seconds = self._seconds / len(self._timed)
+            work = sum(sum(flops[step].values()) for step in self._timed) / len(self._timed)
+        self.table = {
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "recorded_steps": len(flops) - self._first,
+            "timed_steps": len(self._timed),
+            "step_milliseconds": round(1e3 * seconds, 3),
+            "step_gflops": round(work / seconds / 1e9, 2),
+            "matrix_gflops": round(rate / 1e9, 1),
+            "share_of_matrix_rate": round(work / seconds / rate, 4),
+            "parts": recorded,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartTimes:
+    """Seconds of every part, over all recorded steps.
+
+    Attributes:
+        host: on the CPU.
+        device: of the kernels launched meanwhile; None where there were none.
+        whole: of the steps from the first part to the end of the last part or kernel.
+    """
+
+    host: dict[str, float]
+    device: dict[str, float] | None
+    whole: float
+
+
+def part_times(events: Iterable[FunctionEvent]) -> PartTimes:
+    """Sum a profile's events, whose times are in microseconds, by part."""
+    spans: list[tuple[float, float, str]] = []
+    launches: list[tuple[float, float]] = []
+    end = 0.0
+    for event in events:
+        start, stop = event.time_range.start, event.time_range.end
+        if event.device_type.name != "CPU":
+            end = max(end, stop)
+        elif event.name in PARTS:
+            spans.append((start, stop, event.name))
+        elif event.kernels and not event.is_user_annotation:  # whose kernels would be those of all inside
+            launches.append((start, sum(kernel.duration for kernel in event.kernels)))
+    spans.sort()
+    starts = [start for start, _, _ in spans]
+    host, device = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+    for start, stop, name in spans:
+        host[name] += (stop - start) / 1e6
+    for moment, duration in launches:
+        place = bisect.bisect_right(starts, moment) - 1
+        if place >= 0 and moment <= spans[place][1]:
+            device[spans[place][2]] += duration / 1e6
+    whole = (max(end, *(stop for _, stop, _ in spans)) - starts[0]) / 1e6
+    return PartTimes(host=host, device=device if launches else None, whole=whole)
+
+
+def tabulate(times: PartTimes, flops: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Means of a step, part by part.
+
+    Args:
+        flops: of each recorded step, by part.
+    """
+    steps, seconds = len(flops), times.device or times.host
+    rows = {**seconds, "rest": times.whole - sum(seconds.values()), "step": times.whole}
+    work = {name: sum(step.get(name, 0.0) for step in flops) for name in rows}
+    work["step"] = sum(work.values())
+    parts = {
+        name: {
+            "milliseconds": round(1e3 * value / steps, 3),
+            "share": round(value / times.whole, 4),
+            "gflop": round(work[name] / steps / 1e9, 4),
+            "gflops": round(work[name] / value / 1e9, 2) if value else 0.0,
+        }
+        for name, value in rows.items()
+    }
+    if times.device is not None:
+        for name, value in times.host.items():
+            parts[name]["host_milliseconds"] = round(1e3 * value / steps, 3)
+    return parts
+
+
+def lines(table: dict[str, Any]) -> list[str]:
+    """The table as text, a line a part; on a GPU times are its own, and the CPU's stand beside them."""
+    text = [f"{'':<16}{'ms a step':>12}{'share':>8}{'GFLOP':>10}{'GFLOP/s':>10}"]
+    for name, row in table["parts"].items():
+        work = f"{row['gflop']:>10.3f}{row['gflops']:>10.1f}" if row["gflop"] else ""
+        host = f"   CPU {row['host_milliseconds']:.2f} ms" if "host_milliseconds" in row else ""
+        text.append(f"{name:<16}{row['milliseconds']:>12.2f}{row['share']:>8.1%}{work:<20}{host}".rstrip())
+    text.append(f"mean of {table['recorded_steps']} recorded steps, {table['device']}, {table['precision']}")
+    speed = f"{table['step_milliseconds']:,.1f} ms, {table['step_gflops']:,.1f} GFLOP/s"
+    text.append(f"{'not recorded' if table['timed_steps'] else 'recorded'}, a step takes {speed}:")
+    return [*text, f"{table['share_of_matrix_rate']:.1%} of the {table['matrix_gflops']:,.0f} of large matrices"]
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 2.0) -> float:
+    """FLOP/s of a product of two square matrices, after some to warm up."""
+    on_gpu = torch.device(device).type == "cuda"
+    size = 8192 if on_gpu else 4096
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    out = a @ b
+    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
+    wait()
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        torch.mm(a, b, out=out)
+        wait()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started)
