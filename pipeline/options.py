@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def option(
     default: Any,
-    help: str,  # noqa: A002
+    help: str,
     *,
     minimum: float | None = None,
     maximum: float | None = None,
