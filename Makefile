@@ -15,7 +15,7 @@ help:
 	@echo "make demo    synthetic patients: preprocess, train on CPU, evaluate, report (a few minutes)"
 	@echo "make test    all tests"
 	@echo "make test-faults  the whole fault suite, with its counts into benchmarks/results/faults.json (an hour)"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and the directions of imports"
 	@echo "make format  ruff, rewriting files"
 	@echo "make bench   the figures of the README, measured again into benchmarks/results"
 	@echo "make clean   remove .venv, demo and caches"
@@ -42,6 +42,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -54,4 +55,4 @@ bench: $(READY)
 
 clean:
 	rm -rf .venv demo build seqsetvae.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
-	find pipeline model tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find pipeline model training tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

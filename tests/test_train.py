@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,88 +18,42 @@ import yaml
 
 import preprocess
 import train
+import training.step
+from model.losses import LossOptions, beta_at
 from pipeline.dataset.manifest import Manifest
 from pipeline.schema import UserError
 from tests.data_dirs import make_patients, write_data_dir
 from tests.model.helpers import tiny_model
+from tests.training.runs import QUICK, assert_same, read_metrics, run, start, weights, write_tiny_data
 from training.checkpoint import Checkpoint
-from training.options import TrainOptions
+from training.data import DataOptions, DataSet, agree_on_data
+from training.options import RunOptions, TrainOptions
+from training.parallel import World
 from training.profiling import PARTS
+from training.run import Run
+from training.schedule import parameter_groups
+from training.state import build_model
 
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore
 
-ROOT = Path(train.__file__).parent
-QUICK = [
-    "--max_epochs",
-    "2",
-    "--batch_size",
-    "6",
-    "--warmup_steps",
-    "3",
-    "--beta_warmup_steps",
-    "10",
-    "--log_steps",
-    "2",
-]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 patients to train on, 12 to validate, 12 to test; sets of 1 to 11 events."""
-    splits = {
-        name: make_patients(
-            [[1 + (7 * i + k) % 11 for k in range(1 + i % 6)] for i in range(count)], seed=seed, prefix=name
-        )
-        for seed, (name, count) in enumerate({"train": 26, "valid": 12, "test": 12}.items())
-    }
-    return write_data_dir(tmp_path_factory.mktemp("data"), splits)
+    return write_tiny_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """Runs in this process and in others are compared bit by bit, so they use the same number of threads."""
+    """Runs set the number of threads of this process."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def run(data: Path, out: Path, *flags: str) -> int:
-    return train.main(["--data_dir", str(data), "--output_dir", str(out), *QUICK, *flags])
-
-
-def start(data: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--data_dir",
-        str(data),
-        "--output_dir",
-        str(out),
-        *QUICK,
-        *flags,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return Checkpoint.load(out / "checkpoints" / f"{name}.pt").model
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert (tensor - right[name]).abs().max() <= tolerance, name
 
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("run") / "deep" / "er"
     assert run(data, out) == 0
     return out
@@ -110,13 +62,13 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_set_vae_learns_faster_and_forgets_as_slowly() -> None:
     """AdamW takes rate × decay off a weight at each step, which is the same for all matrices; vectors keep theirs."""
     model = tiny_model(width=128)
-    groups = train.parameter_groups(model, TrainOptions(data_dir="-", output_dir="-", weight_decay=0.1))
+    groups = parameter_groups(model, 0.1)
     found = {id(parameter): group for group in groups for parameter in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         group = found[id(parameter)]
-        assert group["rate"] == {"encoder": 1.5, "decoder": 4.0}.get(name.split(".")[0], 1.0)
-        assert group["rate"] * group["weight_decay"] == pytest.approx(0.1 if parameter.ndim > 1 else 0.0)
+        assert group["lr_scale"] == {"encoder": 1.5, "decoder": 4.0}.get(name.split(".")[0], 1.0)
+        assert group["lr_scale"] * group["weight_decay"] == pytest.approx(0.1 if parameter.ndim > 1 else 0.0)
 
 
 def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:
@@ -125,7 +77,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:
         "config.yaml", "metrics.jsonl", "summary.json", "report.html", "MODEL_CARD.md", "predictions_test.parquet",
         "checkpoints/last.pt", "checkpoints/best.pt",
     }  # fmt: skip
-    assert yaml.safe_load((finished / "config.yaml").read_text())["options"]["batch_size"] == 6
+    assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["batch_size"] == 6
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["steps"] == 2 * 5
     assert "12 test, 26 train, 12 valid patients" in (finished / "MODEL_CARD.md").read_text()
@@ -173,7 +125,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
         time.sleep(0.005)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    steps = Checkpoint.load(last).progress["step"]
+    steps = Checkpoint.load(last).step
     assert 1 <= steps < 10, "the run was over before it could be disturbed"
     if number == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM
@@ -183,8 +135,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
     assert sorted(path.name for path in last.parent.iterdir()) == ["best.pt", "last.pt"]
     assert_same(weights(tmp_path), weights(finished))
     assert_same(weights(tmp_path, "best"), weights(finished, "best"))
-    averaged = [Checkpoint.load(out / "checkpoints" / "last.pt").averaged for out in (tmp_path, finished)]
-    assert_same(averaged[0], averaged[1])
+    assert_same(weights(tmp_path, which="ema_model"), weights(finished, which="ema_model"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps_logged = [line["step"] for line in lines if line["kind"] == "train"]
     assert steps_logged == sorted(set(steps_logged)), "a resumed run holds no step twice"
@@ -195,19 +146,20 @@ def test_resumed_between_groups_of_a_later_epoch_is_the_undisturbed_run(
 ) -> None:
     """Under a budget epochs have different numbers of batches, and groups begin at different steps."""
     flags = ["--batch_size", "9", "--max_events", "70", "--group_events", "200", "--checkpoint_steps", "1"]
-    save = train.Training.save
+    save = Run.save_last
     steps: dict[tuple[int, int], int] = {}  # the last in each group
     lengths = {}
 
-    def kept(training: train.Training, *names: str) -> None:
-        save(training, *names)
-        place, step = training.loader.state_dict(), training.progress["step"]
+    def save_and_copy(job: Run) -> None:
+        save(job)
+        loader, step = job.state.loader, job.state.progress.step
+        place = loader.state_dict()
         steps[place["epoch"], place["group"]] = step
-        lengths[training.loader.epoch] = len(training.loader)
-        shutil.copytree(training.checkpoints, tmp_path / str(step) / "checkpoints", dirs_exist_ok=True)
+        lengths[loader.epoch] = len(loader)
+        shutil.copytree(job.directory / "checkpoints", tmp_path / str(step) / "checkpoints", dirs_exist_ok=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "save", kept)
+        patch.setattr(Run, "save_last", save_and_copy)
         assert run(data, tmp_path / "whole", *flags) == 0
     assert lengths[0] != lengths[1]
     out = tmp_path / str(steps[1, 0])
@@ -252,12 +204,11 @@ def test_mixed_precision_learns_alike(finished: Path, data: Path, tmp_path: Path
 
 
 def test_weights_are_averaged(finished: Path, data: Path, tmp_path: Path) -> None:
-    assert run(data, tmp_path, "--weight_averaging", "0") == 0
+    assert run(data, tmp_path, "--ema_decay", "0") == 0
     assert_same(weights(tmp_path), weights(finished))
-    last = Checkpoint.load(tmp_path / "checkpoints" / "last.pt")
-    assert_same(last.averaged, last.model)
-    averaged = Checkpoint.load(finished / "checkpoints" / "last.pt").averaged
-    assert any(not torch.equal(averaged[name], tensor) for name, tensor in weights(finished).items())
+    assert_same(weights(tmp_path, which="ema_model"), weights(tmp_path))
+    ema = weights(finished, which="ema_model")
+    assert any(not torch.equal(ema[name], tensor) for name, tensor in weights(finished).items())
 
 
 def test_evaluate_gives_what_training_gave(finished: Path, data: Path, tmp_path: Path) -> None:
@@ -329,7 +280,7 @@ def test_profile(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("training.profiling.matrix_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr("training.profiling.measure_matrix_rate", lambda dtype, device: 1e11)
     assert run(data, tmp_path, "--profile") == 0
     assert_same(weights(tmp_path), weights(finished))
     profile = json.loads((tmp_path / "summary.json").read_text())["profile"]
@@ -365,34 +316,34 @@ def test_collapse_is_caught(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_head_is_fine_tuned_on_a_pretrained_model(data: Path, tmp_path: Path) -> None:
     """With --freeze fine-tuning moves the head alone, without it all."""
     assert run(data, tmp_path / "pre", "--objective", "pretrain", "--weight_decay", "0") == 0
-    start = str(tmp_path / "pre" / "checkpoints" / "best.pt")
-    given = Checkpoint.load(Path(start)).averaged
-    assert run(data, tmp_path / "head", "--objective", "supervised", "--init_from", start, "--freeze") == 0
-    assert run(data, tmp_path / "all", "--init_from", start) == 0
+    pretrained = str(tmp_path / "pre" / "checkpoints" / "best.pt")
+    given = weights(tmp_path / "pre", "best", "ema_model")
+    assert run(data, tmp_path / "head", "--objective", "supervised", "--init_from", pretrained, "--freeze") == 0
+    assert run(data, tmp_path / "all", "--init_from", pretrained) == 0
     for name, after in weights(tmp_path / "head").items():
-        fixed = not name.startswith("head.") or name.startswith("head.fact_")
+        fixed = not name.startswith("head.") or name.startswith("head.feature_")
         assert not fixed or torch.equal(after, given[name]), name
     moved = [name for name, after in weights(tmp_path / "head").items() if not torch.equal(after, given[name])]
-    assert "head.members.0.output.weight" in moved
-    assert not torch.equal(weights(tmp_path / "all")["encoder.heads.1.weight"], given["encoder.heads.1.weight"])
+    assert "head.ensemble.0.output.weight" in moved
+    assert not torch.equal(weights(tmp_path / "all")["encoder.posterior.weight"], given["encoder.posterior.weight"])
 
 
 def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path, "--objective", "pretrain", "--max_epochs", "1", "--weight_decay", "0") == 0
-    options = TrainOptions(data_dir=str(data), output_dir="-")
-    folder = train.data_folder(options)
-    found = train.Data(folder=folder, manifest=Manifest.load(folder), quarantined={})
-    untrained = train.new_model(options, found).state_dict()
+    options = TrainOptions(data=DataOptions(data_dir=str(data)), run=RunOptions(output_dir="-"))
+    folder = options.data.open_folder()
+    found = DataSet(options=options.data, folder=folder, manifest=Manifest.load(folder), quarantined={})
+    untrained = build_model(options.model, found, seed=0).state_dict()
     after = weights(tmp_path)
-    assert torch.equal(after["head.members.0.output.weight"], untrained["head.members.0.output.weight"])
+    assert torch.equal(after["head.ensemble.0.output.weight"], untrained["head.ensemble.0.output.weight"])
     assert not torch.equal(after["decoder.output.weight"], untrained["decoder.output.weight"])
 
 
 def test_beta_rises_once_or_in_cycles() -> None:
-    once = TrainOptions(data_dir="-", output_dir="-", beta=1.0, beta_warmup_steps=2)
-    again = TrainOptions(data_dir="-", output_dir="-", beta=1.0, beta_warmup_steps=2, beta_schedule="cyclical")
-    assert [train.kl_weight(once, step) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
-    assert [train.kl_weight(again, step) for step in range(6)] == [0.5, 1, 1, 1, 0.5, 1]
+    once = LossOptions(beta=1.0, beta_warmup_steps=2)
+    again = LossOptions(beta=1.0, beta_warmup_steps=2, beta_schedule="cyclical")
+    assert [beta_at(once, step) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
+    assert [beta_at(again, step) for step in range(6)] == [0.5, 1, 1, 1, 0.5, 1]
 
 
 def test_the_card_and_the_latents(finished: Path, data: Path, tmp_path: Path) -> None:
@@ -502,7 +453,7 @@ def test_a_quarantined_shard_is_as_if_it_was_not_there_but_counted(data: Path, t
     assert summary["quarantined_patients"] == {"train": 5, "valid": 0, "test": 5}
     assert summary["quarantined_shards"] == ["test/00000.parquet", "train/00001.parquet"]
     assert summary["test"]["num_labelled"] + summary["test"]["num_unlabelled"] == 12 - 5
-    (event,) = (line for line in metrics(tmp_path / "run") if line["kind"] == "event")
+    (event,) = (line for line in read_metrics(tmp_path / "run") if line["kind"] == "event")
     assert event == {
         "kind": "event", "step": 0, "event": "quarantine", "train_patients": 5, "valid_patients": 0, "test_patients": 5,
     }  # fmt: skip
@@ -514,16 +465,12 @@ def test_a_quarantined_shard_is_as_if_it_was_not_there_but_counted(data: Path, t
         assert {name: evaluation[name] for name in summary["test"]} == summary["test"]
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_nothing_bad_is_counted_too(finished: Path, data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path, "--on_bad_shard", "quarantine") == 0
     assert_same(weights(tmp_path), weights(finished))
     nobody = {"train": 0, "valid": 0, "test": 0}
     assert json.loads((tmp_path / "summary.json").read_text())["quarantined_patients"] == nobody
-    assert [line["event"] for line in metrics(tmp_path) if line["kind"] == "event"] == ["quarantine"]
+    assert [line["event"] for line in read_metrics(tmp_path) if line["kind"] == "event"] == ["quarantine"]
 
 
 def test_a_run_is_not_resumed_with_other_shards(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -550,17 +497,17 @@ def test_what_one_machine_finds_bad_all_leave_out(data: Path, tmp_path: Path) ->
     copies = [data, damaged_shard(data, tmp_path)]
     found: list[dict[str, str]] = []
 
-    def agree(rank: int, gathered: list[Any] | None) -> train.Data:
-        world = train.World(rank, 4, torch.device("cpu"), rank % 2, 2)
+    def agree(rank: int, gathered: list[Any] | None) -> DataSet:
+        world = World(rank, 4, torch.device("cpu"), rank % 2, 2)
 
         def gather(_: object, item: Any) -> list[Any]:
             found.append(item)
             return gathered or [item]
 
-        options = TrainOptions(data_dir=str(copies[rank // 2]), output_dir="x", on_bad_shard="quarantine")
+        options = DataOptions(data_dir=str(copies[rank // 2]), on_bad_shard="quarantine")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.World, "gather", gather)
-            return train.agree_on_data(options, manifest, world, "train", "valid")
+            patch.setattr(World, "gather", gather)
+            return agree_on_data(options, manifest, world, "train", "valid")
 
     for rank in range(4):
         agree(rank, None)
@@ -595,11 +542,12 @@ def test_batches_are_planned_for_the_memory_and_a_resumed_run_keeps_to_it(data: 
     assert run(data, tmp_path, "--batch_size", "auto", "--max_memory", "64GB", "--max_epochs", "1") == 0
     found = json.loads((tmp_path / "memory_model.json").read_text())
     assert found["batch_size"] == 1, "26 patients leave no 50 steps of 2"
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["options"]["batch_size"] == 1
-    (tmp_path / "memory_model.json").write_text(json.dumps({**found, "step_bytes": found["step_bytes"] - 1}))
-    assert run(data, tmp_path, "--batch_size", "auto", "--max_memory", "64GB", "--resume") == 2, "other batches"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["batch_size"] == "auto"
+    (tmp_path / "memory_model.json").write_text(json.dumps({**found, "batch_bytes": found["batch_bytes"] - 1}))
+    flags = ["--batch_size", "auto", "--max_memory", "64GB", "--max_epochs", "2", "--resume"]
+    assert run(data, tmp_path, *flags) == 2, "other batches"
     (tmp_path / "memory_model.json").write_text(json.dumps(found))
-    assert run(data, tmp_path, "--batch_size", "auto", "--max_memory", "64GB", "--resume") == 0
+    assert run(data, tmp_path, *flags) == 0
 
 
 def test_too_little_memory_for_any_step_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -611,14 +559,14 @@ def test_a_batch_without_room_is_taken_in_parts_with_the_same_result(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(data, tmp_path / "whole", "--max_epochs", "1") == 0
-    forward_losses = train.forward_losses
+    forward_losses = training.step.forward_losses
 
     def in_little_memory(model: Any, given: Any, *rest: Any) -> Any:
         if given.batch.num_patients > 2:
             raise torch.OutOfMemoryError
         return forward_losses(model, given, *rest)
 
-    monkeypatch.setattr(train, "forward_losses", in_little_memory)
+    monkeypatch.setattr(training.step, "forward_losses", in_little_memory)
     assert run(data, tmp_path / "parts", "--max_epochs", "1") == 0
     assert "warning: out of memory in step " in capsys.readouterr().err
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -627,20 +575,6 @@ def test_a_batch_without_room_is_taken_in_parts_with_the_same_result(
     def in_none(*_: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(train, "forward_losses", in_none)
+    monkeypatch.setattr(training.step, "forward_losses", in_none)
     assert run(data, tmp_path / "none") == 2
     assert "on a single patient" in capsys.readouterr().err
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
-def test_compiled_blocks_train_the_same_model_and_are_few(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(data, tmp_path / "eager", "--max_epochs", "1") == 0
-    monkeypatch.setattr(train, "COMPILER", "aot_eager")  # all of it but the code, which takes a minute to make
-    assert run(data, tmp_path / "compiled", "--max_epochs", "1", "--compile") == 0
-    summary = json.loads((tmp_path / "compiled" / "summary.json").read_text())
-    assert 1 <= summary["compiled_graphs"] <= 10
-    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
-    assert eager.keys() == compiled.keys(), "a checkpoint does not tell that its run was compiled"
-    assert all(torch.allclose(compiled[name], eager[name], rtol=1e-3, atol=1e-5) for name in eager)

@@ -6,31 +6,61 @@ unless they are never the same twice.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from model.losses import LossCounts
 from model.noise import PatientNoise, patient_keys
 from pipeline.loading.batch import PatientBatch
+from pipeline.loading.loader import BatchPlace
 
 _EVENT_SALT, _PATIENT_SALT = 8, 9
 
 
 def drop_events(batch: PatientBatch, rate: float, *, seed: int, step: int) -> PatientBatch:
-    """Leave out events, and sets that are then empty; a patient's first event stays.
+    """Return the batch without some events, and without sets that are then empty; a patient's first event stays.
 
     Each patient has a rate of its own, uniform between 0 and twice ``rate``, so that dense and sparse views of a
-    patient are both seen.  What is left out depends on (seed, step, patient, place), not on who shares the batch.
+    patient are both seen.  What is left out depends on (seed, step, patient, position), not on who shares the batch.
 
     Args:
         batch: on the CPU.
-        rate: share of events left out in the mean, at most ½; 0 = none.
+        rate: mean share of events left out, at most ½; 0 = none.
+        seed: of the run.
+        step: of training.
     """
     if rate == 0:
         return batch
-    num_events_B = batch.events_per_patient
-    patient_E = torch.repeat_interleave(num_events_B, output_size=batch.num_events)
-    first_B = batch.set_offsets[batch.patient_offsets[:-1]]
-    place_E = torch.arange(batch.num_events) - first_B[patient_E]
-    noise = PatientNoise.of_step(seed, step, patient_keys(batch.patient_id))
+    return batch.keep_events(_draw_kept(batch.patient_id, batch.events_per_patient, rate, seed=seed, step=step))
+
+
+def count_after_dropout(place: BatchPlace, rate: float, *, seed: int) -> LossCounts:
+    """Return the exact numbers of events, sets and labels of the global batch that remain after :func:`drop_events`.
+
+    Every rank computes them alike from ids and lengths, so that no rank has to ask another.
+    """
+    whole = place.global_batch()
+    ends = np.cumsum(whole.set_size)
+    patient_ends = np.cumsum(whole.num_sets)
+    num_events = np.diff(np.concatenate([[0], ends])[np.concatenate([[0], patient_ends])])
+    keep = _draw_kept(whole.patient_id, torch.from_numpy(num_events), rate, seed=seed, step=place.step).numpy()
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
+    kept_per_set = kept_before[ends] - kept_before[ends - whole.set_size]
+    return LossCounts(
+        num_events=int(kept_before[-1]),
+        num_sets=int(np.count_nonzero(kept_per_set)),
+        num_labelled=place.counts.num_labelled,
+    )
+
+
+def _draw_kept(patient_id: list[str], num_events_B: Tensor, rate: float, *, seed: int, step: int) -> Tensor:
+    """Return [E] bool: which events are kept of patients with ``num_events_B`` [B] events."""
+    total = int(num_events_B.sum())
+    patient_E = torch.repeat_interleave(num_events_B, output_size=total)
+    first_B = num_events_B.cumsum(0) - num_events_B
+    position_E = torch.arange(total) - first_B[patient_E]
+    noise = PatientNoise.of_step(seed, step, patient_keys(patient_id))
     rate_B = 2 * rate * noise.of_patients().uniform(_PATIENT_SALT)
-    keep_E = noise.at(patient_E, place_E).uniform(_EVENT_SALT) >= rate_B[patient_E]
-    return batch.keep_events(keep_E | (place_E == 0))
+    keep_E = noise.at(patient_E, position_E).uniform(_EVENT_SALT) >= rate_B[patient_E]
+    return keep_E | (position_E == 0)

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, and data only, never code."""
+"""Checkpoints: whole or absent, finite, and data only, never code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+
+SHAPELESS = ("dropout",)
+"""Fields of the model's configuration that decide no weight's shape or meaning."""
 
 
 def load_model(path: str | Path, vocabulary_fingerprint: str) -> SeqSetVAE:
-    """The trained model of a checkpoint, on the CPU, ready to predict.
+    """Return the trained model of a checkpoint, on the CPU, ready to predict.
 
     Args:
         path: such as ``run/checkpoints/best.pt``.
@@ -48,35 +51,35 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """Everything a run needs to go on as if it had not stopped, or a reader to predict.
+    """Everything that a run needs to go on as if it had not stopped, or a reader to predict.
 
     Attributes:
         config: :class:`SeqSetVAEConfig` as a dictionary.
         vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
-        model, averaged: weights, and their running mean, which is what predicts.
-        optimizer, scaler: their states.
-        loader: place in the data, of the next batch.
-        progress: the trainer's own counters.
+        options: of the run, by section and field, as ``config.yaml`` has them.
+        state: as :meth:`training.state.TrainState.state_dict` gives it.
+        metrics: of the validation that chose this checkpoint, with its ``epoch`` and ``step``; None in ``last.pt``.
         version: of this layout.
     """
 
     config: dict[str, Any]
     vocabulary_fingerprint: str
-    model: dict[str, Any]
-    averaged: dict[str, Any]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    loader: dict[str, Any]
-    progress: dict[str, Any]
+    options: dict[str, Any]
+    state: dict[str, Any]
+    metrics: dict[str, Any] | None = None
     version: int = CHECKPOINT_VERSION
 
-    def save(self, *paths: Path) -> None:
-        """Write each path so that it is the old checkpoint or this one at every moment."""
+    @property
+    def step(self) -> int:
+        """Optimiser steps that it was saved after."""
+        return int(self.state["progress"]["step"])
+
+    def save(self, path: Path) -> None:
+        """Write to ``path``, which is the old checkpoint or this one at every moment."""
         buffer = io.BytesIO()
         torch.save({field.name: getattr(self, field.name) for field in fields(self)}, buffer)
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, buffer.getvalue())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -86,9 +89,7 @@ class Checkpoint:
             UserError: the file is missing, damaged, or not one of ours.
         """
         try:
-            with zipfile.ZipFile(
-                path
-            ) as archive:  # what torch.save writes; its checksums are not looked at by torch.load
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the archive's checksums
                 damaged = archive.testzip()
             content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
@@ -98,14 +99,16 @@ class Checkpoint:
             raise UserError(f"{path}: not a readable checkpoint ({first_line})") from None
         if damaged:
             raise UserError(f"{path}: not a readable checkpoint (checksum of {damaged} is wrong)")
-        if not isinstance(content, dict) or set(content) != {field.name for field in fields(cls)}:
+        if not isinstance(content, dict) or "version" not in content:
             raise UserError(f"{path}: not a checkpoint of train.py")
         if content["version"] != CHECKPOINT_VERSION:
             raise UserError(f"{path}: checkpoint version {content['version']}, this program reads {CHECKPOINT_VERSION}")
+        if set(content) != {field.name for field in fields(cls)}:
+            raise UserError(f"{path}: not a checkpoint of train.py")
         return cls(**content)
 
     def build_model(self, path: Path, vocabulary_fingerprint: str) -> SeqSetVAE:
-        """The trained model, on the CPU.
+        """Return the trained model, on the CPU.
 
         Raises:
             UserError: the data has another vocabulary, or the weights are another model's; ``path`` is for the message.
@@ -113,8 +116,8 @@ class Checkpoint:
         self.check_same_vocabulary(path, vocabulary_fingerprint)
         try:
             model = SeqSetVAE(SeqSetVAEConfig(**self.config))
-            model.load_state_dict(self.averaged)
-        except (TypeError, RuntimeError, AttributeError) as error:
+            model.load_state_dict(self.state["ema_model"])
+        except (TypeError, RuntimeError, AttributeError, KeyError) as error:
             raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[0]})") from None
         return model
 
@@ -129,7 +132,7 @@ class Checkpoint:
     def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:
         """Raise UserError, naming the first difference, unless the checkpoint is of a model of this shape."""
         asked = asdict(config)
-        for name in sorted(set(asked) | set(self.config)):
+        for name in sorted((set(asked) | set(self.config)) - set(SHAPELESS)):
             if asked.get(name) != self.config.get(name):
                 there, here = self.config.get(name), asked.get(name)
                 raise UserError(f"{path}: checkpoint of another model: {name} is {there} there, {here} here")

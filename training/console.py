@@ -1,4 +1,4 @@
-"""What a run says while it goes: losses gathered on the device, a progress bar, a log; and the signals it hears."""
+"""What a run says while it goes: lines, a progress bar and a log; and the signals that it hears."""
 
 from __future__ import annotations
 
@@ -9,51 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
-from model.seqsetvae import Losses
 from training.metrics import JsonLines, Throughput
 from training.parallel import World
 
 console = Console(stderr=True, highlight=False)
 
 
-class LossSums:
-    """Losses gathered on the device; it is waited for when they are read, not at each step."""
+def log_main(world: World, text: str) -> None:
+    """Print a line on standard error, on the first rank only."""
+    if world.is_main:
+        console.print(text, markup=False, soft_wrap=True)
 
-    def __init__(self, levels: int, device: torch.device) -> None:
-        self.names = ["loss", "reconstruction", "kl", "classification", "grad_norm"]
-        self.names += [f"kl_level_{number + 1}" for number in range(levels)]
-        self.values = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.steps = 0
 
-    def add(self, loss: Losses, grad_norm: Tensor | None) -> None:
-        parts = [loss.total.detach(), loss.reconstruction, loss.kl, loss.classification]
-        parts += [loss.total.new_zeros(()) if grad_norm is None else grad_norm, *loss.kl_levels]
-        self.values += torch.stack([part.double() for part in parts])
-        self.steps += 1
-
-    def totals(self, world: World) -> dict[str, float]:
-        """Sums over steps and ranks; starts again from nothing."""
-        summed = dict(zip(self.names, world.sum(self.values).tolist(), strict=True))
-        self.values, self.steps = torch.zeros_like(self.values), 0
-        return summed
-
-    def means(self, world: World) -> dict[str, float]:
-        """Means over steps since the last reading; ranks hold shares of a loss, and the same norm of the gradient."""
-        steps = max(self.steps, 1)
-        means = {name: value / steps for name, value in self.totals(world).items()}
-        means["grad_norm"] /= world.size
-        return means
+def format_metric(value: float | None) -> str:
+    """Return a metric with four digits, or the word for one that is undefined."""
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps."""
+    """Notes SIGTERM and SIGINT, so that a run can save and leave between two steps.
 
-    number: int | None = None
+    Attributes:
+        number: of the signal that was heard last; 0 = none.
+    """
+
+    number: int = 0
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -68,13 +51,13 @@ class StopSignal:
 
 
 class EpochBar:
-    """One progress bar an epoch with patients/s, padding waste and memory; lines alone where there is no terminal."""
+    """One progress bar an epoch with patients/s, padding waste and memory; lines only where there is no terminal."""
 
     def __init__(self, world: World, max_epochs: int) -> None:
         self.world, self.max_epochs, self.epoch = world, max_epochs, 0
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        shown = world.is_main and console.is_terminal
-        self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not shown)
+        visible = world.is_main and console.is_terminal
+        self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not visible)
         self.task: TaskID | None = None
 
     def __enter__(self) -> EpochBar:
@@ -85,28 +68,31 @@ class EpochBar:
         self.bar.stop()
 
     def begin(self, epoch: int, steps: int, done: int) -> None:
+        """Show the bar of an epoch of ``steps`` steps, of which some are ``done``."""
         if self.task is not None:
             self.bar.remove_task(self.task)
         self.epoch = epoch
         self.task = self.bar.add_task(f"epoch {epoch + 1}/{self.max_epochs}", total=steps, completed=done, now="")
 
     def advance(self, throughput: Throughput) -> None:
+        """Show that a step is done, with the rates of ``throughput``."""
         if self.task is not None and not self.bar.disable:
             rates, memory = throughput.rates(), psutil.Process().memory_info().rss / 2**30
-            # Of this rank, times their number: all ranks would have to stop to be asked.
+            # This rank's rate times the number of ranks: all ranks would have to stop to be asked.
             speed, waste = rates["patients_per_second"] * self.world.size, rates["event_padding_waste"]
             now = f"{speed:.1f} patients/s, padding {waste:.1%}, {memory:.2f} GiB"
             self.bar.update(self.task, advance=1, now=now)
 
-    def end(self, metrics: dict[str, Any], better: bool) -> None:
-        quality = f"AUROC {shown(metrics['auroc'])}, AUPRC {shown(metrics['auprc'])}"
-        text = f"epoch {self.epoch + 1}/{self.max_epochs}: loss {shown(metrics['loss'])}, {quality}"
-        say(self.world, text + (" (best so far)" if better else ""))
+    def end(self, epoch: int, metrics: dict[str, Any], *, improved: bool) -> None:
+        """Print the metrics of a validated epoch."""
+        quality = f"AUROC {format_metric(metrics['auroc'])}, AUPRC {format_metric(metrics['auprc'])}"
+        text = f"epoch {epoch + 1}/{self.max_epochs}: loss {format_metric(metrics['loss'])}, {quality}"
+        log_main(self.world, text + (" (best so far)" if improved else ""))
 
 
 @contextlib.contextmanager
-def metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
-    """``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank and does nothing on others."""
+def open_metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
+    """Give ``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank and does nothing on others."""
     if not world.is_main:
         yield lambda kind, **numbers: None
         return
@@ -115,13 +101,5 @@ def metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[...
 
 
 def memory_file(run_dir: Path, world: World) -> Path:
+    """Return where a rank's memory profile goes."""
     return run_dir / ("memory.csv" if world.is_main else f"memory_rank{world.rank}.csv")
-
-
-def shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
-def say(world: World, text: str) -> None:
-    if world.is_main:
-        console.print(text, markup=False, soft_wrap=True)

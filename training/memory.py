@@ -1,4 +1,4 @@
-"""Peak memory of a training step: measured, fitted to what is in a batch, and batches taken in parts that fit.
+"""Peak memory of a training step: a model fitted to measured steps, and batches taken in parts that fit.
 
 The peak of a step is close to linear in the events, sets, squared sets and patients of its batch, and a constant (one
 gradient of the largest weights, before it is added): ``benchmarks.memory_model`` says how close.
@@ -7,10 +7,9 @@ gradient of the largest weights, before it is added): ``benchmarks.memory_model`
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
+from scipy.optimize import nnls
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.loading.batch import PatientBatch
@@ -26,11 +26,11 @@ from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
 MARGIN = 0.9
-"""Of what is free, the share that predictions may fill; the rest is for fragments, and for what they miss."""
+"""Share of the free memory that predictions may fill; the rest is for fragments, and for what they miss."""
 
 
-def peak_of(step: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of ``device`` that PyTorch held at any moment of ``step``, over those before it."""
+def measure_peak(step: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes of ``device`` that PyTorch held at any moment of ``step``, over those before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -45,39 +45,19 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
     return int(held.max(initial=0))
 
 
-def amounts(batch: PatientBatch) -> list[float]:
-    """What :class:`pipeline.sampling.cost.CostModel` weighs of a batch, in the order of its fields."""
+def count_amounts(batch: PatientBatch) -> list[float]:
+    """Return what :class:`pipeline.sampling.cost.CostModel` weighs of a batch, in the order of its fields."""
     sets = batch.sets_per_patient.double()
     return [batch.num_events, batch.num_sets, float(sets.square().sum()), batch.num_patients, 1]
 
 
-def fit(amounts_N5: npt.NDArray[np.float64], peak_N: npt.NDArray[np.float64]) -> CostModel:
-    """The weights, none below 0, of least squared relative error.
-
-    Of few columns the best choice of those that are not 0 can be found by trying all.
-    """
-    scaled = amounts_N5 / peak_N[:, None]
-    best, least = np.zeros(5), np.inf
-    for size in range(1, 6):
-        for columns in itertools.combinations(range(5), size):
-            chosen = scaled[:, columns]
-            reach = np.linalg.norm(chosen, axis=0)
-            weights = np.linalg.lstsq(chosen / reach, np.ones(len(peak_N)), rcond=None)[0] / reach
-            error = float(np.square(chosen @ weights - 1).sum())
-            if (weights >= 0).all() and error < least:
-                best, least = np.zeros(5), error
-                best[list(columns)] = weights
-    event, set_, set_squared, patient, batch = best.tolist()
+def fit_peaks(amounts_N5: npt.NDArray[np.float64], peak_N: npt.NDArray[np.float64]) -> CostModel:
+    """Return the cost model, no weight below 0, with the least squared relative error on measured peaks."""
+    relative = amounts_N5 / peak_N[:, None]
+    scale = np.linalg.norm(relative, axis=0)
+    scale[scale == 0] = 1.0
+    event, set_, set_squared, patient, batch = (nnls(relative / scale, np.ones(len(peak_N)))[0] / scale).tolist()
     return CostModel(event=event, set=set_, set_squared=set_squared, patient=patient, batch=batch)
-
-
-def measured(
-    step: Callable[[PatientBatch], object], batches: Sequence[PatientBatch], device: torch.device
-) -> tuple[CostModel, int]:
-    """The model of peaks fitted to ``step`` of each batch, and the least of these peaks; gradients are there before."""
-    step(batches[0])
-    peaks = [peak_of(functools.partial(step, batch), device) for batch in batches]
-    return fit(np.array([amounts(batch) for batch in batches]), np.array(peaks, np.float64)), min(peaks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,73 +66,79 @@ class StepMemory:
 
     Attributes:
         peak: bytes of a step.
-        step_bytes: what there is for one.
-        batch_size: patients of a global batch with which it was found.
+        step_bytes: bytes that each process has for a step.
+        batch_bytes: bytes that a global batch may take in all; decided once, for the number of devices with which the
+            run began, so that a run resumed on another number has the same batches.
+        batch_size: patients of a global batch.
     """
 
     peak: CostModel
     step_bytes: float
+    batch_bytes: float
     batch_size: int
 
-    def parts(self, batch: PatientBatch) -> list[PatientBatch]:
-        """``batch``, in as few parts as need be so that each fits; a patient who does not is a part alone."""
+    def split(self, batch: PatientBatch) -> list[PatientBatch]:
+        """Return ``batch`` in as few parts as need be so that each fits; a patient who does not is a part alone."""
         cost = self.peak.of(batch.events_per_patient.numpy(), batch.sets_per_patient.numpy())
         limit = self.step_bytes - self.peak.batch
         if cost.sum() <= limit:
             return [batch]
         starts, used = [0], 0.0
-        for patient, bytes_ in enumerate(cost.tolist()):
-            if used and used + bytes_ > limit:
+        for patient, num_bytes in enumerate(cost.tolist()):
+            if used and used + num_bytes > limit:
                 starts.append(patient)
                 used = 0.0
-            used += bytes_
+            used += num_bytes
         return [batch.between(*ends) for ends in itertools.pairwise([*starts, batch.num_patients])]
 
     def save(self, path: Path) -> None:
+        """Write to ``path``, a JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> StepMemory:
-        """Raises:
-        UserError: the file is not one that :meth:`save` wrote.
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: the file is missing, or not one of these.
         """
         try:
             saved = json.loads(path.read_bytes())
             return cls(
                 peak=CostModel(**saved["peak"]),
                 step_bytes=float(saved["step_bytes"]),
+                batch_bytes=float(saved["batch_bytes"]),
                 batch_size=int(saved["batch_size"]),
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: damaged ({error}); delete it, and the run measures its memory anew") from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); without it the batches of the run are not known: start a new "
+                "--output_dir"
+            ) from error
 
 
-def halved(parts: list[PatientBatch]) -> list[PatientBatch]:
-    """Each part in two; a part of one patient stays."""
-    middles = [(part, (part.num_patients + 1) // 2) for part in parts]
-    halves = [
-        half for part, middle in middles for half in (part.between(0, middle), part.between(middle, part.num_patients))
-    ]
+def halve(batch: PatientBatch) -> list[PatientBatch]:
+    """Return a batch in two halves; one of a single patient stays."""
+    middle = (batch.num_patients + 1) // 2
+    halves = [batch.between(0, middle), batch.between(middle, batch.num_patients)]
     return [half for half in halves if half.num_patients]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room: for Python, for PyTorch on a GPU or (which has no class of its own) the CPU, or for
-    the stack of a thread.
-    """
-    said = ("can't allocate memory", "can't start new thread")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    """Return whether memory ended: for Python, for PyTorch on a GPU or the CPU, or for the stack of a thread."""
+    signs = ("can't allocate memory", "can't start new thread")  # PyTorch has no class of its own for these
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def held_bytes(device: torch.device, parameter_bytes: int) -> int:
-    """What this process holds between two steps: weights, optimiser's moments, gradients, and on the CPU all else."""
+    """Return what this process holds between two steps: weights, moments, gradients, and on the CPU all else."""
     now = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return now + 3 * parameter_bytes
 
 
 def free_bytes(device: torch.device, processes: int) -> int:
-    """What this process could hold in all, if the others of this machine's ``processes`` take as much."""
+    """Return what this process could hold in all, if the others of this machine's ``processes`` take as much."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""The lines a run writes of itself, and its throughput."""
+"""What a run measures of its steps: sums of losses and throughput; and the lines of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
+import torch
+from torch import Tensor
+
+from model.losses import Losses
+from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
-
-if TYPE_CHECKING:
-    from pipeline.loading.batch import PatientBatch
-
+from training.parallel import World
 
 Scalar: TypeAlias = str | int | float | bool | None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a :class:`JsonLines` file; a last line that is being written, or that a crash cut, is left out.
+    """Return the records of a :class:`JsonLines` file, without a last line that is being written or was cut short.
 
     Raises:
         UserError: another line is not a JSON object.
@@ -47,7 +49,7 @@ class JsonLines:
 
     Args:
         path: the file; made where it is missing.
-        resume_step: of the checkpoint from which a run goes on: lines of later steps are dropped, for the run
+        resume_step: step of the checkpoint from which a run goes on: lines of later steps are dropped, for the run
             writes them again.  A last line that a crash cut short is dropped in any case.
 
     Raises:
@@ -84,50 +86,98 @@ class JsonLines:
         self.close()
 
 
+class LossSums:
+    """Sums of losses and gradient norms, gathered on the device; the host waits for it only when they are read."""
+
+    NAMES = ("loss", "reconstruction", "kl", "classification", "grad_norm")
+
+    def __init__(self, device: torch.device, saved: Mapping[str, float] | None = None) -> None:
+        start = [saved[name] for name in self.NAMES] if saved else [0.0] * len(self.NAMES)
+        self.values = torch.tensor(start, dtype=torch.float64, device=device)
+
+    def add(self, losses: Losses, grad_norm: Tensor | None = None) -> None:
+        """Add one batch's share of the losses; ranks hold shares of a loss, and the same norm of the gradient."""
+        norm = losses.total.new_zeros(()) if grad_norm is None else grad_norm
+        parts = [losses.total.detach(), losses.reconstruction, losses.kl, losses.classification, norm]
+        self.values += torch.stack([part.double() for part in parts])
+
+    def combine(self, world: World) -> dict[str, float]:
+        """Return the sums over all ranks, which the first rank then holds for all, so that they count once."""
+        summed = world.sum(self.values.clone())
+        self.values = summed if world.is_main else torch.zeros_like(summed)
+        return dict(zip(self.NAMES, summed.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchAmounts:
+    """What throughput counts of a batch: real things, and the cells of its padded layout, padding included."""
+
+    num_patients: int
+    num_events: int
+    num_sets: int
+    event_cells: int
+    set_cells: int
+
+    @classmethod
+    def of(cls, batch: PatientBatch, *, pad_to: int | None = None) -> Self:
+        """Count a batch on the CPU; ``pad_to`` is the number of columns, by default the batch's longest patient."""
+        events, sets = batch.events_per_patient.numpy(), batch.sets_per_patient.numpy()
+        return cls(
+            num_patients=batch.num_patients,
+            num_events=batch.num_events,
+            num_sets=batch.num_sets,
+            event_cells=batch.num_patients * (int(events.max(initial=0)) if pad_to is None else pad_to),
+            set_cells=batch.num_patients * int(sets.max(initial=0)),
+        )
+
+
 @dataclass
 class Throughput:
-    """Sums over the batches of an interval, and their rates."""
+    """Sums over the batches of an interval.
 
+    Attributes:
+        num_steps: optimiser steps.
+        num_patients, num_events, num_sets, event_cells, set_cells: as in :class:`BatchAmounts`.
+        seconds: wall time from the end of one step to the end of the next, waiting included.
+        waited: the part of it in which the launching thread did not run the step.
+    """
+
+    num_steps: int = 0
     num_patients: int = 0
     num_events: int = 0
     num_sets: int = 0
-    event_cells: int = 0  # of the padded layout: patients times the longest, padding included
+    event_cells: int = 0
     set_cells: int = 0
+    seconds: float = 0.0
     waited: float = 0.0
-    step_seconds: float = 0.0
+
+    def add(self, amounts: BatchAmounts, *, seconds: float, waited: float) -> None:
+        """Count one step on a batch of ``amounts``."""
+        for name, amount in dataclasses.asdict(amounts).items():
+            setattr(self, name, getattr(self, name) + amount)
+        self.num_steps += 1
+        self.seconds += seconds
+        self.waited += waited
 
     @classmethod
-    def of_job(cls, ranks: Sequence[Throughput]) -> Throughput:
-        """Those of all ranks as one: counts added up, seconds, which ranks spend side by side, averaged."""
-        job = cls(**{field.name: sum(getattr(rank, field.name) for rank in ranks) for field in dataclasses.fields(cls)})
-        job.waited, job.step_seconds = job.waited / len(ranks), job.step_seconds / len(ranks)
-        return job
+    def combine(cls, ranks: Sequence[Throughput]) -> Throughput:
+        """Combine the throughput of all ranks: counts are summed, steps and seconds, which run side by side, averaged."""
+        sums = {field.name: sum(getattr(rank, field.name) for rank in ranks) for field in dataclasses.fields(cls)}
+        together = {name: sums[name] / len(ranks) for name in ("seconds", "waited")}
+        return cls(**{**sums, **together, "num_steps": sums["num_steps"] // len(ranks)})
 
-    def add(self, batch: PatientBatch, *, waited: float, step_seconds: float, pad_to: int | None = None) -> None:
-        """Count one batch.
-
-        Args:
-            batch: as the loader gave it, on the host: reading lengths from a GPU would stop it.
-            waited: seconds that the step waited for the batch.
-            step_seconds: seconds that it then took.
-            pad_to: event cells of a padded row; by default the most events of a patient of the batch.
-        """
-        events, sets = batch.events_per_patient.numpy(), batch.sets_per_patient.numpy()
-        self.num_patients += batch.num_patients
-        self.num_events += batch.num_events
-        self.num_sets += batch.num_sets
-        self.event_cells += batch.num_patients * (int(events.max(initial=0)) if pad_to is None else pad_to)
-        self.set_cells += batch.num_patients * int(sets.max(initial=0))
-        self.waited += waited
-        self.step_seconds += step_seconds
+    def share(self, world: World) -> Throughput:
+        """Return the part of a combined throughput that this rank keeps: the first has the counts, all the times."""
+        if world.is_main:
+            return self
+        return Throughput(num_steps=self.num_steps, seconds=self.seconds, waited=self.waited)
 
     def rates(self) -> dict[str, float]:
-        """Per second of wall time, waiting included, and fractions; 0 where nothing was."""
-        seconds = self.waited + self.step_seconds
+        """Return amounts per second of wall time, and fractions; 0 where there was nothing."""
         return {
-            "patients_per_second": _ratio(self.num_patients, seconds),
-            "events_per_second": _ratio(self.num_events, seconds),
-            "data_wait_fraction": _ratio(self.waited, seconds),
+            "patients_per_second": _ratio(self.num_patients, self.seconds),
+            "events_per_second": _ratio(self.num_events, self.seconds),
+            "data_wait_fraction": _ratio(self.waited, self.seconds),
             "event_padding_waste": _ratio(self.event_cells - self.num_events, self.event_cells),
             "set_padding_waste": _ratio(self.set_cells - self.num_sets, self.set_cells),
         }

@@ -1,4 +1,4 @@
-"""One run on several devices: who am I, start the others, add up what we have."""
+"""One run on several devices: which process this is, how the others are started, and how they agree."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from pipeline.machine import usable_cores
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
 T = TypeVar("T")
 
+BUSY_SHARE = 0.5
+"""A core on which other work takes more than this share of the time counts as taken."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the run's.
+    """This process among the processes of the run.
 
     Attributes:
         rank: 0 … size − 1; rank 0 writes the files.
@@ -32,6 +38,7 @@ class World:
         device: where this one computes.
         local_rank: 0 … local_size − 1.
         local_size: processes of the run on this machine.
+        control: a group of all ranks for small messages between hosts, which no device has to be waited for.
     """
 
     rank: int
@@ -39,37 +46,68 @@ class World:
     device: torch.device
     local_rank: int = 0
     local_size: int = 1
+    control: Any = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def alone(self) -> World:
+        """Return a world of this process only, on the same device."""
+        return World(0, 1, self.device)
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """``tensor`` added up over all ranks, in place."""
+        """Add up ``tensor`` over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, item: T) -> list[T]:
-        """The item of every rank, on every rank."""
+        """Return the item of every rank, on every rank."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.control)
         return items
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is raised on any rank; all ranks must ask."""
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item()) if self.size > 1 else flag
+
+class Agreement:
+    """A flag that all ranks learn of at the same step, without waiting for one another or for a device.
+
+    At each :meth:`poll` every rank says whether its flag is raised, and gets to know what all said at the poll before.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def poll(self, raised: int) -> int:
+        """Return the largest number that any rank raised by the poll before (at once, where there is one rank)."""
+        if self._world.size == 1:
+            return raised
+        answer = 0
+        if self._asked is not None:
+            handle, flags = self._asked
+            handle.wait()
+            answer = int(flags)
+        flags = torch.tensor(raised)
+        self._asked = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._world.control, async_op=True), flags
+        return answer
+
+    def close(self) -> None:
+        """Wait for the last poll, so that no message is under way when the group ends."""
+        if self._asked is not None:
+            self._asked[0].wait()
+            self._asked = None
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` -> this process's device.
+    """Return this process's device for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         UserError: CUDA is asked for and there are not enough GPUs.
@@ -80,6 +118,33 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise UserError(f"--device {name}: {torch.cuda.device_count()} GPUs here, {local_rank + 1} wanted")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def choose_threads(asked: int | None, world: World, *, limit: int | None = None) -> int:
+    """Return the number of threads for operations on this process's CPU.
+
+    By default it is this process's share of the cores that it may use and on which no other work runs: a thread that
+    has to wait for a core makes all others wait at the end of every operation.
+
+    Args:
+        asked: ``--threads``; None = decide.
+        world: this process among those of the machine.
+        limit: most threads from which the model gains; None = no limit.
+    """
+    if asked is not None:
+        return asked
+    if world.device.type != "cpu" and limit is None:
+        limit = 4  # the host only launches
+    share = max(1, usable_cores() // world.local_size)
+    if min(share, limit or share) == 1:
+        return 1
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    idle = None
+    for _ in range(2):  # a core that is busy once may just have ended something
+        use = psutil.cpu_percent(interval=0.2, percpu=True)
+        free = sum(use[core] < 100 * BUSY_SHARE for core in (cores or range(len(use))) if core < len(use))
+        idle = free if idle is None else max(idle, free)
+    return max(1, min(share, limit or share, (idle or 1) // world.local_size or 1))
 
 
 def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
@@ -104,6 +169,8 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
         note = Path(folder) / "user_error"
         try:
             return max(elastic_launch(config, _join_with_note)(worker, device, note).values())
+        except SignalException as stopped:  # the launcher has passed it on, and the processes have ended
+            return 128 + int(stopped.sigval)
         except ChildFailedError as failed:
             if note.exists():
                 raise UserError(note.read_text("utf-8")) from None
@@ -132,10 +199,9 @@ def _join_with_note(worker: Callable[[World], int], device: str, note: Path) -> 
 def _join(worker: Callable[[World], int], device: str) -> int:
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     chosen = choose_device(device, local_rank)
-    if chosen.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    control = dist.new_group(backend="gloo")
     try:
-        return worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size))
+        return worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size, control))
     finally:
         dist.destroy_process_group()

@@ -1,14 +1,15 @@
 """Where the time of a training step goes: a trace of a few steps, and a table of its parts.
 
-The parts are marked in the code with :func:`part`, which costs microseconds while nothing is recorded.  On a CPU a part
-takes the time between its ends; on a GPU, the time of the kernels that were launched meanwhile, by whichever thread.
+The parts are marked in the code with ``record_function``, which costs microseconds while nothing is recorded.  On a CPU
+a part takes the time between its ends; on a GPU, the time of the kernels that were launched meanwhile, by any thread.
 """
 
 from __future__ import annotations
 
 import bisect
+import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,19 +17,39 @@ from typing import Any, Self
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import SeqSetVAEConfig
-from pipeline.loading.batch import PatientBatch
+from model.losses import LossOptions
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
-from training.flops import step_flops
 
-PARTS = ("data", "layout and copy", "encoder", "transformer", "decoder", "head", "losses", "backward", "optimiser")
+PARTS = ("data", "copy", "encoder", "transformer", "decoder", "head", "losses", "backward", "optimiser")
 
 WARM_UP_STEPS, PROFILED_STEPS = 10, 5
 """Few enough for a trace of some MB, whatever the batch: steps differ in length, not in their number of operations."""
 
-part = record_function
+
+def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) -> dict[str, float]:
+    """Return the operations of one step by part of the forward pass, and of the whole ``backward`` pass.
+
+    They are counted by PyTorch's own counter while the step runs on the ``meta`` device: products of matrices alone,
+    a multiplication and an addition each, rows of padding included.
+    """
+    on_meta, batch = copy.deepcopy(model).to("meta").train(), prepared.to("meta")
+    on_meta.gradient_checkpointing = False
+    with FlopCounterMode(display=False) as counter:
+        output = on_meta(batch, reconstruct=loss.learns_sets, classify=loss.learns_outcome)
+        forward = counter.get_total_flops()
+        outputs = (output.context, output.decoded, output.logits, output.posterior.mu)
+        torch.stack([tensor.float().sum() for tensor in outputs if tensor is not None]).sum().backward()
+    names = {"encoder": "encoder", "transformer": "transformer", "decoder": "decoder", "head": "head"}
+    counts = counter.get_flop_counts()
+    parts = {part: float(sum(counts.get(f"SeqSetVAE.{name}", {}).values())) for part, name in names.items()}
+    # The counter's modules include their gradients, which take twice the operations of the forward pass.
+    total = float(counter.get_total_flops())
+    return {name: flops / 3 for name, flops in parts.items()} | {"backward": total - forward}
 
 
 class StepProfiler:
@@ -38,7 +59,8 @@ class StepProfiler:
 
     Args:
         path: of the trace, Chrome's format, gzipped; None = off.
-        config: of the model, from which operations are counted.
+        model: whose operations are counted.
+        loss: which parts of it a step runs.
         dtype: of its matrix products.
         steps: how many there will be before anything else, such as a validation; of fewer the last are recorded.
 
@@ -50,9 +72,10 @@ class StepProfiler:
     """
 
     def __init__(
-        self, path: Path | None, config: SeqSetVAEConfig, device: torch.device, dtype: torch.dtype, *, steps: int
+        self, path: Path | None, model: SeqSetVAE, loss: LossOptions, dtype: torch.dtype, *, steps: int
     ) -> None:
-        self.path, self.config, self.device, self.dtype = path, config, device, dtype
+        self.path, self.model, self.loss, self.dtype = path, model, loss, dtype
+        self.device = next(model.parameters()).device
         self.table: dict[str, Any] | None = None
         if path is None:
             return
@@ -64,10 +87,9 @@ class StepProfiler:
         # The profiler prepares itself during the step before the first.
         self._timed = range(max(1, self._first - 1 - PROFILED_STEPS), self._first - 1)
         self._seconds, self._ended = 0.0, 0.0
-        self._batches: dict[int, PatientBatch] = {}
-        self._done = 0
+        self._batches: list[list[PreparedBatch]] = []
         self._profiler = torch.profiler.profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])],
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])],
             schedule=torch.profiler.schedule(skip_first=self._first - 1, wait=0, warmup=1, active=active, repeat=1),
             on_trace_ready=self._finish,
         )
@@ -84,19 +106,18 @@ class StepProfiler:
             self._profiler.on_trace_ready = None  # a part of a trace would look whole
             self._profiler.stop()
 
-    def step(self, batch: PatientBatch) -> None:
-        """A step on ``batch``, as the model got it, is done."""
+    def step(self, parts: list[PreparedBatch]) -> None:
+        """Note that a step on ``parts`` is done."""
         if self.path is None or self.table is not None:
             return
-        step = self._done
-        self._batches[step] = batch
+        step = len(self._batches)
+        self._batches.append(parts)
         if self.device.type == "cuda" and step + 1 in (self._timed.start, self._timed.stop, self._first, self._last):
-            torch.cuda.synchronize()  # what is still in flight belongs to the steps before
+            torch.cuda.synchronize()  # what is still under way belongs to the steps before
         if step in self._timed:
             self._seconds += time.perf_counter() - self._ended
-        self._done += 1
         self._profiler.step()
-        if self._done == self._last:
+        if len(self._batches) == self._last:
             del self._profiler, self._batches  # hundreds of MB
         self._ended = time.perf_counter()
 
@@ -105,9 +126,12 @@ class StepProfiler:
         partial = self.path.with_name(f"partial-{self.path.name}")
         profiler.export_chrome_trace(str(partial))
         partial.replace(self.path)
-        flops = [step_flops(batch.to("cpu"), self.config) for batch in self._batches.values()]
-        recorded = tabulate(part_times(profiler.events() or []), flops[self._first :])
-        rate = matrix_rate(self.dtype, self.device)
+        flops: list[dict[str, float]] = []
+        for parts in self._batches:
+            counts = [count_flops(self.model, part, self.loss) for part in parts]
+            flops.append({name: sum(count[name] for count in counts) for name in counts[0]})
+        recorded = tabulate(time_parts(profiler.events() or []), flops[self._first :])
+        rate = measure_matrix_rate(self.dtype, self.device)
         seconds, work = recorded["step"]["milliseconds"] / 1e3, recorded["step"]["gflop"] * 1e9
         if self._timed:
             seconds = self._seconds / len(self._timed)
@@ -140,7 +164,7 @@ class PartTimes:
     whole: float
 
 
-def part_times(events: Iterable[FunctionEvent]) -> PartTimes:
+def time_parts(events: Iterable[FunctionEvent]) -> PartTimes:
     """Sum a profile's events, whose times are in microseconds, by part."""
     spans: list[tuple[float, float, str]] = []
     launches: list[tuple[float, float]] = []
@@ -159,19 +183,15 @@ def part_times(events: Iterable[FunctionEvent]) -> PartTimes:
     for start, stop, name in spans:
         host[name] += (stop - start) / 1e6
     for moment, duration in launches:
-        place = bisect.bisect_right(starts, moment) - 1
-        if place >= 0 and moment <= spans[place][1]:
-            device[spans[place][2]] += duration / 1e6
+        index = bisect.bisect_right(starts, moment) - 1
+        if index >= 0 and moment <= spans[index][1]:
+            device[spans[index][2]] += duration / 1e6
     whole = (max(end, *(stop for _, stop, _ in spans)) - starts[0]) / 1e6
     return PartTimes(host=host, device=device if launches else None, whole=whole)
 
 
 def tabulate(times: PartTimes, flops: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Means of a step, part by part.
-
-    Args:
-        flops: of each recorded step, by part.
-    """
+    """Return means of a step, part by part; ``flops`` has the operations of each recorded step, by part."""
     steps, seconds = len(flops), times.device or times.host
     rows = {**seconds, "rest": times.whole - sum(seconds.values()), "step": times.whole}
     work = {name: sum(step.get(name, 0.0) for step in flops) for name in rows}
@@ -191,8 +211,8 @@ def tabulate(times: PartTimes, flops: Sequence[Mapping[str, float]]) -> dict[str
     return parts
 
 
-def lines(table: dict[str, Any]) -> list[str]:
-    """The table as text, a line a part; on a GPU times are its own, and the CPU's stand beside them."""
+def format_table(table: Mapping[str, Any]) -> list[str]:
+    """Return the table as text, a line a part; on a GPU times are its own, and the CPU's stand beside them."""
     text = [f"{'':<16}{'ms a step':>12}{'share':>8}{'GFLOP':>10}{'GFLOP/s':>10}"]
     for name, row in table["parts"].items():
         work = f"{row['gflop']:>10.3f}{row['gflops']:>10.1f}" if row["gflop"] else ""
@@ -204,17 +224,18 @@ def lines(table: dict[str, Any]) -> list[str]:
     return [*text, f"{table['share_of_matrix_rate']:.1%} of the {table['matrix_gflops']:,.0f} of large matrices"]
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 2.0) -> float:
-    """FLOP/s of a product of two square matrices, after some to warm up."""
+def measure_matrix_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 2.0) -> float:
+    """Return the FLOP/s of a product of two square matrices, after some to warm up."""
     on_gpu = torch.device(device).type == "cuda"
     size = 8192 if on_gpu else 4096
     a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
     out = a @ b
-    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
-    wait()
+    if on_gpu:
+        torch.cuda.synchronize()
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         torch.mm(a, b, out=out)
-        wait()
+        if on_gpu:
+            torch.cuda.synchronize()
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - started)

@@ -1,0 +1,182 @@
+"""How a run begins or goes on: everything is checked and built before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.outcome import feature_moments
+from model.seqsetvae import SeqSetVAE
+from pipeline.dataset.manifest import Manifest
+from pipeline.loading.batch import PatientBatch
+from pipeline.schema import UserError
+from training.budget import measure_step_memory
+from training.checkpoint import Checkpoint
+from training.data import BatchPreparer, DataSet, agree_on_data
+from training.memory import StepMemory
+from training.options import TrainOptions, check_resume
+from training.parallel import World, choose_threads
+from training.run import Run
+from training.state import build_model, build_state
+from training.step import StepSettings, select_trained
+
+FEATURE_PATIENTS = 20_000
+"""Enough for means and deviations of summary features, however large the split is."""
+
+THREAD_LIMIT = {"small": 1, "reference": None}
+"""Most threads from which a step gains, by preset: products of width 64 are too small to be shared, and a second core
+is better used by the thread that prepares batches."""
+
+
+def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
+    """Build a run, or restore the one in ``--output_dir`` where ``--resume`` asks for it.
+
+    Raises:
+        UserError: the run cannot begin, or not go on with these options, data and files.
+    """
+    directory = Path(options.run.output_dir)
+    data = agree_on_data(options.data, manifest, world, *manifest.splits)
+    if not data.num_patients["train"]:
+        raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
+    saved = find_checkpoint(options, directory, world)
+    best = find_best(saved, directory)
+    threads = saved.state["progress"]["threads"] if saved and options.run.threads is None else options.run.threads
+    threads = choose_threads(threads, world, limit=THREAD_LIMIT[options.model.preset])
+    torch.set_num_threads(threads)
+
+    model = build_model(options.model, data, seed=options.run.seed).to(world.device)
+    if saved is not None:
+        saved.check_same_model(directory / "checkpoints" / "last.pt", model.config)
+    elif options.optimisation.init_from is not None:
+        initialise(model, Path(options.optimisation.init_from), data)
+    else:
+        fit_features(model, data, seed=options.run.seed)
+    select_trained(model, options.loss, options.optimisation)
+    memory = find_memory(options, data, world, model, resumed=saved is not None)
+
+    cuda = world.device.type == "cuda"
+    preparer = BatchPreparer(
+        seed=options.run.seed,
+        event_dropout=options.data.event_dropout,
+        padded=options.data.use_dynamic_padding is not None,
+        pad_to=find_pad_to(options, data, world),
+        memory=memory,
+        pin=cuda,
+    )
+    loader = data.open_loader(
+        "train", seed=options.run.seed, shuffle=True, world=world, memory=memory, transform=preparer
+    )
+    settings = StepSettings(
+        loss=options.loss,
+        optimisation=options.optimisation,
+        world=world,
+        # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
+        total_steps=max(len(loader) * options.optimisation.max_epochs, 1),
+        preparer=preparer,
+    )
+    state = build_state(model, loader, options.optimisation)
+    if saved is not None:
+        state.load_state_dict(saved.state)
+    state.progress.threads = threads
+    return Run(options, data, world, memory, state, settings, best, resumed=saved is not None)
+
+
+def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Checkpoint | None:
+    """Return the checkpoint from which the run goes on; None = it begins.
+
+    Raises:
+        UserError: there is one and ``--resume`` was not given; an option differs that cannot; ranks see other files.
+    """
+    path = directory / "checkpoints" / "last.pt"
+    exists = path.exists()
+    if exists and not options.run.resume:
+        raise UserError(f"--output_dir {directory} holds a run; --resume goes on with it, or name another")
+    saved = Checkpoint.load(path) if exists else None
+    steps = world.gather(None if saved is None else saved.step)
+    if len(set(steps)) > 1:
+        raise UserError(f"--output_dir {directory}: ranks see different checkpoints; name a folder that all share")
+    if saved is not None:
+        check_resume(saved.options, options, path)
+    return saved
+
+
+def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | None:
+    """Return the metrics of ``best.pt``; None where no epoch has been validated.
+
+    Raises:
+        UserError: it is missing, or of a step that the run has not reached.
+    """
+    path = directory / "checkpoints" / "best.pt"
+    if saved is None or not (path.exists() or saved.state["progress"]["epochs_validated"]):
+        return None
+    best = Checkpoint.load(path)
+    if best.metrics is None or best.step > saved.step:
+        raise UserError(
+            f"{path}: saved at step {best.step}, after last.pt (step {saved.step}); put the best checkpoint back, or "
+            "start anew"
+        )
+    return best.metrics
+
+
+def find_memory(
+    options: TrainOptions, data: DataSet, world: World, model: SeqSetVAE, *, resumed: bool
+) -> StepMemory | None:
+    """Return what steps may take where ``--max_memory`` or ``--batch_size auto`` asks; a resumed run keeps its own."""
+    if options.run.max_memory is None and options.data.batch_size != "auto":
+        return None
+    if resumed:
+        return StepMemory.load(Path(options.run.output_dir) / "memory_model.json")
+    return measure_step_memory(
+        model,
+        data,
+        world,
+        loss=options.loss,
+        optimisation=options.optimisation,
+        max_memory=options.run.max_memory,
+        seed=options.run.seed,
+    )
+
+
+def find_pad_to(options: TrainOptions, data: DataSet, world: World) -> int | None:
+    """Return the columns of every padded batch with ``--no-use_dynamic_padding``; None = its longest patient."""
+    if options.data.use_dynamic_padding is not False:
+        return None
+    loader = data.open_loader("train", seed=options.run.seed, shuffle=False, world=world.alone())
+    return loader.longest_patient
+
+
+def initialise(model: SeqSetVAE, path: Path, data: DataSet) -> None:
+    """Take the EMA weights of a checkpoint of a model of the same shape and vocabulary (``--init_from``)."""
+    saved = Checkpoint.load(path)
+    saved.check_same_model(path, model.config)
+    saved.check_same_vocabulary(path, data.manifest.vocabulary_fingerprint)
+    model.load_state_dict(saved.state["ema_model"])
+
+
+def fit_features(model: SeqSetVAE, data: DataSet, *, seed: int) -> None:
+    """Tell the head mean and deviation of each summary feature in the train split, or in a large sample of it.
+
+    Every rank looks at the same patients in the same order, so that the number of ranks changes nothing.
+    """
+    moments, patients = None, 0
+    alone = World(0, 1, torch.device("cpu"))
+    changes = {"batch_size": 64, "max_events": None, "bucketing": False}
+    loader = data.open_loader("train", seed=seed, shuffle=True, world=alone, transform=_moments_of(data), **changes)
+    for batch_moments, num_patients in loader:
+        moments = batch_moments if moments is None else moments + batch_moments
+        patients += num_patients
+        if patients >= FEATURE_PATIENTS:
+            break
+    assert moments is not None
+    model.head.fit_features(moments.to(model.head.feature_mean.device))
+
+
+def _moments_of(data: DataSet) -> Any:
+    """Return a transform of batches to the moments of their features, for the prefetch thread."""
+
+    def transform(batch: PatientBatch, _: object) -> tuple[torch.Tensor, int]:
+        return feature_moments(batch, data.manifest.num_codes), batch.num_patients
+
+    return transform

@@ -1,0 +1,110 @@
+"""The memory that a run's batches are planned for: measured once, on steps of the run's own model and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+import torch
+
+from model.losses import LossCounts, LossOptions
+from model.seqsetvae import SeqSetVAE
+from pipeline.loading.batch import PatientBatch
+from pipeline.machine import release_free_memory
+from pipeline.sampling.cost import CostModel
+from pipeline.schema import UserError
+from pipeline.storage.cache import parse_bytes
+from training.console import log_main
+from training.data import MIN_STEPS, BatchPreparer, DataSet
+from training.memory import MARGIN, StepMemory, count_amounts, fit_peaks, free_bytes, held_bytes, measure_peak
+from training.parallel import World
+from training.schedule import OptimisationOptions
+from training.step import StepSettings, forward_losses
+
+
+def measure_step_memory(
+    model: SeqSetVAE,
+    data: DataSet,
+    world: World,
+    *,
+    loss: LossOptions,
+    optimisation: OptimisationOptions,
+    max_memory: str | None,
+    seed: int,
+) -> StepMemory:
+    """Measure the peak memory of steps on the first rank, and decide what batches may take; the same on every rank.
+
+    Raises:
+        UserError: there is no room for a step.
+    """
+    found = None
+    if world.is_main:
+        alone = world.alone()
+        preparer = BatchPreparer(seed=seed)
+        settings = StepSettings(loss=loss, optimisation=optimisation, world=alone, total_steps=1, preparer=preparer)
+        peak, least = _measure_peaks(model, _sample_batches(data, alone, seed), settings)
+        parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        source, limit = "the machine's free memory", MARGIN * free_bytes(world.device, world.local_size)
+        if max_memory is not None:
+            source, limit = "--max_memory", parse_bytes(max_memory)
+        release_free_memory()
+        held = held_bytes(world.device, parameter_bytes)
+        step_bytes = MARGIN * (limit - held)
+        if step_bytes <= least:
+            raise UserError(
+                f"{source}: of {limit / 1e9:.2f} GB {held / 1e9:.2f} are taken before a step, which needs another "
+                f"{least / 1e9:.2f}; raise it, or choose a smaller --preset or --gradient_checkpointing"
+            )
+        size = data.options.batch_size
+        if size == "auto":
+            size = _largest_batch_size(data, world, peak, step_bytes, seed=seed)
+        found = StepMemory(peak=peak, step_bytes=step_bytes, batch_bytes=step_bytes * world.size, batch_size=size)
+        log_main(world, f"{size} patients a batch; a step may take {step_bytes / 1e9:.2f} GB of {limit / 1e9:.2f}")
+    answer = world.gather(found)[0]
+    assert answer is not None
+    return answer
+
+
+def _sample_batches(data: DataSet, alone: World, seed: int) -> list[PatientBatch]:
+    """Return whole batches of several sizes, of similar and of mixed lengths."""
+    batches: list[PatientBatch] = []
+    for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
+        changes = {"batch_size": patients, "bucketing": bucketing, "max_events": None}
+        loader = data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes)
+        batches += itertools.islice(loader, 2)
+    return batches
+
+
+def _measure_peaks(model: SeqSetVAE, batches: list[PatientBatch], settings: StepSettings) -> tuple[CostModel, int]:
+    """Return the fitted cost model of peaks and the least peak; gradients are there before the first is measured."""
+    device = settings.world.device
+    model.train()
+
+    def step(batch: PatientBatch) -> None:
+        counts = LossCounts(
+            num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=int((batch.label >= 0).sum())
+        )
+        prepared = settings.preparer.prepare(batch, 0).to(device)
+        forward_losses(model, prepared, counts, settings, 0).total.backward()
+
+    step(batches[0])
+    peaks = [measure_peak(functools.partial(step, batch), device) for batch in batches]
+    model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return fit_peaks(np.array([count_amounts(batch) for batch in batches]), np.array(peaks, np.float64)), min(peaks)
+
+
+def _largest_batch_size(data: DataSet, world: World, peak: CostModel, step_bytes: float, *, seed: int) -> int:
+    """Return the largest number of patients, a power of two a device, whose dearest batch fits and that leaves enough steps."""
+    maximum = max(data.num_patients["train"] // MIN_STEPS, world.size)
+    fitting = dataclasses.replace(data, options=dataclasses.replace(data.options, batch_size=world.size))
+    size = world.size
+    while size * 2 <= maximum:
+        loader = fitting.open_loader("train", seed=seed, shuffle=True, world=world.alone(), batch_size=size * 2)
+        if loader.predict_costs(peak).max() > world.size * step_bytes:
+            break
+        size *= 2
+    return size

@@ -1,0 +1,319 @@
+"""A run: what surrounds its steps.  It begins or resumes, logs, saves, hears signals, and decides when it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+import yaml
+from torch import Tensor
+
+from model.losses import Losses, beta_at
+from pipeline.machine import peak_rss_bytes, release_free_memory
+from pipeline.options import to_dict
+from pipeline.schema import UserError
+from pipeline.storage.files import remove_leftovers, write_atomically
+from training.checkpoint import Checkpoint
+from training.console import EpochBar, StopSignal, log_main, memory_file, open_metrics_log
+from training.data import DataSet, ReadyBatch
+from training.evaluation import Evaluator
+from training.memory import StepMemory
+from training.metrics import LossSums, Throughput
+from training.monitor import MemoryMonitor
+from training.options import TrainOptions
+from training.parallel import Agreement, World
+from training.profiling import StepProfiler
+from training.schedule import learning_rate_at
+from training.state import TrainState
+from training.step import StepSettings
+from training.validation import is_better
+
+
+class Stopped(Exception):  # noqa: N818  # no error: a signal asked for it
+    """A signal asked the run to stop, and its state is saved.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Run:
+    """A run under way, as a context: files, bar, monitor, profiler and signal handlers are its own while it lasts.
+
+    Args:
+        options: all of them.
+        data: what it trains on.
+        world: this process among the ranks.
+        memory: what a step may take; None = no budget.
+        state: as it begins, or was restored.
+        settings: of its steps.
+        best: metrics of the best validation so far, from ``best.pt``.
+        resumed: whether the state was restored.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        data: DataSet,
+        world: World,
+        memory: StepMemory | None,
+        state: TrainState,
+        settings: StepSettings,
+        best: dict[str, Any] | None,
+        *,
+        resumed: bool,
+    ) -> None:
+        self.options, self.data, self.world, self.memory = options, data, world, memory
+        self.state, self.settings, self.best, self.resumed = state, settings, best, resumed
+        self.directory = Path(options.run.output_dir)
+        self.evaluator = Evaluator(
+            data=data,
+            world=world,
+            loss=options.loss,
+            optimisation=options.optimisation,
+            seed=options.run.seed,
+            min_active_units=options.run.min_active_units,
+            memory=memory,
+            check_stop=self.check_stop,
+        )
+        progress = state.progress
+        self._totals = Throughput(**progress.totals).share(world)
+        self._interval = Throughput(**progress.interval).share(world)
+        self._sums = LossSums(world.device, progress.loss_sums if world.is_main else None)
+        self._began = time.perf_counter() - progress.seconds
+        self._step_ended = self._step_started = time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------ begin and end
+
+    def __enter__(self) -> Self:
+        self._open_directory()
+        self._stack = contextlib.ExitStack()
+        enter, options = self._stack.enter_context, self.options.run
+        self._signal = enter(StopSignal())
+        self._agreement = Agreement(self.world)
+        self._stack.callback(self._agreement.close)
+        first_line = self.state.progress.step if self.resumed else -1
+        self.log = enter(open_metrics_log(self.directory, self.world, first_line))
+        path = memory_file(self.directory, self.world) if options.profile_memory else None
+        self.monitor = enter(MemoryMonitor(path))
+        self.bar = enter(EpochBar(self.world, self.options.optimisation.max_epochs))
+        self.profiler = enter(self._make_profiler())
+        if self.data.options.on_bad_shard == "quarantine" and not self.resumed:
+            patients = {f"{split}_patients": number for split, number in self.data.quarantined_patients.items()}
+            self.log("event", step=self.state.progress.step, event="quarantine", **patients)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def _open_directory(self) -> None:
+        """Write what the run is; nothing was written before, so that a command that is refused changes no file.
+
+        Raises:
+            UserError: ranks do not share the folder.
+        """
+        checkpoints = self.directory / "checkpoints"
+        config = yaml.safe_dump(to_dict(self.options), sort_keys=False).encode()
+        if self.world.is_main:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (self.directory, checkpoints):  # not below: other runs may be going on there
+                remove_leftovers(folder)
+            write_atomically(self.directory / "config.yaml", config)
+            if self.memory is not None:
+                self.memory.save(self.directory / "memory_model.json")
+        self.world.wait()
+        path = self.directory / "config.yaml"
+        same = self.world.gather(path.exists() and path.read_bytes() == config)
+        if not all(same):
+            raise UserError(
+                f"--output_dir {self.directory}: rank {same.index(False)} does not see the files of rank 0; name a "
+                "folder that all machines share"
+            )
+
+    def _make_profiler(self) -> StepProfiler:
+        """Return a profiler that is on where ``--profile`` asks for it, on the first rank; the others' steps are alike."""
+        loader, optimisation = self.state.loader, self.options.optimisation
+        on = self.options.run.profile and self.world.is_main and loader.epoch < optimisation.max_epochs
+        steps = len(loader) - loader.cursor if on else 0
+        path = self.directory / "trace.json.gz" if on else None
+        return StepProfiler(path, self.state.model, self.options.loss, optimisation.dtype, steps=steps)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why there is nothing left to train; None = there is."""
+        progress, options = self.state.progress, self.options.run
+        if progress.collapsed and options.stop_on_collapse:
+            return "collapse"
+        if options.patience and progress.epochs_since_best >= options.patience:
+            return "patience"
+        return "max_epochs" if progress.epochs_validated >= self.options.optimisation.max_epochs else None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent, over all resumed parts of the run."""
+        return time.perf_counter() - self._began
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def begin_epoch(self) -> None:
+        """Show the bar, and let the clock of the next step begin."""
+        loader = self.state.loader
+        self.bar.begin(loader.epoch, len(loader), loader.cursor)
+        self._step_ended = time.perf_counter()
+
+    def begin_step(self) -> None:
+        """Note that the launching thread has its batch."""
+        self._step_started = time.perf_counter()
+
+    def end_step(self, ready: ReadyBatch, losses: Losses, grad_norm: Tensor) -> None:
+        """Count a step; log, save and stop where it is time.
+
+        Raises:
+            Stopped: a signal asked for it.
+        """
+        now, step, options = time.perf_counter(), self.state.progress.step, self.options.run
+        waited, seconds = self._step_started - self._step_ended, now - self._step_ended
+        self._step_ended = now
+        for meter in (self._interval, self._totals):
+            meter.add(ready.amounts, seconds=seconds, waited=waited)
+        self._sums.add(losses, grad_norm)
+        self.profiler.step(ready.parts)
+        if step == 1:
+            self.monitor.mark("first step")
+        self.bar.advance(self._interval)
+        if step % options.log_steps == 0:
+            self.log_interval()
+        saved = bool(options.checkpoint_steps) and step % options.checkpoint_steps == 0
+        if saved:
+            self.save_last()
+        number = self._agreement.poll(self._signal.number)
+        if number:
+            if not saved:
+                self.save_last()
+            raise Stopped(number)
+
+    def check_stop(self) -> None:
+        """Raise Stopped where a signal asked for it; called where the state is saved, at the same points on all ranks."""
+        number = self._agreement.poll(self._signal.number)
+        if number:
+            raise Stopped(number)
+
+    def log_interval(self) -> None:
+        """Write a line of the steps since the last one, and begin anew.
+
+        Raises:
+            UserError: losses or gradients are not finite.
+        """
+        progress = self.state.progress
+        interval = Throughput.combine(self.world.gather(self._interval))
+        if not interval.num_steps:
+            return
+        sums = self._sums.combine(self.world)
+        means = {name: value / interval.num_steps for name, value in sums.items()}
+        means["grad_norm"] /= self.world.size
+        # With fp16 the scaler leaves out steps whose gradients overflow.
+        watched = sums["loss"] + (0.0 if self.options.optimisation.precision == "fp16" else sums["grad_norm"])
+        if not abs(watched) < float("inf"):
+            self.state.check_finite(last_loss=watched)
+        loss = self.options.loss
+        unused = [] if loss.learns_sets else ["reconstruction", "kl"]
+        unused += [] if loss.learns_outcome else ["classification"]
+        line = {
+            "step": progress.step,
+            "epoch": self.bar.epoch,
+            "seconds": self.seconds,
+            **{name: value for name, value in means.items() if name not in unused},
+            **interval.rates(),
+            "learning_rate": learning_rate_at(self.options.optimisation, progress.step - 1, self.settings.total_steps),
+            "beta": beta_at(loss, progress.step - 1),
+            "rss_bytes": psutil.Process().memory_info().rss,
+        }
+        self.log("train", **line)
+        self._interval, self._sums = Throughput(), LossSums(self.world.device)
+        release_free_memory()
+        if self.options.run.verbose:
+            log_main(self.world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save_last(self) -> None:
+        """Save ``last.pt``; all ranks take part, the first writes.
+
+        Raises:
+            UserError: losses or weights are not finite.
+        """
+        progress = self.state.progress
+        sums = self._sums.combine(self.world)
+        ranks = self.world.gather((self._interval, self._totals))
+        interval, totals = (Throughput.combine(meters) for meters in zip(*ranks, strict=True))
+        self._interval, self._totals = interval.share(self.world), totals.share(self.world)
+        progress.interval, progress.loss_sums = dataclasses.asdict(interval), sums
+        progress.totals = dataclasses.asdict(totals)
+        progress.seconds = self.seconds
+        progress.peak_rss_bytes = max(progress.peak_rss_bytes, peak_rss_bytes())
+        self.state.check_finite(last_loss=sums["loss"])
+        self._save("last")
+        self.monitor.mark("checkpoint")
+        release_free_memory()
+
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
+        """Log a validation, save the best checkpoint first and then the last, and say how it went."""
+        progress, width = self.state.progress, self.state.model.config.width
+        epoch = progress.epochs_validated
+        self.log("valid", step=progress.step, epoch=epoch, seconds=self.seconds, **metrics)
+        metrics = {**metrics, "epoch": epoch, "step": progress.step}
+        monitor = self.options.run.monitor if self.options.loss.learns_outcome else "loss"
+        improved = is_better(metrics, self.best, monitor)
+        if improved:
+            self.best = metrics
+            self._save("best", metrics)
+        if metrics["collapsed"]:
+            self._save("collapsed", metrics)
+            active = f"{metrics['active_units']} of {width} units are active"
+            log_main(self.world, f"warning: the posterior has collapsed, {active}")
+        progress.epochs_validated = epoch + 1
+        progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+        progress.collapsed = bool(metrics["collapsed"])
+        self.save_last()
+        self.bar.end(epoch, metrics, improved=improved)
+
+    def _save(self, name: str, metrics: dict[str, Any] | None = None) -> None:
+        if self.world.is_main:
+            Checkpoint(
+                config=self.state.model.config.to_dict(),
+                vocabulary_fingerprint=self.data.manifest.vocabulary_fingerprint,
+                options=to_dict(self.options),
+                state=self.state.state_dict(),
+                metrics=metrics,
+            ).save(self.directory / "checkpoints" / f"{name}.pt")
+
+    def summarize(self) -> dict[str, Any]:
+        """Return what the training itself was, for ``summary.json``: totals over all resumed parts of the run."""
+        progress = self.state.progress
+        summary: dict[str, Any] = {
+            "steps": progress.step,
+            "seconds": round(progress.seconds, 2),
+            "stopped_by": self.stop_reason,
+            **Throughput(**progress.totals).rates(),
+            "threads": progress.threads,
+            "peak_rss_bytes": max(progress.peak_rss_bytes, peak_rss_bytes()),
+            "peak_cuda_bytes": torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else None,
+        }
+        if self.options.run.profile_memory:  # of this process and those below it; each rank has a profile of its own
+            summary["profiled_peak_rss_bytes"] = self.monitor.peak_rss_bytes
+            summary["profiled_peak_uss_bytes"] = self.monitor.peak_uss_bytes
+        if self.profiler.table is not None:
+            summary["profile"] = self.profiler.table
+        return summary

@@ -1,0 +1,138 @@
+"""The state of a run: everything that a checkpoint holds, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from model.config import ModelOptions, SeqSetVAEConfig
+from model.seqsetvae import SeqSetVAE
+from pipeline.dataset.tables import load_embeddings
+from pipeline.loading.loader import PatientLoader
+from pipeline.schema import UserError
+from training.data import DataSet
+from training.schedule import OptimisationOptions, parameter_groups
+
+ADAM_EPS = 1e-6
+"""With the usual 1e-8, weights that matter to nothing would follow the rounding noise of their gradients."""
+
+FIRST_SCALE = 1024
+"""First scale of fp16 losses: the usual 65,536 overflows, and so wastes, the first steps, for losses are sums."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come; plain numbers, the same on every rank.
+
+    Attributes:
+        step: optimiser steps done.
+        epochs_validated: epochs whose validation is done; one less than the epochs done while it is still to come.
+        epochs_since_best: validated epochs since the best one.
+        collapsed: whether the posterior had collapsed at the last validation.
+        seconds: wall time spent, over all resumed parts of the run.
+        threads: of each process's CPU operations, as the run began with.
+        peak_rss_bytes: most memory of one process so far.
+        totals: throughput of all steps so far, of all ranks, as a dictionary.
+        interval: throughput since the last line of the log, of all ranks, as a dictionary.
+        loss_sums: sums of losses since then, of all ranks; empty = none.
+    """
+
+    step: int = 0
+    epochs_validated: int = 0
+    epochs_since_best: int = 0
+    collapsed: bool = False
+    seconds: float = 0.0
+    threads: int = 0
+    peak_rss_bytes: int = 0
+    totals: dict[str, Any] = field(default_factory=dict)
+    interval: dict[str, Any] = field(default_factory=dict)
+    loss_sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Model, EMA, optimiser, scaler, position in the data, progress.
+
+    Attributes:
+        model: the weights that are trained.
+        ema_model: their exponential moving average, which is validated, saved and used to predict.
+    """
+
+    model: SeqSetVAE
+    ema_model: SeqSetVAE
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: PatientLoader[Any]
+    progress: Progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values that :meth:`load_state_dict` restores the run from."""
+        return {
+            "model": self.model.state_dict(),
+            "ema_model": self.ema_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore everything but the optimiser's settings, which are those of the options of now.
+
+        Raises:
+            UserError: the loader's batches are other ones.
+        """
+        self.loader.load_state_dict(state["loader"])
+        self.model.load_state_dict(state["model"])
+        self.ema_model.load_state_dict(state["ema_model"])
+        settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+    def check_finite(self, *, last_loss: float) -> None:
+        """Raise UserError where the losses or the weights are not finite, so that no checkpoint ever holds such."""
+        tensors = [*self.model.parameters(), *self.ema_model.parameters()]
+        finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
+        if not (bool(finite) and abs(last_loss) < float("inf")):
+            raise UserError(
+                f"loss or weights are not finite at step {self.progress.step}: lower --learning_rate, or use "
+                "--precision bf16 or fp32; the last checkpoint is untouched"
+            )
+
+
+def build_model(options: ModelOptions, data: DataSet, *, seed: int) -> SeqSetVAE:
+    """Return an untrained model for this data; the same weights for the same seed on every rank and device."""
+    changes: dict[str, Any] = {"event_form": options.event_form, "dropout": options.dropout}
+    embeddings, manifest = None, data.manifest
+    if manifest.embedding_dim is not None:
+        embeddings = torch.from_numpy(load_embeddings(data.folder, manifest))
+        changes |= {"embedding_dim": manifest.embedding_dim, "frozen_embeddings": True}
+    torch.manual_seed(seed)
+    config = SeqSetVAEConfig.preset(options.preset, num_codes=manifest.num_codes, **changes)
+    model = SeqSetVAE(config, embeddings)
+    model.gradient_checkpointing = options.gradient_checkpointing
+    return model
+
+
+def build_state(model: SeqSetVAE, loader: PatientLoader[Any], options: OptimisationOptions) -> TrainState:
+    """Return the state of a run that begins, on the model's device."""
+    groups = parameter_groups(model, options.weight_decay)
+    device = next(model.parameters()).device
+    return TrainState(
+        model=model,
+        ema_model=copy.deepcopy(model).requires_grad_(False).eval(),
+        optimizer=torch.optim.AdamW(groups, lr=options.learning_rate, eps=ADAM_EPS, fused=True),
+        scaler=torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=options.precision == "fp16"),
+        loader=loader,
+        progress=Progress(),
+    )
