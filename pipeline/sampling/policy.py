@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final
 
 from pipeline.sampling.cost import CostModel
 from pipeline.schema import UserError
 
-Layout = Literal["ragged", "padded"]
-
-
-Axis = Literal["events", "sets"]
-
-
-BUCKET_WIDTH = 4.0
-"""Batches; at 16 ICU stays a batch 1.7 % of events are padding, and one pair in seven meets again in the next epoch."""
+BUCKET_WIDTH: Final = 4.0
+"""Batches.  With 16 ICU stays a batch, 1.7 % of events are padding and one pair in seven meets again in the next epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +17,11 @@ class Policy:
     """How patients are grouped into global batches.
 
     Attributes:
-        batch_size: most patients of a global batch (all ranks together), or None for no limit.
-        max_events: most events of a global batch, or None for no limit; padding counts in the padded layout.
-        layout: what ``max_events`` counts: ``ragged`` the events, ``padded`` patients times the most events of one.
-        max_cost: the most that a global batch may cost, or None for no limit; a patient who costs more is a batch
-            alone.
+        batch_size: maximum number of patients of a global batch (all ranks together), or None for no limit.
+        max_events: maximum number of events of a global batch, or None for no limit.
+        max_cost: maximum cost of a global batch, or None for no limit; a patient who costs more is a batch alone.
         cost: what ``max_cost`` counts: the time of a step, or the bytes of its peak.
-        bucket_by: the axis along which the patients of a batch are alike; None groups at random, as a control.
+        bucketing: group patients with similar numbers of events; otherwise at random, as a control.
         bucket_width: how far apart patients of a batch may be, in batches.  0 is plain sorting, with the least
             padding and the same batches every epoch; larger values mix more and pad more.
         shuffle: new batches in a new order every epoch; otherwise the same ones, shortest patients first.
@@ -40,10 +32,9 @@ class Policy:
 
     batch_size: int | None = 16
     max_events: int | None = None
-    layout: Layout = "ragged"
     max_cost: float | None = None
     cost: CostModel = CostModel()
-    bucket_by: Axis | None = "events"
+    bucketing: bool = True
     bucket_width: float = BUCKET_WIDTH
     shuffle: bool = True
 
@@ -54,17 +45,12 @@ class Policy:
             if limit is not None and limit < 1:
                 raise UserError(f"--{flag} {limit}: must be at least 1")
         if self.max_cost is not None and not self.cost.batch < self.max_cost < float("inf"):
-            raise UserError(
-                f"a batch cannot cost {self.max_cost:g} at most: without patients it costs {self.cost.batch:g}"
-            )
+            without = f"without patients it costs {self.cost.batch:g}"
+            raise UserError(f"a batch cannot cost {self.max_cost:g} at most: {without}")
         if not 0 <= self.bucket_width < float("inf"):
             raise UserError(f"--bucket_width {self.bucket_width}: must be a finite number of batches, 0 or more")
-        if self.layout not in ("ragged", "padded"):
-            raise UserError(f"layout {self.layout!r}: must be ragged or padded")
-        if self.bucket_by not in ("events", "sets", None):
-            raise UserError(f"--bucket_by {self.bucket_by}: must be events or sets")
 
     @property
     def fixed_size(self) -> int | None:
-        """Patients of every batch but one, or None where ``max_events`` or ``max_cost`` has a say."""
+        """Patients of every batch but one, or None if ``max_events`` or ``max_cost`` limits batches too."""
         return self.batch_size if self.max_events is None and self.max_cost is None else None
