@@ -41,10 +41,11 @@ from pipeline.dataset.shards import check_shards
 from pipeline.dataset.tables import load_embeddings
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader, make_loader
+from pipeline.loading.place import BatchPlace, StepCounts
 from pipeline.machine import peak_rss_bytes, release_free_memory
-from pipeline.schema import FIRST_CODE, PRIVATE, UNLABELLED, UserError
+from pipeline.schema import FIRST_CODE, PRIVATE_UMASK, UNLABELLED, UserError
 from pipeline.storage.cache import parse_bytes
-from pipeline.storage.files import remove_leftovers, replacing, write_atomically
+from pipeline.storage.files import remove_leftovers, replace_atomically, write_atomically
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
 from training.augment import drop_events
@@ -64,7 +65,7 @@ from training.report import write_run_report
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend, 128 + n = stopped by signal n."""
-    os.umask(os.umask(PRIVATE) | PRIVATE)
+    os.umask(os.umask(PRIVATE_UMASK) | PRIVATE_UMASK)
     try:
         options = parse_options(arguments)
         manifest = Manifest.load(data_folder(options))
@@ -482,7 +483,8 @@ def find_step_memory(options: TrainOptions, data: Data, world: World, model: Seq
         batches: list[PatientBatch] = []
         for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
             tried = dataclasses.replace(options, batch_size=patients, bucketing=bucketing, max_events=None)
-            batches += itertools.islice(open_loader(tried, data, alone, "train", shuffle=True), 2)
+            loader = open_loader(tried, data, alone, "train", shuffle=True)
+            batches += [batch for batch, _ in itertools.islice(loader, 2)]
 
         def step(batch: PatientBatch) -> None:
             counts = LossCounts(
@@ -509,7 +511,7 @@ def find_step_memory(options: TrainOptions, data: Data, world: World, model: Seq
             size = world.size
             while size * 2 <= most:
                 tried = dataclasses.replace(options, batch_size=size * 2)
-                dearest = open_loader(tried, data, alone, "train", shuffle=True).predicted(peak).max()
+                dearest = open_loader(tried, data, alone, "train", shuffle=True).predict_costs(peak).max()
                 if dearest > world.size * step_bytes:
                     break
                 size *= 2
@@ -565,8 +567,13 @@ def open_loader(
         world_size=world.size,
         group_events=options.group_events,
         prefetch=options.prefetch,
-        pin_memory=world.device.type == "cuda",
+        transform=functools.partial(with_counts, pin=world.device.type == "cuda"),
     )
+
+
+def with_counts(batch: PatientBatch, place: BatchPlace, *, pin: bool) -> tuple[PatientBatch, StepCounts]:
+    """Return the batch and the counts of its global batch."""
+    return (batch.pin_memory() if pin else batch), place.counts
 
 
 def start_from(path: Path, model: SeqSetVAE, manifest: Manifest) -> None:
@@ -580,7 +587,7 @@ def start_from(path: Path, model: SeqSetVAE, manifest: Manifest) -> None:
 def fit_facts(model: SeqSetVAE, options: TrainOptions, data: Data, world: World, memory: StepMemory | None) -> None:
     """Tell the head what the facts of each variable are like in the train split, or in a large sample of it."""
     moments, patients = torch.zeros(3, *model.head.fact_mean.shape, dtype=torch.float64), 0
-    for batch in open_loader(options, data, world, "train", shuffle=True, memory=memory):
+    for batch, _ in open_loader(options, data, world, "train", shuffle=True, memory=memory):
         moments += fact_moments(batch.to("cpu"), len(moments[0]))
         patients += batch.num_patients
         if patients >= FACT_PATIENTS:
@@ -657,13 +664,12 @@ def timed(loader: PatientLoader) -> Iterator[tuple[PatientBatch, LossCounts, flo
     """Batches with the counts of their global batch and the seconds waited for each."""
     batches = iter(loader)
     while True:
-        started, step = time.perf_counter(), loader.cursor
+        started = time.perf_counter()
         with part("data"):
-            batch = next(batches, None)
+            batch, of = next(batches, (None, None))
         if batch is None:
             return
         waited = time.perf_counter() - started
-        of = loader.step_counts(step)
         counts = LossCounts(num_events=of.num_events, num_sets=of.num_sets, num_labelled=of.num_labelled)
         yield batch, counts, waited
 
@@ -745,7 +751,7 @@ def evaluate_split(model: SeqSetVAE, split: str, options: TrainOptions, data: Da
     """Metrics of a split with bootstrap intervals; writes ``predictions_<split>.parquet``."""
     metrics, predictions = validate(model, open_loader(options, data, world, split, shuffle=False), options, world)
     if world.is_main:
-        with replacing(Path(options.output_dir) / f"predictions_{split}.parquet") as path:
+        with replace_atomically(Path(options.output_dir) / f"predictions_{split}.parquet") as path:
             pq.write_table(predictions, path, write_page_checksum=True)
         label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
         metrics |= evaluate_predictions(label, predictions["probability"].to_numpy())
@@ -854,7 +860,7 @@ def inspect(options: TrainOptions, manifest: Manifest) -> int:
     print(manifest_line(data.manifest))
     for batch_size in (1, 2, 4, 8):
         loader = open_loader(dataclasses.replace(options, batch_size=batch_size), data, world, "train", shuffle=True)
-        batch = next(iter(loader))
+        batch, _ = next(iter(loader))
         pad_to = loader.longest_patient if options.use_dynamic_padding is False else None
         padded = batch.to_padded(model.events.embedding.detach(), pad_to=pad_to)
         print(f"\nbatch_size {batch_size}: {len(loader)} batches")

@@ -27,7 +27,7 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path
 
 
 def _read_quotas(cgroups: Path, line: str) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, of the cgroup that a line of ``/proc/self/cgroup`` names and of those above it."""
+    """Yield the CPU quotas, in cores, of the cgroup that a line of the membership names and of those above it."""
     _, controllers, path = line.split(":", 2)
     if controllers and "cpu" not in controllers.split(","):
         return

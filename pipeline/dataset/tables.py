@@ -34,7 +34,7 @@ def read_index(directory: Path | Folder, manifest: Manifest) -> pa.Table:
 
 
 def read_vocabulary(directory: Path | Folder, manifest: Manifest) -> pa.Table:
-    """Return ``vocabulary.parquet``, checked against the manifest; columns as in ``VOCABULARY_SCHEMA``, a row a code."""
+    """Return ``vocabulary.parquet``, checked against the manifest; columns as in ``VOCABULARY_SCHEMA``."""
     return _read_table(directory, manifest, VOCABULARY_FILE, VOCABULARY_SCHEMA)
 
 
@@ -105,13 +105,16 @@ class LengthIndex:
             UserError: the index is missing, damaged, or contradicts the manifest.
         """
         paths, folder = [entry.path for entry in entries], self._folder
-        with open_checked(folder, self._manifest, INDEX_FILE, verify=self._verify) as local:
-            with _report_damage(folder, INDEX_FILE), pq.ParquetFile(local, metadata=self._metadata) as file:
-                if self._metadata is None:
-                    self._find_row_groups(file.metadata)
-                groups = {group for path in paths for group in self._groups_of_shard.get(path, ())}
-                groups |= {group for a, b, group in self._mixed_groups if any(a <= path <= b for path in paths)}
-                table = file.read_row_groups(sorted(groups), ["shard", "num_events", "num_sets"], use_threads=False)
+        with (
+            open_checked(folder, self._manifest, INDEX_FILE, verify=self._verify) as local,
+            _report_damage(folder, INDEX_FILE),
+            pq.ParquetFile(local, metadata=self._metadata) as file,
+        ):
+            if self._metadata is None:
+                self._find_row_groups(file.metadata)
+            groups = {group for path in paths for group in self._groups_of_shard.get(path, ())}
+            groups |= {group for a, b, group in self._mixed_groups if any(a <= path <= b for path in paths)}
+            table = file.read_row_groups(sorted(groups), ["shard", "num_events", "num_sets"], use_threads=False)
         shard = pc.fill_null(pc.index_in(table["shard"], value_set=pa.array(paths, pa.string())), -1).to_numpy()
         order = np.argsort(shard, kind="stable")[np.count_nonzero(shard < 0) :]
         num_events, num_sets = (table[name].to_numpy()[order].astype(np.int64) for name in ("num_events", "num_sets"))

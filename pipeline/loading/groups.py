@@ -61,7 +61,7 @@ class GroupPlanner:
     """Plans the groups of a split; a pure function of manifest, index and options."""
 
     def __init__(self, folder: Folder, manifest: Manifest, split: str, options: LoaderOptions) -> None:
-        self.entries, self._options, self._policy = manifest.splits[split], options, options.policy
+        self.entries, self._options = manifest.splits[split], options
         self._index = LengthIndex(folder, manifest, verify=options.verify)
         self.grouping = lru_cache(maxsize=2)(self._group_shards)
         self._lengths = lru_cache(maxsize=1)(self._read_lengths)
@@ -71,8 +71,8 @@ class GroupPlanner:
             np.array([entry.num_patients for entry in self.entries], np.int64),
             np.array([entry.num_events for entry in self.entries], np.int64),
             group_events=self._options.group_events,
-            multiple=self._policy.fixed_size or 1,
-            shuffle=self._policy.shuffle,
+            multiple=self._options.fixed_size or 1,
+            shuffle=self._options.shuffle,
             seed=self._options.seed,
             epoch=epoch,
         )
@@ -88,7 +88,7 @@ class GroupPlanner:
         shards = tuple(group.shards.tolist())
         num_events, num_sets = self._lengths(shards)
         lengths = num_events[group.patients], num_sets[group.patients]
-        plan = plan_epoch(*lengths, self._policy, seed=self._options.seed, epoch=epoch, group=number)
+        plan = plan_epoch(*lengths, self._options, seed=self._options.seed, epoch=epoch, group=number)
         return GroupPlan(
             epoch=epoch,
             number=number,

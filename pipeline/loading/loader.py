@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,6 +38,7 @@ from pipeline.loading.prefetch import prefetch
 from pipeline.loading.store import PatientStore
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import EpochPlan
+from pipeline.sampling.policy import Policy
 from pipeline.schema import UserError
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
@@ -85,19 +86,12 @@ class PatientLoader:
         self._planner = GroupPlanner(folder, manifest, split, options)
         entries = manifest.splits[split]
         self.num_patients = sum(entry.num_patients for entry in entries)
+        # The limit decides nothing if all patients are in a single group.
         is_grouped = sum(entry.num_events for entry in entries) > options.group_events
-        self._settings = {
-            "data": manifest.fingerprint,
-            "split": split,
-            "quarantined": sorted(quarantined),
-            "seed": options.seed,
-            **asdict(options.policy),
-            "max_sequence_length": options.max_sequence_length,
-            "truncate": options.truncate,
-            "group_events": options.group_events
-            if is_grouped
-            else None,  # the limit decides nothing for a single group
-        }
+        self._settings = {"data": manifest.fingerprint, "split": split, "quarantined": sorted(quarantined)}
+        plan_options = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
+        self._settings |= {name: asdict(options)[name] for name in plan_options}
+        self._settings["group_events"] = options.group_events if is_grouped else None
         self._loaded: LoadedGroup | None = None  # the group that was read last, by whichever thread
         self.step = 0
         self._go_to(self._planner.plan_group(0, 0, 0), 0)
@@ -130,7 +124,7 @@ class PatientLoader:
         With batches of a fixed size it follows from the manifest.  Otherwise the groups that are still to come in the
         epoch are planned for this, once an epoch.
         """
-        if size := self.options.policy.fixed_size:
+        if size := self.options.fixed_size:
             return (self.num_patients + size - 1) // size
         if self._num_batches is None:
             self._num_batches = self._planner.count_batches(self._group)
@@ -273,7 +267,7 @@ def make_loader(
     ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
 
     Args:
-        directory: what preprocess.py wrote: a path, a URL, or what :func:`pipeline.storage.remote.open_folder` returned.
+        directory: what preprocess.py wrote: a path, a URL, or what ``open_folder`` returned.
         split: ``train``, ``valid`` or ``test``.
         manifest: of the directory, if it has been read already.
         quarantined: paths of shards to leave out, as :func:`pipeline.dataset.shards.check_shards` finds them; equal on

@@ -125,7 +125,9 @@ def _order_patients(
     if policy.max_events is not None:
         batch_size = np.minimum(batch_size, policy.max_events // num_events[order])
     if policy.max_cost is not None:
-        fitting = (policy.max_cost - policy.cost.batch) // policy.cost.predict(num_events[order], num_sets[order])
+        fitting = (policy.max_cost - policy.cost_model.batch) // policy.cost_model.predict(
+            num_events[order], num_sets[order]
+        )
         batch_size = np.minimum(batch_size, np.maximum(fitting, 1).astype(np.int64))
     position = _jitter_widths(num_events[order], batch_size).cumsum()
     return order[np.argsort(position + policy.bucket_width * rng.random(len(order)))]
@@ -160,8 +162,8 @@ def _cut_batches(
     if policy.max_events is not None:
         budgets.append((offsets_from_sizes(num_events), policy.max_events))
     if policy.max_cost is not None:
-        used = np.concatenate([[0.0], np.cumsum(policy.cost.predict(num_events, num_sets))])
-        budgets.append((used, policy.max_cost - policy.cost.batch))
+        used = np.concatenate([[0.0], np.cumsum(policy.cost_model.predict(num_events, num_sets))])
+        budgets.append((used, policy.max_cost - policy.cost_model.batch))
     offsets = [0]
     while (start := offsets[-1]) < count:
         stop = min(start + max_size, count)

@@ -47,7 +47,7 @@ def sync(path: Path) -> None:
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; at the end the new file takes the place of the old one.
 
-    At every moment, also after a loss of power and with several writers, ``path`` is the old file or the new one, whole.
+    At every moment, also after a power loss and with several writers, ``path`` is the old or the new file, whole.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:

@@ -35,7 +35,7 @@ CHUNK_BYTES: Final = 1 << 24
 
 S3_RETRIES: Final = 2
 """Retries of s3fs, which counts them twice when it reads, around five attempts of botocore (``AWS_MAX_ATTEMPTS``) at
-15 s each: a store that does not answer is given up after three to six minutes.  s3fs's own 5 would take half an hour."""
+15 s each: a store that does not answer is given up after three to six minutes.  s3fs's own 5 take half an hour."""
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
