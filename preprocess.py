@@ -29,7 +29,7 @@ from pipeline.prepare.sources.meds import EXCLUDE_CODES
 from pipeline.prepare.sources.side_files import read_ranges
 from pipeline.prepare.splits import SplitRule
 from pipeline.reports.data_report import write_data_report
-from pipeline.schema import PRIVATE, REPORT_FILE, SPLITS, UserError
+from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, SPLITS, UserError
 from pipeline.storage.files import remove_leftovers
 
 DISK_FULL: Final = "{}: no space left on the disk; free some, and the same command goes on from here"
@@ -37,7 +37,7 @@ DISK_FULL: Final = "{}: no space left on the disk; free some, and the same comma
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend.  Files that it makes are their owner's alone."""
-    os.umask(os.umask(PRIVATE) | PRIVATE)
+    os.umask(os.umask(PRIVATE_UMASK) | PRIVATE_UMASK)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -29,17 +29,19 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 import pipeline.loading.store
 from benchmarks.machine import describe
-from pipeline.arrays import offsets_of, ranges
+from pipeline.arrays import concatenate_ranges, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.schemas import SHARD_SCHEMA
+from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA
 from pipeline.dataset.shards import FlatPatients, write_shard
 from pipeline.loading.loader import make_loader
 from pipeline.machine import peak_rss_bytes
 from pipeline.sampling.groups import GROUP_EVENTS
-from pipeline.schema import MANIFEST_FILE
+from pipeline.schema import INDEX_FILE, MANIFEST_FILE
+from pipeline.storage.files import file_sha256
 
 PATIENTS_PER_SHARD = 5000
 BATCH_SIZE = 16
@@ -70,13 +72,13 @@ def drawn_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> F
     """In place of ``read_shard``: the patients of a shard out of its number alone."""
     shard = int(Path(entry.path).stem)
     num_events, num_sets = lengths(shard)
-    patient_offsets = offsets_of(num_sets)
-    place = ranges(np.zeros(len(num_sets), np.int64), num_sets)  # of a set in its patient
+    patient_offsets = offsets_from_sizes(num_sets)
+    place = concatenate_ranges(np.zeros(len(num_sets), np.int64), num_sets)  # of a set in its patient
     set_sizes = np.repeat(num_events // num_sets, num_sets) + (place < np.repeat(num_events % num_sets, num_sets))
     rng = np.random.default_rng([1, shard])
     return FlatPatients(
         patient_offsets=patient_offsets,
-        set_offsets=offsets_of(set_sizes),
+        set_offsets=offsets_from_sizes(set_sizes),
         minute=(place * 30).astype(np.float32),
         code=rng.integers(2, NUM_CODES, entry.num_events, np.int32),
         value=rng.random(entry.num_events, np.float32),
@@ -109,17 +111,23 @@ def write_files(directory: Path, num_shards: int) -> None:
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(flat), type=SHARD_SCHEMA.field(name).type)
         table = pa.Table.from_arrays([columns[name] for name in SHARD_SCHEMA.names], schema=SHARD_SCHEMA)
         entries.append(write_shard(table, directory, entry.path))
-    manifest_of(entries).save(directory)
+    manifest_of(directory, entries).save(directory)
 
 
 def write_manifest(directory: Path, num_shards: int) -> None:
-    manifest_of([entry_of(shard) for shard in range(num_shards)]).save(directory)
+    manifest_of(directory, [entry_of(shard) for shard in range(num_shards)]).save(directory)
 
 
-def manifest_of(entries: list[ShardEntry]) -> Manifest:
+def manifest_of(directory: Path, entries: list[ShardEntry]) -> Manifest:
+    """The manifest of shards, and their index as a file: what loaders read of it."""
+    schema = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
+    with pq.ParquetWriter(directory / INDEX_FILE, schema, compression="zstd") as writer:
+        for shard, entry in enumerate(entries):
+            paths = np.full(PATIENTS_PER_SHARD, entry.path)
+            writer.write_table(pa.table([pa.array(paths), *lengths(shard)], names=schema.names).cast(schema))
     return Manifest(
         splits={"train": entries},
-        files={},
+        files={INDEX_FILE: file_sha256(directory / INDEX_FILE)},
         vocabulary_fingerprint="",
         num_codes=NUM_CODES,
         embedding_dim=None,
@@ -138,7 +146,7 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
     stream = iter(loader)
     next(stream)
     first_batch = time.perf_counter() - started
-    grouping = loader._grouping(0)
+    grouping = loader._planner.grouping(0)
     num_groups = min(num_groups, grouping.num_groups)
 
     waits: dict[bool, list[float]] = {True: [], False: []}  # of first steps of a group, and of others
@@ -198,11 +206,11 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
 
 
 def price_of_len(directory: Path) -> float:
-    """Milliseconds a shard that ``len`` takes under a budget of events, for which it reads the lengths in it."""
+    """Milliseconds a shard that ``len`` takes under a budget of events, for which it reads the index."""
     loader = make_loader(directory, batch_size=None, max_events=MAX_EVENTS)
     started = time.perf_counter()
     len(loader)
-    return 1000 * (time.perf_counter() - started) / (len(loader._entries) - len(loader._group.shards))
+    return 1000 * (time.perf_counter() - started) / (len(loader._planner.entries) - len(loader._group.shards))
 
 
 def alone(work: Any, *given: Any) -> Any:

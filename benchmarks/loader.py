@@ -34,7 +34,9 @@ import torch
 from benchmarks.machine import describe
 from benchmarks.preprocess_meds import MTD, write_meds
 from pipeline.dataset.tables import read_vocabulary
-from pipeline.loading.loader import PatientLoader, make_loader
+from pipeline.loading.batch import PatientBatch
+from pipeline.loading.loader import PatientLoader, Transform, make_loader
+from pipeline.loading.place import BatchPlace
 from pipeline.loading.store import PatientStore
 from pipeline.sampling.quality import padding_waste
 
@@ -125,13 +127,17 @@ def peer_rates(
 
 def columns_of(store: PatientStore) -> dict[str, list[np.ndarray]]:
     """The split as an array a patient and field, the form that slicing needs."""
-    whole = store.windows()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("code", "val", "has_value", "minute", "set_id")}
-    for patient in range(store.num_patients):
-        padded = store.padded(whole, np.array([patient]))
+    patients = np.arange(store.num_patients + 1)
+    for batch in store.gather_batches(store.select_windows(), patients[:-1], patients):
+        padded = batch.to_padded()
         for name, arrays in columns.items():
             arrays.append(padded[name].numpy().reshape(-1))
     return columns
+
+
+def pad(batch: PatientBatch, place: BatchPlace) -> dict[str, torch.Tensor]:
+    return batch.to_padded()
 
 
 def best_rates(ways: dict[str, tuple[int, Callable[[], Batches]]], rounds: int) -> dict[str, float]:
@@ -158,17 +164,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # every way on one core
 
-    def ours(prefetch: int = 0) -> PatientLoader:
-        return make_loader(options.data_dir, split=options.split, batch_size=options.batch_size, prefetch=prefetch)
+    def ours(prefetch: int = 0, transform: Transform | None = None) -> PatientLoader:
+        flags = {"batch_size": options.batch_size, "prefetch": prefetch}
+        return make_loader(options.data_dir, split=options.split, transform=transform, **flags)
 
     started = time.perf_counter()
     loader = ours()
     start_up = time.perf_counter() - started
-    planned, store = loader._load(0, 0, 0)
-    windows, plan = planned.windows, planned.plan
+    group = loader._load_group(loader._group)
+    windows, plan, store = group.windows, group.plan.batches, group.store
     columns, label, count = columns_of(store), store.label, store.num_patients
     some = min(PANDAS_PATIENTS, count)
-    ahead = ours(prefetch=2)
+    padded, ahead, padded_ahead = ours(transform=pad), ours(prefetch=2), ours(prefetch=2, transform=pad)
 
     names = read_vocabulary(options.data_dir, loader.manifest)["variable"].to_pylist()
     code_of = {name: code for code, name in enumerate(names)}
@@ -178,10 +185,9 @@ def main() -> None:
         write_pandas(folder / "pandas", columns, names, some)
         ways: dict[str, tuple[int, Callable[[], Batches]]] = {
             "ours, ragged": (count, lambda: iter(loader)),
-            "ours, padded": (count, loader.padded),
-            "ours, ragged then to_padded": (count, lambda: (batch.to_padded() for batch in loader)),
+            "ours, padded": (count, lambda: iter(padded)),
             "ours, ragged, prefetch 2": (count, lambda: iter(ahead)),
-            "ours, padded, prefetch 2": (count, ahead.padded),
+            "ours, padded, prefetch 2": (count, lambda: iter(padded_ahead)),
             "numpy, sliced": (count, lambda: numpy_batches(columns, label, options.batch_size, 0)),
             "pandas, a file a patient": (
                 some,
@@ -192,8 +198,8 @@ def main() -> None:
             tars = folder / "tars"
             prepare = ["preprocess.py", str(options.records), "--shard_format", "webdataset", "--output", str(tars)]
             subprocess.run([sys.executable, *prepare], check=True, cwd=ROOT, capture_output=True)
-            of_tars = make_loader(tars, batch_size=options.batch_size, prefetch=0)
-            ways["ours, padded, from WebDataset"] = (of_tars.num_patients, of_tars.padded)
+            of_tars = make_loader(tars, batch_size=options.batch_size, prefetch=0, transform=pad)
+            ways["ours, padded, from WebDataset"] = (of_tars.num_patients, lambda: iter(of_tars))
         rates = best_rates(ways, options.rounds)
         if options.peers:
             rates |= peer_rates(options.peers, options.records, columns, tars, options.rounds, options.batch_size)

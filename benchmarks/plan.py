@@ -28,7 +28,7 @@ from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.reports.plan_table import SplitLengths
 from pipeline.sampling.cost import CostModel, Lengths
-from pipeline.sampling.plan import deal, plan_epoch
+from pipeline.sampling.plan import plan_epoch, split_across_ranks
 from pipeline.sampling.policy import Policy
 from pipeline.sampling.quality import neighbour_correlation, padding_waste, pairs_meeting_again, rank_imbalance
 
@@ -40,15 +40,16 @@ def measures(num_events: Lengths, num_sets: Lengths, policy: Policy) -> dict[str
     """Means over epochs, and for the correlation of neighbours their distance from chance."""
     plans = [plan_epoch(num_events, num_sets, policy, seed=0, epoch=epoch) for epoch in range(EPOCHS)]
     assert all(np.array_equal(np.sort(plan.order), np.arange(len(num_events))) for plan in plans)
-    cost = CostModel().of(num_events, num_sets)
+    cost = CostModel().predict(num_events, num_sets)
     rng = np.random.default_rng(0)
     chance = []
     for plan in plans:
-        means = plan.totals(num_events) / plan.batch_sizes
+        means = plan.sum_per_batch(num_events) / plan.batch_sizes
         shuffled = rng.permutation(means)
         chance.append(np.corrcoef(shuffled[:-1], shuffled[1:])[0, 1] if np.ptp(means) else np.nan)
     counts = [
-        [deal(plan, cost, rank=rank, world_size=RANKS).batch_sizes.sum() for rank in range(RANKS)] for plan in plans
+        [split_across_ranks(plan, cost, rank=rank, world_size=RANKS).batch_sizes.sum() for rank in range(RANKS)]
+        for plan in plans
     ]
     return {
         "padding_of_events": round(float(np.mean([padding_waste(plan, num_events) for plan in plans])), 4),
@@ -70,12 +71,9 @@ def heavy_tailed(count: int) -> npt.NDArray[np.int64]:
 def budget_used(num_events: Lengths, policy: Policy) -> dict[str, float]:
     assert policy.max_events is not None
     plan, later = (plan_epoch(num_events, num_events // 6 + 1, policy, seed=0, epoch=epoch) for epoch in (0, 1))
-    longest = np.maximum.reduceat(num_events[plan.order], plan.batch_offsets[:-1])
-    cells = longest * plan.batch_sizes if policy.layout == "padded" else plan.totals(num_events)
     return {
-        "padding_of_events": round(padding_waste(plan, num_events), 4) if policy.layout == "padded" else 0.0,
         "pairs_meeting_again": round(pairs_meeting_again(plan, later), 4),
-        "budget_used": round(float(cells.mean() / policy.max_events), 4),
+        "budget_used": round(float(plan.sum_per_batch(num_events).mean() / policy.max_events), 4),
     }
 
 
@@ -95,7 +93,7 @@ def main() -> None:
     stays = (of_stays.num_events, of_stays.num_sets)
     result: dict[str, Any] = {**describe(), "stays": len(stays[0])}
     result["16 patients"] = {
-        "random": measures(*stays, Policy(bucket_by=None)),
+        "random": measures(*stays, Policy(bucketing=False)),
         "sorted": measures(*stays, Policy(bucket_width=0)),
         **{f"bucket_width {width:g}": measures(*stays, Policy(bucket_width=width)) for width in (2, 4, 5, 6, 8)},
     }
@@ -103,20 +101,16 @@ def main() -> None:
     result["stays of one length, bucketed and random (no difference to be made)"] = [
         {
             name: number
-            for name, number in measures(same, same // 6, Policy(bucket_by=by)).items()
+            for name, number in measures(same, same // 6, Policy(bucketing=by)).items()
             if not np.isnan(number)
         }
-        for by in ("events", None)
+        for by in (True, False)
     ]
     histories = heavy_tailed(10_000)
-    padded = Policy(batch_size=None, max_events=400_000, layout="padded")
+    ragged = Policy(batch_size=None, max_events=400_000)
     result["10,000 heavy-tailed histories, 400,000 events a batch"] = {
-        **{
-            f"padded, bucket_width {width:g}": budget_used(histories, replace(padded, bucket_width=width))
-            for width in (0, 1, 2, 4)
-        },
-        "ragged": budget_used(histories, replace(padded, layout="ragged")),
-        "ragged, free composition": budget_used(histories, replace(padded, layout="ragged", bucket_by=None)),
+        "bucketed": budget_used(histories, ragged),
+        "free composition": budget_used(histories, replace(ragged, bucketing=False)),
     }
     million = heavy_tailed(1_000_000)
     result["plan_of_1_million_patients_seconds"] = min(

@@ -115,7 +115,7 @@ def prepared(source: Source, events_per_shard: int, workers: int) -> Figures:
         write_data_report(data)
         return found | {
             "serial_seconds": begun - started + time.process_time() - ended,
-            "shards": len(manifest.shards()),
+            "shards": len(manifest.all_shards()),
             "events": summary["events_written"],
             "manifest_bytes": (data / MANIFEST_FILE).stat().st_size,
             "vocabulary_bytes": len(pickle.dumps(read_vocabulary(data, manifest))),

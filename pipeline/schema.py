@@ -19,11 +19,11 @@ FIRST_CODE: Final = 2
 
 UNLABELLED: Final = -1
 
-MOST: Final = 2.0**128 - 2.0**104
-"""The greatest float32: batches hold minutes and values as such."""
+FLOAT32_MAX: Final = 2.0**128 - 2.0**104
+"""The greatest finite float32: batches hold minutes and values in that type."""
 
-PRIVATE: Final = 0o077
-"""The umask of both command lines: files of patients are readable by their owner alone."""
+PRIVATE_UMASK: Final = 0o077
+"""Umask of both command lines: only their owner can read files of patients."""
 
 SPLITS: Final = ("train", "valid", "test")
 
@@ -45,7 +45,7 @@ REPORT_FILE: Final = "report.html"
 
 
 class UserError(ValueError):
-    """Something the user can mend.
+    """An error that the user can repair.
 
     The message is one line that names the file, row or flag and says what to do.  Command lines print it
     on standard error and exit with code 2; everything else that is raised is a defect of this program.

@@ -9,25 +9,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.schema import (
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    SPLITS,
-    UserError,
-)
-from pipeline.storage.files import sealed, unsealed, write_atomically
-from pipeline.storage.folder import Folder, folder_at
+from pipeline.schema import FORMAT_VERSION, MANIFEST_FILE, SPLITS, UserError
+from pipeline.storage.files import seal, unseal, write_atomically
+from pipeline.storage.folder import Folder, as_folder
 
 _SHARD_PATH: Final = re.compile(rf"({'|'.join(SPLITS)})/[0-9]+\.(parquet|tar)")
-"""Nothing else is opened, or removed, because a manifest names it."""
+"""No other path is opened, or removed, because a manifest names it."""
 
+MAX_SHARD_EVENTS: Final = 1 << 31
+"""Patients, sets and events of a shard are counted in 32 bits."""
 
-MOST_OF_A_SHARD: Final = 1 << 31
-"""Patients, sets and events are counted in 32 bits."""
-
-
-PATIENTS_A_BYTE: Final = 64
-"""More than any compression fits; memory for lengths is taken before a shard is read."""
+MAX_PATIENTS_PER_BYTE: Final = 64
+"""More than any compression achieves; memory is allocated for as many patients as the manifest claims."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +37,17 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a data directory holds.  Written last: where it is, everything it names was complete.
+    """The content of a data directory.  It is written last, so all files that it names are complete.
 
     Attributes:
         splits: the shards of each split, as training reads them.
-        tars: the same shards again as WebDataset tars, where both formats were asked for.
-        files: sha256 of every other file that training reads, by name.
-        vocabulary_fingerprint: sha256 over names, means and stds; a checkpoint carries it and refuses another.
+        tars: the same shards again as WebDataset tars, if both formats were asked for.
+        files: SHA-256 of every other file that training reads, by name.
+        vocabulary_fingerprint: SHA-256 over names, means and stds; a checkpoint holds it and refuses another.
         num_codes: rows of the vocabulary, padding and unknown included.
-        embedding_dim: width of ``embeddings.npy``, or null where the data has none.
-        options: what preprocess was asked, resolved.
-        fingerprint: sha256 over input and options.
+        embedding_dim: width of ``embeddings.npy``, or None if there are no embeddings.
+        options: the resolved options of preprocess.py.
+        fingerprint: SHA-256 over input and options.
     """
 
     splits: dict[str, list[ShardEntry]]
@@ -67,59 +60,60 @@ class Manifest:
     tars: dict[str, list[ShardEntry]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
-    def shards(self) -> list[ShardEntry]:
-        """All files of shards, of all splits and both formats."""
-        given = (*self.splits.values(), *self.tars.values())
-        return [entry for entries in given for entry in entries]
+    def all_shards(self) -> list[ShardEntry]:
+        """Return the files of shards of all splits, in both formats."""
+        return [entry for shards in (self.splits, self.tars) for entries in shards.values() for entry in entries]
 
     def without(self, paths: Collection[str]) -> Manifest:
-        """The manifest with the shards at ``paths`` left out of ``splits``."""
-        kept = {
-            split: [entry for entry in entries if entry.path not in paths] for split, entries in self.splits.items()
+        """Return the manifest with the shards at ``paths`` left out of ``splits``."""
+        splits = {
+            name: [entry for entry in entries if entry.path not in paths] for name, entries in self.splits.items()
         }
-        return replace(self, splits=kept)
+        return replace(self, splits=splits)
 
     def save(self, directory: Path) -> None:
-        content = json.dumps(sealed(asdict(self)), indent=1, sort_keys=True)
+        """Write the manifest to a data directory, atomically."""
+        content = json.dumps(seal(asdict(self)), indent=1, sort_keys=True)
         write_atomically(directory / MANIFEST_FILE, (content + "\n").encode())
 
     @classmethod
     def load(cls, directory: Path | Folder) -> Manifest:
-        """The manifest of a data directory.
+        """Return the manifest of a data directory.
 
         Raises:
-            UserError: there is none, it is damaged, it is not one of ours, or it is of another format version.
+            UserError: there is none, it is damaged, it is not one of ours, or it has another format version.
         """
-        folder = folder_at(directory)
+        folder = as_folder(directory)
         path = f"{folder}/{MANIFEST_FILE}"
         try:
-            text = folder.read(MANIFEST_FILE)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no manifest here; {folder.begin}") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read as a manifest ({error}); run preprocess.py again") from None
-        try:
+            content = json.loads(folder.read(MANIFEST_FILE))
             version = content["format_version"]
             if version == FORMAT_VERSION:
-                content = unsealed(content, path, folder.mend)
-                shards = {
-                    name: {split: [ShardEntry(**entry) for entry in entries] for split, entries in given.items()}
-                    for name, given in (("splits", content["splits"]), ("tars", content["tars"]))
-                }
-                manifest = cls(**(content | shards))
-                for entry in manifest.shards():
-                    if not _SHARD_PATH.fullmatch(entry.path):
-                        raise UserError(f"{path}: names {entry.path!r}, which is no place of a shard; {folder.mend}")
-                    in_order = 1 <= entry.num_patients <= entry.num_sets <= entry.num_events < MOST_OF_A_SHARD
-                    if not in_order or entry.num_patients > PATIENTS_A_BYTE * entry.num_bytes:
-                        raise UserError(f"{path}: {entry.path} cannot hold as much as it says; {folder.mend}")
-                return manifest
+                return cls._parse(unseal(content, path, folder.repair_advice), path, folder.repair_advice)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no manifest here; {folder.manifest_advice}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read as a manifest ({error}); run preprocess.py again") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a manifest of this project ({error}); run preprocess.py again") from None
-        raise UserError(
-            f"{path}: format version {version}, this program reads {FORMAT_VERSION}; run preprocess.py again"
-        )
+        needed = f"format version {version}, this program reads {FORMAT_VERSION}"
+        raise UserError(f"{path}: {needed}; run preprocess.py again")
+
+    @classmethod
+    def _parse(cls, content: dict[str, Any], path: str, advice: str) -> Manifest:
+        shards = {
+            name: {split: [ShardEntry(**entry) for entry in entries] for split, entries in content[name].items()}
+            for name in ("splits", "tars")
+        }
+        manifest = cls(**(content | shards))
+        for entry in manifest.all_shards():
+            if not _SHARD_PATH.fullmatch(entry.path):
+                raise UserError(f"{path}: names {entry.path!r}, which is no place of a shard; {advice}")
+            in_order = 1 <= entry.num_patients <= entry.num_sets <= entry.num_events < MAX_SHARD_EVENTS
+            if not in_order or entry.num_patients > MAX_PATIENTS_PER_BYTE * entry.num_bytes:
+                raise UserError(f"{path}: {entry.path} cannot hold as much as it says; {advice}")
+        return manifest

@@ -1,4 +1,4 @@
-"""Shards, index, vocabulary and manifest: how patients lie on disk, and the checks on the way back.
+"""Shards: how patients lie on disk, and the checks on the way back.
 
 A Parquet shard has a row a patient (``SHARD_SCHEMA``), sorted by ``num_events``, in row groups of about
 ``ROW_GROUP_EVENTS`` events, so that a range of lengths is a range of row groups.  The lists of a row are slices
@@ -21,20 +21,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.arrays import offsets_of
+from pipeline.arrays import offsets_from_sizes
 from pipeline.dataset.manifest import ShardEntry
 from pipeline.dataset.schemas import SHARD_SCHEMA
 from pipeline.dataset.tables import read_parquet
 from pipeline.dataset.tars import read_tar, write_tar
-from pipeline.schema import (
-    UNLABELLED,
-    UserError,
-)
-from pipeline.storage.files import file_sha256, replacing
-from pipeline.storage.folder import BadFile, Folder, folder_at
+from pipeline.schema import UNLABELLED, UserError
+from pipeline.storage.files import file_sha256, replace_atomically
+from pipeline.storage.folder import BadFile, Folder, as_folder
 
 ROW_GROUP_EVENTS = 1 << 17
-"""About how many events share a row group: 1 MiB of codes and values, the least worth a read of its own."""
+"""Approximate number of events of a row group: 1 MiB of codes and values, the minimum worth a read of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +41,7 @@ class FlatPatients:
     Attributes:
         patient_offsets: [P+1] int64, into the sets.
         set_offsets: [S+1] int64, into the events.
-        minute: [S] float32; of a static set the minute of the patient's next set, 0 where there is none.
+        minute: [S] float32; a static set has the minute of the patient's next set, 0 if there is none.
         code: [E] int32.
         value: [E] float32, 0 where the event has no number.
         has_value: [E] bool.
@@ -66,27 +63,28 @@ def write_shard(table: pa.Table, directory: Path, path: str) -> ShardEntry:
     """Write ``table`` (``SHARD_SCHEMA``, sorted) to ``directory/path``, ``.parquet`` or ``.tar``.
 
     Returns:
-        Its entry for the manifest.
+        The shard's entry for the manifest.
     """
     target = directory / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
+    with replace_atomically(target) as temporary:
         if target.suffix == ".tar":
             write_tar(table, temporary, target.stem)
         else:
             _write_row_groups(table, temporary)
+    num_sets, num_events = (int(np.sum(table[name].to_numpy(), dtype=np.int64)) for name in ("num_sets", "num_events"))
     return ShardEntry(
         path=path,
         num_patients=table.num_rows,
-        num_sets=int(np.sum(table["num_sets"].to_numpy(), dtype=np.int64)),
-        num_events=int(np.sum(table["num_events"].to_numpy(), dtype=np.int64)),
+        num_sets=num_sets,
+        num_events=num_events,
         num_bytes=target.stat().st_size,
         sha256=file_sha256(target),
     )
 
 
 def _write_row_groups(table: pa.Table, path: Path) -> None:
-    group = offsets_of(table["num_events"].to_numpy())[:-1] // ROW_GROUP_EVENTS
+    group = offsets_from_sizes(table["num_events"].to_numpy())[:-1] // ROW_GROUP_EVENTS
     starts = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [table.num_rows]])
     with pq.ParquetWriter(path, SHARD_SCHEMA, compression="zstd", version="2.6", write_statistics=True) as writer:
         for start, stop in itertools.pairwise(starts.tolist()):
@@ -94,18 +92,18 @@ def _write_row_groups(table: pa.Table, path: Path) -> None:
 
 
 def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry]) -> dict[str, str]:
-    """Compare shards with their entries, sizes and checksums alone; those of a folder elsewhere are fetched.
+    """Compare sizes and checksums of shards with the manifest; shards of a remote folder are fetched.
 
     Returns:
-        What is wrong with a shard, by its path; nothing for one that is whole.
+        The reason why a shard is bad, by its path; shards that are whole are not in it.
 
     Raises:
         UserError: a shard cannot be read, which need not be its fault.
     """
-    folder, bad = folder_at(directory), {}
+    folder, bad = as_folder(directory), {}
     for entry in entries:
         try:
-            with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes):
+            with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes):
                 pass
         except BadFile as error:
             bad[entry.path] = error.reason
@@ -113,7 +111,7 @@ def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry]) -> dic
 
 
 def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = True) -> FlatPatients:
-    """The patients of one shard of either format, in its order.
+    """Return the patients of one shard of either format, in its order.
 
     Args:
         directory: a data directory; only a Folder remembers what it has verified.
@@ -123,36 +121,37 @@ def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = Tr
     Raises:
         UserError: the file is missing, its checksum is not the manifest's, or its content contradicts itself.
     """
-    folder = folder_at(directory)
-    path = f"{folder}/{entry.path}"
-    hint = f"the data set is damaged: {folder.mend}"
+    folder = as_folder(directory)
+    path, advice = f"{folder}/{entry.path}", f"the data set is damaged: {folder.repair_advice}"
     try:
-        with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=verify) as local:
+        with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=verify) as local:
             table = _read_rows(local, Path(entry.path).suffix)
     except BadFile as error:
-        whom = f"its {entry.num_patients:,} patients"
-        raise UserError(f"{error}, or leave out {whom} with --on_bad_shard quarantine") from None
+        patients = f"its {entry.num_patients:,} patients"
+        raise UserError(f"{error}, or leave out {patients} with --on_bad_shard quarantine") from None
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
+        raise UserError(f"{path}: cannot be read ({error}); {advice}") from None
     if not table.num_rows:
-        raise UserError(f"{path}: holds no patients; {hint}")
+        raise UserError(f"{path}: holds no patients; {advice}")
+    return _flatten(table, entry, path, advice)
+
+
+def _flatten(table: pa.Table, entry: ShardEntry, path: str, advice: str) -> FlatPatients:
+    """Return the rows of a shard as flat arrays, which are compared with its entry."""
     columns = {name: table[name].chunk(0) for name in SHARD_SCHEMA.names}
-
-    def flat(name: str) -> pa.Array:
-        return columns[name].flatten()
-
-    set_size = flat("set_size").to_numpy()
-    value = flat("value")
-    patient_offsets = offsets_of(columns["num_sets"].to_numpy())
+    flat = {name: columns[name].flatten() for name in ("minute", "set_size", "code", "value")}
+    set_size = flat["set_size"].to_numpy()
+    patient_offsets = offsets_from_sizes(columns["num_sets"].to_numpy())
+    minute = _fill_static_minutes(flat["minute"].to_numpy(zero_copy_only=False), patient_offsets)
     patients = FlatPatients(
         patient_offsets=patient_offsets,
-        set_offsets=offsets_of(set_size),
-        minute=_with_static(flat("minute").to_numpy(zero_copy_only=False), patient_offsets).astype(np.float32),
-        code=flat("code").to_numpy(),
-        value=pc.fill_null(value, 0.0).to_numpy(),
-        has_value=pc.is_valid(value).to_numpy(zero_copy_only=False),
+        set_offsets=offsets_from_sizes(set_size),
+        minute=minute.astype(np.float32),
+        code=flat["code"].to_numpy(),
+        value=pc.fill_null(flat["value"], 0.0).to_numpy(),
+        has_value=pc.is_valid(flat["value"]).to_numpy(zero_copy_only=False),
         label=pc.fill_null(columns["label"].cast(pa.int64()), UNLABELLED).to_numpy(),
         patient_id=columns["patient_id"],
     )
@@ -160,45 +159,23 @@ def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = Tr
     expected = (entry.num_patients, entry.num_sets, entry.num_events, entry.num_events)
     ends = (patients.patient_offsets[-1], patients.set_offsets[-1])
     if sizes != expected or ends != (entry.num_sets, entry.num_events) or set_size.min() < 1:
-        raise UserError(f"{path}: {sizes} patients, sets, events and values, the manifest says {expected}; {hint}")
+        raise UserError(f"{path}: {sizes} patients, sets, events and values, the manifest says {expected}; {advice}")
     return patients
 
 
-def read_set_sizes(directory: Path | Folder, entry: ShardEntry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """[P] sets of each patient and [S] events of each set of one shard: two columns of a Parquet file, all of a tar.
-
-    Raises:
-        UserError: the file is missing or contradicts the manifest.  The checksum is not compared: that would read all.
-    """
-    folder = folder_at(directory)
-    path = f"{folder}/{entry.path}"
-    hint = f"the data set is damaged: {folder.mend}"
-    try:
-        with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=False) as local:
-            table = _read_rows(local, Path(entry.path).suffix, ["num_sets", "set_size"])
-        num_sets, set_size = table["num_sets"].to_numpy(), pc.list_flatten(table["set_size"]).to_numpy()
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {hint}") from None
-    sizes = (len(num_sets), len(set_size), int(num_sets.sum()), int(set_size.sum()))
-    expected = (entry.num_patients, entry.num_sets, entry.num_sets, entry.num_events)
-    if sizes != expected:
-        raise UserError(f"{path}: {sizes} patients, sets, sets and events, the manifest says {expected}; {hint}")
-    return num_sets, set_size
-
-
-def _with_static(minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """[S] minutes, with one for each static set (NaN), which can only be a patient's first."""
+def _fill_static_minutes(
+    minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return the minutes [S] with one for each static set (NaN), which can only be a patient's first."""
     static = np.flatnonzero(np.isnan(minute))
     if not len(static):
         return minute
-    filled, alone = minute.copy(), np.isin(static + 1, patient_offsets)
-    filled[static] = np.where(alone, 0.0, minute[np.minimum(static + 1, len(minute) - 1)])
+    filled, is_only_set = minute.copy(), np.isin(static + 1, patient_offsets)
+    filled[static] = np.where(is_only_set, 0.0, minute[np.minimum(static + 1, len(minute) - 1)])
     return filled
 
 
-def _read_rows(path: Path, suffix: str, columns: list[str] | None = None) -> pa.Table:
+def _read_rows(path: Path, suffix: str) -> pa.Table:
     if suffix == ".tar":
         return read_tar(path).cast(SHARD_SCHEMA)
-    return read_parquet(path, SHARD_SCHEMA, columns).combine_chunks()
+    return read_parquet(path, SHARD_SCHEMA).combine_chunks()

@@ -1,73 +1,137 @@
-"""The tables of a data set that are read whole: index, vocabulary and embeddings."""
+"""The tables of a data set beside its shards: index, vocabulary and embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
-from pipeline.schema import (
-    EMBEDDINGS_FILE,
-    INDEX_FILE,
-    VOCABULARY_FILE,
-    UserError,
-)
-from pipeline.storage.folder import Folder, folder_at
+from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, VOCABULARY_FILE, UserError
+from pipeline.storage.folder import Folder, as_folder
+
+Lengths = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""num_events [P] and num_sets [P], int64, of the patients of some shards, one shard after another."""
 
 
-def read_parquet(path: str | Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
-    # In this thread: others win nothing here, and where memory is short Arrow waits for ever for one it cannot start.
+def read_parquet(path: str | Path, schema: pa.Schema) -> pa.Table:
+    """Return a Parquet file with exactly the columns of ``schema``, cast to its types."""
+    # In this thread: others gain nothing here, and if memory is short Arrow waits for ever for one it cannot start.
     with pq.ParquetFile(path) as file:
-        table = file.read(columns=columns, use_threads=False)
-    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    return table.select(wanted.names).cast(wanted)
+        return file.read(use_threads=False).select(schema.names).cast(schema)
 
 
 def read_index(directory: Path | Folder, manifest: Manifest) -> pa.Table:
-    """``index.parquet``, checked against the manifest; columns as in ``INDEX_SCHEMA``."""
+    """Return ``index.parquet``, checked against the manifest; columns as in ``INDEX_SCHEMA``."""
     return _read_table(directory, manifest, INDEX_FILE, INDEX_SCHEMA)
 
 
 def read_vocabulary(directory: Path | Folder, manifest: Manifest) -> pa.Table:
-    """``vocabulary.parquet``, checked against the manifest; columns as in ``VOCABULARY_SCHEMA``, a row a code."""
+    """Return ``vocabulary.parquet``, checked against the manifest; columns as in ``VOCABULARY_SCHEMA``."""
     return _read_table(directory, manifest, VOCABULARY_FILE, VOCABULARY_SCHEMA)
 
 
 def _read_table(directory: Path | Folder, manifest: Manifest, name: str, schema: pa.Schema) -> pa.Table:
-    folder = folder_at(directory)
-    with checked_file(folder, manifest, name) as path:
-        try:
-            return read_parquet(path, schema)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{folder}/{name}: cannot be read ({error}); run preprocess.py again") from None
+    folder = as_folder(directory)
+    with open_checked(folder, manifest, name) as path, _report_damage(folder, name):
+        return read_parquet(path, schema)
 
 
 def load_embeddings(directory: Path | Folder, manifest: Manifest) -> npt.NDArray[np.float32]:
-    """``embeddings.npy``, [num_codes, embedding_dim], checked against the manifest; a header claims no memory."""
-    folder = folder_at(directory)
-    with checked_file(folder, manifest, EMBEDDINGS_FILE) as path:
+    """Return ``embeddings.npy``, [num_codes, embedding_dim] float32, checked against the manifest.
+
+    The header is compared before memory is allocated for what it claims.
+    """
+    folder = as_folder(directory)
+    with open_checked(folder, manifest, EMBEDDINGS_FILE) as path:
         try:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder}/{EMBEDDINGS_FILE}: cannot be read ({error}); {folder.mend}") from None
+            raise UserError(f"{folder}/{EMBEDDINGS_FILE}: cannot be read ({error}); {folder.repair_advice}") from None
         if vectors.dtype != np.float32 or vectors.shape != (manifest.num_codes, manifest.embedding_dim):
-            found = f"{vectors.dtype} {vectors.shape}"
-            raise UserError(f"{folder}/{EMBEDDINGS_FILE}: holds {found}, the manifest says otherwise; {folder.mend}")
+            holds = f"holds {vectors.dtype} {vectors.shape}, the manifest says otherwise"
+            raise UserError(f"{folder}/{EMBEDDINGS_FILE}: {holds}; {folder.repair_advice}")
         return np.array(vectors)
 
 
 @contextmanager
-def checked_file(directory: Path | Folder, manifest: Manifest, name: str) -> Iterator[Path]:
-    """A path on this machine of one of ``manifest.files``, while the context lasts; it has the manifest's checksum."""
-    folder = folder_at(directory)
+def open_checked(directory: Path | Folder, manifest: Manifest, name: str, *, verify: bool = True) -> Iterator[Path]:
+    """Yield a path on this machine of one of ``manifest.files``, while the context lasts.
+
+    Args:
+        directory: a data directory; only a Folder remembers what it has verified.
+        manifest: of the directory.
+        name: of the file.
+        verify: compare its checksum with the manifest's.
+    """
+    folder = as_folder(directory)
     if name not in manifest.files:
         raise UserError(f"{folder}/{name}: not in the manifest; run preprocess.py again")
-    with folder.file(name, manifest.files[name]) as path:
+    with folder.local_file(name, manifest.files[name], verify=verify) as path:
         yield path
+
+
+@contextmanager
+def _report_damage(folder: Folder, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{folder}/{name}: cannot be read ({error}); run preprocess.py again") from None
+
+
+class LengthIndex:
+    """The lengths of patients, read from the row groups of ``index.parquet`` that hold the shards in question.
+
+    The file is opened, and its checksum verified, when lengths are first read.
+    """
+
+    def __init__(self, directory: Path | Folder, manifest: Manifest, *, verify: bool = True) -> None:
+        self._folder, self._manifest, self._verify = as_folder(directory), manifest, verify
+        self._metadata: pq.FileMetaData | None = None
+        self._groups_of_shard: dict[str, list[int]] = {}
+        self._mixed_groups: list[tuple[str, str, int]] = []  # first and last shard of a row group with several
+
+    def read(self, entries: Sequence[ShardEntry]) -> Lengths:
+        """Return the lengths of the patients of some shards, in the order of ``entries`` and of their rows.
+
+        Raises:
+            UserError: the index is missing, damaged, or contradicts the manifest.
+        """
+        paths, folder = [entry.path for entry in entries], self._folder
+        with (
+            open_checked(folder, self._manifest, INDEX_FILE, verify=self._verify) as local,
+            _report_damage(folder, INDEX_FILE),
+            pq.ParquetFile(local, metadata=self._metadata) as file,
+        ):
+            if self._metadata is None:
+                self._find_row_groups(file.metadata)
+            groups = {group for path in paths for group in self._groups_of_shard.get(path, ())}
+            groups |= {group for a, b, group in self._mixed_groups if any(a <= path <= b for path in paths)}
+            table = file.read_row_groups(sorted(groups), ["shard", "num_events", "num_sets"], use_threads=False)
+        shard = pc.fill_null(pc.index_in(table["shard"], value_set=pa.array(paths, pa.string())), -1).to_numpy()
+        order = np.argsort(shard, kind="stable")[np.count_nonzero(shard < 0) :]
+        num_events, num_sets = (table[name].to_numpy()[order].astype(np.int64) for name in ("num_events", "num_sets"))
+        sums = [np.bincount(shard[order], amount, len(paths)) for amount in (None, num_sets, num_events)]
+        claims = [(entry.num_patients, entry.num_sets, entry.num_events) for entry in entries]
+        if np.stack(sums, axis=1).tolist() != [list(claim) for claim in claims] or num_sets.min(initial=1) < 1:
+            raise UserError(f"{folder}/{INDEX_FILE}: contradicts the manifest; {folder.repair_advice}")
+        return num_events, num_sets
+
+    def _find_row_groups(self, metadata: pq.FileMetaData) -> None:
+        column = metadata.schema.names.index("shard")
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(column).statistics
+            has_range = statistics is not None and statistics.has_min_max
+            first, last = (statistics.min, statistics.max) if has_range else ("", "~")
+            if first == last:
+                self._groups_of_shard.setdefault(first, []).append(group)
+            else:
+                self._mixed_groups.append((first, last, group))
+        self._metadata = metadata

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.arrays import offsets_of
+from pipeline.arrays import offsets_from_sizes
 
 Structured: TypeAlias = npt.NDArray[np.void]
 
@@ -47,7 +47,7 @@ def write_tar(table: pa.Table, path: Path, shard: str) -> None:
         for name in names or ():
             flat = columns[name].combine_chunks().flatten()
             array[name] = flat.to_numpy(zero_copy_only=False)  # null becomes NaN
-    set_offsets, event_offsets = offsets_of(num_sets).tolist(), offsets_of(num_events).tolist()
+    set_offsets, event_offsets = offsets_from_sizes(num_sets).tolist(), offsets_from_sizes(num_events).tolist()
     with path.open("wb") as file:
         for number, (patient_id, label) in enumerate(
             zip(columns["patient_id"].to_pylist(), columns["label"].to_pylist(), strict=True)
@@ -99,7 +99,7 @@ def read_tar(path: Path) -> pa.Table:
         raise ValueError("the members .json are not one object each")
     sets, num_sets = _join(members[1 :: len(SUFFIXES)], SETS)
     events, num_events = _join(members[2 :: len(SUFFIXES)], EVENTS)
-    set_offsets, event_offsets = offsets_of(num_sets), offsets_of(num_events)
+    set_offsets, event_offsets = offsets_from_sizes(num_sets), offsets_from_sizes(num_events)
     return pa.table(
         {
             "patient_id": pa.array([fact["patient_id"] for fact in facts], pa.string()),

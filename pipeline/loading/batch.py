@@ -1,21 +1,59 @@
 """The batch: ragged twice, flat arrays with offsets; and its padded form.
 
-Shape suffixes: B patients, S sets in all, E events in all, L the most events of one patient,
+Shape suffixes: B patients, S sets in all, E events in all, L the maximum number of events of a patient,
 D the width of an embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipeline.schema import PADDING_CODE
+
+_DTYPES = {
+    "code": torch.int64,
+    "value": torch.float32,
+    "has_value": torch.bool,
+    "set_offsets": torch.int64,
+    "minute": torch.float32,
+    "patient_offsets": torch.int64,
+    "label": torch.int64,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatientBatch:
     """Some patients, whole, in the order of the plan.
+
+    Two patients; the first has one event, the second a set of two events and a set of one:
+
+    >>> batch = PatientBatch(
+    ...     code=torch.tensor([5, 3, 4, 5]),
+    ...     value=torch.tensor([0.5, 0.0, 1.5, -1.0]),
+    ...     has_value=torch.tensor([True, False, True, True]),
+    ...     set_offsets=torch.tensor([0, 1, 3, 4]),
+    ...     minute=torch.tensor([-2.0, 0.0, 7.0]),
+    ...     patient_offsets=torch.tensor([0, 1, 3]),
+    ...     label=torch.tensor([1, -1]),
+    ...     patient_id=["a", "b"],
+    ... )
+    >>> batch.set_sizes.tolist(), batch.sets_per_patient.tolist(), batch.events_per_patient.tolist()
+    ([1, 2, 1], [1, 2], [1, 3])
+    >>> batch.patient_of_set.tolist(), batch.set_of_event.tolist()
+    ([0, 1, 1], [0, 1, 1, 2])
+    >>> batch.to_padded()["code"].tolist()
+    [[5, 0, 0], [3, 4, 5]]
+
+    Dtypes, shapes and, on the CPU, the ends of the offsets are checked; :meth:`validate` checks the rest.
+
+    >>> PatientBatch.from_padded(batch.to_padded(), ["a", "b", "c"])
+    Traceback (most recent call last):
+    ValueError: patient_offsets is torch.int64 [3], but 3 patients with 3 sets and 4 events need torch.int64 [4]
 
     Attributes:
         code: [E] int64, the variables' codes; never 0, which is padding's.
@@ -26,6 +64,9 @@ class PatientBatch:
         patient_offsets: [B+1] int64, the sets of patient ``b`` are ``patient_offsets[b]:patient_offsets[b+1]``.
         label: [B] int64, -1 where the patient is unlabelled.
         patient_id: B strings.
+
+    Raises:
+        ValueError: a tensor has another dtype, or sizes and offsets disagree.
     """
 
     code: Tensor
@@ -36,6 +77,44 @@ class PatientBatch:
     patient_offsets: Tensor
     label: Tensor
     patient_id: list[str]
+    _patient_of_set: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _set_of_event: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        events, sets, patients = self.code.numel(), self.minute.numel(), self.num_patients
+        sizes = (events, events, events, sets + 1, sets, patients + 1, patients)
+        for (name, dtype), size in zip(_DTYPES.items(), sizes, strict=True):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.shape != (size,):
+                need = f"{patients} patients with {sets} sets and {events} events need {dtype} [{size}]"
+                raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, but {need}")
+        if self.code.is_cpu:  # a device would have to be waited for
+            _check_ends("set_offsets", self.set_offsets, events)
+            _check_ends("patient_offsets", self.patient_offsets, sets)
+
+    @classmethod
+    def unchecked(cls, **attributes: Any) -> PatientBatch:
+        """Return a batch of attributes that are known to be right, in a tenth of the time of a check."""
+        batch = object.__new__(cls)
+        for name, value in (_NOT_DERIVED | attributes).items():
+            object.__setattr__(batch, name, value)
+        return batch
+
+    def validate(self) -> None:
+        """Check offsets, codes and values, which takes time and waits for a device.
+
+        Raises:
+            ValueError: a set is empty, offsets do not ascend, or a code or a value contradicts its meaning.
+        """
+        for name, stop, min_size in (("set_offsets", self.num_events, 1), ("patient_offsets", self.num_sets, 0)):
+            offsets = getattr(self, name)
+            _check_ends(name, offsets, stop)
+            if bool((offsets.diff() < min_size).any()):
+                raise ValueError(f"{name} must ascend by at least {min_size}")
+        if bool((self.code <= PADDING_CODE).any()):
+            raise ValueError(f"code must be above {PADDING_CODE}, which is padding's")
+        if bool(self.value[~self.has_value].any()):
+            raise ValueError("value must be 0 where has_value is False")
 
     @property
     def num_patients(self) -> int:
@@ -64,16 +143,38 @@ class PatientBatch:
         """[B] int64, events of each patient."""
         return self.set_offsets[self.patient_offsets].diff()
 
+    @property
+    def patient_of_set(self) -> Tensor:
+        """[S] int64, the patient of each set; computed once, and moved with the batch."""
+        return self._derive("_patient_of_set", self.patient_offsets, self.num_sets)
+
+    @property
+    def set_of_event(self) -> Tensor:
+        """[E] int64, the set of each event; computed once, and moved with the batch."""
+        return self._derive("_set_of_event", self.set_offsets, self.num_events)
+
+    def _derive(self, name: str, offsets: Tensor, size: int) -> Tensor:
+        derived: Tensor | None = getattr(self, name)
+        if derived is None:
+            derived = torch.repeat_interleave(offsets.diff(), output_size=size)
+            object.__setattr__(self, name, derived)
+        return derived
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PatientBatch:
-        """The same batch with every tensor on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Return the same batch with every tensor on ``device``."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PatientBatch:
-        """The same batch in page-locked memory, from which a GPU copies while it computes."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        """Return the same batch in page-locked memory, from which a GPU copies while it computes."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
+        values = {attribute.name: getattr(self, attribute.name) for attribute in fields(self)}
+        changed = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        return PatientBatch.unchecked(**changed)
 
     def between(self, start: int, stop: int) -> PatientBatch:
-        """The patients ``start`` … ``stop`` − 1 alone, as views where that can be."""
+        """Return the patients ``start`` … ``stop`` − 1 alone, as views where possible."""
         sets = slice(*self.patient_offsets[[start, stop]].tolist())
         events = slice(*self.set_offsets[[sets.start, sets.stop]].tolist())
         return PatientBatch(
@@ -88,15 +189,14 @@ class PatientBatch:
         )
 
     def keep_events(self, keep_E: Tensor) -> PatientBatch:
-        """The same patients with some of their events, and the sets that still have any.
+        """Return the same patients with some of their events, and the sets that still have any.
 
         Args:
             keep_E: [E] bool.
         """
-        set_E = torch.repeat_interleave(self.set_sizes, output_size=self.num_events)
-        patient_S = torch.repeat_interleave(self.sets_per_patient, output_size=self.num_sets)
-        size_S = torch.bincount(set_E[keep_E], minlength=self.num_sets)
+        size_S = torch.bincount(self.set_of_event[keep_E], minlength=self.num_sets)
         keep_S = size_S > 0
+        num_sets_B = torch.bincount(self.patient_of_set[keep_S], minlength=self.num_patients)
         zero = size_S.new_zeros(1)
         return PatientBatch(
             code=self.code[keep_E],
@@ -104,26 +204,22 @@ class PatientBatch:
             has_value=self.has_value[keep_E],
             set_offsets=torch.cat([zero, size_S[keep_S].cumsum(0)]),
             minute=self.minute[keep_S],
-            patient_offsets=torch.cat([zero, torch.bincount(patient_S[keep_S], minlength=self.num_patients).cumsum(0)]),
+            patient_offsets=torch.cat([zero, num_sets_B.cumsum(0)]),
             label=self.label,
             patient_id=self.patient_id,
         )
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
-        names = [field.name for field in fields(self) if field.name != "patient_id"]
-        return PatientBatch(**{name: change(getattr(self, name)) for name in names}, patient_id=self.patient_id)
-
     def to_padded(self, embeddings: Tensor | None = None, *, pad_to: int | None = None) -> dict[str, Tensor]:
-        """The rectangular layout: one row a patient, one column an event.
+        """Return the rectangular layout: one row a patient, one column an event.
 
         Args:
-            embeddings: [num_codes, D] float32, looked up by code for ``var``; left out, no ``var`` is made.
-            pad_to: the number of columns; by default L, the most events of a patient in this batch.
+            embeddings: [num_codes, D] float32, looked up by code for ``var``; without it, no ``var`` is made.
+            pad_to: the number of columns; by default L, the maximum number of events of a patient in this batch.
 
         Returns:
             ``code`` [B,L] int64, ``val`` [B,L,1] float32, ``has_value`` [B,L] bool, ``minute`` [B,L,1] float32,
             ``set_id`` [B,L,1] int64 (0, 1, 2 … within the patient), ``label`` [B] int64, ``padding_mask`` [B,L]
-            bool with **True = padding**, and ``var`` [B,L,D] where embeddings are given.  Padded cells are 0.
+            bool with **True = padding**, and ``var`` [B,L,D] with embeddings.  Padded cells are 0.
 
         Raises:
             ValueError: ``pad_to`` is smaller than L.
@@ -135,22 +231,18 @@ class PatientBatch:
             raise ValueError(f"pad_to={pad_to} is less than the {longest} events of a patient in this batch")
         device = self.code.device
         filled_BL = torch.arange(width, device=device) < num_events_B[:, None]
-        set_E = torch.repeat_interleave(self.set_sizes, output_size=self.num_events)
-        first_set_S = torch.repeat_interleave(
-            self.patient_offsets[:-1], self.sets_per_patient, output_size=self.num_sets
-        )
-        set_id_S = torch.arange(self.num_sets, device=device) - first_set_S
+        set_id_S = torch.arange(self.num_sets, device=device) - self.patient_offsets[self.patient_of_set]
 
         # Scattering fills row by row, which is the order of the flat arrays; assigning by mask is five times slower.
-        def rectangle(flat_E: Tensor) -> Tensor:
+        def fill(flat_E: Tensor) -> Tensor:
             return flat_E.new_zeros(filled_BL.shape).masked_scatter_(filled_BL, flat_E)
 
         padded = {
-            "code": rectangle(self.code),
-            "val": rectangle(self.value).unsqueeze(-1),
-            "has_value": rectangle(self.has_value),
-            "minute": rectangle(self.minute.index_select(0, set_E)).unsqueeze(-1),
-            "set_id": rectangle(set_id_S.index_select(0, set_E)).unsqueeze(-1),
+            "code": fill(self.code),
+            "val": fill(self.value).unsqueeze(-1),
+            "has_value": fill(self.has_value),
+            "minute": fill(self.minute.index_select(0, self.set_of_event)).unsqueeze(-1),
+            "set_id": fill(set_id_S.index_select(0, self.set_of_event)).unsqueeze(-1),
             "label": self.label,
             "padding_mask": ~filled_BL,
         }
@@ -160,7 +252,7 @@ class PatientBatch:
 
     @classmethod
     def from_padded(cls, padded: dict[str, Tensor], patient_id: list[str]) -> PatientBatch:
-        """The ragged batch of a padded one, whatever its amount of padding; the inverse of :meth:`to_padded`.
+        """Return the ragged batch of a padded one, whatever its amount of padding; the inverse of :meth:`to_padded`.
 
         A set is a run of equal ``set_id`` in a row; ``var`` is not read, codes say the same.
         """
@@ -183,3 +275,12 @@ class PatientBatch:
             label=padded["label"],
             patient_id=patient_id,
         )
+
+
+_NOT_DERIVED: dict[str, Any] = {"_patient_of_set": None, "_set_of_event": None}
+
+
+def _check_ends(name: str, offsets: Tensor, stop: int) -> None:
+    ends = offsets[[0, -1]].tolist()
+    if ends != [0, stop]:
+        raise ValueError(f"{name} must begin at 0 and end at {stop}, not at {ends[0]} and {ends[1]}")

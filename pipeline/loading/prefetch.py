@@ -1,7 +1,8 @@
-"""Items made ahead by a thread."""
+"""Items that a thread makes in advance."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator
 from contextlib import closing
@@ -12,17 +13,28 @@ T = TypeVar("T")
 
 
 def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """``items``, made by a thread that is at most ``depth`` of them ahead; 0 makes each when it is asked for.
+    """Yield ``items``, which a thread makes at most ``depth`` in advance; with 0 each is made when it is asked for.
 
-    An exception in the thread is raised where its item would have come.  Closing, or dropping, the generator ends the
+    An exception in the thread is raised where its item would have come.  Closing or dropping the generator ends the
     thread.
+
+    Raises:
+        RuntimeError: the iteration is continued in a process that was forked during it, which has no such thread.
     """
-    if depth == 0:
-        yield from items
-        return
+    made = _make_in_thread(items, depth) if depth else items
+    process = os.getpid()
+    with closing(made):
+        for item in made:
+            yield item
+            if os.getpid() != process:
+                raise RuntimeError("this iteration was begun before os.fork(); begin a new one in the new process")
+
+
+def _make_in_thread(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
     ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()  # an item, a failure, or the end
     free = threading.Semaphore(depth)
     closed = threading.Event()
+    process = os.getpid()
 
     def work() -> None:
         try:
@@ -46,6 +58,7 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
             free.release()
             yield message[0]
     finally:
-        closed.set()
-        free.release()
-        thread.join()
+        if os.getpid() == process:  # after a fork the locks may be held by a thread that does not exist
+            closed.set()
+            free.release()
+            thread.join()

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SUFFIXES
-from pipeline.dataset.tables import checked_file
+from pipeline.dataset.tables import open_checked
 from pipeline.machine import peak_rss_bytes
 from pipeline.prepare.clean import REJECTS_SCHEMA, clean, is_blank
 from pipeline.prepare.executors import LOCAL, open_executor
@@ -64,7 +64,7 @@ from pipeline.schema import (
     VOCABULARY_FILE,
     UserError,
 )
-from pipeline.storage.files import file_sha256, replacing, sealed, sync, unsealed, write_atomically
+from pipeline.storage.files import file_sha256, replace_atomically, seal, sync, unseal, write_atomically
 
 EVENTS_PER_SHARD: Final = 1 << 21
 READ_BY_TRAINING: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE)
@@ -234,7 +234,7 @@ def build(
                 if not any(part.num_events for part in parts):
                     raise UserError("the input has no event that can be used; look at its columns")
                 if embedding_dim is not None:
-                    with checked_file(like.folder, like.manifest, EMBEDDINGS_FILE) as embeddings:
+                    with open_checked(like.folder, like.manifest, EMBEDDINGS_FILE) as embeddings:
                         shutil.copyfile(embeddings, data / EMBEDDINGS_FILE)
                     sync(data / EMBEDDINGS_FILE)
 
@@ -282,7 +282,7 @@ def build(
             "events_per_second": round(events_in / seconds),
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        summary = sealed(summary)
+        summary = seal(summary)
         write_atomically(data / SUMMARY_FILE, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
 
         splits, *tars = (
@@ -308,7 +308,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path}: missing, or not as it was written; {mend}") from None
-    unsealed(summary, path, mend)
+    unseal(summary, path, mend)
     return summary
 
 
@@ -460,7 +460,7 @@ def _finish(work: Path, data: Path, written: Sequence[WrittenPartition], vocabul
 
 
 def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with replace_atomically(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
 

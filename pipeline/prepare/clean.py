@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.prepare import names
 from pipeline.prepare.sources.source import FILE, ROW, RawRows, patient_ids
-from pipeline.schema import MINUTE, MOST, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
+from pipeline.schema import FLOAT32_MAX, MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 
 DUPLICATE: Final = "duplicate"
 NO_ORIGIN: Final = "no_origin"
@@ -66,7 +66,9 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
         "no_patient": names.fits(patient, is_blank).fill_null(True),
         "no_variable": names.fits(variable, is_blank).fill_null(True),
         "reserved_variable": names.fits(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
-        "bad_minute": (minute.is_null() & (not raw.static)) if instants else minute.is_null() | ~(minute.abs() <= MOST),
+        "bad_minute": (minute.is_null() & (not raw.static))
+        if instants
+        else minute.is_null() | ~(minute.abs() <= FLOAT32_MAX),
         "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},

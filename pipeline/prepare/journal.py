@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.storage.files import file_sha256, sealed, unsealed, write_atomically
+from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
 
 T = TypeVar("T", bound=Any)  # a dataclass of JSON values, arrays and such dataclasses
 
@@ -121,7 +121,7 @@ def _do(entry: Path, work: Path, leaves: list[str], task: Callable[..., T], give
         "found": json.loads(json.dumps(asdict(found), default=_plain)),
         "files": {path.relative_to(work).as_posix(): file_sha256(path) for path in files},
     }
-    write_atomically(entry, json.dumps(sealed(content)).encode())
+    write_atomically(entry, json.dumps(seal(content)).encode())
     return found
 
 
@@ -140,7 +140,7 @@ class _Entry:
 def _read(path: Path, work: Path) -> _Entry | None:
     """The entry of a task that is done; None where it is missing, or it or a file is damaged."""
     try:
-        content = unsealed(json.loads(path.read_bytes()), path, "")
+        content = unseal(json.loads(path.read_bytes()), path, "")
         if content["task"] != _name(path):
             return None
         cleared = False

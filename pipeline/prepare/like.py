@@ -9,7 +9,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.tables import checked_file, read_vocabulary
+from pipeline.dataset.tables import open_checked, read_vocabulary
 from pipeline.prepare.rules import Rules
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.splits import SplitRule
@@ -36,7 +36,7 @@ class Like:
         folder = open_folder(directory)
         manifest = Manifest.load(folder)
         if manifest.embedding_dim is not None:
-            with checked_file(folder, manifest, EMBEDDINGS_FILE):  # before the long work: it may be damaged
+            with open_checked(folder, manifest, EMBEDDINGS_FILE):  # before the long work: it may be damaged
                 pass
         return cls(folder=folder, manifest=manifest, vocabulary=read_vocabulary(folder, manifest))
 

@@ -25,8 +25,8 @@ from pipeline.prepare.rules import Bools, Limits, Rules, Sieve, repeats
 from pipeline.prepare.sources.source import FILE, LABEL, MICROSECONDS, ROW, SPLIT, Origin
 from pipeline.prepare.spill import STATIC_INSTANT, PartitionRows, read_partition, read_slice, read_table, write_table
 from pipeline.prepare.splits import SplitRule
-from pipeline.schema import MINUTE, MOST, PATIENT_ID, SET_INDEX, SPLITS, UNKNOWN_CODE, VALUE
-from pipeline.storage.files import replacing
+from pipeline.schema import FLOAT32_MAX, MINUTE, PATIENT_ID, SET_INDEX, SPLITS, UNKNOWN_CODE, VALUE
+from pipeline.storage.files import replace_atomically
 
 Ints: TypeAlias = npt.NDArray[np.integer[Any]]
 
@@ -281,7 +281,7 @@ def _write_rejects(path: Path, rows: PartitionRows, rejected: dict[str, pl.DataF
             "value": origin[VALUE].cast(pa.string()),
         }
         tables.append(pa.table(table).cast(REJECTS_SCHEMA))
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         pq.write_table(pa.concat_tables(tables) if tables else REJECTS_SCHEMA.empty_table(), temporary)
 
 
@@ -312,11 +312,14 @@ def write_partition(
             order = np.lexsort((code, np.repeat(np.arange(len(set_sizes)), set_sizes)))
             code, value = code[order], value[order]
         scaled = (value - vocabulary["mean"].to_numpy()[code]) / vocabulary["std"].to_numpy()[code]
+        scaled = scaled.clip(-FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
         shard = pa.table(
             {
                 **{name: rows[name] for name in SHARD_SCHEMA.names},
                 "code": _lists(rows["num_events"].to_numpy(), code),
-                "value": _lists(rows["num_events"].to_numpy(), scaled.clip(-MOST, MOST).astype(np.float32)),
+                "value": _lists(
+                    rows["num_events"].to_numpy(), scaled.clip(-FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
+                ),
             }
         ).cast(SHARD_SCHEMA)
         paths = [f"{split}/{partition:05d}{suffix}" for suffix in suffixes]

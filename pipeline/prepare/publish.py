@@ -138,7 +138,7 @@ def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
             f"{output}: holds a data set of other input or options; give --overwrite to replace it, "
             "or name another --output"
         )
-    bad = [entry.path for entry in manifest.shards() if not _has_size(output / entry.path, entry.num_bytes)]
+    bad = [entry.path for entry in manifest.all_shards() if not _has_size(output / entry.path, entry.num_bytes)]
     bad += [name for name, sum_ in manifest.files.items() if not _has_sum(output / name, sum_)]
     if bad:
         path = output / bad[0]

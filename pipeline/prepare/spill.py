@@ -19,11 +19,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrays import ranges
+from pipeline.arrays import concatenate_ranges
 from pipeline.prepare.sources.source import FILE, ROW
 from pipeline.prepare.splits import HASH_BITS, SplitRule
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
-from pipeline.storage.files import replacing
+from pipeline.storage.files import replace_atomically
 
 STATIC_INSTANT = np.iinfo(np.int64).min
 """Stands for no instant at all: the event is static."""
@@ -71,7 +71,7 @@ def write_spill(
     patient = rank[_positions(kept[PATIENT_ID], patient_ids)]
     start = np.flatnonzero(np.diff(patient, prepend=-1))  # rows of a patient mostly stand together
     by_patient = np.argsort(patient[start], kind="stable")
-    order = ranges(start[by_patient], np.diff(start, append=len(patient))[by_patient])
+    order = concatenate_ranges(start[by_patient], np.diff(start, append=len(patient))[by_patient])
     minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
     if not minute.dtype.is_float():
         minute = minute.fill_null(STATIC_INSTANT)
@@ -166,5 +166,5 @@ def read_table(path: Path) -> pa.Table:
 
 def write_table(path: Path, table: pa.Table, max_rows: int | None = None) -> None:
     """``table`` as one record batch, so that a column is one array; or as batches of ``max_rows``."""
-    with replacing(path) as temporary, pa.ipc.new_file(temporary, table.schema) as file:
+    with replace_atomically(path) as temporary, pa.ipc.new_file(temporary, table.schema) as file:
         file.write_table(table.combine_chunks(), max_rows)

@@ -75,7 +75,7 @@ def write_data_report(directory: Path) -> Path:
         "Rejected rows": sum(rejects.values()),
         "Variables with events": int((vocabulary["count"].to_numpy() > 0).sum()),
         "Shards": sum(len(entries) for entries in manifest.splits.values()),
-        "MiB of shards": sum(entry.num_bytes for entry in manifest.shards()) / 2**20,
+        "MiB of shards": sum(entry.num_bytes for entry in manifest.all_shards()) / 2**20,
     }
     looked_at = (
         f"{len(shards)} of {len(manifest.splits.get(split, []))} shards of the {split} split, "
@@ -147,11 +147,10 @@ def _waste_sections(index: pa.Table, split: str) -> list[str]:
     for batch_size in BATCH_SIZES:
         budget = max(longest, round(batch_size * mean))
         policies = {
-            "at random": Policy(batch_size=batch_size, bucket_by=None),
+            "at random": Policy(batch_size=batch_size, bucketing=False),
             "bucketed by events (the default)": Policy(batch_size=batch_size),
-            "bucketed by sets": Policy(batch_size=batch_size, bucket_by="sets"),
             "sorted by events": Policy(batch_size=batch_size, bucket_width=0),
-            "budget of padded events": Policy(batch_size=None, max_events=budget, layout="padded"),
+            "budget of events": Policy(batch_size=None, max_events=budget),
         }
         for name, policy in policies.items():
             plan = plan_epoch(num_events, num_sets, policy, seed=0, epoch=0)

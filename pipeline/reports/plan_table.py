@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +18,9 @@ from rich.table import Table
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tables import read_index
-from pipeline.sampling.cost import PEAK_BYTES, CostModel
+from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import plan_epoch
-from pipeline.sampling.policy import BUCKET_WIDTH, Layout, Policy
+from pipeline.sampling.policy import BUCKET_WIDTH, Policy
 from pipeline.sampling.quality import (
     label_correlation,
     neighbour_correlation,
@@ -30,7 +29,6 @@ from pipeline.sampling.quality import (
     rank_imbalance,
 )
 from pipeline.schema import SPLITS, UNLABELLED, UserError
-from pipeline.storage.cache import parse_bytes
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
 
@@ -75,13 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--batch_size", type=int, default=16, help="most patients a global batch (default: %(default)s)"
     )
     parser.add_argument("--max_events", type=int, help="also show batches of at most so many events")
-    parser.add_argument("--max_memory", help="also show batches whose step takes at most so much, such as 2GB")
     parser.add_argument("--max_sequence_length", type=int, help="most events of a patient")
     parser.add_argument("--bucket_width", type=float, default=BUCKET_WIDTH, help="in batches (default: %(default)s)")
     parser.add_argument("--world_size", type=int, default=1, help="ranks that share a batch (default: %(default)s)")
-    parser.add_argument(
-        "--preset", choices=PEAK_BYTES, default="small", help="of the model, for its memory (default: %(default)s)"
-    )
     parser.add_argument("--epochs", type=int, default=5, help="epochs to average over (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
@@ -112,8 +106,7 @@ def _table(flags: argparse.Namespace) -> Table:
 
     table = Table(
         title=title,
-        caption=f"Means over {flags.epochs} epochs, seed {flags.seed}. r: correlation, - without meaning. "
-        "Peak: predicted, in float32, beside weights and optimiser.",
+        caption=f"Means over {flags.epochs} epochs, seed {flags.seed}. r: correlation, - without meaning.",
     )
     table.add_column("policy", no_wrap=True)
     for heading in (
@@ -122,15 +115,13 @@ def _table(flags: argparse.Namespace) -> Table:
         "padding\nof sets",
         "patients a batch\nmin / median / max",
         "most events\na batch",
-        f"peak of a step,\n{flags.preset}",
         "pairs\nmeeting again",
         "r of neighbours'\nevents",
         "r of label\nand batch",
         f"imbalance\nof {flags.world_size} ranks",
     ):
         table.add_column(heading, justify="right")
-    peak_model = PEAK_BYTES[flags.preset]
-    cost, peak = (model.of(num_events, num_sets) for model in (CostModel(), peak_model))
+    cost = CostModel().predict(num_events, num_sets)
     for name, policy in _policies(flags):
         plans = [
             plan_epoch(num_events, num_sets, policy, seed=flags.seed, epoch=epoch) for epoch in range(flags.epochs)
@@ -143,8 +134,7 @@ def _table(flags: argparse.Namespace) -> Table:
             _percent([padding_waste(plan, num_events) for plan in plans]),
             _percent([padding_waste(plan, num_sets) for plan in plans]),
             spread,
-            f"{max(plan.totals(num_events).max(initial=0) for plan in plans):,}",
-            f"{(max(plan.totals(peak).max(initial=0) for plan in plans) + peak_model.batch) / 2**20:,.0f} MiB",
+            f"{max(plan.sum_per_batch(num_events).max(initial=0) for plan in plans):,}",
             _percent([pairs_meeting_again(plan, later) for plan, later in pairwise(plans)]),
             _signed([neighbour_correlation(plan, num_events) for plan in plans]),
             _signed([label_correlation(plan, num_events, lengths.label) for plan in plans]),
@@ -155,18 +145,13 @@ def _table(flags: argparse.Namespace) -> Table:
 
 def _policies(flags: argparse.Namespace) -> Iterator[tuple[str, Policy]]:
     width, size, budget = flags.bucket_width, flags.batch_size, flags.max_events
-    yield f"{size} patients, at random", Policy(batch_size=size, bucket_by=None)
+    yield f"{size} patients, at random", Policy(batch_size=size, bucketing=False)
     yield f"{size} patients, sorted by events", Policy(batch_size=size, bucket_width=0)
     yield f"{size} patients, bucketed by events", Policy(batch_size=size, bucket_width=width)
-    yield f"{size} patients, bucketed by sets", Policy(batch_size=size, bucket_width=width, bucket_by="sets")
     if budget is not None:
-        for layout in get_args(Layout):
-            policy = Policy(batch_size=None, max_events=budget, layout=layout, bucket_width=width)
-            yield f"{budget:,} events, {layout}", policy
-            yield f"{budget:,} events, {layout}, and {size} patients", replace(policy, batch_size=size)
-    if flags.max_memory is not None:
-        limit, model = parse_bytes(flags.max_memory), PEAK_BYTES[flags.preset]
-        yield f"{flags.max_memory}, any number", Policy(batch_size=None, max_cost=limit, cost=model, bucket_width=width)
+        policy = Policy(batch_size=None, max_events=budget, bucket_width=width)
+        yield f"{budget:,} events", policy
+        yield f"{budget:,} events and {size} patients", replace(policy, batch_size=size)
 
 
 def _percent(values: list[float]) -> str:

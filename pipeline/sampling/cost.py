@@ -13,15 +13,16 @@ Lengths = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
-    """Predicted cost of a training step, by default its time in units of one event's.
+    """Predicted cost of a training step, by default its time in units of the time of one event.
 
-    Fitted to measured steps (``benchmarks.growth``, 2 cores): in the reference preset a set, with 16 inducing points of
-    its own, takes as long as 4.3 events, a patient 12, and the square of its sets, which is attention's, 0.0002; in the
-    small preset a set 0.4, a patient 28, the square of its sets 0.0005.
+    The default weights are those of the reference preset, fitted to steps measured on 2 CPU cores
+    (``benchmarks.growth``): a set, with 16 inducing points of its own, takes as long as 4.3 events, a patient as 12,
+    and the square of a patient's sets, which is attention's, as 0.0002.  For another preset, machine or unit (such as
+    the bytes of a step's peak) the trainer fits weights of its own.
 
     Attributes:
-        event, set, set_squared, patient: of each event, set, square of a patient's number of sets, and patient.
-        batch: of a step whatever is in its batch.
+        event, set, set_squared, patient: cost of an event, a set, the square of a patient's number of sets, a patient.
+        batch: cost of a step whatever is in its batch.
     """
 
     event: float = 1.0
@@ -30,15 +31,7 @@ class CostModel:
     patient: float = 12.0
     batch: float = 0.0
 
-    def of(self, num_events: Lengths, num_sets: Lengths) -> npt.NDArray[np.float64]:
-        """[P] float64 cost of each patient; a batch costs their sum and ``batch``."""
+    def predict(self, num_events: Lengths, num_sets: Lengths) -> npt.NDArray[np.float64]:
+        """Return the cost of each patient, [P] float64; a batch costs their sum and ``batch``."""
         sets = num_sets.astype(np.float64)
         return self.event * num_events + (self.set + self.set_squared * sets) * sets + self.patient
-
-
-PEAK_BYTES = {
-    "small": CostModel(event=17_375, set=30_788, set_squared=0.0, patient=179_580, batch=416_456),
-    "reference": CostModel(event=77_398, set=266_684, set_squared=7.0, patient=1_073_954, batch=6_720_449),
-}
-"""Bytes that a training step in float32 needs at its peak, over what weights and optimiser hold, by preset of the
-model; fitted by ``benchmarks.memory_model``.  ``training.memory`` fits them to a machine and a configuration."""

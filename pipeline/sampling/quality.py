@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.sampling.cost import Lengths
-from pipeline.sampling.plan import EpochPlan, deal
+from pipeline.sampling.plan import EpochPlan, split_across_ranks
 from pipeline.schema import UNLABELLED
 
 
 def padding_waste(plan: EpochPlan, lengths: Lengths) -> float:
-    """Padded cells ÷ all cells, each batch as wide as its longest patient; 0 for a plan without patients."""
+    """Return padded cells ÷ all cells, each batch as wide as its longest patient; 0 for a plan without patients."""
     if not len(plan.order):
         return 0.0
     longest = np.maximum.reduceat(lengths[plan.order], plan.batch_offsets[:-1])
@@ -19,35 +19,36 @@ def padding_waste(plan: EpochPlan, lengths: Lengths) -> float:
 
 
 def pairs_meeting_again(plan: EpochPlan, later: EpochPlan) -> float:
-    """Of the pairs of patients that share a batch, the part that shares one in ``later`` too; NaN without pairs."""
-    both = _batch_of(plan) * later.num_batches + _batch_of(later)
+    """Return which part of the pairs that share a batch shares one in ``later`` too; NaN without pairs."""
+    both = _batch_of_patient(plan) * later.num_batches + _batch_of_patient(later)
     pairs = int((plan.batch_sizes * (plan.batch_sizes - 1)).sum())
     together = np.unique(both, return_counts=True)[1]
     return float((together * (together - 1)).sum() / pairs) if pairs else float("nan")
 
 
 def neighbour_correlation(plan: EpochPlan, lengths: Lengths) -> float:
-    """Correlation of the mean lengths of a batch and the next one; NaN where it has no meaning."""
-    means = plan.totals(lengths) / plan.batch_sizes
+    """Return the correlation of the mean lengths of a batch and the next one; NaN if it has no meaning."""
+    means = plan.sum_per_batch(lengths) / plan.batch_sizes
     return _correlation(means[:-1], means[1:])
 
 
 def label_correlation(plan: EpochPlan, lengths: Lengths, label: npt.NDArray[np.int64]) -> float:
-    """Correlation of a labelled patient's label with the mean length of the patient's batch."""
-    means = (plan.totals(lengths) / plan.batch_sizes)[_batch_of(plan)]
+    """Return the correlation of a labelled patient's label with the mean length of the patient's batch."""
+    means = (plan.sum_per_batch(lengths) / plan.batch_sizes)[_batch_of_patient(plan)]
     labelled = label != UNLABELLED
     return _correlation(means[labelled], label[labelled].astype(np.float64))
 
 
 def rank_imbalance(plan: EpochPlan, cost: npt.NDArray[np.float64], world_size: int) -> float:
-    """Mean over the steps of (dearest rank − cheapest rank) ÷ mean rank: about the part of a step spent waiting."""
+    """Return the mean over the steps of (maximum − minimum) ÷ mean cost of a rank: about the waiting part of a step."""
     if not len(plan.order):
         return 0.0
-    costs = np.stack([deal(plan, cost, rank=rank, world_size=world_size).totals(cost) for rank in range(world_size)])
+    parts = [split_across_ranks(plan, cost, rank=rank, world_size=world_size) for rank in range(world_size)]
+    costs = np.stack([part.sum_per_batch(cost) for part in parts])
     return float(np.mean(np.ptp(costs, axis=0) / costs.mean(axis=0)))
 
 
-def _batch_of(plan: EpochPlan) -> npt.NDArray[np.int64]:
+def _batch_of_patient(plan: EpochPlan) -> npt.NDArray[np.int64]:
     """[P] int64, the batch of each patient."""
     batch = np.empty(len(plan.order), dtype=np.int64)
     batch[plan.order] = np.repeat(np.arange(plan.num_batches), plan.batch_sizes)

@@ -9,7 +9,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -18,54 +18,41 @@ from pipeline.schema import UserError
 
 CACHE_BYTES: Final = "32GiB"
 
-
 TAG_FILE: Final = "CACHEDIR.TAG"
-
-
 TAG: Final = b"Signature: 8a477f597d28d172789f06886806bc55\n# Shards that seqsetvae fetched; it removes them itself.\n"
-"""Marks a cache; of a form that backup programs know (bford.info/cachedir)."""
+"""Marks a folder as a cache, in the form that backup programs know (bford.info/cachedir)."""
 
-
-PART: Final = ".part"
-"""Ends the names of files that are being written."""
-
+PART_SUFFIX: Final = ".part"
+"""Suffix of files that are still being written."""
 
 Fetch: TypeAlias = Callable[[BufferedRandom, Callable[[int], None]], None]
-"""Writes the content of a file to the one it is given, after it has asked for so many bytes of room."""
+"""Writes the content of a file into its first argument, after a call of its second with the size in bytes."""
+
+_CACHED_NAME: Final = re.compile(rf"[0-9a-f]{{64}}({re.escape(PART_SUFFIX)})?")
+_PREFIXES: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-_OWN: Final = re.compile(rf"[0-9a-f]{{64}}({re.escape(PART)})?")
-
-
-_UNITS: Final = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("IB", 1024))
-}
-
-
-def parse_bytes(text: str) -> int:
-    """``8GB``, ``32 GiB``, ``1.5T``, ``1000`` as bytes.
+def parse_bytes(text: str, flag: str = "--cache_bytes") -> int:
+    """Return the number of bytes of a size such as ``8GB``, ``32 GiB``, ``1.5T`` or ``1000``.
 
     Raises:
-        UserError: it is no size.
+        UserError: the text is no size; the message names ``flag``.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
-    unit = match and (match[2] if match[2] in _UNITS else match[2] + "B")
-    if match is None or unit not in _UNITS:
-        raise UserError(f"--cache_bytes {text}: give a size such as 8GB or 32GiB")
-    return int(float(match[1]) * _UNITS[unit])
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    if match is None or (match[3] and not match[2]):
+        raise UserError(f"{flag} {text}: give a size such as 8GB or 32GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES[match[2]])
 
 
 class Cache:
     """Files by their checksum in ``directory``, which is made, or must be empty or a cache already."""
 
-    def __init__(self, directory: Path, limit: int) -> None:
-        self._directory, self._limit = directory, limit
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory, self._max_bytes = directory, max_bytes
         tag = directory / TAG_FILE
-        with self._writing():
+        with self._report_write_errors():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._locked():
+            with self._lock_directory():
                 content = tag.read_bytes() if tag.exists() else b""
                 if content == TAG:
                     return
@@ -76,33 +63,33 @@ class Cache:
                 tag.write_bytes(TAG)
 
     @contextmanager
-    def file(self, sha256: str, fetch: Fetch, *, verify: bool) -> Iterator[Path]:
-        """A path of the file of this checksum, which stays there while the context lasts.
+    def local_file(self, sha256: str, fetch: Fetch, *, verify: bool) -> Iterator[Path]:
+        """Yield the path of the file with this checksum, which is not removed while the context lasts.
 
         Args:
-            sha256: of its content.
-            fetch: called where it is not there.
-            verify: whether a file that is there is read first, and fetched again where it is damaged.
+            sha256: of the file's content.
+            fetch: called if the file is not in the cache.
+            verify: read a file that is in the cache first, and fetch it again if it is damaged.
         """
         path = self._directory / sha256
         while True:  # another process may remove the file between two steps
-            with _held(path, fcntl.LOCK_SH) as file:
+            with _lock_file(path, fcntl.LOCK_SH) as file:
                 if file is not None and (not verify or hashlib.file_digest(file, "sha256").hexdigest() == sha256):
                     os.utime(path)
                     yield path
                     return
             if file is not None:
                 print(f"warning: {path}: damaged; it is fetched again", file=sys.stderr)
-                _remove(path, fcntl.LOCK_EX)
-            with self._writing():
-                if self._add(path, fetch):
+                _remove_file(path, fcntl.LOCK_EX)
+            with self._report_write_errors():
+                if self._add_file(path, fetch):
                     verify = False
 
-    def _add(self, path: Path, fetch: Fetch) -> bool:
-        """Whether this process has fetched the file; otherwise another one has been at it."""
-        part = path.with_name(path.name + PART)
+    def _add_file(self, path: Path, fetch: Fetch) -> bool:
+        """Fetch a file and return True; return False if another process was faster, and try again then."""
+        part = path.with_name(path.name + PART_SUFFIX)
         part.touch(mode=0o600)
-        with _held(part, fcntl.LOCK_EX) as file:
+        with _lock_file(part, fcntl.LOCK_EX) as file:
             if file is None or path.exists():
                 if file is not None:
                     part.unlink()
@@ -119,23 +106,23 @@ class Cache:
         return True
 
     def _make_room(self, file: BufferedRandom, num_bytes: int) -> None:
-        """Remove files until one of ``num_bytes`` fits, and give ``file`` that size, so that others count it."""
-        with self._locked():
-            used = []
+        """Remove the least recently used files until ``file`` fits, and give it its size, so that others count it."""
+        with self._lock_directory():
+            cached = []
             for entry in os.scandir(self._directory):
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    if _OWN.fullmatch(entry.name) and stat.S_ISREG(status.st_mode):
-                        used.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
-            excess = sum(size for _, size, _ in used) + num_bytes - self._limit
-            for _, size, path in sorted(used):
-                if excess > 0 and _remove(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    if _CACHED_NAME.fullmatch(entry.name) and stat.S_ISREG(status.st_mode):
+                        cached.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+            excess = sum(size for _, size, _ in cached) + num_bytes - self._max_bytes
+            for _, size, path in sorted(cached):
+                if excess > 0 and _remove_file(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     excess -= size
             file.truncate(num_bytes)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process at a time decides what is removed."""
+    def _lock_directory(self) -> Iterator[None]:
+        """Let one process at a time decide which files are removed."""
         descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -144,37 +131,29 @@ class Cache:
             os.close(descriptor)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _report_write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"--cache_dir {self._directory}: cannot be used ({error.strerror}); free some space or name another"
-            ) from None
+            reason = f"cannot be used ({error.strerror}); free some space or name another"
+            raise UserError(f"--cache_dir {self._directory}: {reason}") from None
 
 
 @contextmanager
-def _held(path: Path, how: int) -> Iterator[BufferedRandom | None]:
-    """The file at ``path``, locked; None where there is none (any more), or where LOCK_NB would have to wait."""
-    try:
-        file = path.open("r+b")
-    except FileNotFoundError:
+def _lock_file(path: Path, operation: int) -> Iterator[BufferedRandom | None]:
+    """Yield the file at ``path``, locked; None if there is none (any more), or if LOCK_NB would have to wait."""
+    with ExitStack() as stack:
         file = None
-    if file is None:
-        yield None
-        return
-    with file:
-        try:
-            fcntl.flock(file, how)
-            there = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            there = False
-        yield file if there else None
+        with suppress(BlockingIOError, FileNotFoundError):
+            opened = stack.enter_context(path.open("r+b"))
+            fcntl.flock(opened, operation)
+            file = opened if os.path.samestat(os.fstat(opened.fileno()), path.stat()) else None
+        yield file
 
 
-def _remove(path: Path, how: int) -> bool:
-    """Whether the file was there and, under the lock ``how``, could be removed."""
-    with _held(path, how) as file:
+def _remove_file(path: Path, operation: int) -> bool:
+    """Remove the file under the lock ``operation``; return whether it existed and could be locked."""
+    with _lock_file(path, operation) as file:
         if file is not None:
             path.unlink()
         return file is not None

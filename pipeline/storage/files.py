@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, sealed JSON."""
+"""Files that are whole or absent: atomic writes, checksums, JSON with a checksum of its own."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.schema import (
-    UserError,
-)
+from pipeline.schema import UserError
 
-TEMPORARY: Final = ".tmp"
-"""Ends the names of files that are not complete."""
+TEMPORARY_SUFFIX: Final = ".tmp"
+"""Suffix of files that are still being written."""
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with a checksum of what it says, however it will be laid out."""
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with a checksum of its content added, which does not depend on how the text is laid out."""
     return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
-def unsealed(content: Any, path: Path | str, mend: str) -> dict[str, Any]:
-    """What :func:`sealed` was given; UserError where ``path`` holds something else."""
+def unseal(content: Any, path: Path | str, advice: str) -> dict[str, Any]:
+    """Return what :func:`seal` was given.
+
+    Raises:
+        UserError: the checksum is wrong; the message names ``path`` and ends with ``advice``.
+    """
     plain = {name: value for name, value in content.items() if name != "sha256"} if isinstance(content, dict) else {}
-    if sealed(plain) != content:
-        raise UserError(f"{path}: checksum of its content is wrong; {mend}")
+    if seal(plain) != content:
+        raise UserError(f"{path}: checksum of its content is wrong; {advice}")
     return plain
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of ``path`` (a file or a directory) is on the disk."""
+    """Wait until the content of a file or a directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,12 +44,12 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a new path beside ``path`` to write to, which then takes its place.
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` to write to; at the end the new file takes the place of the old one.
 
-    ``path`` is the old file or the new one, whole, at every moment, through power loss too, and whoever else writes it.
+    At every moment, also after a power loss and with several writers, ``path`` is the old or the new file, whole.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         sync(temporary)
@@ -58,20 +60,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "*", *, below: bool = False) -> None:
-    """Remove what a killed process left of :func:`replacing` files of that name in ``folder``, and ``below`` it where
-    all is ours; nobody else may be writing them.
+    """Remove temporary files of :func:`replace_atomically` that a killed process left; nobody may be writing them.
+
+    Args:
+        folder: where the files lie.
+        name: of the files that were being replaced.
+        below: also remove them from all folders below, which must be our own.
     """
-    leftovers = f".{name}.*{TEMPORARY}"
+    leftovers = f".{name}.*{TEMPORARY_SUFFIX}"
     for path in folder.rglob(leftovers) if below else folder.glob(leftovers):
         path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` by way of :func:`replacing`."""
-    with replacing(path) as temporary:
+    """Write ``content`` to ``path`` with :func:`replace_atomically`."""
+    with replace_atomically(path) as temporary:
         temporary.write_bytes(content)
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A folder with the files of a data set; each is compared with the manifest when it is first read."""
+"""A folder with the files of a data set; each file is compared with the manifest when it is first read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class BadFile(UserError):
     """A file is missing, or is not what the manifest says.
 
     Attributes:
-        reason: which of it, and how.
+        reason: what is wrong with it, without its name.
     """
 
     def __init__(self, where: str, reason: str, advice: str) -> None:
@@ -24,69 +24,70 @@ class BadFile(UserError):
 
 
 class Folder:
-    """The data directory at a path of this machine; one elsewhere is a ``pipeline.storage.remote.RemoteFolder``.
+    """A data directory on this machine; ``pipeline.storage.remote.RemoteFolder`` is one elsewhere.
 
-    It remembers which files it has found whole, for one process; another opens a folder of its own.
+    The object remembers which files it has verified, so a process should use one object and no other process this one.
+
+    Attributes:
+        repair_advice: what to do about a bad file.
+        manifest_advice: what to do if there is no manifest.
     """
 
-    mend = "copy the data set again, or run preprocess.py again"
-    """What to do about a bad file."""
-
-    begin = "run preprocess.py (again) first"
-    """What to do where there is no manifest."""
+    repair_advice = "copy the data set again, or run preprocess.py again"
+    manifest_advice = "run preprocess.py (again) first"
 
     def __init__(self, path: str | Path) -> None:
-        self._at = str(path)
-        self._whole: set[tuple[str, str]] = set()
+        self._location = str(path)
+        self._verified: set[tuple[str, str]] = set()
 
     def __str__(self) -> str:
-        return self._at
+        return self._location
 
     def read(self, name: str) -> bytes:
-        """The content of a small file as it is now; OSError where it cannot be read."""
-        return (Path(self._at) / name).read_bytes()
+        """Return the content of a small file as it is now; OSError if it cannot be read."""
+        return (Path(self._location) / name).read_bytes()
 
     @contextmanager
-    def file(self, name: str, sha256: str, *, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
-        """A path on this machine under which the file lies while the context lasts.
+    def local_file(
+        self, name: str, sha256: str, *, num_bytes: int | None = None, verify: bool = True
+    ) -> Iterator[Path]:
+        """Yield a path on this machine at which the file lies while the context lasts.
 
         Args:
             name: of the file, below the folder.
-            sha256: as the manifest has it.
-            num_bytes: as the manifest has it; None where it does not say.
+            sha256: the checksum in the manifest.
+            num_bytes: the size in the manifest; None if it has none.
             verify: compare both with the file, the first time.
 
         Raises:
-            BadFile: it is missing, damaged or another.
+            BadFile: the file is missing, damaged or another one.
             UserError: it cannot be read, which need not be the file's fault.
         """
-        path = Path(self._at) / name
-        if verify and (name, sha256) not in self._whole:
+        path = Path(self._location) / name
+        if verify and (name, sha256) not in self._verified:
             try:
                 self._check_size(name, path.stat().st_size, num_bytes)
-                self._check_sum(name, file_sha256(path), sha256)
+                self._check_sha256(name, file_sha256(path), sha256)
             except OSError as error:
-                if error.errno == errno.ENOENT:
-                    raise self._bad(name, "is missing") from None
-                reason = f"cannot be read ({error.strerror})"
-                if error.errno == errno.EIO:
-                    raise self._bad(name, reason) from None
+                reason = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
+                if error.errno in (errno.ENOENT, errno.EIO):
+                    raise self._bad_file(name, reason) from None
                 raise UserError(f"{self}/{name}: {reason}") from None
-            self._whole.add((name, sha256))
+            self._verified.add((name, sha256))
         yield path
 
-    def _check_size(self, name: str, found: int, expected: int | None) -> None:
-        if expected is not None and found != expected:
-            raise self._bad(name, f"has {found} bytes, the manifest says {expected}")
+    def _check_size(self, name: str, actual: int, expected: int | None) -> None:
+        if expected is not None and actual != expected:
+            raise self._bad_file(name, f"has {actual} bytes, the manifest says {expected}")
 
-    def _check_sum(self, name: str, found: str, expected: str) -> None:
-        if found != expected:
-            raise self._bad(name, "checksum differs from the manifest's")
+    def _check_sha256(self, name: str, actual: str, expected: str) -> None:
+        if actual != expected:
+            raise self._bad_file(name, "checksum differs from the manifest's")
 
-    def _bad(self, name: str, reason: str) -> BadFile:
-        return BadFile(f"{self}/{name}", reason, self.mend)
+    def _bad_file(self, name: str, reason: str) -> BadFile:
+        return BadFile(f"{self}/{name}", reason, self.repair_advice)
 
 
-def folder_at(directory: Path | Folder) -> Folder:
-    """The folder itself, or that of a path."""
+def as_folder(directory: Path | Folder) -> Folder:
+    """Return the folder at a path; a folder is returned as it is."""
     return Folder(directory) if isinstance(directory, Path) else directory

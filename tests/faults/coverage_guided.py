@@ -43,7 +43,8 @@ def tar(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
 
 
 def manifest(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
-    shards, data_dirs = import_module("pipeline.dataset.shards"), import_module("tests.data_dirs")
+    manifests, files = import_module("pipeline.dataset.manifest"), import_module("pipeline.storage.files")
+    data_dirs = import_module("tests.data_dirs")
     patients = data_dirs.make_patients([[1], [2, 3]])
     data = data_dirs.write_data_dir(folder / "data", {"train": patients, "valid": patients, "test": []})
     path = data / "manifest.json"
@@ -57,10 +58,10 @@ def manifest(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
             parsed = None
         if isinstance(parsed, dict):
             with contextlib.suppress(ValueError, RecursionError):  # what has no JSON form has no checksum
-                content = json.dumps(shards.sealed(parsed)).encode()
+                content = json.dumps(files.seal(parsed)).encode()
         path.write_bytes(content)
-        with contextlib.suppress(shards.UserError):
-            shards.Manifest.load(data)
+        with contextlib.suppress(manifests.UserError):
+            manifests.Manifest.load(data)
 
     return load, json.dumps(content).encode()
 

@@ -4,16 +4,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.arrays import offsets_of, ranges
+from pipeline.arrays import concatenate_ranges, offsets_from_sizes
 
 
 def test_offsets_begin_with_zero_and_end_with_the_sum() -> None:
-    assert offsets_of(np.array([2, 0, 3], dtype=np.int32)).tolist() == [0, 2, 2, 5]
-    assert offsets_of(np.array([], dtype=np.int64)).tolist() == [0]
+    assert offsets_from_sizes(np.array([2, 0, 3], dtype=np.int32)).tolist() == [0, 2, 2, 5]
+    assert offsets_from_sizes(np.array([], dtype=np.int64)).tolist() == [0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), max_size=20))
 def test_ranges_are_the_concatenation_of_each_range(parts: list[tuple[int, int]]) -> None:
     expected = [number for start, size in parts for number in range(start, start + size)]
     starts, sizes = np.array(parts, dtype=np.int64).reshape(-1, 2).T
-    assert ranges(starts, sizes).tolist() == expected
+    assert concatenate_ranges(starts, sizes).tolist() == expected

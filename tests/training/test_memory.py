@@ -46,7 +46,7 @@ def test_fit_has_no_weight_below_nothing() -> None:
 
 def test_amounts_are_those_that_the_plan_counts() -> None:
     batch, cost = random_batch(SETS), CostModel(event=2, set=3, set_squared=0.5, patient=7, batch=11)
-    planned = cost.of(batch.events_per_patient.numpy(), batch.sets_per_patient.numpy()).sum() + cost.batch
+    planned = cost.predict(batch.events_per_patient.numpy(), batch.sets_per_patient.numpy()).sum() + cost.batch
     weights = [cost.event, cost.set, cost.set_squared, cost.patient, cost.batch]
     assert np.dot(amounts(batch), weights) == pytest.approx(planned)
 
@@ -67,7 +67,7 @@ def test_parts_are_the_batch_and_each_fits_or_is_one_patient(sets: list[list[int
     start = 0
     for part in parts:
         assert same(part, batch.between(start, start := start + part.num_patients))
-        cost = memory.peak.of(part.events_per_patient.numpy(), part.sets_per_patient.numpy()).sum()
+        cost = memory.peak.predict(part.events_per_patient.numpy(), part.sets_per_patient.numpy()).sum()
         assert cost <= limit * (1 + 1e-9) or part.num_patients == 1
 
 

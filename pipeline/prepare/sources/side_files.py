@@ -13,7 +13,7 @@ import polars as pl
 
 from pipeline.prepare.rules import ACTIONS, Range
 from pipeline.prepare.sources.source import LABEL, patient_ids, unreadable
-from pipeline.schema import FIRST_CODE, MOST, PATIENT_ID, VARIABLE, UserError
+from pipeline.schema import FIRST_CODE, FLOAT32_MAX, PATIENT_ID, VARIABLE, UserError
 
 LABEL_COLUMNS: Final = ("label", "in_hospital_mortality", "In-hospital_death")
 ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
@@ -143,7 +143,7 @@ def read_ranges(path: Path) -> dict[str, Range]:
         except ValueError:
             low, high = math.nan, math.nan
         action = row.get("action") or "reject"
-        if not (low <= high and low <= MOST and high >= -MOST) or action not in ACTIONS:
+        if not (low <= high and low <= FLOAT32_MAX and high >= -FLOAT32_MAX) or action not in ACTIONS:
             raise UserError(
                 f"{path}: the row of {row[VARIABLE]!r} is no range; low and high are float32 numbers or empty, "
                 f"low is not above high, action is {' or '.join(ACTIONS)}"

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.dataset import shards
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.shards import check_shards, read_set_sizes, read_shard
+from pipeline.dataset.shards import check_shards, read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
 from pipeline.schema import INDEX_FILE, MANIFEST_FILE, VOCABULARY_FILE, UserError
 from pipeline.storage import files
@@ -37,16 +37,6 @@ def test_a_shard_gives_back_what_was_written(directory: Path) -> None:
     assert {name: getattr(first, name).dtype for name in ("code", "value", "has_value", "minute", "label")} == {
         "code": np.int32, "value": np.float32, "has_value": np.bool_, "minute": np.float32, "label": np.int64,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".tar"])
-def test_set_sizes_are_those_of_the_whole_shard(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "ROW_GROUP_EVENTS", 4)
-    split = {"train": make_patients([[1, 2], [3], [2, 2, 2], [9]])}
-    directory = write_data_dir(tmp_path / "num_sets=7", split, shard_size=3, suffix=suffix)
-    first, second = (read_set_sizes(directory, entry) for entry in Manifest.load(directory).splits["train"])
-    assert [part.tolist() for part in first] == [[2, 1, 3], [1, 2, 3, 2, 2, 2]]
-    assert [part.tolist() for part in second] == [[1], [9]]
 
 
 def test_row_groups_hold_a_range_of_patients_of_about_equal_events(
@@ -108,9 +98,6 @@ def test_a_damaged_shard_is_named(directory: Path, harm: Callable[[Path], None],
     harm(directory / entry.path)
     with pytest.raises(UserError, match=message) as caught:
         read_shard(directory, entry, verify=verify)
-    if not verify:
-        with pytest.raises(UserError, match=message):
-            read_set_sizes(directory, entry)
     assert str(directory / entry.path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -145,9 +132,8 @@ def test_what_is_not_the_files_fault_is_no_bad_shard(directory: Path, monkeypatc
 def test_a_shard_unlike_the_manifest_is_refused(directory: Path, field: str) -> None:
     entry = Manifest.load(directory).splits["train"][0]
     wrong = dataclasses.replace(entry, **{field: getattr(entry, field) + 1})
-    for read in (read_shard, read_set_sizes):
-        with pytest.raises(UserError, match="the manifest says"):
-            read(directory, wrong)
+    with pytest.raises(UserError, match="the manifest says"):
+        read_shard(directory, wrong)
 
 
 @pytest.mark.parametrize("name", [INDEX_FILE, VOCABULARY_FILE])

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import doctest
+import pickle
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.loading.batch
 from pipeline.loading.batch import PatientBatch
 from tests.data_dirs import Patient, expected_batch, make_patients
 
@@ -133,3 +137,81 @@ def test_some_patients_of_a_batch_are_a_batch(set_sizes: list[list[int]], data: 
     start = data.draw(st.integers(0, len(patients)))
     stop = data.draw(st.integers(start, len(patients)))
     assert_equal(batch_of(patients).between(start, stop), batch_of(patients[start:stop]))
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    failed, tried = doctest.testmod(pipeline.loading.batch)
+    assert (failed, tried) == (0, 5)
+
+
+@given(SET_SIZES)
+def test_each_set_and_each_event_knows_where_it_stands(set_sizes: list[list[int]]) -> None:
+    batch = batch_of(make_patients(set_sizes))
+    patient_of_set = [patient for patient, sizes in enumerate(set_sizes) for _ in sizes]
+    flat = [size for sizes in set_sizes for size in sizes]
+    set_of_event = [number for number, size in enumerate(flat) for _ in range(size)]
+    for moved in (batch, batch.to("cpu"), pickle.loads(pickle.dumps(batch))):
+        assert moved.patient_of_set.tolist() == patient_of_set
+        assert moved.set_of_event.tolist() == set_of_event
+        assert moved.patient_of_set.dtype == moved.set_of_event.dtype == torch.int64
+
+
+def test_derived_tensors_are_computed_once_and_move_with_the_batch() -> None:
+    batch = batch_of(make_patients([[1, 2], [4]]))
+    early = batch.to("meta")
+    assert batch.patient_of_set is batch.patient_of_set
+    assert batch.set_of_event is batch.set_of_event
+    moved = batch.to("meta")
+    assert moved._patient_of_set is not None
+    assert moved.patient_of_set.device.type == moved.set_of_event.device.type == "meta"
+    assert early._patient_of_set is None
+    some = replace(batch, patient_id=["a", "b"])
+    assert some._set_of_event is None, "another batch has its own"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"code": torch.ones(7, dtype=torch.int32)}, r"code is torch.int32 \[7\], but 2 .* need torch.int64 \[7\]"),
+        ({"code": torch.ones(1, 7, dtype=torch.int64)}, r"code is torch.int64 \[1, 7\]"),
+        ({"value": torch.ones(6)}, r"value is torch.float32 \[6\], but .* 7 events need torch.float32 \[7\]"),
+        ({"value": torch.ones(7, dtype=torch.float64)}, "value is torch.float64"),
+        ({"has_value": torch.ones(7)}, "has_value is torch.float32"),
+        ({"minute": torch.ones(2)}, r"set_offsets is torch.int64 \[4\], but .* need torch.int64 \[3\]"),
+        ({"label": torch.zeros(3, dtype=torch.int64)}, r"label is torch.int64 \[3\]"),
+        ({"patient_id": ["a"]}, r"patient_offsets is torch.int64 \[3\], but 1 patients"),
+        ({"set_offsets": torch.tensor([1, 1, 3, 7])}, "set_offsets must begin at 0 and end at 7, not at 1 and 7"),
+        ({"set_offsets": torch.tensor([0, 1, 3, 6])}, "set_offsets must begin at 0 and end at 7, not at 0 and 6"),
+        ({"patient_offsets": torch.tensor([0, 2, 4])}, "patient_offsets must begin at 0 and end at 3, not at 0 and 4"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_contradicts_itself_is_refused(change: dict[str, Any], message: str) -> None:
+    batch = batch_of(make_patients([[1, 2], [4]]))
+    with pytest.raises(ValueError, match=message):
+        replace(batch, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"set_offsets": torch.tensor([0, 3, 3, 7])}, "set_offsets must ascend by at least 1"),
+        ({"set_offsets": torch.tensor([0, 4, 3, 7])}, "set_offsets must ascend by at least 1"),
+        ({"patient_offsets": torch.tensor([0, 0, 3])}, None),
+        ({"code": torch.tensor([2, 2, 0, 2, 2, 2, 2])}, "code must be above 0"),
+        ({"has_value": torch.zeros(7, dtype=torch.bool), "value": torch.ones(7)}, "value must be 0 where has_value"),
+    ],
+)
+def test_validating_finds_what_making_does_not(change: dict[str, Any], message: str | None) -> None:
+    batch = replace(batch_of(make_patients([[1, 2], [4]])), **change)
+    if message is None:
+        batch.validate()
+    else:
+        with pytest.raises(ValueError, match=message):
+            batch.validate()
+    if "set_offsets" in change:
+        wrong = PatientBatch.unchecked(
+            **{name: getattr(batch, name) for name in DTYPES} | {"set_offsets": batch.set_offsets - 1}, patient_id=[""]
+        )
+        with pytest.raises(ValueError, match="set_offsets must begin at 0"):
+            wrong.validate()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -18,11 +20,13 @@ from hypothesis import strategies as st
 from pipeline import make_loader
 from pipeline.dataset.manifest import Manifest
 from pipeline.loading.batch import PatientBatch
-from pipeline.loading.loader import PatientLoader, StepCounts
+from pipeline.loading.loader import PatientLoader
+from pipeline.loading.place import BatchPlace, GlobalBatch, StepCounts
 from pipeline.schema import MANIFEST_FILE, UserError
 from tests.data_dirs import Patient, in_stored_order, make_patients, write_data_dir
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
 
+ROOT = Path(__file__).parents[3]
 Ids = list[list[str]]
 
 
@@ -61,12 +65,89 @@ def test_evaluation_is_in_order_of_events(data_dir: Path, patients: list[Patient
         assert joined(loader) == expected
 
 
-def test_padded_batches_are_those_of_to_padded(data_dir: Path) -> None:
-    ragged, direct = (make_loader(data_dir, batch_size=7, max_sequence_length=20, truncate="random") for _ in range(2))
-    for batch, padded in zip(ragged, direct.padded(), strict=True):
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_what_the_transform_makes_is_handed_out(data_dir: Path, prefetch: int) -> None:
+    flags: dict[str, Any] = {"batch_size": 7, "max_sequence_length": 20, "truncate": "random", "prefetch": prefetch}
+    threads = set[str]()
+
+    def pad(batch: PatientBatch, place: BatchPlace) -> tuple[dict[str, torch.Tensor], int]:
+        threads.add(threading.current_thread().name)
+        return batch.to_padded(), place.cursor
+
+    ragged, padded = make_loader(data_dir, **flags), make_loader(data_dir, **flags, transform=pad)
+    for number, (batch, (tensors, cursor)) in enumerate(zip(ragged, padded, strict=True)):
+        assert cursor == number
         for name, tensor in batch.to_padded().items():
-            assert torch.equal(padded[name], tensor), name
-    assert ragged.state_dict() == direct.state_dict()
+            assert torch.equal(tensors[name], tensor), name
+    assert ragged.state_dict() == padded.state_dict()
+    assert threads == {"prefetch" if prefetch else "MainThread"}
+
+
+def place_of(batch: PatientBatch, place: BatchPlace) -> tuple[BatchPlace, GlobalBatch, PatientBatch]:
+    return place, place.global_batch(), batch
+
+
+@settings(max_examples=30)
+@given(
+    world_size=st.integers(1, 4),
+    prefetch=st.sampled_from([0, 3]),
+    flags=st.sampled_from(
+        [
+            {},
+            {"batch_size": 5, "group_events": 440},
+            {"max_sequence_length": 7, "truncate": "latest"},
+            {"max_events": 150, "group_events": 700, "max_sequence_length": 30, "truncate": "random"},
+        ]
+    ),
+)
+def test_a_place_tells_of_the_batches_of_all_ranks(
+    data_dir: Path, world_size: int, prefetch: int, flags: dict[str, Any]
+) -> None:
+    loaders = [
+        make_loader(data_dir, **flags, rank=rank, world_size=world_size, prefetch=prefetch, transform=place_of)
+        for rank in range(world_size)
+    ]
+    step = 0
+    for epoch in range(2):
+        for cursor, parts in enumerate(zip(*(iter(loader) for loader in loaders), strict=True)):
+            batches = [batch for _, _, batch in parts]
+            counts = StepCounts(
+                num_patients=sum(batch.num_patients for batch in batches),
+                num_labelled=sum(int((batch.label >= 0).sum()) for batch in batches),
+                num_sets=sum(batch.num_sets for batch in batches),
+                num_events=sum(batch.num_events for batch in batches),
+            )
+            sets = {
+                name: sizes.tolist()
+                for batch in batches
+                for name, sizes in zip(
+                    batch.patient_id, batch.set_sizes.split(batch.sets_per_patient.tolist()), strict=True
+                )
+            }
+            for place, whole, batch in parts:
+                assert (place.epoch, place.cursor, place.step, place.counts) == (epoch, cursor, step, counts)
+                assert sorted(whole.patient_id) == sorted(sets)
+                assert whole.num_sets.tolist() == [len(sets[name]) for name in whole.patient_id]
+                assert whole.set_size.tolist() == [size for name in whole.patient_id for size in sets[name]]
+                assert [name for name in whole.patient_id if name in batch.patient_id] == batch.patient_id
+                assert whole.patient_id == parts[0][1].patient_id
+            step += 1
+            assert all(loader.step == step for loader in loaders)
+
+
+def test_steps_go_on_over_epochs_jumps_and_resumes(data_dir: Path) -> None:
+    def steps(batch: PatientBatch, place: BatchPlace) -> tuple[int, int, int]:
+        return place.step, place.epoch, place.cursor
+
+    loader, resumed = (make_loader(data_dir, transform=steps) for _ in range(2))  # four batches an epoch
+    assert [step for step, _, _ in (*loader, *loader)] == list(range(8))
+    loader.set_epoch(5)
+    assert list(islice(loader, 2)) == [(8, 5, 0), (9, 5, 1)]
+    assert loader.step == 10
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    for other in (loader, resumed):
+        assert list(other) == [(10, 5, 2), (11, 5, 3)]
+        assert next(iter(other)) == (12, 6, 0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -206,7 +287,7 @@ def test_the_state_is_small_and_plain(data_dir: Path) -> None:
         ({"batch_size": 8}, "batch_size was 16 and is now 8"),
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"split": "valid"}, "split was train and is now valid"),
-        ({"bucketing": False}, "bucket_by was events and is now None"),
+        ({"bucketing": False}, "bucketing was True and is now False"),
         ({"max_sequence_length": 5}, "max_sequence_length was None and is now 5"),
         ({"shuffle": False}, "shuffle was True and is now False"),
     ],
@@ -235,19 +316,6 @@ def test_a_plan_made_otherwise_is_refused(data_dir: Path) -> None:
         loader.load_state_dict({})
 
 
-@pytest.mark.parametrize("flags", [{}, {"max_sequence_length": 7}, {"group_events": 440, "batch_size": 5}])
-def test_step_counts_are_those_of_the_batches_of_all_ranks(data_dir: Path, flags: dict[str, Any]) -> None:
-    loaders = [make_loader(data_dir, **flags, rank=rank, world_size=3) for rank in range(3)]
-    for step, parts in enumerate(zip(*(iter(loader) for loader in loaders), strict=True)):
-        counts = StepCounts(
-            num_patients=sum(part.num_patients for part in parts),
-            num_labelled=sum(int((part.label >= 0).sum()) for part in parts),
-            num_sets=sum(part.num_sets for part in parts),
-            num_events=sum(part.num_events for part in parts),
-        )
-        assert all(loader.step_counts(step) == counts for loader in loaders)
-
-
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_splits_of_no_and_of_one_patient(data_dir: Path, prefetch: int) -> None:
     empty, single = (make_loader(data_dir, split=split, prefetch=prefetch) for split in ("test", "valid"))
@@ -272,18 +340,14 @@ def test_the_thread_ends_when_the_consumer_leaves(data_dir: Path, leave: str) ->
     assert not prefetch_threads()
 
 
-def test_the_thread_is_no_more_than_the_promised_batches_ahead(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_is_no_more_than_the_promised_batches_ahead(data_dir: Path) -> None:
     made = threading.Semaphore(0)
-    loader = make_loader(data_dir, batch_size=2, prefetch=3)
-    store = loader._latest[1]  # type: ignore[index]
-    padded = store.padded
 
-    def counted(*arguments: Any) -> Any:
+    def counted(batch: PatientBatch, place: BatchPlace) -> PatientBatch:
         made.release()
-        return padded(*arguments)
+        return batch
 
-    monkeypatch.setattr(store, "padded", counted)
-    stream = loader.padded()
+    stream = iter(make_loader(data_dir, batch_size=2, prefetch=3, transform=counted))
     next(stream)
     for _ in range(4):
         assert made.acquire(timeout=10)
@@ -292,37 +356,58 @@ def test_the_thread_is_no_more_than_the_promised_batches_ahead(data_dir: Path, m
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_failure_reaches_the_consumer_where_its_batch_would_have_come(
-    data_dir: Path, prefetch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = make_loader(data_dir, batch_size=4, prefetch=prefetch)
-    store = loader._latest[1]  # type: ignore[index]
-    gather = store.padded
-    steps = iter(range(100))
-
-    def fail(*arguments: Any) -> Any:
-        if next(steps) == 2:
+def test_a_failure_reaches_the_consumer_where_its_batch_would_have_come(data_dir: Path, prefetch: int) -> None:
+    def fail(batch: PatientBatch, place: BatchPlace) -> PatientBatch:
+        if place.cursor == 2:
             raise MemoryError("no more")
-        return gather(*arguments)
+        return batch
 
-    monkeypatch.setattr(store, "padded", fail)
-    stream = loader.padded()
+    loader = make_loader(data_dir, batch_size=4, prefetch=prefetch, transform=fail)
+    stream = iter(loader)
     assert len(list(islice(stream, 2))) == 2
     with pytest.raises(MemoryError, match="no more"):
         next(stream)
-    assert loader.cursor == 2
+    assert (loader.cursor, loader.step) == (2, 2)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("group_events", [440, 10**6])
+def test_an_iteration_that_is_continued_after_a_fork_raises(data_dir: Path, prefetch: int, group_events: int) -> None:
+    program = f"""
+import os, sys, warnings
+from pathlib import Path
+from pipeline import make_loader
+warnings.simplefilter("ignore", DeprecationWarning)  # Python's own: a process with threads is forked
+flags = {{"batch_size": 2, "prefetch": {prefetch}, "group_events": {group_events}}}
+loader, expected = (make_loader(Path(sys.argv[1]), **flags) for _ in range(2))
+stream = iter(loader)
+next(stream)
+child = os.fork()
+if not child:
+    try:
+        next(stream)
+    except RuntimeError as error:
+        assert "os.fork()" in str(error)
+        again = next(iter(loader))  # a new iteration of the new process, from the place
+        os._exit(0 if again.patient_id == list(expected)[1].patient_id else 3)
+    os._exit(4)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+assert len(list(stream)) == 26
+"""
+    subprocess.run([sys.executable, "-c", program, str(data_dir)], check=True, cwd=ROOT, timeout=60)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"batch_size": 0}, "--batch_size 0"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
         ({"batch_size": None}, "give --batch_size, --max_events or both"),
-        ({"seed": -1}, "--seed -1"),
-        ({"group_events": 0}, "--group_events 0"),
-        ({"prefetch": -1}, "--prefetch -1"),
-        ({"max_sequence_length": 0}, "--max_sequence_length 0"),
-        ({"truncate": "middle"}, "--truncate middle: must be one of earliest, latest, random"),
+        ({"seed": -1}, "--seed must be at least 0, not -1"),
+        ({"group_events": 0}, "--group_events must be at least 1, not 0"),
+        ({"prefetch": -1}, "--prefetch must be at least 0, not -1"),
+        ({"max_sequence_length": 0}, "--max_sequence_length must be at least 1, not 0"),
+        ({"truncate": "middle"}, "--truncate must be earliest or latest or random, not 'middle'"),
         ({"rank": 2, "world_size": 2}, "rank 2 is not among 2 ranks"),
         ({"world_size": 0}, "--world_size 0"),
         ({"split": "dev"}, "no split 'dev'"),
@@ -333,14 +418,21 @@ def test_a_flag_out_of_range_is_refused(data_dir: Path, flags: dict[str, Any], m
         make_loader(data_dir, **flags)
 
 
+def test_an_option_that_there_is_not_is_named(data_dir: Path) -> None:
+    with pytest.raises(TypeError, match="bucket_by"):
+        make_loader(data_dir, bucket_by="sets")
+
+
 def test_a_missing_manifest_and_a_damaged_shard_are_named(data_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(data_dir, tmp_path / "copy")
     shard = copy / Manifest.load(copy).splits["train"][3].path
     content = bytearray(shard.read_bytes())
     content[40] ^= 1
     shard.write_bytes(content)
+    loader = make_loader(copy)
+    assert len(loader) == 4, "a plan reads no shard"
     with pytest.raises(UserError, match=f"{shard}: checksum differs"):
-        make_loader(copy)
+        next(iter(loader))
     assert make_loader(copy, split="valid").num_patients == 1
     (copy / MANIFEST_FILE).unlink()
     with pytest.raises(UserError, match="no manifest here"):
@@ -371,4 +463,5 @@ def test_many_batches_are_gathered_together_or_one_by_one_alike(
 def test_batches_are_pinned_where_asked(data_dir: Path) -> None:
     loader: PatientLoader = make_loader(data_dir, pin_memory=True)
     assert all(batch.code.is_pinned() and batch.set_offsets.is_pinned() for batch in loader)
-    assert all(padded["val"].is_pinned() for padded in loader.padded())
+    untouched = make_loader(data_dir, pin_memory=True, transform=lambda batch, place: batch)
+    assert not any(batch.code.is_pinned() for batch in untouched)

@@ -7,10 +7,12 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +20,13 @@ from hypothesis import strategies as st
 import pipeline.loading.loader
 from pipeline import make_loader
 from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.loading.groups import GroupPlan
 from pipeline.loading.loader import PatientLoader
+from pipeline.loading.options import Truncate
 from pipeline.loading.store import PatientStore
-from pipeline.schema import UserError
+from pipeline.sampling.cost import CostModel
+from pipeline.schema import INDEX_FILE, UserError
+from pipeline.storage.files import file_sha256
 from tests.data_dirs import Patient, make_patients, write_data_dir
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
 from tests.pipeline.loading.test_loader import ids, joined, prefetch_threads
@@ -42,7 +48,7 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 def num_groups(loader: PatientLoader) -> int:
-    return loader._grouping(loader.epoch).num_groups
+    return loader._planner.grouping(loader.epoch).num_groups
 
 
 def walk(loader: PatientLoader) -> list[int]:
@@ -59,7 +65,7 @@ def walk(loader: PatientLoader) -> list[int]:
         {
             "seed": st.integers(0, 99),
             "shuffle": st.booleans(),
-            "bucket_by": st.sampled_from(["events", "sets"]),
+            "bucketing": st.booleans(),
             "max_sequence_length": st.none() | st.integers(1, 60),
             "truncate": st.sampled_from(["earliest", "latest", "random"]),
             "prefetch": st.sampled_from([0, 2]),
@@ -121,14 +127,6 @@ def test_global_batches_depend_on_neither_ranks_nor_prefetch(
         ]
 
 
-def test_padded_batches_are_those_of_to_padded(data_dir: Path) -> None:
-    ragged, direct = (make_loader(data_dir, batch_size=7, group_events=GROUP_EVENTS) for _ in range(2))
-    for batch, padded in zip(ragged, direct.padded(), strict=True):
-        for name, tensor in batch.to_padded().items():
-            assert padded[name].equal(tensor), name
-    assert ragged.state_dict() == direct.state_dict()
-
-
 def test_patients_of_a_batch_are_of_one_group_and_groups_change_with_the_epoch(data_dir: Path) -> None:
     loader = make_loader(data_dir, batch_size=5, group_events=GROUP_EVENTS)
     members: list[dict[int, set[str]]] = []
@@ -171,11 +169,11 @@ def test_ranks_take_turns_over_the_whole_epoch(tmp_path: Path) -> None:
 def test_each_group_has_chances_of_its_own(tmp_path: Path) -> None:
     data = write_data_dir(tmp_path, {"train": make_patients([[9]] * 80)}, shard_size=20)
     loader = make_loader(data, batch_size=5, group_events=180, max_sequence_length=4, truncate="random")
-    groups = {number: loader._load(0, number, 4 * number)[0] for number in range(4)}
+    groups = {number: loader._load_group(loader._planner.plan_group(0, number, 4 * number)) for number in range(4)}
     for number, group in groups.items():
-        assert group.shards == [loader._grouping(0).row[number]], "a shard each, all alike"
+        assert group.plan.shards == (loader._planner.grouping(0).shard_order[number],), "a shard each, all alike"
         for other in range(number):
-            assert group.plan.order.tolist() != groups[other].plan.order.tolist()
+            assert group.batches.order.tolist() != groups[other].batches.order.tolist()
             assert group.windows.event_start.tolist() != groups[other].windows.event_start.tolist()
 
 
@@ -213,9 +211,12 @@ def test_resuming_reads_the_group_that_the_place_is_in_and_no_other(
     resumed = make_loader(data_dir, **flags)
     reads.clear()
     resumed.load_state_dict(state)
-    group = resumed._grouping(0).group(2)
-    assert reads == [[resumed._entries[shard].path for shard in group.shards]]
-    assert ids(resumed) == expected
+    assert not reads
+    stream = iter(resumed)
+    first = next(stream).patient_id
+    group = resumed._planner.grouping(0).group(2)
+    assert reads[0] == [resumed._planner.entries[shard].path for shard in group.shards]
+    assert [first, *ids(stream)] == expected
 
 
 def test_resuming_at_a_border_goes_on_with_the_next_group(data_dir: Path) -> None:
@@ -241,16 +242,6 @@ def test_a_state_of_other_groups_is_refused(data_dir: Path) -> None:
     assert (loader.epoch, loader.cursor, loader._group.number) == (0, 1, 0)
 
 
-def test_counts_are_of_the_group_in_use(data_dir: Path) -> None:
-    loader = make_loader(data_dir, batch_size=5, group_events=GROUP_EVENTS)
-    stop = loader._group.stop_step
-    for step, batch in enumerate(loader):
-        assert loader.step_counts(step).num_events == batch.num_events
-        if step == stop:
-            with pytest.raises(IndexError, match=f"step {step - 1}: the current group has {stop} up to"):
-                loader.step_counts(step - 1)
-
-
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_no_more_than_two_groups_are_in_memory(data_dir: Path, prefetch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[PatientStore] = weakref.WeakSet()
@@ -274,16 +265,16 @@ def test_the_next_group_is_read_while_one_is_used_and_no_further(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make_loader(data_dir, batch_size=2, group_events=GROUP_EVENTS, prefetch=1)
-    load, done = loader._load, threading.Semaphore(0)
+    load, done = loader._load_group, threading.Semaphore(0)
     loaded: list[tuple[int, int]] = []
 
-    def noted(epoch: int, number: int, first_step: int) -> Any:
-        result = load(epoch, number, first_step)
-        loaded.append((epoch, number))
+    def noted(plan: GroupPlan) -> Any:
+        result = load(plan)
+        loaded.append((plan.epoch, plan.number))
         done.release()
         return result
 
-    monkeypatch.setattr(loader, "_load", noted)
+    monkeypatch.setattr(loader, "_load_group", noted)
     stream = iter(loader)
     next(stream)
     for _ in range(2):  # the one in use, which is there already, and the next
@@ -291,7 +282,7 @@ def test_the_next_group_is_read_while_one_is_used_and_no_further(
     assert loaded == [(0, 0), (0, 1)]
     assert not done.acquire(timeout=0.05), "one group ahead, and no more"
     list(stream)
-    assert loaded == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 0)], "at the end the next epoch's first is there"
+    assert loaded == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)], "at the end the next epoch's first is there"
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -300,7 +291,7 @@ def test_a_shard_damaged_in_a_later_group_is_named_at_that_group_s_first_step(
 ) -> None:
     copy = shutil.copytree(data_dir, tmp_path / "copy")
     loader = make_loader(copy, batch_size=5, group_events=GROUP_EVENTS, prefetch=prefetch)
-    grouping = loader._grouping(0)
+    grouping = loader._planner.grouping(0)
     before = {shard for number in (0, 1) for shard in grouping.group(number).shards.tolist()}
     damaged = next(shard for shard in grouping.group(2).shards.tolist() if shard not in before)
     shard = copy / Manifest.load(copy).splits["train"][damaged].path
@@ -316,15 +307,49 @@ def test_a_shard_damaged_in_a_later_group_is_named_at_that_group_s_first_step(
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
-def test_lengths_that_are_not_in_memory_come_from_the_shards(
-    patients: list[Patient], tmp_path: Path, suffix: str
-) -> None:
+def test_plans_places_and_costs_read_no_shard(patients: list[Patient], tmp_path: Path, suffix: str) -> None:
     data = write_data_dir(tmp_path, {"train": patients}, suffix=suffix, dealt=True)
-    flags: dict[str, Any] = {"max_events": 150, "bucket_by": "sets", "max_sequence_length": 20, "truncate": "random"}
+    flags: dict[str, Any] = {"max_events": 150, "max_sequence_length": 20, "truncate": "random"}
+    whole = make_loader(data, group_events=GROUP_EVENTS, **flags)
+    steps = len(walk(whole))
+    state = whole.state_dict()
+    shutil.rmtree(data / "train")
     loader = make_loader(data, group_events=GROUP_EVENTS, **flags)
-    promised = len(loader)
-    assert promised == len(walk(loader))
-    shard = data / loader._entries[int(loader._grouping(1).group(3).shards[-1])].path
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"{shard}: cannot be read"):
-        len(loader)
+    assert (len(loader), loader.longest_patient) == (steps, 20)
+    cost = CostModel(event=1, set=0, set_squared=0, patient=0, batch=2)
+    assert loader.predict_costs(cost).tolist() == (loader.plan.sum_per_batch(loader._group.num_events) + 2).tolist()
+    loader.load_state_dict(state)
+    assert (loader.epoch, loader.cursor, loader.step) == (1, 0, steps)
+    with pytest.raises(UserError, match=r"\.(parquet|tar): is missing"):
+        next(iter(loader))
+
+
+@given(max_sequence_length=st.none() | st.integers(1, 60), truncate=st.sampled_from(["earliest", "latest", "random"]))
+def test_planned_sets_are_exact_or_with_truncation_an_upper_bound(
+    data_dir: Path, max_sequence_length: int | None, truncate: Truncate
+) -> None:
+    loader = make_loader(
+        data_dir, group_events=GROUP_EVENTS, max_sequence_length=max_sequence_length, truncate=truncate
+    )
+    windows, plan = loader._load_group(loader._group).windows, loader._group
+    assert windows.num_events.tolist() == plan.num_events.tolist()
+    assert (windows.num_sets <= plan.num_sets).all()
+    if max_sequence_length is None:
+        assert windows.num_sets.tolist() == plan.num_sets.tolist()
+
+
+def test_an_index_that_is_not_of_the_shards_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    """The lengths of two patients of one shard are exchanged, and the checksum is right."""
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    index = pq.read_table(copy / INDEX_FILE)
+    swapped = [1, 0, *range(2, index.num_rows)]
+    for name in ("num_events", "num_sets"):
+        index = index.set_column(
+            index.schema.get_field_index(name), index.schema.field(name), index[name].take(swapped)
+        )
+    pq.write_table(index, copy / INDEX_FILE)
+    manifest = Manifest.load(copy)
+    files = manifest.files | {INDEX_FILE: file_sha256(copy / INDEX_FILE)}
+    loader = make_loader(copy, manifest=replace(manifest, files=files))
+    with pytest.raises(UserError, match=r"index\.parquet: contradicts the shards"):
+        next(iter(loader))

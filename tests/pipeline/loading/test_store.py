@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.arrays import offsets_of
+from pipeline.arrays import offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
-from pipeline.loading.store import PatientStore, Truncate
+from pipeline.loading.options import Truncate
+from pipeline.loading.store import PatientStore
 from tests.data_dirs import Patient, in_stored_order
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
 
@@ -36,8 +36,8 @@ def test_gathering_and_truncation_against_a_loop(
     max_sequence_length: int | None,
     truncate: Truncate,
 ) -> None:
-    windows = store.windows(max_sequence_length, truncate, np.random.default_rng(5))
-    first = windows.event_start - store.windows().event_start  # random places are checked below
+    windows = store.select_windows(max_sequence_length, truncate, np.random.default_rng(5))
+    first = windows.event_start - store.select_windows().event_start  # random places are checked below
     stored = in_stored_order(patients)
     most = max_sequence_length or 10**9
     if truncate == "earliest":
@@ -49,23 +49,23 @@ def test_gathering_and_truncation_against_a_loop(
     assert windows.num_events.tolist() == [patient.num_events for patient in kept]
     assert windows.num_sets.tolist() == [patient.num_sets for patient in kept]
     chosen = np.array([patient for part in picked for patient in part], dtype=np.int64)
-    batches = store.ragged(windows, chosen, offsets_of(np.array([len(part) for part in picked])))
+    batches = store.gather_batches(windows, chosen, offsets_from_sizes(np.array([len(part) for part in picked])))
     for batch, part in zip(batches, picked, strict=True):
         expected = batch_of([kept[patient] for patient in part])
         assert_equal(batch, expected)
-        padded = store.padded(windows, np.array(part, dtype=np.int64))
-        reference = expected.to_padded()
-        assert padded.keys() == reference.keys()
-        for name, tensor in reference.items():
-            assert padded[name].dtype == tensor.dtype, name
-            assert torch.equal(padded[name], tensor), name
+        batch.validate()
+        whole = store.gather_global_batch(windows, np.array(part, dtype=np.int64))
+        assert whole.patient_id == expected.patient_id
+        assert whole.num_sets.tolist() == expected.sets_per_patient.tolist()
+        assert whole.set_size.tolist() == expected.set_sizes.tolist()
+        assert whole.num_sets.dtype == whole.set_size.dtype == np.int64
 
 
 def test_random_windows_lie_inside_and_reach_both_ends(store: PatientStore) -> None:
-    whole = store.windows()
+    whole = store.select_windows()
     seen = set()
     for seed in range(60):
-        cut = store.windows(10, "random", np.random.default_rng(seed))
+        cut = store.select_windows(10, "random", np.random.default_rng(seed))
         first = cut.event_start - whole.event_start
         assert (first >= 0).all()
         assert (first + cut.num_events <= whole.num_events).all()
@@ -75,13 +75,12 @@ def test_random_windows_lie_inside_and_reach_both_ends(store: PatientStore) -> N
 
 
 def test_a_limit_beyond_all_patients_changes_nothing(store: PatientStore) -> None:
-    assert store.windows(10_000, "latest") is store.windows()
+    assert store.select_windows(10_000, "latest") is store.select_windows()
 
 
 def test_what_is_gathered_can_be_changed_without_changing_the_store(store: PatientStore) -> None:
-    windows, some = store.windows(), np.arange(3)
-    store.ragged(windows, some, offsets_of(np.array([3])))[0].value.fill_(7)
-    store.padded(windows, some)["val"].fill_(7)
+    windows, some = store.select_windows(), np.arange(3)
+    store.gather_batches(windows, some, offsets_from_sizes(np.array([3])))[0].value.fill_(7)
     assert not (store.value == 7).any()
 
 
@@ -89,9 +88,5 @@ def test_a_split_may_be_empty_or_one_patient(data_dir: Path) -> None:
     empty = store_of(data_dir, "test")
     assert (empty.num_patients, store_of(data_dir, "valid").num_patients) == (0, 1)
     nobody = np.array([], dtype=np.int64)
-    (batch,) = empty.ragged(empty.windows(3), nobody, offsets_of(np.array([0])))
+    (batch,) = empty.gather_batches(empty.select_windows(3), nobody, offsets_from_sizes(np.array([0])))
     assert (batch.num_patients, batch.num_sets, batch.num_events) == (0, 0, 0)
-    padded = empty.padded(empty.windows(3), nobody)
-    assert {name: tuple(tensor.shape) for name, tensor in padded.items()} == {
-        name: tuple(tensor.shape) for name, tensor in batch.to_padded().items()
-    }

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.arrays import offsets_of
+from pipeline.arrays import offsets_from_sizes
 from pipeline.reports.plan_table import SplitLengths, main
 from pipeline.sampling.plan import EpochPlan
 from pipeline.sampling.quality import (
@@ -22,7 +22,7 @@ from tests.data_dirs import Patient, in_stored_order
 
 def plan_of(*batches: list[int]) -> EpochPlan:
     order = np.array([patient for batch in batches for patient in batch], dtype=np.int64)
-    return EpochPlan(order=order, batch_offsets=offsets_of(np.array([len(batch) for batch in batches])))
+    return EpochPlan(order=order, batch_offsets=offsets_from_sizes(np.array([len(batch) for batch in batches])))
 
 
 def test_padding_waste_by_hand() -> None:
@@ -68,7 +68,7 @@ def test_the_table_is_printed_for_any_split(data_dir: Path, split: str, capsys: 
     flags = ["--split", split, "--max_events", "120", "--world_size", "3", "--max_sequence_length", "30"]
     assert main([str(data_dir), "--batch_size", "4", *flags]) == 0
     shown = capsys.readouterr().out
-    for policy in ("at random", "bucketed", "120 events, padded"):
+    for policy in ("at random", "bucketed", "120 events and 4 patients"):
         assert policy in " ".join(shown.split())
     assert ("53 patients" in shown) == (split == "train")
 
@@ -77,7 +77,7 @@ def test_the_table_is_printed_for_any_split(data_dir: Path, split: str, capsys: 
     ("flags", "message"),
     [
         (["--split", "dev"], "no split 'dev'; it has test, train, valid"),
-        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
         (["--max_events", "3"], "--max_events 3: a patient has"),
         (["--epochs", "1"], "--epochs 1: must be at least 2"),
         (["--world_size", "0"], "--world_size 0: must be at least 1"),

@@ -39,7 +39,7 @@ def test_a_border_moves_to_a_whole_batch_by_hand() -> None:
 
 
 def test_shards_of_a_group_are_in_the_manifest_s_order_by_hand() -> None:
-    grouping = Grouping(num_patients=np.array([3, 2, 4]), row=np.array([2, 0, 1]), borders=np.array([0, 5, 9]))
+    grouping = Grouping(num_patients=np.array([3, 2, 4]), shard_order=np.array([2, 0, 1]), borders=np.array([0, 5, 9]))
     first, second = groups(grouping)
     assert (first.shards.tolist(), first.patients.tolist()) == ([0, 2], [0, 3, 4, 5, 6])
     assert (second.shards.tolist(), second.patients.tolist()) == ([0, 1], [1, 2, 3, 4])
@@ -84,3 +84,13 @@ def test_epochs_and_seeds_put_other_shards_together() -> None:
         for epoch in (0, 1)
     ]
     assert len(set(members)) == 4
+
+
+def test_the_order_of_shards_is_that_of_earlier_versions() -> None:
+    num_patients = [number * 37 % 101 + 1 for number in range(12)]
+    events = [5 * patients for patients in num_patients]
+    grouping = grouped(num_patients, events, group_events=600, multiple=4, shuffle=1, seed=5, epoch=1)
+    assert (grouping.shard_order.tolist(), grouping.borders.tolist()) == (
+        [10, 5, 1, 6, 3, 7, 9, 2, 8, 0, 4, 11],
+        [0, 68, 212, 312, 384, 535],
+    )

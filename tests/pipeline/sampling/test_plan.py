@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import chain, pairwise
+from hashlib import sha256
+from itertools import chain, pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.sampling.cost import CostModel
-from pipeline.sampling.plan import EpochPlan, _room, deal, plan_epoch
+from pipeline.sampling.plan import EpochPlan, Purpose, _jitter_widths, plan_epoch, rng_for, split_across_ranks
 from pipeline.sampling.policy import Policy
 from pipeline.sampling.quality import neighbour_correlation, padding_waste, pairs_meeting_again, rank_imbalance
 from pipeline.schema import UserError
@@ -35,16 +37,10 @@ POLICIES = st.builds(
     Policy,
     batch_size=st.integers(1, 20),
     max_events=st.none() | st.integers(60, 400),
-    layout=st.sampled_from(["ragged", "padded"]),
-    bucket_by=st.sampled_from(["events", "sets", None]),
+    bucketing=st.booleans(),
     bucket_width=st.floats(0, 30),
     shuffle=st.booleans(),
-) | st.builds(
-    Policy,
-    batch_size=st.none(),
-    max_events=st.integers(60, 400),
-    layout=st.sampled_from(["ragged", "padded"]),
-)  # fmt: skip
+) | st.builds(Policy, batch_size=st.none(), max_events=st.integers(60, 400))
 LENGTHS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), max_size=70)
 
 
@@ -58,8 +54,7 @@ def test_every_patient_is_in_exactly_one_batch_within_every_limit(
     for patients in batches(plan):
         assert 1 <= len(patients) <= (policy.batch_size or len(lengths))
         if policy.max_events is not None:
-            events = num_events[patients]
-            assert (events.sum() if policy.layout == "ragged" else events.max() * len(events)) <= policy.max_events
+            assert num_events[patients].sum() <= policy.max_events
     if policy.max_events is None:
         assert plan.num_batches == -(-len(lengths) // policy.batch_size)  # type: ignore[operator]
         assert sum(size < policy.batch_size for size in plan.batch_sizes) <= 1  # type: ignore[operator]
@@ -71,8 +66,8 @@ def test_every_patient_is_in_exactly_one_batch_within_every_limit(
 def test_ranks_share_each_batch_and_rotate(lengths: list[tuple[int, int]], policy: Policy, world_size: int) -> None:
     num_events, num_sets = np.array(lengths, dtype=np.int64).reshape(-1, 2).T
     plan = plan_epoch(num_events, num_sets, policy, seed=1, epoch=0)
-    cost = CostModel().of(num_events, num_sets)
-    shares = [deal(plan, cost, rank=rank, world_size=world_size) for rank in range(world_size)]
+    cost = CostModel().predict(num_events, num_sets)
+    shares = [split_across_ranks(plan, cost, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert all(share.num_batches == plan.num_batches for share in shares)
     for step, patients in enumerate(batches(plan)):
         dealt = [share.patients(step).tolist() for share in shares]
@@ -89,8 +84,6 @@ def test_a_budget_is_filled_greedily_by_hand() -> None:
     num_events = np.array([1, 2, 3, 4, 5, 6])
     ragged = Policy(batch_size=None, max_events=10, shuffle=False)
     assert batches(plan_epoch(num_events, num_events, ragged, seed=0, epoch=0)) == [[0, 1, 2, 3], [4], [5]]
-    padded = replace(ragged, layout="padded")
-    assert batches(plan_epoch(num_events, num_events, padded, seed=0, epoch=0)) == [[0, 1, 2], [3, 4], [5]]
     both = replace(ragged, batch_size=2)
     assert batches(plan_epoch(num_events, num_events, both, seed=0, epoch=0)) == [[0, 1], [2, 3], [4], [5]]
 
@@ -99,29 +92,22 @@ def test_a_budget_of_cost_is_filled_to_its_limit_by_hand() -> None:
     num_events = np.array([4, 5, 5, 6])
     cost = CostModel(event=1, set=0, set_squared=0, patient=0, batch=2)
     for limit, expected in ((10, [[0], [1], [2], [3]]), (11, [[0, 1], [2], [3]]), (13, [[0, 1], [2, 3]])):
-        policy = Policy(batch_size=None, max_cost=limit, cost=cost, shuffle=False)
+        policy = Policy(batch_size=None, max_cost=limit, budget=cost, shuffle=False)
         assert batches(plan_epoch(num_events, num_events, policy, seed=0, epoch=0)) == expected, limit
 
 
-def test_room_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jitter_widths_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaps over one neighbour on each side are 1/2, 3/3 and 3/2; patients a batch 2, 1 and 1."""
     monkeypatch.setattr("pipeline.sampling.plan.GAP_REACH", 1)
     shares = np.array([0.5**0.5 / 2, 1.0, 1.5**0.5])
-    found = _room(np.array([1, 1, 3]), np.array([2, 1, 1]))
+    found = _jitter_widths(np.array([1, 1, 3]), np.array([2, 1, 1]))
     np.testing.assert_allclose(found, shares * 2.5 / shares.sum())
-
-
-def test_the_padded_budget_counts_the_longest_wherever_it_stands() -> None:
-    num_events = np.array([2, 9, 2, 2])
-    policy = Policy(batch_size=None, max_events=18, layout="padded", bucket_by=None, shuffle=False)
-    assert batches(plan_epoch(num_events, num_events, policy, seed=0, epoch=0)) == [[0, 1], [2, 3]]
 
 
 def test_evaluation_goes_by_events_or_as_stored() -> None:
     num_events, num_sets = np.array([5, 1, 5, 3]), np.array([1, 1, 2, 3])
-    by = {"events": [1, 3, 0, 2], "sets": [0, 1, 2, 3], None: [0, 1, 2, 3]}
-    for bucket_by, order in by.items():
-        policy = Policy(batch_size=3, shuffle=False, bucket_by=bucket_by)  # type: ignore[arg-type]
+    for bucketing, order in ((True, [1, 3, 0, 2]), (False, [0, 1, 2, 3])):
+        policy = Policy(batch_size=3, shuffle=False, bucketing=bucketing)
         plans = [plan_epoch(num_events, num_sets, policy, seed=0, epoch=epoch) for epoch in (0, 1)]
         assert [batches(plan) for plan in plans] == [[order[:3], order[3:]]] * 2
 
@@ -158,20 +144,10 @@ def test_grouping_saves_padding_and_still_mixes() -> None:
         meeting[width] = np.mean([pairs_meeting_again(*pair) for pair in pairwise(plans)])
     assert list(waste) == sorted(waste, key=waste.__getitem__), "a wider bucket pads more"
     assert list(meeting) == sorted(meeting, key=meeting.__getitem__, reverse=True), "and mixes more"
-    control = plan_epoch(num_events, num_sets, Policy(bucket_by=None), seed=0, epoch=0)
+    control = plan_epoch(num_events, num_sets, Policy(bucketing=False), seed=0, epoch=0)
     assert padding_waste(control, num_events) > 0.3
     assert waste[4.0] < 0.03
     assert meeting[4.0] < 0.16
-
-
-def test_each_axis_saves_its_own_padding() -> None:
-    num_events, num_sets = icu_like(2000)
-    by_events, by_sets = (
-        plan_epoch(num_events, num_sets, Policy(bucket_by=axis), seed=0, epoch=0)  # type: ignore[arg-type]
-        for axis in ("events", "sets")
-    )
-    assert padding_waste(by_events, num_events) < 0.05 < padding_waste(by_sets, num_events)
-    assert padding_waste(by_sets, num_sets) < 0.05 < padding_waste(by_events, num_sets)
 
 
 def test_where_all_are_alike_grouping_is_free_and_changes_nothing() -> None:
@@ -191,11 +167,13 @@ def test_neighbouring_batches_are_not_alike() -> None:
 
 def test_ranks_have_like_costs_each_step_and_like_counts_each_epoch() -> None:
     num_events, num_sets = icu_like(4000)
-    cost = CostModel().of(num_events, num_sets)
+    cost = CostModel().predict(num_events, num_sets)
     plan = plan_epoch(num_events, num_sets, Policy(), seed=0, epoch=0)
     assert rank_imbalance(plan, cost, 4) < 0.05
     for world_size in (2, 3, 4, 5):
-        counts = [len(deal(plan, cost, rank=rank, world_size=world_size).order) for rank in range(world_size)]
+        counts = [
+            len(split_across_ranks(plan, cost, rank=rank, world_size=world_size).order) for rank in range(world_size)
+        ]
         assert max(counts) <= 1.05 * min(counts)
 
 
@@ -203,27 +181,27 @@ def test_the_rank_with_a_patient_more_changes_with_the_step() -> None:
     alike = np.full(500, 7)
     plan = plan_epoch(alike, alike, Policy(batch_size=5), seed=0, epoch=0)
     for rank in range(4):
-        share = deal(plan, alike.astype(np.float64), rank=rank, world_size=4)
+        share = split_across_ranks(plan, alike.astype(np.float64), rank=rank, world_size=4)
         assert share.batch_sizes.tolist() == [2 if step % 4 == rank else 1 for step in range(100)]
-        later = deal(plan, alike.astype(np.float64), rank=rank, world_size=4, first_step=3)
+        later = split_across_ranks(plan, alike.astype(np.float64), rank=rank, world_size=4, first_step=3)
         assert later.batch_sizes.tolist() == [2 if (step + 3) % 4 == rank else 1 for step in range(100)]
 
 
 def test_costs_by_hand() -> None:
     model = CostModel(event=1.0, set=10.0, set_squared=100.0, patient=1000.0)
-    assert model.of(np.array([5, 0]), np.array([2, 1])).tolist() == [5 + 20 + 400 + 1000, 10 + 100 + 1000]
+    assert model.predict(np.array([5, 0]), np.array([2, 1])).tolist() == [5 + 20 + 400 + 1000, 10 + 100 + 1000]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"batch_size": None}, "give --batch_size, --max_events or both"),
-        ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
-        ({"max_events": -3}, "--max_events -3: must be at least 1"),
-        ({"bucket_width": -0.5}, "--bucket_width -0.5"),
-        ({"bucket_width": float("nan")}, "--bucket_width nan"),
-        ({"layout": "square"}, "layout 'square'"),
-        ({"bucket_by": "age"}, "--bucket_by age"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
+        ({"max_events": -3}, "--max_events must be at least 1, not -3"),
+        ({"bucket_width": -0.5}, "--bucket_width must be .* not -0.5"),
+        ({"bucket_width": float("nan")}, "--bucket_width must be .* not nan"),
+        ({"bucket_width": float("inf")}, "--bucket_width must be .* not inf"),
+        ({"bucketing": "age"}, "--bucketing must be true or false, not 'age'"),
     ],
 )
 def test_a_policy_out_of_range_is_refused(fields: dict[str, object], message: str) -> None:
@@ -275,17 +253,48 @@ def test_batches_cost_no_more_than_their_limit_or_are_one_patient(
     num_events = np.array([events for events, _ in lengths], np.int64)
     num_sets = np.array([min(sets, events) for events, sets in lengths], np.int64)
     cost = CostModel(event=1, set=2, set_squared=0.1, patient=3, batch=7)
-    policy = Policy(batch_size=batch_size, max_cost=limit + 7, cost=cost, shuffle=shuffle)
+    policy = Policy(batch_size=batch_size, max_cost=limit + 7, budget=cost, shuffle=shuffle)
     plan = plan_epoch(num_events, num_sets, policy, seed=1, epoch=2)
     assert sorted(plan.order) == list(range(len(lengths)))
-    costs = plan.totals(cost.of(num_events, num_sets))
+    costs = plan.sum_per_batch(cost.predict(num_events, num_sets))
     assert ((costs <= limit * (1 + 1e-9)) | (plan.batch_sizes == 1)).all()
     assert (plan.batch_sizes <= (batch_size or len(lengths))).all()
     if batch_size is None and len(lengths) and not shuffle:  # in order of length each batch takes all that it can
         first = np.cumsum(plan.batch_sizes)[:-1]
-        assert (costs[:-1] + cost.of(num_events, num_sets)[plan.order[first]] > limit * (1 - 1e-9)).all()
+        assert (costs[:-1] + cost.predict(num_events, num_sets)[plan.order[first]] > limit * (1 - 1e-9)).all()
 
 
 def test_a_limit_below_what_a_batch_costs_without_patients_is_refused() -> None:
     with pytest.raises(UserError, match="without patients it costs 7"):
-        Policy(max_cost=7, cost=CostModel(batch=7))
+        Policy(max_cost=7, budget=CostModel(batch=7))
+
+
+@pytest.mark.parametrize(
+    ("fields", "fingerprint"),
+    [
+        ({"batch_size": 6}, "556e202888a9ae0a"),
+        ({"batch_size": None, "max_events": 150}, "8654fa43da891297"),
+        ({"batch_size": 8, "max_cost": 600.0}, "cbd3ba5195d4e8ef"),
+        ({"batch_size": 7, "bucketing": False}, "42d027edb083008d"),
+        ({"batch_size": 7, "shuffle": False}, "81217dc64942b312"),
+    ],
+)
+def test_plans_are_those_of_earlier_versions(fields: dict[str, Any], fingerprint: str) -> None:
+    """A run that is resumed, or repeated from its config, has the batches that it began with."""
+    num_events = np.arange(40) * 37 % 101 + 1
+    digest = sha256()
+    for epoch, group in product(range(2), range(2)):
+        plan = plan_epoch(num_events, (num_events + 2) // 3, Policy(**fields), seed=5, epoch=epoch, group=group)
+        digest.update(plan.order.astype("<i8").tobytes() + plan.batch_offsets.astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == fingerprint
+
+
+def test_each_purpose_has_the_random_numbers_of_earlier_versions() -> None:
+    drawn = {purpose: rng_for(purpose, seed=5, epoch=2).integers(1000, size=6).tolist() for purpose in Purpose}
+    assert drawn == {
+        Purpose.PLAN: [792, 237, 711, 427, 76, 591],
+        Purpose.TRUNCATION: [665, 795, 373, 556, 201, 175],
+        Purpose.SHARD_ORDER: [890, 655, 824, 372, 496, 122],
+    }
+    of_group = rng_for(Purpose.TRUNCATION, seed=5, epoch=2, group=3)
+    assert of_group.integers(1000, size=6).tolist() == [628, 894, 891, 674, 331, 13]

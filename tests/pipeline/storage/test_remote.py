@@ -15,16 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import preprocess
 from pipeline import make_loader
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.shards import check_shards, read_set_sizes, read_shard
+from pipeline.dataset.shards import check_shards, read_shard
 from pipeline.dataset.tables import read_index
 from pipeline.reports import plan_table as plan_report
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, MANIFEST_FILE, UserError
-from pipeline.storage.cache import PART, TAG, TAG_FILE, parse_bytes
+from pipeline.storage.cache import PART_SUFFIX, TAG, TAG_FILE, parse_bytes
 from pipeline.storage.folder import BadFile, Folder
 from pipeline.storage.remote import RemoteFolder, open_folder
 from tests.conftest import ragged_sizes
@@ -38,6 +37,11 @@ ROOT = Path(__file__).parents[3]
 def cached(cache: Path) -> dict[str, int]:
     """Bytes of each file of a cache, but for the tag."""
     return {path.name: path.stat().st_size for path in cache.iterdir() if path.name != TAG_FILE}
+
+
+def index_of(directory: Path) -> dict[str, int]:
+    """What :func:`cached` says of the index alone."""
+    return {Manifest.load(directory).files[INDEX_FILE]: (directory / INDEX_FILE).stat().st_size}
 
 
 def entries_of(directory: Path | Folder, split: str = "train") -> list[ShardEntry]:
@@ -79,14 +83,13 @@ def test_batches_are_those_of_a_parquet_folder_bit_for_bit(
     for batches in zip(local, remote, tars, strict=True):
         for batch in batches[1:]:
             assert_equal(batch, batches[0])
-    for expected, padded in zip(local.padded(), remote.padded(), strict=True):
-        assert all(torch.equal(padded[name], tensor) for name, tensor in expected.items())
 
 
 def test_what_is_cached_is_not_fetched_again_but_for_the_manifest(store: ObjectStore, remote: str, cache: Path) -> None:
     first = list(make_loader(open_folder(remote, cache_dir=cache)))
     names = {key.split("/", 1)[1] for method, key in store.requests if method == "GET"}
-    assert names == {MANIFEST_FILE, *(entry.path for entry in entries_of(open_folder(remote, cache_dir=cache)))}
+    shards = [entry.path for entry in entries_of(open_folder(remote, cache_dir=cache))]
+    assert names == {MANIFEST_FILE, INDEX_FILE, *shards}
     store.requests.clear()
     again = list(make_loader(open_folder(f"{remote}/", cache_dir=cache)))
     assert {key.split("/", 1)[1] for _, key in store.requests} == {MANIFEST_FILE}
@@ -94,10 +97,28 @@ def test_what_is_cached_is_not_fetched_again_but_for_the_manifest(store: ObjectS
         assert_equal(batch, other)
 
 
-def test_the_default_cache_is_the_users(remote: str, tmp_path: Path) -> None:
-    make_loader(remote, split="valid")
+def test_the_default_cache_is_the_users(remote: str, data_dir: Path, tmp_path: Path) -> None:
+    list(make_loader(remote, split="valid"))
     (entry,) = entries_of(open_folder(remote), "valid")
-    assert cached(tmp_path / "user_cache" / "seqsetvae") == {entry.sha256: entry.num_bytes}
+    assert cached(tmp_path / "user_cache" / "seqsetvae") == index_of(data_dir) | {entry.sha256: entry.num_bytes}
+
+
+@pytest.mark.parametrize("group_events", [440, 10**6])
+def test_a_plan_its_length_and_a_restored_place_fetch_no_shard(
+    store: ObjectStore, remote: str, data_dir: Path, cache: Path, group_events: int
+) -> None:
+    flags = {"max_events": 150, "max_sequence_length": 30, "group_events": group_events}
+    near = make_loader(data_dir, **flags)
+    steps = len(list(near))
+    far = make_loader(open_folder(remote, cache_dir=cache), **flags)
+    assert (len(far), far.longest_patient) == (steps, 30)
+    far.load_state_dict(near.state_dict())
+    assert (far.epoch, far.step) == (1, steps)
+    far.set_epoch(7)
+    assert len(far) > 0
+    assert {key.split("/", 1)[1] for _, key in store.requests} == {MANIFEST_FILE, INDEX_FILE}
+    assert [method for method, key in store.requests if key.endswith(INDEX_FILE)].count("GET") == 1
+    assert cached(cache) == index_of(data_dir)
 
 
 def test_a_data_set_that_changed_is_another(store: ObjectStore, remote: str, tmp_path: Path, cache: Path) -> None:
@@ -155,7 +176,7 @@ assert train.main(["--data_dir", sys.argv[1], "--output_dir", sys.argv[2], "--ma
 
 
 def fetch(folder: Folder, entry: ShardEntry) -> None:
-    with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes):
+    with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes):
         pass
 
 
@@ -197,7 +218,7 @@ def test_groups_come_through_a_cache_that_holds_none_of_them(remote: str, data_d
 def test_a_file_in_use_stays(remote: str, cache: Path) -> None:
     first, second, third = entries_of(open_folder(remote, cache_dir=cache))[:3]
     user, other = (open_folder(remote, cache_dir=cache, cache_bytes="0") for _ in range(2))
-    with user.file(first.path, first.sha256) as path:
+    with user.local_file(first.path, first.sha256) as path:
         fetch(other, second)
         fetch(other, third)
         assert path.read_bytes()
@@ -248,7 +269,7 @@ def test_a_cached_file_that_was_damaged_is_fetched_again(
     content[30] ^= 1
     (cache / entry.sha256).write_bytes(content)
     folder = open_folder(remote, cache_dir=cache)
-    read_set_sizes(folder, entry)  # looks at the lengths alone, which must not pass for having verified the file
+    read_shard(folder, entries_of(data_dir)[3])  # another one, which must not pass for having verified this one
     for batch, expected in zip(make_loader(folder), make_loader(data_dir), strict=True):
         assert_equal(batch, expected)
     assert capsys.readouterr().err == f"warning: {cache / entry.sha256}: damaged; it is fetched again\n"
@@ -259,7 +280,7 @@ def test_a_file_is_verified_once_by_each_folder(remote: str, data_dir: Path, cac
     copy = shutil.copytree(data_dir, tmp_path / "copy")
     far, near = open_folder(remote, cache_dir=cache), Folder(copy)
     for folder in (far, near):
-        with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes) as path:
+        with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes) as path:
             path.write_bytes(flip(path.read_bytes()))
         fetch(folder, entry)
     with pytest.raises(BadFile, match="checksum differs"):
@@ -272,7 +293,7 @@ def test_a_file_is_verified_once_by_each_folder(remote: str, data_dir: Path, cac
 def test_what_a_crash_left_is_written_anew(remote: str, data_dir: Path, cache: Path, leftover: bytes) -> None:
     folder = open_folder(remote, cache_dir=cache)
     entry = entries_of(data_dir)[0]
-    (cache / (entry.sha256 + PART)).write_bytes(leftover)
+    (cache / (entry.sha256 + PART_SUFFIX)).write_bytes(leftover)
     fetch(folder, entry)
     assert (cache / entry.sha256).read_bytes() == (data_dir / entry.path).read_bytes()
     assert cached(cache).keys() == {entry.sha256}
@@ -285,19 +306,22 @@ def read_all(url: str, cache: Path) -> None:
 def test_killed_while_it_fetches_and_started_again(
     store: ObjectStore, remote: str, data_dir: Path, cache: Path
 ) -> None:
-    store.faults.extend(["ok", "ok", "ok", "silent"])  # manifest: size and content; shard: size, and nothing
+    # Manifest and index: size and content of each; shard: size, and nothing.
+    store.faults.extend(["ok", "ok", "ok", "ok", "ok", "silent"])
     process = multiprocessing.get_context("spawn").Process(target=read_all, args=(remote, cache))
     process.start()
-    while len(store.requests) < 4:
+    while len(store.requests) < 6:
         store.asked.wait(timeout=60)
         store.asked.clear()
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     store.release.set()
     entry = entries_of(data_dir)[0]
-    assert cached(cache) == {entry.sha256 + PART: entry.num_bytes}, "its room is taken before it comes"
+    part = {entry.sha256 + PART_SUFFIX: entry.num_bytes}
+    assert cached(cache) == index_of(data_dir) | part, "its room is taken before it comes"
     read_all(remote, cache)
-    assert cached(cache) == {entry.sha256: entry.num_bytes for entry in entries_of(data_dir)}
+    shards = {entry.sha256: entry.num_bytes for entry in entries_of(data_dir)}
+    assert cached(cache) == index_of(data_dir) | shards
 
 
 def read_at_random(url: str, cache: Path, limit: int, seed: int, expected: dict[str, bytes]) -> None:
@@ -306,7 +330,7 @@ def read_at_random(url: str, cache: Path, limit: int, seed: int, expected: dict[
     for _ in range(25):
         folder = open_folder(url, cache_dir=cache, cache_bytes=str(limit))
         for entry in rng.sample(entries, 3):
-            with folder.file(entry.path, entry.sha256, num_bytes=entry.num_bytes) as path:
+            with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes) as path:
                 assert path.read_bytes() == expected[entry.path]
 
 
@@ -331,7 +355,7 @@ def test_processes_share_a_small_cache(data_dir: Path, cache: Path) -> None:
 def test_a_part_that_another_writes_is_waited_for(remote: str, data_dir: Path, cache: Path, store: ObjectStore) -> None:
     folder = open_folder(remote, cache_dir=cache)
     entry = entries_of(data_dir)[0]
-    part = cache / (entry.sha256 + PART)
+    part = cache / (entry.sha256 + PART_SUFFIX)
     context = multiprocessing.get_context("spawn")
     with part.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -397,20 +421,23 @@ def test_what_passes_is_tried_again(
     ("faults", "message"),
     [
         (["silent"], r"manifest\.json: the store does not give it \(Read timeout"),
-        (["ok", "ok", "ok", "silent"], r"train/00000\.parquet: the store does not give it \(Read timeout"),
+        (["ok", "ok", "ok", "silent"], r"index\.parquet: the store does not give it \(Read timeout"),
+        (["ok"] * 5 + ["silent"], r"train/00000\.parquet: the store does not give it \(Read timeout"),
         (["denied"], r"manifest\.json: access denied \(Forbidden\); check the credentials"),
-        (["ok", "ok", "denied"], r"train/00000\.parquet: access denied"),
-        (["ok", "ok", "ok", "cut"], r"train/00000\.parquet: the store does not give it"),
+        (["ok", "ok", "denied"], r"index\.parquet: access denied"),
+        (["ok"] * 4 + ["denied"], r"train/00000\.parquet: access denied"),
+        (["ok"] * 5 + ["cut"], r"train/00000\.parquet: the store does not give it"),
     ],
 )
 def test_what_lasts_is_one_clear_line(
-    store: ObjectStore, remote: str, cache: Path, faults: list[Fault], message: str
+    store: ObjectStore, remote: str, data_dir: Path, cache: Path, faults: list[Fault], message: str
 ) -> None:
     store.faults.extend([*faults[:-1], *faults[-1:] * 50])
     with pytest.raises(UserError, match=message) as caught:
-        make_loader(open_folder(remote, cache_dir=cache))
+        list(make_loader(open_folder(remote, cache_dir=cache)))
     assert "\n" not in str(caught.value)
-    assert not cached(cache), "nothing is kept of what did not come"
+    whole = index_of(data_dir) if len(faults) > 4 else {}
+    assert cached(cache) == whole, "nothing is kept of what did not come"
 
 
 @pytest.mark.usefixtures("quick", "store")
@@ -482,7 +509,7 @@ def test_a_bad_shard_is_named_and_can_be_left_out(
         store.client.put_object(Bucket=BUCKET, Key=key, Body=harm((data_dir / entries[3].path).read_bytes()))
     folder = open_folder(remote, cache_dir=cache)
     with pytest.raises(UserError, match=f"{remote}/{entries[3].path}: {reason}.*; upload .* --on_bad_shard quarantine"):
-        make_loader(folder)
+        list(make_loader(folder))
     bad = check_shards(folder, entries)
     assert bad.keys() == {entries[3].path}
     loader = make_loader(folder, quarantined=bad)
@@ -531,5 +558,5 @@ def test_a_folder_is_given_back_and_a_path_is_plain(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     assert open_folder(folder) is folder
     assert not isinstance(open_folder(str(tmp_path)), RemoteFolder)
-    with pytest.raises(BadFile, match=f"{tmp_path}/x: is missing"), folder.file("x", "0" * 64):
+    with pytest.raises(BadFile, match=f"{tmp_path}/x: is missing"), folder.local_file("x", "0" * 64):
         pass

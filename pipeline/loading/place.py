@@ -1,0 +1,54 @@
+"""Where a batch stands in training, and what its global batch holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCounts:
+    """What a global batch holds, over all ranks: the divisors of a data-parallel mean."""
+
+    num_patients: int
+    num_labelled: int
+    num_sets: int
+    num_events: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GlobalBatch:
+    """The patients of a batch over all ranks, in the order of the plan; B patients, S sets.
+
+    Attributes:
+        patient_id: B strings.
+        num_sets: [B] int64, sets of each patient, after truncation.
+        set_size: [S] int64, events of each set, after truncation.
+    """
+
+    patient_id: list[str]
+    num_sets: npt.NDArray[np.int64]
+    set_size: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlace:
+    """Where a batch stands in training; equal on all ranks.
+
+    Attributes:
+        epoch: 0, 1, 2 …
+        cursor: number of the batch in its epoch, from 0.
+        step: number of batches handed out before it, over all epochs of the loader's life.
+        counts: of the global batch, exact, after truncation.
+        global_batch: returns the lengths of the global batch, without communication.  It refers to all patients in
+            memory, so call it in the transform and do not keep it.
+    """
+
+    epoch: int
+    cursor: int
+    step: int
+    counts: StepCounts
+    global_batch: Callable[[], GlobalBatch]
