@@ -1,7 +1,7 @@
 """Train SeqSetVAE, or evaluate it: ``python train.py --help``.
 
-Read top to bottom: :func:`main` parses and starts one process a device, :func:`train` is the loop, :func:`finish` writes
-what a run leaves.  The state of a run is ``training/state.py``, a step ``training/step.py``, validation
+Read top to bottom: :func:`main` parses and starts one process a device, :func:`train` is the loop, :func:`finish`
+writes what a run leaves.  The state of a run is ``training/state.py``, a step ``training/step.py``, validation
 ``training/validation.py``.
 """
 

@@ -2,7 +2,7 @@
 
 A command's options are a *tree*: a frozen dataclass whose fields are *sections*, frozen dataclasses beside the code
 that uses them.  Flags are flat (``--batch_size``), files nested by section, and flags win over the file.  ``argparse``
-does the parsing: it needs nothing installed, groups ``--help`` by section and tells flags that were given from defaults.
+does the parsing: it needs nothing installed, groups ``--help`` by section and tells given flags from defaults.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from model.losses import LossCounts
-from model.noise import PatientNoise, patient_keys
+from model.noise import PatientNoise
 from pipeline.loading.batch import PatientBatch
-from pipeline.loading.loader import BatchPlace
+from pipeline.loading.place import BatchPlace
 
 _EVENT_SALT, _PATIENT_SALT = 8, 9
 
@@ -60,7 +60,7 @@ def _draw_kept(patient_id: list[str], num_events_B: Tensor, rate: float, *, seed
     patient_E = torch.repeat_interleave(num_events_B, output_size=total)
     first_B = num_events_B.cumsum(0) - num_events_B
     position_E = torch.arange(total) - first_B[patient_E]
-    noise = PatientNoise.of_step(seed, step, patient_keys(patient_id))
-    rate_B = 2 * rate * noise.of_patients().uniform(_PATIENT_SALT)
-    keep_E = noise.at(patient_E, position_E).uniform(_EVENT_SALT) >= rate_B[patient_E]
+    noise = PatientNoise.for_step(patient_id, seed=seed, step=step)
+    rate_B = 2 * rate * noise.for_patients().uniform(_PATIENT_SALT)
+    keep_E = noise.for_rows(patient_E, position_E).uniform(_EVENT_SALT) >= rate_B[patient_E]
     return keep_E | (position_E == 0)

@@ -15,12 +15,12 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UNLABELLED
-from training.evaluation import evaluate_predictions
+from training.quality import evaluate_predictions
 
 SUMMARIES = 6  # mean, least, greatest, first, last, count
 
 
-def baselines(
+def fit_baselines(
     train: Iterable[PatientBatch], test: Iterable[PatientBatch], num_codes: int
 ) -> dict[str, dict[str, Any] | None]:
     """Metrics of both on the labelled patients of ``test`` when fitted to those of ``train``; None where these have not

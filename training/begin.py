@@ -162,7 +162,7 @@ def fit_features(model: SeqSetVAE, data: DataSet, *, seed: int) -> None:
     """
     moments, patients = None, 0
     alone = World(0, 1, torch.device("cpu"))
-    changes = {"batch_size": 64, "max_events": None, "bucketing": False}
+    changes: dict[str, Any] = {"batch_size": 64, "max_events": None, "bucketing": False}
     loader = data.open_loader("train", seed=seed, shuffle=True, world=alone, transform=_moments_of(data), **changes)
     for batch_moments, num_patients in loader:
         moments = batch_moments if moments is None else moments + batch_moments

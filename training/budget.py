@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def _sample_batches(data: DataSet, alone: World, seed: int) -> list[PatientBatch
     """Return whole batches of several sizes, of similar and of mixed lengths."""
     batches: list[PatientBatch] = []
     for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
-        changes = {"batch_size": patients, "bucketing": bucketing, "max_events": None}
+        changes: dict[str, Any] = {"batch_size": patients, "bucketing": bucketing, "max_events": None}
         loader = data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes)
         batches += itertools.islice(loader, 2)
     return batches
@@ -98,7 +99,7 @@ def _measure_peaks(model: SeqSetVAE, batches: list[PatientBatch], settings: Step
 
 
 def _largest_batch_size(data: DataSet, world: World, peak: CostModel, step_bytes: float, *, seed: int) -> int:
-    """Return the largest number of patients, a power of two a device, whose dearest batch fits and that leaves enough steps."""
+    """Return the largest batch size, a power of two a device, whose dearest batch fits and that leaves enough steps."""
     maximum = max(data.num_patients["train"] // MIN_STEPS, world.size)
     fitting = dataclasses.replace(data, options=dataclasses.replace(data.options, batch_size=world.size))
     size = world.size

@@ -92,7 +92,7 @@ class EpochBar:
 
 @contextlib.contextmanager
 def open_metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
-    """Give ``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank and does nothing on others."""
+    """Give ``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank, and nothing on others."""
     if not world.is_main:
         yield lambda kind, **numbers: None
         return

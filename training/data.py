@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model.losses import LossCounts
 from model.prepared import PreparedBatch
+
+from model.losses import LossCounts
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import check_shards
 from pipeline.loading.batch import PatientBatch
-from pipeline.loading.loader import BatchPlace, PatientLoader, make_loader
+from pipeline.loading.loader import PatientLoader, make_loader
+from pipeline.loading.place import BatchPlace
 from pipeline.options import check_section, option
 from pipeline.sampling.groups import GROUP_EVENTS
 from pipeline.sampling.policy import BUCKET_WIDTH
@@ -133,7 +135,7 @@ class DataSet:
         memory: StepMemory | None = None,
         transform: Callable[[PatientBatch, BatchPlace], Any] | None = None,
         **changes: Any,
-    ) -> PatientLoader[Any]:
+    ) -> PatientLoader:
         """Return a loader over a split, batched as the options say and within the memory of a step.
 
         Args:

@@ -16,7 +16,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from model.losses import LossOptions, chamfer_sums, reconstruction_error
+from model.losses import (
+    DIRECTION_WEIGHT,
+    MAGNITUDE_WEIGHT,
+    SQUARED_WEIGHT,
+    LossOptions,
+    chamfer_sums,
+)
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from model.set_vae import Posterior
 from pipeline.loading.batch import PatientBatch
@@ -85,7 +91,7 @@ class Evaluator:
     memory: StepMemory | None = None
     check_stop: Callable[[], None] = no_stop
 
-    def open_loader(self, split: str) -> PatientLoader[ReadyBatch]:
+    def open_loader(self, split: str) -> PatientLoader:
         """Return a loader over a split, in order of length, whose batches are prepared without noise."""
         pin = self.world.device.type == "cuda"
         preparer = BatchPreparer(seed=None, memory=self.memory, pin=pin)
@@ -93,7 +99,7 @@ class Evaluator:
             split, seed=self.seed, shuffle=False, world=self.world, memory=self.memory, transform=preparer
         )
 
-    def validate(self, model: SeqSetVAE, loader: PatientLoader[ReadyBatch]) -> tuple[dict[str, Any], pa.Table]:
+    def validate(self, model: SeqSetVAE, loader: PatientLoader) -> tuple[dict[str, Any], pa.Table]:
         """Return metrics and predictions of a split, see :func:`training.validation.validate`."""
         settings: dict[str, Any] = {"min_active_units": self.min_active_units, "check_stop": self.check_stop}
         return validate(model, loader, self.loss, self.optimisation, self.world, **settings)
@@ -123,7 +129,7 @@ class Evaluator:
                 self.check_stop()
                 for prepared, output in forward_in_parts(model, ready, self.world, self.optimisation, self.loss):
                     if output.decoded is not None:
-                        errors += reconstruction_sums(model, prepared.batch, output).cpu()
+                        errors += reconstruction_sums(model, prepared.batch, output)
                     if latents is not None:
                         latents.write_table(latent_rows(prepared.batch.to("cpu"), output.posterior))
                 label.append(ready.batch.label.numpy())
@@ -170,7 +176,7 @@ class Evaluator:
 def evaluate_checkpoint(
     evaluator: Evaluator, model: SeqSetVAE, options: EvaluationOptions, output_dir: Path
 ) -> dict[str, Any]:
-    """Evaluate a model on one split and write ``evaluation_<split>.json`` beside its predictions; return its content."""
+    """Evaluate a model on one split, write ``evaluation_<split>.json`` beside its predictions, return its content."""
     data, world, split = evaluator.data, evaluator.world, options.evaluate_split
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics = evaluator.evaluate_split(model, split, output_dir)
@@ -222,8 +228,9 @@ def reconstruction_sums(model: SeqSetVAE, batch: PatientBatch, output: SeqSetVAE
     event = output.sets.event_of_slot
     at_mean = model.events(batch.code[event], torch.zeros_like(batch.value[event]), batch.has_value[event])
     assert output.decoded is not None
-    decoded = (output.decoded, at_mean)
-    return torch.stack([reconstruction_error(chamfer_sums(output.events, each, output.sets)) for each in decoded])
+    weights = torch.tensor([DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT])
+    sums = [torch.stack(chamfer_sums(output.events, each, output.sets)) for each in (output.decoded, at_mean)]
+    return torch.stack([each.cpu() @ weights for each in sums])
 
 
 def latent_rows(batch: PatientBatch, posterior: Posterior) -> pa.Table:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
-
 from model.prepared import PreparedBatch
+
 from pipeline.dataset.manifest import Manifest
 from pipeline.machine import peak_rss_bytes
 from training.data import agree_on_data
@@ -16,7 +16,7 @@ from training.state import build_model
 
 
 def inspect_batches(options: TrainOptions, manifest: Manifest) -> int:
-    """Print, for batches of 1, 2, 4 and 8 patients, their number, shapes, padding, a forward pass and memory; return 0."""
+    """Print number, shapes, padding, a forward pass and memory of batches of 1, 2, 4 and 8 patients; return 0."""
     world, seed = World(0, 1, torch.device("cpu")), options.run.seed
     data = agree_on_data(options.data, manifest, world, "train")
     model = build_model(options.model, data, seed=seed).eval()

@@ -79,7 +79,7 @@ class StepMemory:
 
     def split(self, batch: PatientBatch) -> list[PatientBatch]:
         """Return ``batch`` in as few parts as need be so that each fits; a patient who does not is a part alone."""
-        cost = self.peak.of(batch.events_per_patient.numpy(), batch.sets_per_patient.numpy())
+        cost = self.peak.predict(batch.events_per_patient.numpy(), batch.sets_per_patient.numpy())
         limit = self.step_bytes - self.peak.batch
         if cost.sum() <= limit:
             return [batch]

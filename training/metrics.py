@@ -161,7 +161,7 @@ class Throughput:
 
     @classmethod
     def combine(cls, ranks: Sequence[Throughput]) -> Throughput:
-        """Combine the throughput of all ranks: counts are summed, steps and seconds, which run side by side, averaged."""
+        """Combine the throughput of all ranks: counts are summed, steps and seconds averaged."""
         sums = {field.name: sum(getattr(rank, field.name) for rank in ranks) for field in dataclasses.fields(cls)}
         together = {name: sums[name] / len(ranks) for name in ("seconds", "waited")}
         return cls(**{**sums, **together, "num_steps": sums["num_steps"] // len(ranks)})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from model.config import ModelOptions
 from model.losses import LossOptions
@@ -102,31 +102,28 @@ class AtResume(Enum):
     IRRELEVANT = "no matter"
 
 
+_SAME: Final = (
+    "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
+    "group_events", "seed", "preset", "event_form", "objective", "precision",
+)  # fmt: skip
+_OBEYED: Final = (
+    "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing", "freeze",
+    "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip", "vae_weight",
+    "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices",
+    "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units", "stop_on_collapse", "log_steps",
+    "profile_memory", "profile", "verbose",
+)  # fmt: skip
+_IRRELEVANT: Final = (
+    "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
+    "baselines", "export_latents", "inspect",
+)  # fmt: skip
+
 AT_RESUME: Mapping[str, AtResume] = {
-    **dict.fromkeys(
-        (
-            "batch_size max_memory max_events max_sequence_length truncate bucketing bucket_width group_events seed "
-            "preset event_form objective precision"
-        ).split(),
-        AtResume.SAME,
-    ),
-    **dict.fromkeys(
-        (
-            "data_dir on_bad_shard use_dynamic_padding event_dropout dropout gradient_checkpointing freeze max_epochs "
-            "learning_rate weight_decay warmup_steps ema_decay gradient_clip vae_weight classification_weight "
-            "pos_weight beta beta_warmup_steps beta_schedule free_bits devices device threads checkpoint_steps monitor "
-            "patience min_active_units stop_on_collapse log_steps profile_memory profile verbose"
-        ).split(),
-        AtResume.OBEYED,
-    ),
-    **dict.fromkeys(
-        "cache_dir cache_bytes prefetch init_from output_dir resume evaluate evaluate_split baselines export_latents "
-        "inspect".split(),
-        AtResume.IRRELEVANT,
-    ),
+    **dict.fromkeys(_SAME, AtResume.SAME),
+    **dict.fromkeys(_OBEYED, AtResume.OBEYED),
+    **dict.fromkeys(_IRRELEVANT, AtResume.IRRELEVANT),
 }
-"""The one table of what may change at ``--resume``, by flag.  Data are compared by their checksums, not by their folder.
-"""
+"""What may change at ``--resume``, by flag.  Data are compared by their checksums, not by their folder."""
 
 
 def check_resume(saved: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> None:

@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from model.prepared import PreparedBatch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.losses import LossOptions
-from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 

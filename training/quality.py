@@ -112,7 +112,7 @@ def _bootstrap(
     ]
     intervals: dict[str, tuple[float | None, float | None]] = {}
     for name in drawn[0]:
-        values = [resample[name] for resample in drawn if resample[name] is not None]
-        low, high = np.percentile(np.array(values, np.float64), [2.5, 97.5]) if values else (None, None)
-        intervals[name] = (None, None) if low is None else (float(low), float(high))
+        values = np.array([resample[name] for resample in drawn if resample[name] is not None], np.float64)
+        low, high = np.percentile(values, [2.5, 97.5]).tolist() if len(values) else (None, None)
+        intervals[name] = (low, high)
     return intervals

@@ -35,7 +35,7 @@ from training.step import StepSettings
 from training.validation import is_better
 
 
-class Stopped(Exception):  # noqa: N818  # no error: a signal asked for it
+class Stopped(Exception):  # no error: a signal asked for it
     """A signal asked the run to stop, and its state is saved.
 
     Attributes:
@@ -143,7 +143,7 @@ class Run:
             )
 
     def _make_profiler(self) -> StepProfiler:
-        """Return a profiler that is on where ``--profile`` asks for it, on the first rank; the others' steps are alike."""
+        """Return a profiler, which is on where ``--profile`` asks for it, on the first rank alone."""
         loader, optimisation = self.state.loader, self.options.optimisation
         on = self.options.run.profile and self.world.is_main and loader.epoch < optimisation.max_epochs
         steps = len(loader) - loader.cursor if on else 0
@@ -205,7 +205,7 @@ class Run:
             raise Stopped(number)
 
     def check_stop(self) -> None:
-        """Raise Stopped where a signal asked for it; called where the state is saved, at the same points on all ranks."""
+        """Raise Stopped where a signal asked for it; the state is saved already, and all ranks ask alike."""
         number = self._agreement.poll(self._signal.number)
         if number:
             raise Stopped(number)

@@ -67,7 +67,7 @@ class TrainState:
     ema_model: SeqSetVAE
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    loader: PatientLoader[Any]
+    loader: PatientLoader
     progress: Progress
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def build_model(options: ModelOptions, data: DataSet, *, seed: int) -> SeqSetVAE
     return model
 
 
-def build_state(model: SeqSetVAE, loader: PatientLoader[Any], options: OptimisationOptions) -> TrainState:
+def build_state(model: SeqSetVAE, loader: PatientLoader, options: OptimisationOptions) -> TrainState:
     """Return the state of a run that begins, on the model's device."""
     groups = parameter_groups(model, options.weight_decay)
     device = next(model.parameters()).device

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from model.prepared import PreparedBatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from model.losses import LossCounts, Losses, LossOptions, beta_at, compute_losses
-from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from training.console import log_main
@@ -112,8 +112,8 @@ def accumulate_gradients(
         with record_function("copy"):
             prepared = part.to(world.device)
         # Ranks wait for one another in a backward pass that ends with a sum over all: the last part's.
-        alone = isinstance(model, DistributedDataParallel) and number < len(parts)
-        with model.no_sync() if alone else contextlib.nullcontext():
+        waits = isinstance(model, DistributedDataParallel) and number < len(parts)
+        with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             losses = forward_losses(model, prepared, counts, settings, state.progress.step)
             with record_function("backward"):
                 # Losses are shares of a sum, and ranks' gradients are averaged.
@@ -127,7 +127,7 @@ def accumulate_gradients(
 def forward_losses(
     model: torch.nn.Module, prepared: PreparedBatch, counts: LossCounts, settings: StepSettings, step: int
 ) -> Losses:
-    """Return the losses of training step ``step`` on one part of a batch; what the objective does not use is not computed."""
+    """Return the losses of a training step on one part of a batch; what the objective does not use is not computed."""
     loss = settings.loss
     with settings.optimisation.autocast(settings.world.device):
         output = model(prepared, reconstruct=loss.learns_sets, classify=loss.learns_outcome)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from model.prepared import PreparedBatch
 
 from model.losses import LossCounts, LossOptions, compute_losses
-from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UserError
@@ -50,7 +50,7 @@ def forward_in_parts(
 @torch.no_grad()
 def validate(
     model: SeqSetVAE,
-    loader: PatientLoader[ReadyBatch],
+    loader: PatientLoader,
     loss: LossOptions,
     optimisation: OptimisationOptions,
     world: World,
