@@ -666,9 +666,10 @@ def timed(loader: PatientLoader) -> Iterator[tuple[PatientBatch, LossCounts, flo
     while True:
         started = time.perf_counter()
         with part("data"):
-            batch, of = next(batches, (None, None))
-        if batch is None:
+            item = next(batches, None)
+        if item is None:
             return
+        batch, of = item
         waited = time.perf_counter() - started
         counts = LossCounts(num_events=of.num_events, num_sets=of.num_sets, num_labelled=of.num_labelled)
         yield batch, counts, waited

@@ -88,7 +88,11 @@ class PatientLoader:
         self.num_patients = sum(entry.num_patients for entry in entries)
         # The limit decides nothing if all patients are in a single group.
         is_grouped = sum(entry.num_events for entry in entries) > options.group_events
-        self._settings = {"data": manifest.fingerprint, "split": split, "quarantined": sorted(quarantined)}
+        self._settings: dict[str, Any] = {
+            "data": manifest.fingerprint,
+            "split": split,
+            "quarantined": sorted(quarantined),
+        }
         plan_options = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
         self._settings |= {name: asdict(options)[name] for name in plan_options}
         self._settings["group_events"] = options.group_events if is_grouped else None

@@ -186,7 +186,7 @@ def _remove(work: Path) -> None:
 
 def _names(data_set: Path) -> list[str]:
     """Every file of a data set but its manifest."""
-    return [*FILES, *(entry.path for entry in Manifest.load(data_set).shards())]
+    return [*FILES, *(entry.path for entry in Manifest.load(data_set).all_shards())]
 
 
 def _refuse_collisions(work: Path, output: Path) -> None:
