@@ -157,9 +157,9 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
         asked = time.perf_counter()
         batch = next(stream)
         waited = time.perf_counter() - asked
-        waits[loader._group.number != group].append(waited)
-        if loader._group.number != group:
-            group = loader._group.number
+        waits[loader._group.position.number != group].append(waited)
+        if loader._group.position.number != group:
+            group = loader._group.position.number
             rss.append(psutil.Process().memory_info().rss)
         if loader.cursor == middle:
             state = json.loads(json.dumps(loader.state_dict()))

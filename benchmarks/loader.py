@@ -37,7 +37,7 @@ from pipeline.dataset.tables import read_vocabulary
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader, Transform, make_loader
 from pipeline.loading.place import BatchPlace
-from pipeline.loading.store import PatientStore
+from pipeline.loading.store import PatientStore, Windows
 from pipeline.sampling.quality import padding_waste
 
 ROOT = Path(__file__).parents[1]
@@ -125,11 +125,11 @@ def peer_rates(
     return rates
 
 
-def columns_of(store: PatientStore) -> dict[str, list[np.ndarray]]:
+def columns_of(store: PatientStore, windows: Windows) -> dict[str, list[np.ndarray]]:
     """The split as an array a patient and field, the form that slicing needs."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("code", "val", "has_value", "minute", "set_id")}
     patients = np.arange(store.num_patients + 1)
-    for batch in store.gather_batches(store.select_windows(), patients[:-1], patients):
+    for batch in store.gather_batches(windows, patients[:-1], patients):
         padded = batch.to_padded()
         for name, arrays in columns.items():
             arrays.append(padded[name].numpy().reshape(-1))
@@ -173,7 +173,7 @@ def main() -> None:
     start_up = time.perf_counter() - started
     group = loader._load_group(loader._group)
     windows, plan, store = group.windows, group.plan.batches, group.store
-    columns, label, count = columns_of(store), store.label, store.num_patients
+    columns, label, count = columns_of(store, windows), store.label, store.num_patients
     some = min(PANDAS_PATIENTS, count)
     padded, ahead, padded_ahead = ours(transform=pad), ours(prefetch=2), ours(prefetch=2, transform=pad)
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 CACHED_NUMBERS = 1 << 17
 """1 MB of int64."""
 
 
-def offsets_from_sizes(sizes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def offsets_from_sizes(sizes: npt.NDArray[Any]) -> Ints:
     """Return the [N+1] int64 offsets of parts of the given sizes [N]: part ``i`` is ``offsets[i]:offsets[i+1]``."""
     offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets
 
 
-def concatenate_ranges(starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def concatenate_ranges(starts: Ints, sizes: Ints) -> Ints:
     """Return the ranges ``starts[i] : starts[i] + sizes[i]`` one after another, [sum of sizes] int64."""
     stops = np.cumsum(sizes)
     positions = np.repeat(starts - (stops - sizes), sizes)
@@ -28,6 +31,6 @@ def concatenate_ranges(starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int6
 
 
 @cache
-def _cached_numbers() -> npt.NDArray[np.int64]:
+def _cached_numbers() -> Ints:
     """Return 0, 1, 2 …; counting anew would take a third of the time of a short :func:`concatenate_ranges`."""
     return np.arange(CACHED_NUMBERS)

@@ -31,9 +31,8 @@ def _read_quotas(cgroups: Path, line: str) -> Iterator[float]:
     _, controllers, path = line.split(":", 2)
     if controllers and "cpu" not in controllers.split(","):
         return
-    root, files = (
-        (cgroups / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else (cgroups, ("cpu.max",))
-    )
+    root = cgroups / "cpu" if controllers else cgroups
+    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
     folder = root / path.lstrip("/")
     # A container may see its own cgroup as the root, whatever the path says: a folder that is missing has no quota.
     for place in (folder, *folder.parents):

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.arrays import offsets_from_sizes
+from pipeline.arrays import Floats, Ints, offsets_from_sizes
 from pipeline.dataset.manifest import ShardEntry
 from pipeline.dataset.schemas import SHARD_SCHEMA
 from pipeline.dataset.tables import read_parquet
@@ -49,13 +49,13 @@ class FlatPatients:
         patient_id: [P] strings, as Arrow holds them.
     """
 
-    patient_offsets: npt.NDArray[np.int64]
-    set_offsets: npt.NDArray[np.int64]
+    patient_offsets: Ints
+    set_offsets: Ints
     minute: npt.NDArray[np.float32]
     code: npt.NDArray[np.int32]
     value: npt.NDArray[np.float32]
     has_value: npt.NDArray[np.bool_]
-    label: npt.NDArray[np.int64]
+    label: Ints
     patient_id: pa.StringArray
 
 
@@ -72,15 +72,9 @@ def write_shard(table: pa.Table, directory: Path, path: str) -> ShardEntry:
             write_tar(table, temporary, target.stem)
         else:
             _write_row_groups(table, temporary)
-    num_sets, num_events = (int(np.sum(table[name].to_numpy(), dtype=np.int64)) for name in ("num_sets", "num_events"))
-    return ShardEntry(
-        path=path,
-        num_patients=table.num_rows,
-        num_sets=num_sets,
-        num_events=num_events,
-        num_bytes=target.stat().st_size,
-        sha256=file_sha256(target),
-    )
+    sizes = {name: int(np.sum(table[name].to_numpy(), dtype=np.int64)) for name in ("num_sets", "num_events")}
+    sizes |= {"num_patients": table.num_rows, "num_bytes": target.stat().st_size}
+    return ShardEntry(path=path, sha256=file_sha256(target), **sizes)
 
 
 def _write_row_groups(table: pa.Table, path: Path) -> None:
@@ -163,9 +157,7 @@ def _flatten(table: pa.Table, entry: ShardEntry, path: str, advice: str) -> Flat
     return patients
 
 
-def _fill_static_minutes(
-    minute: npt.NDArray[np.float64], patient_offsets: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
+def _fill_static_minutes(minute: Floats, patient_offsets: Ints) -> Floats:
     """Return the minutes [S] with one for each static set (NaN), which can only be a patient's first."""
     static = np.flatnonzero(np.isnan(minute))
     if not len(static):

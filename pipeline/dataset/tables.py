@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, VOCABULARY_FILE, UserError
 from pipeline.storage.folder import Folder, as_folder
 
-Lengths = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+Lengths = tuple[Ints, Ints]
 """num_events [P] and num_sets [P], int64, of the patients of some shards, one shard after another."""
 
 

@@ -7,23 +7,19 @@ D the width of an embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.schema import PADDING_CODE
 
 _DTYPES = {
-    "code": torch.int64,
-    "value": torch.float32,
-    "has_value": torch.bool,
-    "set_offsets": torch.int64,
-    "minute": torch.float32,
-    "patient_offsets": torch.int64,
-    "label": torch.int64,
-}
+    "code": torch.int64, "value": torch.float32, "has_value": torch.bool, "set_offsets": torch.int64,
+    "minute": torch.float32, "patient_offsets": torch.int64, "label": torch.int64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,16 +173,10 @@ class PatientBatch:
         """Return the patients ``start`` … ``stop`` − 1 alone, as views where possible."""
         sets = slice(*self.patient_offsets[[start, stop]].tolist())
         events = slice(*self.set_offsets[[sets.start, sets.stop]].tolist())
-        return PatientBatch(
-            code=self.code[events],
-            value=self.value[events],
-            has_value=self.has_value[events],
-            set_offsets=self.set_offsets[sets.start : sets.stop + 1] - events.start,
-            minute=self.minute[sets],
-            patient_offsets=self.patient_offsets[start : stop + 1] - sets.start,
-            label=self.label[start:stop],
-            patient_id=self.patient_id[start:stop],
-        )
+        set_offsets = self.set_offsets[sets.start : sets.stop + 1] - events.start
+        patient_offsets = self.patient_offsets[start : stop + 1] - sets.start
+        patients = {"label": self.label[start:stop], "patient_id": self.patient_id[start:stop]}
+        return self._with_events(events, set_offsets, self.minute[sets], patient_offsets, **patients)
 
     def keep_events(self, keep_E: Tensor) -> PatientBatch:
         """Return the same patients with some of their events, and the sets that still have any.
@@ -197,16 +187,14 @@ class PatientBatch:
         size_S = torch.bincount(self.set_of_event[keep_E], minlength=self.num_sets)
         keep_S = size_S > 0
         num_sets_B = torch.bincount(self.patient_of_set[keep_S], minlength=self.num_patients)
-        zero = size_S.new_zeros(1)
-        return PatientBatch(
-            code=self.code[keep_E],
-            value=self.value[keep_E],
-            has_value=self.has_value[keep_E],
-            set_offsets=torch.cat([zero, size_S[keep_S].cumsum(0)]),
-            minute=self.minute[keep_S],
-            patient_offsets=torch.cat([zero, num_sets_B.cumsum(0)]),
-            label=self.label,
-            patient_id=self.patient_id,
+        return self._with_events(keep_E, _to_offsets(size_S[keep_S]), self.minute[keep_S], _to_offsets(num_sets_B))
+
+    def _with_events(
+        self, events: slice | Tensor, set_offsets: Tensor, minute: Tensor, patient_offsets: Tensor, **patients: Any
+    ) -> PatientBatch:
+        flat = {name: getattr(self, name)[events] for name in ("code", "value", "has_value")}
+        return replace(
+            self, **flat, set_offsets=set_offsets, minute=minute, patient_offsets=patient_offsets, **patients
         )
 
     def to_padded(self, embeddings: Tensor | None = None, *, pad_to: int | None = None) -> dict[str, Tensor]:
@@ -264,20 +252,23 @@ class PatientBatch:
         starts_E[1:] = (row_E[1:] != row_E[:-1]) | (set_id_E[1:] != set_id_E[:-1])
         start_S = torch.nonzero(starts_E)[:, 0]
         num_sets_B = torch.bincount(row_E[start_S], minlength=filled_BL.shape[0])
-        zero = start_S.new_zeros(1)
         return cls(
             code=padded["code"][filled_BL],
             value=padded["val"].squeeze(-1)[filled_BL],
             has_value=padded["has_value"][filled_BL],
-            set_offsets=torch.cat([start_S, zero + row_E.shape[0]]),
+            set_offsets=F.pad(start_S, (0, 1), value=row_E.shape[0]),
             minute=padded["minute"].squeeze(-1)[filled_BL][start_S],
-            patient_offsets=torch.cat([zero, num_sets_B.cumsum(0)]),
+            patient_offsets=_to_offsets(num_sets_B),
             label=padded["label"],
             patient_id=patient_id,
         )
 
 
 _NOT_DERIVED: dict[str, Any] = {"_patient_of_set": None, "_set_of_event": None}
+
+
+def _to_offsets(sizes: Tensor) -> Tensor:
+    return F.pad(sizes.cumsum(0), (1, 0))
 
 
 def _check_ends(name: str, offsets: Tensor, stop: int) -> None:

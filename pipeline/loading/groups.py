@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tables import LengthIndex, Lengths
 from pipeline.loading.options import LoaderOptions
@@ -21,36 +22,37 @@ from pipeline.schema import UNLABELLED, UserError
 from pipeline.storage.folder import Folder
 
 
+class Position(NamedTuple):
+    """Which group of an epoch: its number, and the number of the epoch's batches before it, both from 0."""
+
+    epoch: int
+    number: int = 0
+    first_step: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupPlan:
     """The plan of a group of an epoch.  Its patients are numbered over its shards, one after another.
 
     Attributes:
-        epoch: the epoch.
-        number: of the group in the epoch, from 0.
-        first_step: number of the epoch's batches before this group.
+        position: of the group.
         shards: the split's shards in which the group's patients lie, ascending.
         num_events: [P] int64 of all patients of these shards, after truncation.
         num_sets: [P] int64; with truncation an upper bound, because the index does not say where sets end.
         batches: the group's global batches.
     """
 
-    epoch: int
-    number: int
-    first_step: int
+    position: Position
     shards: tuple[int, ...]
-    num_events: npt.NDArray[np.int64]
-    num_sets: npt.NDArray[np.int64]
+    num_events: Ints
+    num_sets: Ints
     batches: EpochPlan
 
     @property
-    def position(self) -> tuple[int, int, int]:
-        return self.epoch, self.number, self.first_step
-
-    @property
-    def stop_step(self) -> int:
-        """Number of the epoch's batches up to the end of this group."""
-        return self.first_step + self.batches.num_batches
+    def next_position(self) -> Position:
+        """Where the next group of the epoch begins."""
+        epoch, number, first_step = self.position
+        return Position(epoch, number + 1, first_step + self.batches.num_batches)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the batches."""
@@ -65,45 +67,33 @@ class GroupPlanner:
         self._index = LengthIndex(folder, manifest, verify=options.verify)
         self.grouping = lru_cache(maxsize=2)(self._group_shards)
         self._lengths = lru_cache(maxsize=1)(self._read_lengths)
+        self.plan_group = lru_cache(maxsize=2)(self._plan_group)
 
     def _group_shards(self, epoch: int) -> Grouping:
-        return group_shards(
-            np.array([entry.num_patients for entry in self.entries], np.int64),
-            np.array([entry.num_events for entry in self.entries], np.int64),
-            group_events=self._options.group_events,
-            multiple=self._options.fixed_size or 1,
-            shuffle=self._options.shuffle,
-            seed=self._options.seed,
-            epoch=epoch,
-        )
+        sizes = np.array([(entry.num_patients, entry.num_events) for entry in self.entries], np.int64).reshape(-1, 2)
+        options = self._options
+        return group_shards(*sizes.T, options, group_events=options.group_events, seed=options.seed, epoch=epoch)
 
     def _read_lengths(self, shards: tuple[int, ...]) -> Lengths:
         num_events, num_sets = self._index.read([self.entries[shard] for shard in shards])
         limit = self._options.max_sequence_length
         return (num_events, num_sets) if limit is None else (num_events.clip(max=limit), num_sets.clip(max=limit))
 
-    def plan_group(self, epoch: int, number: int, first_step: int) -> GroupPlan:
-        """Return the plan of group ``number`` of an epoch, which begins at ``first_step``."""
+    def _plan_group(self, position: Position) -> GroupPlan:
+        epoch, number, _ = position
         group = self.grouping(epoch).group(number)
         shards = tuple(group.shards.tolist())
         num_events, num_sets = self._lengths(shards)
         lengths = num_events[group.patients], num_sets[group.patients]
         plan = plan_epoch(*lengths, self._options, seed=self._options.seed, epoch=epoch, group=number)
-        return GroupPlan(
-            epoch=epoch,
-            number=number,
-            first_step=first_step,
-            shards=shards,
-            num_events=num_events,
-            num_sets=num_sets,
-            batches=EpochPlan(order=group.patients[plan.order], batch_offsets=plan.batch_offsets),
-        )
+        plan = replace(plan, order=group.patients[plan.order])
+        return GroupPlan(position=position, shards=shards, num_events=num_events, num_sets=num_sets, batches=plan)
 
     def count_batches(self, plan: GroupPlan) -> int:
         """Return the number of batches of an epoch, of which ``plan`` is one group; later groups are planned for it."""
-        for number in range(plan.number + 1, self.grouping(plan.epoch).num_groups):
-            plan = self.plan_group(plan.epoch, number, plan.stop_step)
-        return plan.stop_step
+        while plan.next_position.number < self.grouping(plan.position.epoch).num_groups:
+            plan = self.plan_group(plan.next_position)
+        return plan.next_position.first_step
 
     def max_num_events(self) -> int:
         """Return the maximum number of events of a patient of the split, after truncation."""
@@ -122,21 +112,15 @@ class LoadedGroup:
         batches: this rank's part of each global batch.
     """
 
-    def __init__(
-        self, plan: GroupPlan, store: PatientStore, options: LoaderOptions, *, rank: int, world_size: int
-    ) -> None:
-        rng = rng_for(Purpose.TRUNCATION, seed=options.seed, epoch=plan.epoch, group=plan.number)
+    def __init__(self, plan: GroupPlan, store: PatientStore, options: LoaderOptions, **ranks: int) -> None:
+        epoch, number, first_step = plan.position
+        rng = rng_for(Purpose.TRUNCATION, seed=options.seed, epoch=epoch, group=number)
         self.plan, self.store = plan, store
-        self.windows = windows = store.select_windows(options.max_sequence_length, options.truncate, rng)
+        self.windows = windows = store.select_windows(options, rng)
         if not np.array_equal(windows.num_events, plan.num_events) or (windows.num_sets > plan.num_sets).any():
             raise UserError("index.parquet: contradicts the shards; run preprocess.py again")
-        self.batches = split_across_ranks(
-            plan.batches,
-            (options.cost or CostModel()).predict(windows.num_events, windows.num_sets),
-            rank=rank,
-            world_size=world_size,
-            first_step=plan.first_step,
-        )
+        cost = (options.cost or CostModel()).predict(windows.num_events, windows.num_sets)
+        self.batches = split_across_ranks(plan.batches, cost, first_step=first_step, **ranks)
         amounts = (store.label != UNLABELLED, windows.num_sets, windows.num_events)
         self._counts = [plan.batches.sum_per_batch(amount) for amount in amounts]
 

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.arrays import offsets_from_sizes
+from pipeline.arrays import Floats, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
 from pipeline.loading.batch import PatientBatch
-from pipeline.loading.groups import GroupPlan, GroupPlanner, LoadedGroup
+from pipeline.loading.groups import GroupPlan, GroupPlanner, LoadedGroup, Position
 from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import BatchPlace
 from pipeline.loading.prefetch import prefetch
@@ -69,11 +68,10 @@ class PatientLoader:
         manifest: Manifest,
         split: str,
         options: LoaderOptions,
-        *,
-        quarantined: Collection[str] = (),
-        transform: Transform | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        quarantined: Collection[str],
+        transform: Transform | None,
+        rank: int,
+        world_size: int,
     ) -> None:
         if world_size < 1:
             raise UserError(f"--world_size {world_size}: must be at least 1")
@@ -82,35 +80,26 @@ class PatientLoader:
         if split not in manifest.splits:
             raise UserError(f"{folder}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
         self.manifest, self.options = manifest, options
-        self._folder, self._transform, self._rank, self._world_size = folder, transform, rank, world_size
+        self._folder, self._transform = folder, transform
+        self._ranks = {"rank": rank, "world_size": world_size}
         self._planner = GroupPlanner(folder, manifest, split, options)
         entries = manifest.splits[split]
         self.num_patients = sum(entry.num_patients for entry in entries)
         # The limit decides nothing if all patients are in a single group.
         is_grouped = sum(entry.num_events for entry in entries) > options.group_events
-        self._settings: dict[str, Any] = {
-            "data": manifest.fingerprint,
-            "split": split,
-            "quarantined": sorted(quarantined),
-        }
-        plan_options = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
-        self._settings |= {name: asdict(options)[name] for name in plan_options}
+        self._settings: dict[str, Any] = {"data": manifest.fingerprint, "split": split}
+        names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
+        self._settings |= {"quarantined": sorted(quarantined), **{name: asdict(options)[name] for name in names}}
         self._settings["group_events"] = options.group_events if is_grouped else None
         self._loaded: LoadedGroup | None = None  # the group that was read last, by whichever thread
         self.step = 0
-        self._go_to(self._planner.plan_group(0, 0, 0), 0)
+        self._go_to(Position(epoch=0))
 
-    def _go_to(self, group: GroupPlan, cursor: int) -> None:
-        """Go to batch ``cursor`` of the epoch, which lies in ``group``; an iteration under way ends."""
-        self._group, self.epoch, self.cursor = group, group.epoch, cursor
+    def _go_to(self, position: Position, cursor: int = 0) -> None:
+        """Go to batch ``cursor`` of the epoch, which lies in the group at ``position``; an iteration under way ends."""
+        self._group, self.epoch, self.cursor = self._planner.plan_group(position), position.epoch, cursor
         self._num_batches: int | None = None
         self._iteration = object()
-
-    def _plan_group(self, epoch: int, number: int = 0, first_step: int = 0) -> GroupPlan:
-        """Return the plan of a group; those of the current group and of the one that was read last are remembered."""
-        remembered = [self._group, *([self._loaded.plan] if self._loaded else [])]
-        known = (plan for plan in remembered if plan.position == (epoch, number, first_step))
-        return next(known, None) or self._planner.plan_group(epoch, number, first_step)
 
     @property
     def plan(self) -> EpochPlan:
@@ -134,7 +123,7 @@ class PatientLoader:
             self._num_batches = self._planner.count_batches(self._group)
         return self._num_batches
 
-    def predict_costs(self, cost: CostModel) -> npt.NDArray[np.float64]:
+    def predict_costs(self, cost: CostModel) -> Floats:
         """Return the predicted cost of each global batch of the current group, [N] float64.
 
         With truncation it is an upper bound: the index does not say where the sets of a patient end.
@@ -144,20 +133,20 @@ class PatientLoader:
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of ``epoch``; stay if that is the current one."""
         if epoch != self.epoch:
-            self._go_to(self._plan_group(epoch), 0)
+            self._go_to(Position(epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place and the settings that it depends on: a few hundred bytes of JSON, the same on every rank."""
-        return {
-            "version": STATE_VERSION,
+        _, group, first_step = self._group.position
+        place = {
             "epoch": self.epoch,
             "cursor": self.cursor,
             "step": self.step,
-            "group": self._group.number,
-            "first_step": self._group.first_step,
-            "plan": self._group.fingerprint(),
-            "settings": dict(self._settings),
+            "group": group,
+            "first_step": first_step,
         }
+        plan = {"plan": self._group.fingerprint(), "settings": dict(self._settings)}
+        return {"version": STATE_VERSION, **place, **plan}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of ``state``, without replaying what came before; any number of ranks may have saved it.
@@ -171,10 +160,10 @@ class PatientLoader:
             if (saved := state["settings"].get(name)) != current:
                 change = f"{name} was {saved} and is now {current}"
                 raise UserError(f"cannot resume: {change}; give the same data and flags, or start anew")
-        group = self._plan_group(state["epoch"], state["group"], state["first_step"])
-        if state["plan"] != group.fingerprint():
+        position = Position(state["epoch"], state["group"], state["first_step"])
+        if state["plan"] != self._planner.plan_group(position).fingerprint():
             raise UserError("cannot resume: equal settings give other batches; use the NumPy version of the saved run")
-        self._go_to(group, state["cursor"])
+        self._go_to(position, state["cursor"])
         self.step = state["step"]
 
     def __iter__(self) -> Generator[Any, None, None]:
@@ -193,7 +182,7 @@ class PatientLoader:
                 self.step += 1
                 yield item
         if self._iteration is iteration:
-            self._go_to(self._plan_group(self.epoch + 1), 0)
+            self._go_to(Position(self.epoch + 1))
 
     def _make_items(self) -> Generator[tuple[GroupPlan, Any], None, None]:
         """Yield this rank's items from the place on, each with its group."""
@@ -202,17 +191,18 @@ class PatientLoader:
         groups = self._load_groups(self._group, num_groups)
         with closing(prefetch(groups, min(self.options.prefetch, 1) if num_groups > 1 else 0)) as loaded:
             for group in loaded:
-                for item in self._make_group_items(group, max(cursor - group.plan.first_step, 0), steps_before_epoch):
+                first = max(cursor - group.plan.position.first_step, 0)
+                for item in self._make_group_items(group, first, steps_before_epoch):
                     yield group.plan, item
                 del group  # or a third group would be read while this one is in memory
 
     def _load_groups(self, plan: GroupPlan, num_groups: int) -> Generator[LoadedGroup, None, None]:
         """Yield the groups of an epoch from ``plan`` on; then load the first group of the next epoch."""
-        for number in range(plan.number, num_groups):
-            if number > plan.number:
-                plan = self._plan_group(plan.epoch, number, plan.stop_step)
+        yield self._load_group(plan)
+        while plan.next_position.number < num_groups:
+            plan = self._planner.plan_group(plan.next_position)
             yield self._load_group(plan)
-        self._load_group(self._plan_group(plan.epoch + 1))
+        self._load_group(self._planner.plan_group(Position(plan.position.epoch + 1)))
 
     def _load_group(self, plan: GroupPlan) -> LoadedGroup:
         """Load a group.  Shards that were read last are not read again, so a split of one group is read once."""
@@ -224,7 +214,7 @@ class PatientLoader:
         else:
             entries = [self._planner.entries[shard] for shard in plan.shards]
             store = PatientStore(self._folder, entries, verify=self.options.verify)
-        self._loaded = LoadedGroup(plan, store, self.options, rank=self._rank, world_size=self._world_size)
+        self._loaded = LoadedGroup(plan, store, self.options, **self._ranks)
         return self._loaded
 
     def _make_group_items(self, group: LoadedGroup, number: int, steps_before_epoch: int) -> Iterator[Any]:
@@ -243,14 +233,10 @@ class PatientLoader:
     def _make_item(self, batch: PatientBatch, group: LoadedGroup, number: int, steps_before_epoch: int) -> Any:
         if self._transform is None:
             return batch.pin_memory() if self.options.pin_memory else batch
-        cursor = group.plan.first_step + number
-        place = BatchPlace(
-            epoch=group.plan.epoch,
-            cursor=cursor,
-            step=steps_before_epoch + cursor,
-            counts=group.counts(number),
-            global_batch=partial(group.store.gather_global_batch, group.windows, group.plan.batches.patients(number)),
-        )
+        epoch, _, first_step = group.plan.position
+        cursor, step = first_step + number, steps_before_epoch + first_step + number
+        whole = partial(group.store.gather_global_batch, group.windows, group.plan.batches.patients(number))
+        place = BatchPlace(epoch=epoch, cursor=cursor, step=step, counts=group.counts(number), global_batch=whole)
         return self._transform(batch, place)
 
 
@@ -287,13 +273,4 @@ def make_loader(
     """
     section, folder = LoaderOptions(**options), open_folder(directory)
     manifest = (manifest or Manifest.load(folder)).without(quarantined)
-    return PatientLoader(
-        folder,
-        manifest,
-        split,
-        section,
-        quarantined=quarantined,
-        transform=transform,
-        rank=rank,
-        world_size=world_size,
-    )
+    return PatientLoader(folder, manifest, split, section, quarantined, transform, rank, world_size)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
+from pipeline.arrays import Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +29,8 @@ class GlobalBatch:
     """
 
     patient_id: list[str]
-    num_sets: npt.NDArray[np.int64]
-    set_size: npt.NDArray[np.int64]
+    num_sets: Ints
+    set_size: Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

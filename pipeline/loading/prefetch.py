@@ -21,20 +21,15 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
     Raises:
         RuntimeError: the iteration is continued in a process that was forked during it, which has no such thread.
     """
-    made = _make_in_thread(items, depth) if depth else items
     process = os.getpid()
-    with closing(made):
-        for item in made:
+    if depth == 0:
+        for item in items:
             yield item
-            if os.getpid() != process:
-                raise RuntimeError("this iteration was begun before os.fork(); begin a new one in the new process")
-
-
-def _make_in_thread(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+            _refuse_fork(process)
+        return
     ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()  # an item, a failure, or the end
     free = threading.Semaphore(depth)
     closed = threading.Event()
-    process = os.getpid()
 
     def work() -> None:
         try:
@@ -57,8 +52,14 @@ def _make_in_thread(items: Generator[T, None, None], depth: int) -> Generator[T,
                 raise message
             free.release()
             yield message[0]
+            _refuse_fork(process)
     finally:
         if os.getpid() == process:  # after a fork the locks may be held by a thread that does not exist
             closed.set()
             free.release()
             thread.join()
+
+
+def _refuse_fork(process: int) -> None:
+    if os.getpid() != process:
+        raise RuntimeError("this iteration was begun before os.fork(); begin a new one in the new process")

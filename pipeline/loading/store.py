@@ -13,19 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline.arrays import concatenate_ranges, offsets_from_sizes
+from pipeline.arrays import Ints, concatenate_ranges, offsets_from_sizes
 from pipeline.dataset.manifest import ShardEntry
 from pipeline.dataset.shards import read_shard
 from pipeline.loading.batch import PatientBatch
-from pipeline.loading.options import Truncate
+from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import GlobalBatch
 from pipeline.schema import UserError
 from pipeline.storage.folder import Folder
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +64,8 @@ class PatientStore:
         Raises:
             UserError: a shard is missing, damaged or unlike the manifest, or there is too little memory.
         """
-        num_patients, num_sets, num_events = (
-            sum(getattr(entry, name) for entry in entries) for name in ("num_patients", "num_sets", "num_events")
-        )
+        sizes = ("num_patients", "num_sets", "num_events")
+        num_patients, num_sets, num_events = (sum(getattr(entry, size) for entry in entries) for size in sizes)
         try:  # memory is only used as shards fill it, which keep to the manifest's claim
             self.label = np.empty(num_patients, np.int64)
             self.patient_id = np.empty(num_patients, object)
@@ -88,49 +84,37 @@ class PatientStore:
             patients = slice(patient, patient := patient + entry.num_patients)
             sets = slice(set_, set_ := set_ + entry.num_sets)
             events = slice(event, event := event + entry.num_events)
-            self.label[patients] = shard.label
             self.patient_id[patients] = shard.patient_id.to_numpy(zero_copy_only=False)
-            self.minute[sets] = shard.minute
+            parts = {"label": patients, "minute": sets, "code": events, "value": events, "has_value": events}
+            for name, part in parts.items():
+                getattr(self, name)[part] = getattr(shard, name)
             patient_offsets[patients.start + 1 : patients.stop + 1] = shard.patient_offsets[1:] + sets.start
             self.set_offsets[sets.start + 1 : sets.stop + 1] = shard.set_offsets[1:] + events.start
-            self.code[events] = shard.code
-            self.value[events] = shard.value
-            self.has_value[events] = shard.has_value
         event_offsets = self.set_offsets[patient_offsets]
-        self._whole = Windows(
-            event_start=event_offsets[:-1],
-            num_events=np.diff(event_offsets),
-            set_start=patient_offsets[:-1],
-            num_sets=np.diff(patient_offsets),
-        )
+        event_start, set_start = event_offsets[:-1], patient_offsets[:-1]
+        lengths = {"num_events": np.diff(event_offsets), "num_sets": np.diff(patient_offsets)}
+        self._whole = Windows(event_start=event_start, set_start=set_start, **lengths)
 
     @property
     def num_patients(self) -> int:
         return len(self.label)
 
-    def select_windows(
-        self,
-        max_sequence_length: int | None = None,
-        truncate: Truncate = "earliest",
-        rng: np.random.Generator | None = None,
-    ) -> Windows:
-        """Return the events to use of each patient.
+    def select_windows(self, options: LoaderOptions, rng: np.random.Generator) -> Windows:
+        """Return the events to use of each patient; a set may be cut.
 
         Args:
-            max_sequence_length: maximum number of events of a patient, at least 1, or None for all; by whole events, so
-                a set may be cut.
-            truncate: keep the ``earliest`` or the ``latest`` events, or a run from a ``random`` position.
-            rng: needed for ``random``.
+            options: ``max_sequence_length``, and ``truncate``: keep the earliest or the latest events, or a run from a
+                random position.
+            rng: for the random positions.
         """
-        whole = self._whole
-        if max_sequence_length is None or not (whole.num_events > max_sequence_length).any():
+        whole, limit = self._whole, options.max_sequence_length
+        if limit is None or not (whole.num_events > limit).any():
             return whole
-        num_events = np.minimum(whole.num_events, max_sequence_length)
+        num_events = np.minimum(whole.num_events, limit)
         skipped = whole.num_events - num_events
-        if truncate == "earliest":
+        if options.truncate == "earliest":
             skipped[:] = 0
-        elif truncate == "random":
-            assert rng is not None, "a random run needs a generator"
+        elif options.truncate == "random":
             skipped = rng.integers(skipped, endpoint=True)
         start = whole.event_start + skipped
         set_start = np.searchsorted(self.set_offsets, start, side="right") - 1
@@ -173,12 +157,8 @@ class PatientStore:
 
     def gather_global_batch(self, windows: Windows, patients: Ints) -> GlobalBatch:
         """Return the lengths of ``patients`` [B] and of their sets."""
-        _, set_offsets, patient_offsets, _ = self._gather_sets(windows, patients)
-        return GlobalBatch(
-            patient_id=self.patient_id[patients].tolist(),
-            num_sets=np.diff(patient_offsets),
-            set_size=np.diff(set_offsets),
-        )
+        set_size, patient_id = np.diff(self._gather_sets(windows, patients)[1]), self.patient_id[patients].tolist()
+        return GlobalBatch(patient_id=patient_id, num_sets=windows.num_sets[patients], set_size=set_size)
 
     def _gather_sets(self, windows: Windows, patients: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """Return which sets [S] ``patients`` [N] have, and the offsets of their sets [S+1], of patients into sets [N+1]

@@ -312,7 +312,6 @@ def write_partition(
             order = np.lexsort((code, np.repeat(np.arange(len(set_sizes)), set_sizes)))
             code, value = code[order], value[order]
         scaled = (value - vocabulary["mean"].to_numpy()[code]) / vocabulary["std"].to_numpy()[code]
-        scaled = scaled.clip(-FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
         shard = pa.table(
             {
                 **{name: rows[name] for name in SHARD_SCHEMA.names},

@@ -142,15 +142,12 @@ def _waste_sections(index: pa.Table, split: str) -> list[str]:
         return []
     every = -(-index.num_rows // PATIENTS_PLANNED)
     num_events, num_sets = (index[column].to_numpy()[::every] for column in ("num_events", "num_sets"))
-    longest, mean = int(num_events.max()), float(num_events.mean())
     wastes: dict[str, list[tuple[float, float]]] = {}
     for batch_size in BATCH_SIZES:
-        budget = max(longest, round(batch_size * mean))
         policies = {
             "at random": Policy(batch_size=batch_size, bucketing=False),
             "bucketed by events (the default)": Policy(batch_size=batch_size),
             "sorted by events": Policy(batch_size=batch_size, bucket_width=0),
-            "budget of events": Policy(batch_size=None, max_events=budget),
         }
         for name, policy in policies.items():
             plan = plan_epoch(num_events, num_sets, policy, seed=0, epoch=0)
@@ -164,7 +161,7 @@ def _waste_sections(index: pa.Table, split: str) -> list[str]:
         section(
             f"Expected padding waste of {axis}",
             table(header, [(name, *(Share(waste[place]) for waste in row)) for name, row in wastes.items()]),
-            note if place == 0 else "A budget is the mean events of as many patients, and at least the longest one's.",
+            note,
         )
         for place, axis in enumerate(("events", "sets"))
     ]

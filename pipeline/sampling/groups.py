@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.arrays import concatenate_ranges, offsets_from_sizes
+from pipeline.arrays import Ints, concatenate_ranges, offsets_from_sizes
 from pipeline.sampling.plan import Purpose, rng_for
+from pipeline.sampling.policy import Policy
 
 GROUP_EVENTS = 1 << 23
 """Approximate number of events of a group.  An event takes 9 bytes in memory and a set 12, some 100 MB in all, and with
@@ -33,8 +33,8 @@ class Group:
             a shard at either end of the group, which a neighbour may share.
     """
 
-    shards: npt.NDArray[np.int64]
-    patients: npt.NDArray[np.int64]
+    shards: Ints
+    patients: Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +47,9 @@ class Grouping:
         borders: [G+1] int64, group ``number`` has the patients ``borders[number]:borders[number+1]`` in that order.
     """
 
-    num_patients: npt.NDArray[np.int64]
-    shard_order: npt.NDArray[np.int64]
-    borders: npt.NDArray[np.int64]
+    num_patients: Ints
+    shard_order: Ints
+    borders: Ints
 
     @property
     def num_groups(self) -> int:
@@ -69,38 +69,30 @@ class Grouping:
 
 
 def group_shards(
-    num_patients: npt.NDArray[np.int64],
-    num_events: npt.NDArray[np.int64],
-    *,
-    group_events: int,
-    multiple: int,
-    shuffle: bool,
-    seed: int,
-    epoch: int,
+    num_patients: Ints, num_events: Ints, policy: Policy, *, group_events: int, seed: int, epoch: int
 ) -> Grouping:
     """Cut an epoch's shards into as few groups as ``group_events`` allows, of about equal numbers of events.
 
-    A group has at most ``group_events`` and a shard.  Every border but the last is a multiple of ``multiple``, the
-    patients of a batch: if a group's patients do not fill its last batch, the remaining ones belong to the next group.
-    They are the longest of one shard, a few in thousands.
+    A group has at most ``group_events`` and a shard.  If batches have a fixed size, every border but the last is
+    a multiple of it: patients who would not fill a group's last batch belong to the next group.  They are the longest
+    of one shard, a few in thousands.
 
     Args:
         num_patients: [N] of each shard, at least 1.
         num_events: [N] of each shard.
+        policy: with ``shuffle``, shards are in a new order every epoch; otherwise in the manifest's.
         group_events: 1 or more.
-        multiple: 1 or more.
-        shuffle: shards in a new order every epoch; otherwise in the manifest's.
         seed: 0 or more.
         epoch: 0, 1, 2 …
     """
     count = len(num_patients)
     rng = rng_for(Purpose.SHARD_ORDER, seed=seed, epoch=epoch)
-    order = rng.permutation(count) if shuffle else np.arange(count)
+    order = rng.permutation(count) if policy.shuffle else np.arange(count)
     events_before, patients_before = offsets_from_sizes(num_events[order]), offsets_from_sizes(num_patients[order])
     total = int(events_before[-1])
     num_groups = max(1, -(-total // group_events))
     targets = total * np.arange(1, num_groups) // num_groups
     inner = patients_before[np.searchsorted(events_before, targets, side="right") - 1]
-    inner = np.unique(inner - inner % multiple)
+    inner = np.unique(inner - inner % (policy.fixed_size or 1))
     borders = np.concatenate([[0], inner[inner > 0], patients_before[-1:]])
     return Grouping(num_patients=num_patients, shard_order=order, borders=borders)

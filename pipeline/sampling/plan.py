@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.arrays import concatenate_ranges, offsets_from_sizes
-from pipeline.sampling.cost import Lengths
+from pipeline.arrays import Floats, Ints, concatenate_ranges, offsets_from_sizes
 from pipeline.sampling.policy import Policy
 from pipeline.schema import UserError
 
@@ -40,19 +39,19 @@ class EpochPlan:
             rank's part can be empty, if a batch has fewer patients than there are ranks.
     """
 
-    order: npt.NDArray[np.int64]
-    batch_offsets: npt.NDArray[np.int64]
+    order: Ints
+    batch_offsets: Ints
 
     @property
     def num_batches(self) -> int:
         return len(self.batch_offsets) - 1
 
     @property
-    def batch_sizes(self) -> npt.NDArray[np.int64]:
+    def batch_sizes(self) -> Ints:
         """[N] int64, patients of each batch."""
         return np.diff(self.batch_offsets)
 
-    def patients(self, step: int) -> npt.NDArray[np.int64]:
+    def patients(self, step: int) -> Ints:
         """Return the patients of one batch, [B] int64."""
         return self.order[self.batch_offsets[step] : self.batch_offsets[step + 1]]
 
@@ -76,9 +75,7 @@ def rng_for(purpose: Purpose, *, seed: int, epoch: int, group: int = 0) -> np.ra
     return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(group,) if group else ()))
 
 
-def plan_epoch(
-    num_events: Lengths, num_sets: Lengths, policy: Policy, *, seed: int, epoch: int, group: int = 0
-) -> EpochPlan:
+def plan_epoch(num_events: Ints, num_sets: Ints, policy: Policy, *, seed: int, epoch: int, group: int = 0) -> EpochPlan:
     """Return the global batches of an epoch, or of one group of it; every patient is in exactly one.
 
     Without ``max_events`` all batches but one have ``batch_size`` patients, so their number is the same every epoch.
@@ -111,9 +108,7 @@ def plan_epoch(
     return EpochPlan(order=order, batch_offsets=offsets)
 
 
-def _order_patients(
-    num_events: Lengths, num_sets: Lengths, policy: Policy, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def _order_patients(num_events: Ints, num_sets: Ints, policy: Policy, rng: np.random.Generator) -> Ints:
     """Return all patients [P], those that may share a batch near one another."""
     order = rng.permutation(len(num_events)) if policy.shuffle else np.arange(len(num_events))
     if not policy.bucketing:
@@ -125,15 +120,14 @@ def _order_patients(
     if policy.max_events is not None:
         batch_size = np.minimum(batch_size, policy.max_events // num_events[order])
     if policy.max_cost is not None:
-        fitting = (policy.max_cost - policy.cost_model.batch) // policy.cost_model.predict(
-            num_events[order], num_sets[order]
-        )
+        cost = policy.cost_model.predict(num_events[order], num_sets[order])
+        fitting = (policy.max_cost - policy.cost_model.batch) // cost
         batch_size = np.minimum(batch_size, np.maximum(fitting, 1).astype(np.int64))
     position = _jitter_widths(num_events[order], batch_size).cumsum()
     return order[np.argsort(position + policy.bucket_width * rng.random(len(order)))]
 
 
-def _jitter_widths(sorted_lengths: Lengths, batch_size: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def _jitter_widths(sorted_lengths: Ints, batch_size: Ints) -> Floats:
     """Return the widths [P] of patients on the scale of the jitter, in batches: √gap ÷ patients a batch."""
     rank = np.arange(len(sorted_lengths))
     low = np.maximum(rank - GAP_REACH, 0)
@@ -144,9 +138,7 @@ def _jitter_widths(sorted_lengths: Lengths, batch_size: npt.NDArray[np.int64]) -
     return width * (np.sum(1 / batch_size) / width.sum())
 
 
-def _cut_batches(
-    num_events: Lengths, num_sets: Lengths, policy: Policy, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def _cut_batches(num_events: Ints, num_sets: Ints, policy: Policy, rng: np.random.Generator) -> Ints:
     """Return the offsets [N+1] int64 of batches in an ordered sequence of patients of these lengths [P]."""
     count = len(num_events)
     max_size = policy.batch_size or count
@@ -173,9 +165,7 @@ def _cut_batches(
     return np.array(offsets, dtype=np.int64)
 
 
-def split_across_ranks(
-    plan: EpochPlan, cost: npt.NDArray[np.float64], *, rank: int, world_size: int, first_step: int = 0
-) -> EpochPlan:
+def split_across_ranks(plan: EpochPlan, cost: Floats, *, rank: int, world_size: int, first_step: int = 0) -> EpochPlan:
     """Return one rank's part of every batch, so that the ranks' costs in a step match.
 
     Patients go, most expensive first, each to the rank with the lowest cost so far (Graham 1969, longest processing

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.arrays import Floats, Ints
 from pipeline.sampling.cost import Lengths
 from pipeline.sampling.plan import EpochPlan, split_across_ranks
 from pipeline.schema import UNLABELLED
@@ -32,14 +32,14 @@ def neighbour_correlation(plan: EpochPlan, lengths: Lengths) -> float:
     return _correlation(means[:-1], means[1:])
 
 
-def label_correlation(plan: EpochPlan, lengths: Lengths, label: npt.NDArray[np.int64]) -> float:
+def label_correlation(plan: EpochPlan, lengths: Lengths, label: Ints) -> float:
     """Return the correlation of a labelled patient's label with the mean length of the patient's batch."""
     means = (plan.sum_per_batch(lengths) / plan.batch_sizes)[_batch_of_patient(plan)]
     labelled = label != UNLABELLED
     return _correlation(means[labelled], label[labelled].astype(np.float64))
 
 
-def rank_imbalance(plan: EpochPlan, cost: npt.NDArray[np.float64], world_size: int) -> float:
+def rank_imbalance(plan: EpochPlan, cost: Floats, world_size: int) -> float:
     """Return the mean over the steps of (maximum − minimum) ÷ mean cost of a rank: about the waiting part of a step."""
     if not len(plan.order):
         return 0.0
@@ -48,14 +48,14 @@ def rank_imbalance(plan: EpochPlan, cost: npt.NDArray[np.float64], world_size: i
     return float(np.mean(np.ptp(costs, axis=0) / costs.mean(axis=0)))
 
 
-def _batch_of_patient(plan: EpochPlan) -> npt.NDArray[np.int64]:
+def _batch_of_patient(plan: EpochPlan) -> Ints:
     """[P] int64, the batch of each patient."""
     batch = np.empty(len(plan.order), dtype=np.int64)
     batch[plan.order] = np.repeat(np.arange(plan.num_batches), plan.batch_sizes)
     return batch
 
 
-def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+def _correlation(a: Floats, b: Floats) -> float:
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])

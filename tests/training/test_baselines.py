@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -36,9 +38,7 @@ def test_what_the_summaries_say_is_found() -> None:
     sets = [[3, 2]] * 60
     batch = random_batch(sets)
     shift = torch.repeat_interleave(batch.label * 6.0, batch.events_per_patient)
-    told = PatientBatch(
-        **{**{name: getattr(batch, name) for name in PatientBatch.__slots__}, "value": batch.value + shift}
-    )
+    told = dataclasses.replace(batch, value=batch.value + shift)
     found = baselines([told], [told], NUM_CODES)
     for metrics in found.values():
         assert metrics is not None

@@ -45,9 +45,7 @@ def test_buckets_by_hand() -> None:
 def test_means_reconstruct_what_lies_at_the_mean() -> None:
     batch = random_batch([[3, 1], [2]])
     model = tiny_model().eval()
-    batch = PatientBatch(
-        **{**{name: getattr(batch, name) for name in PatientBatch.__slots__}, "value": batch.value * 0}
-    )
+    batch = dataclasses.replace(batch, value=batch.value * 0)
     output = model(ModelInput.of(batch))
     ours, at_mean = reconstruction_sums(model, batch, output, LossWeights()).tolist()
     assert ours > 1e-3

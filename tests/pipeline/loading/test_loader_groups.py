@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import pipeline.loading.loader
 from pipeline import make_loader
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.loading.groups import GroupPlan
+from pipeline.loading.groups import GroupPlan, Position
 from pipeline.loading.loader import PatientLoader
 from pipeline.loading.options import Truncate
 from pipeline.loading.store import PatientStore
@@ -53,7 +53,7 @@ def num_groups(loader: PatientLoader) -> int:
 
 def walk(loader: PatientLoader) -> list[int]:
     """The group of each batch of the rest of an epoch."""
-    return [loader._group.number for _ in loader]
+    return [loader._group.position.number for _ in loader]
 
 
 @settings(max_examples=60)
@@ -133,7 +133,7 @@ def test_patients_of_a_batch_are_of_one_group_and_groups_change_with_the_epoch(d
     for _ in range(2):
         members.append({number: set() for number in range(4)})
         for batch in loader:
-            members[-1][loader._group.number].update(batch.patient_id)
+            members[-1][loader._group.position.number].update(batch.patient_id)
     assert all(len(names) % 5 == 0 for number, names in members[0].items() if number < 3)
     assert members[0] != members[1]
 
@@ -151,7 +151,7 @@ def test_evaluation_is_the_same_every_epoch_and_sorted_within_a_group(data_dir: 
     assert epochs[0] == epochs[1]
     lengths: dict[int, list[int]] = {number: [] for number in range(4)}
     for batch in loader:
-        lengths[loader._group.number] += batch.events_per_patient.tolist()
+        lengths[loader._group.position.number] += batch.events_per_patient.tolist()
     for of_group in lengths.values():
         assert of_group == sorted(of_group)
         assert len(of_group) > 5
@@ -169,7 +169,9 @@ def test_ranks_take_turns_over_the_whole_epoch(tmp_path: Path) -> None:
 def test_each_group_has_chances_of_its_own(tmp_path: Path) -> None:
     data = write_data_dir(tmp_path, {"train": make_patients([[9]] * 80)}, shard_size=20)
     loader = make_loader(data, batch_size=5, group_events=180, max_sequence_length=4, truncate="random")
-    groups = {number: loader._load_group(loader._planner.plan_group(0, number, 4 * number)) for number in range(4)}
+    groups = {
+        number: loader._load_group(loader._planner.plan_group(Position(0, number, 4 * number))) for number in range(4)
+    }
     for number, group in groups.items():
         assert group.plan.shards == (loader._planner.grouping(0).shard_order[number],), "a shard each, all alike"
         for other in range(number):
@@ -205,7 +207,7 @@ def test_resuming_reads_the_group_that_the_place_is_in_and_no_other(
     flags = {"group_events": GROUP_EVENTS, "prefetch": prefetch, **flags}
     walked = make_loader(data_dir, **flags)
     stream = iter(walked)
-    while walked._group.number < 2:
+    while walked._group.position.number < 2:
         next(stream)
     state, expected = walked.state_dict(), ids(stream)
     resumed = make_loader(data_dir, **flags)
@@ -222,9 +224,9 @@ def test_resuming_reads_the_group_that_the_place_is_in_and_no_other(
 def test_resuming_at_a_border_goes_on_with_the_next_group(data_dir: Path) -> None:
     walked, resumed = (make_loader(data_dir, batch_size=5, group_events=GROUP_EVENTS) for _ in range(2))
     stream = iter(walked)
-    for _ in range(walked._group.stop_step):
+    for _ in range(walked._group.next_position.first_step):
         next(stream)
-    assert walked._group.number == 0
+    assert walked._group.position.number == 0
     resumed.load_state_dict(walked.state_dict())
     assert ids(resumed) == ids(stream)
     assert resumed.state_dict() == walked.state_dict()
@@ -239,7 +241,7 @@ def test_a_state_of_other_groups_is_refused(data_dir: Path) -> None:
             make_loader(data_dir, group_events=other).load_state_dict(state)
     with pytest.raises(UserError, match="equal settings give other batches"):
         loader.load_state_dict(state | {"group": 1, "first_step": 1})
-    assert (loader.epoch, loader.cursor, loader._group.number) == (0, 1, 0)
+    assert (loader.epoch, loader.cursor, loader._group.position.number) == (0, 1, 0)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -270,7 +272,7 @@ def test_the_next_group_is_read_while_one_is_used_and_no_further(
 
     def noted(plan: GroupPlan) -> Any:
         result = load(plan)
-        loaded.append((plan.epoch, plan.number))
+        loaded.append(plan.position[:2])
         done.release()
         return result
 

@@ -9,14 +9,21 @@ from hypothesis import strategies as st
 
 from pipeline.arrays import offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
-from pipeline.loading.options import Truncate
-from pipeline.loading.store import PatientStore
+from pipeline.loading.options import LoaderOptions, Truncate
+from pipeline.loading.store import PatientStore, Windows
 from tests.data_dirs import Patient, in_stored_order
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
 
 
 def store_of(directory: Path, split: str = "train") -> PatientStore:
     return PatientStore(directory, Manifest.load(directory).splits[split])
+
+
+def select(
+    store: PatientStore, max_sequence_length: int | None = None, truncate: Truncate = "earliest", seed: int = 0
+) -> Windows:
+    options = LoaderOptions(max_sequence_length=max_sequence_length, truncate=truncate)
+    return store.select_windows(options, np.random.default_rng(seed))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,8 @@ def test_gathering_and_truncation_against_a_loop(
     max_sequence_length: int | None,
     truncate: Truncate,
 ) -> None:
-    windows = store.select_windows(max_sequence_length, truncate, np.random.default_rng(5))
-    first = windows.event_start - store.select_windows().event_start  # random places are checked below
+    windows = select(store, max_sequence_length, truncate, 5)
+    first = windows.event_start - select(store).event_start  # random places are checked below
     stored = in_stored_order(patients)
     most = max_sequence_length or 10**9
     if truncate == "earliest":
@@ -62,10 +69,10 @@ def test_gathering_and_truncation_against_a_loop(
 
 
 def test_random_windows_lie_inside_and_reach_both_ends(store: PatientStore) -> None:
-    whole = store.select_windows()
+    whole = select(store)
     seen = set()
     for seed in range(60):
-        cut = store.select_windows(10, "random", np.random.default_rng(seed))
+        cut = select(store, 10, "random", seed)
         first = cut.event_start - whole.event_start
         assert (first >= 0).all()
         assert (first + cut.num_events <= whole.num_events).all()
@@ -75,11 +82,11 @@ def test_random_windows_lie_inside_and_reach_both_ends(store: PatientStore) -> N
 
 
 def test_a_limit_beyond_all_patients_changes_nothing(store: PatientStore) -> None:
-    assert store.select_windows(10_000, "latest") is store.select_windows()
+    assert select(store, 10_000, "latest") is select(store)
 
 
 def test_what_is_gathered_can_be_changed_without_changing_the_store(store: PatientStore) -> None:
-    windows, some = store.select_windows(), np.arange(3)
+    windows, some = select(store), np.arange(3)
     store.gather_batches(windows, some, offsets_from_sizes(np.array([3])))[0].value.fill_(7)
     assert not (store.value == 7).any()
 
@@ -88,5 +95,5 @@ def test_a_split_may_be_empty_or_one_patient(data_dir: Path) -> None:
     empty = store_of(data_dir, "test")
     assert (empty.num_patients, store_of(data_dir, "valid").num_patients) == (0, 1)
     nobody = np.array([], dtype=np.int64)
-    (batch,) = empty.gather_batches(empty.select_windows(3), nobody, offsets_from_sizes(np.array([0])))
+    (batch,) = empty.gather_batches(select(empty, 3), nobody, offsets_from_sizes(np.array([0])))
     assert (batch.num_patients, batch.num_sets, batch.num_events) == (0, 0, 0)

@@ -169,8 +169,6 @@ def test_data_report(tmp_path: Path) -> None:
     assert "1 of 1 shards of the train split, 1,070 events" in page.text
     wastes = [row[1:] for row in page.rows if row[0] == "at random"]
     assert [row[0] for row in wastes] == ["73.2%", "73.2%"]  # one batch: 1 - 1070 / 4000, 1 - 535 / 2000
-    budgets = [row[1:] for row in page.rows if row[0] == "budget of events"]
-    assert budgets[0][0] == "4.5%"  # 1000 alone, the others together: 1 - 1070 / (1000 + 3 * 40)
     assert page.row("events_in") == ["1,157"]
     assert [row[0] for row in page.rows].count(HOSTILE) == 3  # a reject and a variable, known and not, as they are
     assert len(page.addresses) == 5

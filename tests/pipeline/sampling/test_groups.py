@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.sampling.groups import Group, Grouping, group_shards
+from pipeline.sampling.policy import Policy
 
 SHARDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 8)), max_size=12)  # patients, events of each
 
@@ -16,7 +17,8 @@ def grouped(
 ) -> Grouping:
     options = {"shuffle": False, "seed": 0, "epoch": 0} | given
     counts = np.array(num_patients, np.int64), np.array(num_events, np.int64)
-    return group_shards(*counts, group_events=group_events, multiple=multiple, **options)  # type: ignore[arg-type]
+    policy = Policy(batch_size=multiple, shuffle=bool(options.pop("shuffle")))
+    return group_shards(*counts, policy, group_events=group_events, **options)
 
 
 def groups(grouping: Grouping) -> list[Group]:
