@@ -30,11 +30,12 @@ import yaml
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.attention import Tail
+from model.attention import PostAttention
 from model.config import SeqSetVAEConfig
-from model.losses import LossCounts
-from model.outcome import fact_moments
-from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
+from model.losses import LossCounts, Losses, beta_at, compute_losses
+from model.outcome import feature_moments
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 from model.set_vae import Posterior
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import check_shards
@@ -167,7 +168,7 @@ class Training:
         self.loader = open_loader(options, data, world, "train", shuffle=True, memory=self.memory)
         if not (self.checkpoints / "last.pt").exists():
             if options.init_from is None:
-                fit_facts(self.model, options, data, world, self.memory)
+                fit_features(self.model, options, data, world, self.memory)
             else:
                 start_from(Path(options.init_from), self.model, self.manifest)
         if options.freeze:
@@ -263,7 +264,7 @@ class Training:
         world, step, total = self.world, self.progress["step"], None
         for number, batch in enumerate(parts, start=1):
             with part("layout and copy"):
-                given = ModelInput.of(batch).to(world.device)
+                given = PreparedBatch.build(batch, seed=self.options.seed, step=step).to(world.device)
             # Ranks wait for one another in a backward pass that ends with a sum over all: the last part's.
             alone = isinstance(self.stepper, DistributedDataParallel) and number < len(parts)
             with self.stepper.no_sync() if alone else contextlib.nullcontext():
@@ -373,7 +374,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                     release_free_memory()
                     schedule = {
                         "learning_rate": learning_rate(options, step - 1, training.total_steps),
-                        "beta": kl_weight(options, step - 1),
+                        "beta": beta_at(options.loss_options(), step - 1),
                         "rss_bytes": psutil.Process().memory_info().rss,
                     }
                     rates, interval = Throughput.of_job(world.gather(interval)).rates(), Throughput()
@@ -488,7 +489,8 @@ def find_step_memory(options: TrainOptions, data: Data, world: World, model: Seq
             counts = LossCounts(
                 num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=int((batch.label >= 0).sum())
             )
-            forward_losses(model, ModelInput.of(batch).to(world.device), counts, options, alone, 0).total.backward()
+            given = PreparedBatch.build(batch, seed=options.seed).to(world.device)
+            forward_losses(model, given, counts, options, alone, 0).total.backward()
 
         peak, least = measured(step, batches, world.device)
         model.zero_grad(set_to_none=True)
@@ -529,7 +531,7 @@ def compile_dense(model: SeqSetVAE) -> None:
     number of rows serves all.  PyTorch compiles a block 8 times at most and then runs it as it is.
     """
     for module in model.modules():
-        if isinstance(module, Tail):
+        if isinstance(module, PostAttention):
             module.compile(backend=COMPILER, dynamic=True)
 
 
@@ -577,15 +579,15 @@ def start_from(path: Path, model: SeqSetVAE, manifest: Manifest) -> None:
     model.load_state_dict(saved.averaged)
 
 
-def fit_facts(model: SeqSetVAE, options: TrainOptions, data: Data, world: World, memory: StepMemory | None) -> None:
+def fit_features(model: SeqSetVAE, options: TrainOptions, data: Data, world: World, memory: StepMemory | None) -> None:
     """Tell the head what the facts of each variable are like in the train split, or in a large sample of it."""
-    moments, patients = torch.zeros(3, *model.head.fact_mean.shape, dtype=torch.float64), 0
+    moments, patients = torch.zeros(3, *model.head.feature_mean.shape, dtype=torch.float64), 0
     for batch in open_loader(options, data, world, "train", shuffle=True, memory=memory):
-        moments += fact_moments(batch.to("cpu"), len(moments[0]))
+        moments += feature_moments(batch.to("cpu"), len(moments[0]))
         patients += batch.num_patients
         if patients >= FACT_PATIENTS:
             break
-    model.head.fit_facts(world.sum(moments.to(world.device)))
+    model.head.fit_features(world.sum(moments.to(world.device)))
 
 
 FACT_PATIENTS = 20_000
@@ -627,25 +629,18 @@ def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
     return options.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def kl_weight(options: TrainOptions, step: int) -> float:
-    """Linear warm-up of beta; a cycle (Fu et al. 2019, arXiv:1903.10145) is half warm-up, half its height."""
-    warmup = max(options.beta_warmup_steps, 1)
-    return options.beta * min(
-        1.0, ((step % (2 * warmup) if options.beta_schedule == "cyclical" else step) + 1) / warmup
-    )
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def forward_losses(
-    model: torch.nn.Module, given: ModelInput, counts: LossCounts, options: TrainOptions, world: World, step: int
+    model: torch.nn.Module, given: PreparedBatch, counts: LossCounts, options: TrainOptions, world: World, step: int
 ) -> Losses:
     """Losses of training step ``step`` on ``given``."""
     with autocast(options, world):
-        output = model(given, seed=options.seed, step=step)
+        weights = options.loss_options()
+        output = model(given, reconstruct=weights.learns_sets, classify=weights.learns_outcome)
         with part("losses"):
-            return losses(output, given.batch.label, options.loss_weights(), counts, beta=kl_weight(options, step))
+            return compute_losses(output, given.batch.label, weights, counts, beta=beta_at(weights, step))
 
 
 def autocast(options: TrainOptions, world: World) -> torch.autocast:
@@ -701,10 +696,11 @@ def validate(
     labels, probabilities = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
     num_events = num_sets = num_labelled = 0
     for batch, counts, _ in timed(loader):
-        given = ModelInput.of(batch).to(world.device)
+        given = PreparedBatch.build(batch).to(world.device)
         with autocast(options, world):
             output = model(given)
-            sums.add(losses(output, given.batch.label, options.loss_weights(), one, beta=options.beta), None)
+            losses = compute_losses(output, given.batch.label, options.loss_options(), one, beta=options.beta)
+            sums.add(losses, None)
         gauges.update(output.posteriors)
         ids += batch.patient_id
         labels.append(batch.label)
@@ -716,14 +712,17 @@ def validate(
     label = torch.cat([share[1] for share in shares]).numpy()
     probability = torch.cat([share[2] for share in shares]).double().numpy()
 
-    totals, weights = sums.totals(world), options.loss_weights()
+    totals, weights = sums.totals(world), options.loss_options()
     metrics: dict[str, Any] = {
         "reconstruction": totals["reconstruction"] / max(num_events, 1),
         "kl": totals["kl"] / max(num_sets, 1),
         "classification": totals["classification"] / max(num_labelled, 1),
     }
     vae = metrics["reconstruction"] + weights.beta * metrics["kl"]
-    metrics["loss"] = weights.vae * vae + weights.classification * metrics["classification"] if num_sets else None
+    metrics["loss"] = None
+    if num_sets:
+        classification = weights.effective_classification_weight * metrics["classification"]
+        metrics["loss"] = weights.effective_vae_weight * vae + classification
     metrics["auroc"], metrics["auprc"] = auroc_auprc(label, probability)
     levels = gauges.compute()
     for number, gauge in enumerate(levels, start=1):
@@ -804,9 +803,9 @@ def card(model: SeqSetVAE, split: str, options: TrainOptions, data: Data, world:
         for batch, counts, _ in timed(open_loader(options, data, world, split, shuffle=False)):
             views = [batch, *(first_hours(batch, hours) for hours in EARLY_HOURS)]
             with autocast(options, world):
-                given = [ModelInput.of(view).to(world.device) for view in views]
+                given = [PreparedBatch.build(view).to(world.device) for view in views]
                 outputs = [model(view) for view in given]
-                errors += reconstruction_sums(model, given[0].batch, outputs[0], options.loss_weights())
+                errors += reconstruction_sums(model, given[0].batch, outputs[0])
             label.append(batch.label)
             number.append(batch.events_per_patient)
             probability.append(torch.stack([output.probability.cpu().double() for output in outputs], dim=1))

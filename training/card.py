@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import SeqSetVAEConfig
-from model.losses import LossWeights, chamfer_sums
+from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, chamfer_sums
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import FIRST_CODE, UNLABELLED
@@ -33,15 +33,16 @@ def first_hours(batch: PatientBatch, hours: float) -> PatientBatch:
     return batch.keep_events(early_S.repeat_interleave(batch.set_sizes))
 
 
-def reconstruction_sums(model: SeqSetVAE, batch: PatientBatch, output: SeqSetVAEOutput, weights: LossWeights) -> Tensor:
+def reconstruction_sums(model: SeqSetVAE, batch: PatientBatch, output: SeqSetVAEOutput) -> Tensor:
     """[2] float32: the reconstruction loss of the model, and of decoding each event's own variable at its mean.
 
     The latter is told which variables a set holds, which the decoder is not.
     """
-    row = output.sets.event_of_row
-    code, has_value = batch.code[row], batch.has_value[row]
-    at_mean = model.events(code, torch.zeros_like(batch.value[row]), has_value)
-    part_weights = output.events.new_tensor([weights.direction, weights.magnitude, weights.squared])
+    event = output.sets.event_of_slot
+    code, has_value = batch.code[event], batch.has_value[event]
+    at_mean = model.events(code, torch.zeros_like(batch.value[event]), has_value)
+    assert output.decoded is not None
+    part_weights = output.events.new_tensor([DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT])
     errors = [chamfer_sums(output.events, decoded, output.sets) for decoded in (output.decoded, at_mean)]
     return torch.stack([torch.stack(parts) @ part_weights for parts in errors])
 

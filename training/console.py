@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from model.seqsetvae import Losses
+from model.losses import Losses
 from training.metrics import JsonLines, Throughput
 from training.parallel import World
 

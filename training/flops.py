@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import SeqSetVAEConfig
-from model.outcome import ENCODED_FACTS, FACT_CHANNELS, SUMMARY_CHANNELS
+from model.outcome import ENCODED_FEATURES, FEATURE_CHANNELS, SUMMARY_CHANNELS
 from pipeline.loading.batch import PatientBatch
 
 BACKWARD = "backward"
@@ -45,10 +45,12 @@ def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> dict[str, float]
         variables_B = _variables_per_patient(batch)
         channels = min(width, SUMMARY_CHANNELS)
         inputs = 2 * width + channels
-        a_variable = ENCODED_FACTS * min(width, FACT_CHANNELS) + config.members * (ENCODED_FACTS + 1) * channels
+        a_variable = (
+            ENCODED_FEATURES * min(width, FEATURE_CHANNELS) + config.ensemble_heads * (ENCODED_FEATURES + 1) * channels
+        )
         facts = float(variables_B.sum()) * a_variable
         head = (events + sets) * square + events * width * config.heads + facts + _isab(variables_B, config)
-    head += config.members * patients * width * (inputs + 2)
+    head += config.ensemble_heads * patients * width * (inputs + 2)
 
     losses = float(sizes_S.double().square().sum() * width)
     forward = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.config import EventForm, Preset
-from model.losses import LossWeights
+from model.losses import BetaSchedule, LossOptions, Objective
 from pipeline.sampling.groups import GROUP_EVENTS
 from pipeline.sampling.policy import BUCKET_WIDTH
 from pipeline.schema import UserError
@@ -17,8 +17,6 @@ from pipeline.storage.cache import CACHE_BYTES, parse_bytes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Monitor = Literal["auroc", "auprc", "loss"]
-Objective = Literal["joint", "supervised", "pretrain"]
-BetaSchedule = Literal["linear", "cyclical"]
 
 LEAST_STEPS = 50
 """Steps an epoch that ``--batch_size auto`` leaves: fewer would train another model, not the same one faster."""
@@ -166,15 +164,12 @@ class TrainOptions:
                 "--freeze trains the head alone: name a checkpoint with --init_from, and another --objective"
             )
 
-    def loss_weights(self) -> LossWeights:
-        """Those of the objective: without the head's part, or without the VAE's, or as the flags say."""
-        return LossWeights(
-            vae={"joint": self.vae_weight, "supervised": 0.0, "pretrain": 1.0}[self.objective],
-            classification=0.0 if self.objective == "pretrain" else self.classification_weight,
-            positive=self.positive_weight,
-            beta=self.beta,
-            free_bits=self.free_bits,
-        )
+    def loss_options(self) -> LossOptions:
+        """Return the section of the loss."""
+        names = {field.name: field.name for field in dataclasses.fields(LossOptions)} | {
+            "pos_weight": "positive_weight"
+        }
+        return LossOptions(**{name: getattr(self, flag) for name, flag in names.items()})
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.losses import LossWeights
-from model.seqsetvae import SeqSetVAE, losses
-from tests.model.helpers import counts_of, random_batch, tiny_model
+from model.losses import LossOptions, compute_losses
+from model.seqsetvae import SeqSetVAE
+from tests.model.helpers import counts_of, random_batch, run_model, tiny_model
 from training.flops import step_flops
 
 aten = torch.ops.aten
@@ -24,8 +24,8 @@ def counted(model: SeqSetVAE, sets: list[list[int]]) -> tuple[float, float]:
     """(found by the counter, found from shapes) of a forward and a backward pass."""
     batch = random_batch(sets)
     with FlopCounterMode(display=False, custom_mapping={aten.addmm_: _product}) as counter:
-        output = model(batch, seed=0)
-        losses(output, batch.label, LossWeights(), counts_of(batch), beta=0.1).total.backward()
+        output = run_model(model, batch, seed=0)
+        compute_losses(output, batch.label, LossOptions(), counts_of(batch), beta=0.1).total.backward()
     return counter.get_total_flops(), sum(step_flops(batch, model.config).values())
 
 
