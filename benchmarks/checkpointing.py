@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
-from model.losses import LossCounts, LossWeights
-from model.seqsetvae import ModelInput, SeqSetVAE, losses
+from model.losses import LossCounts, LossOptions, compute_losses
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import make_loader
 
@@ -52,7 +53,7 @@ def main() -> None:
 def compare(batch: PatientBatch, preset: str, rounds: int) -> dict[str, object]:
     """Figures of both ways on one batch, and checkpointing's as shares of those without."""
     model = SeqSetVAE(SeqSetVAEConfig.preset(preset, num_codes=int(batch.code.max()) + 1))
-    given, ways = ModelInput.of(batch), {"kept": False, "checkpointed": True}
+    given, ways = PreparedBatch.build(batch, seed=0), {"kept": False, "checkpointed": True}
     memory, seconds = {}, {name: [] for name in ways}
     for name, checkpointed in ways.items():
         model.gradient_checkpointing = checkpointed
@@ -76,16 +77,16 @@ def compare(batch: PatientBatch, preset: str, rounds: int) -> dict[str, object]:
     }
 
 
-def step(model: SeqSetVAE, given: ModelInput) -> None:
+def step(model: SeqSetVAE, given: PreparedBatch) -> None:
     """Forward and backward pass with noise; gradients add up in place."""
     batch = given.batch
     counts = LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=batch.num_patients)
     with record_function("forward"):
-        total = losses(model(given, seed=0, step=0), batch.label, LossWeights(), counts, beta=0.1).total
+        total = compute_losses(model(given), batch.label, LossOptions(), counts, beta=0.1).total
     total.backward()
 
 
-def memory_of(model: SeqSetVAE, given: ModelInput) -> tuple[int, int]:
+def memory_of(model: SeqSetVAE, given: PreparedBatch) -> tuple[int, int]:
     """(most bytes at any moment of a step, bytes held after its forward pass), over those held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(model, given)

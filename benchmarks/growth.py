@@ -26,7 +26,8 @@ from benchmarks.checkpointing import step
 from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
-from model.seqsetvae import ModelInput, SeqSetVAE
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 
 SETS = (100, 300, 1000, 3000, 5000)
 OTHERS = ((10, None), (100, 2), (100, 4), (100, 12), (1000, 2), (1000, 12))
@@ -49,7 +50,7 @@ def main() -> None:
         for sets, events in [*((sets, None) for sets in SETS), *OTHERS]
     ]
     model = SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=43))
-    inputs = [ModelInput.of(batch) for batch in batches]
+    inputs = [PreparedBatch.build(batch, seed=0) for batch in batches]
     attention = least_seconds([partial(attend, model, given) for given in inputs], options.rounds)
     seconds = least_seconds([partial(step, model, given) for given in inputs], options.rounds)
     # A batch's terms: the sums over its patients.
@@ -105,7 +106,7 @@ def least_seconds(works: list[Callable[[], None]], rounds: int) -> np.ndarray:
     return least
 
 
-def attend(model: SeqSetVAE, given: ModelInput) -> None:
+def attend(model: SeqSetVAE, given: PreparedBatch) -> None:
     """Attention over sets alone, of every layer, forward and backward."""
     for layer in model.transformer.layers:
         qkv = torch.randn(given.batch.num_sets, 3 * model.config.width, requires_grad=True)

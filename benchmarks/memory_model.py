@@ -22,7 +22,8 @@ from benchmarks.checkpointing import step
 from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
-from model.seqsetvae import ModelInput, SeqSetVAE
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import make_loader
 from training.memory import amounts, fit, peak_of
@@ -50,10 +51,10 @@ def main() -> None:
     torch.set_num_threads(1)
     num_codes = make_loader(options.data_dir).manifest.num_codes
     model = SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=num_codes))
-    step(model, ModelInput.of(invented(1, 0)))  # makes the gradients
+    step(model, PreparedBatch.build(invented(1, 0), seed=0))  # makes the gradients
 
     def measured(of: list[PatientBatch]) -> np.ndarray:
-        steps = [functools.partial(step, model, ModelInput.of(batch)) for batch in of]
+        steps = [functools.partial(step, model, PreparedBatch.build(batch, seed=0)) for batch in of]
         return np.array([peak_of(one, torch.device("cpu")) for one in steps], dtype=np.float64)
 
     fitted, compared = batches(options.data_dir, 1, num_codes), batches(options.data_dir, 2, num_codes)

@@ -23,11 +23,12 @@ from torch import Tensor
 from benchmarks.machine import describe, publish
 from benchmarks.train_step import invented
 from model.config import SeqSetVAEConfig
-from model.losses import LossCounts
-from model.seqsetvae import Losses, ModelInput, SeqSetVAE, losses
+from model.losses import LossCounts, Losses, beta_at, compute_losses
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import make_loader
-from train import kl_weight, learning_rate, parameter_groups
+from train import learning_rate, parameter_groups
 from training.augment import drop_events
 from training.options import TrainOptions
 
@@ -53,8 +54,9 @@ class Run:
         )
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model(ModelInput.of(batch), seed=options.seed, step=step)
-            found = losses(output, batch.label, options.loss_weights(), counts, beta=kl_weight(options, step))
+            output = self.model(PreparedBatch.build(batch, seed=options.seed, step=step))
+            weights = options.loss_options()
+            found = compute_losses(output, batch.label, weights, counts, beta=beta_at(weights, step))
         (found.total * scale).backward()
         for parameter in self.model.parameters():
             assert parameter.grad is not None

@@ -18,8 +18,9 @@ import torch
 
 from benchmarks.machine import describe, publish
 from model.config import SeqSetVAEConfig
-from model.losses import LossCounts, LossWeights
-from model.seqsetvae import ModelInput, SeqSetVAE, losses
+from model.losses import LossCounts, LossOptions, compute_losses
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import make_loader
 from tests.model import reference
@@ -46,14 +47,14 @@ def main() -> None:
     config = SeqSetVAEConfig.preset(options.preset, num_codes=max(int(b.code.max()) for b in batches) + 1)
     model = SeqSetVAE(config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    weights = LossWeights()
+    weights = LossOptions()
 
     def step_of(batch: PatientBatch, number: int, dtype: torch.dtype | None) -> None:
         counts = LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=batch.num_patients)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            output = model(ModelInput.of(batch), seed=0, step=number)
-            losses(output, batch.label, weights, counts, beta=0.1).total.backward()
+            output = model(PreparedBatch.build(batch, seed=0, step=number))
+            compute_losses(output, batch.label, weights, counts, beta=0.1).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

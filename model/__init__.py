@@ -1,1 +1,1 @@
-"""SeqSetVAE, the model; it knows of the pipeline only the batch and the words."""
+"""SeqSetVAE, the model.  It imports from the pipeline only the vocabulary of terms, the options and the batch."""

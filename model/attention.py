@@ -8,13 +8,13 @@ ISAB, not inside MAB.  Identities that hold exactly save most of the work:
   through both matrices once per batch and meet the events directly; where sets bring their own queries, the few events
   are projected twice rather than the many inducing rows once.
 * ``(Σ w v Wv) Wo = Σ w (v Wv Wo)``: value and output projection are one matrix per head, on the side with fewer rows.
-* With one key, attention is that key's value for every query: the inducing rows of a set of one event are all the
-  same row, which is computed once.
+* With one key, attention is that key's value for every query: the inducing rows of a set of one event are equal, and
+  computed once.
 
 Per set of n events and m inducing points an ISAB then costs ``10·n + 4·m`` dense products of width × width where the
 plain form costs ``8·n + 7·m`` (feed-forward of twice the width): 121 instead of 158 at n = 5.7, m = 16.
 
-Shape suffixes: R rows of a :class:`model.ragged.SetLayout`, G sets of a class, N rows a set, M queries, H heads, D
+Shape suffixes: R slots of a :class:`model.ragged.SetLayout`, G sets of a class, N slots of a set, M queries, H heads, D
 width.
 """
 
@@ -30,8 +30,8 @@ from model.feed_forward import FeedForward
 from model.ragged import SetLayout
 
 
-class Tail(nn.Module):
-    """What follows attention in a MAB: ``LN(a + FF(a))`` of ``a = LN(attended)``."""
+class PostAttention(nn.Module):
+    """The post-attention MLP of a MAB: ``LN(a + FF(a))`` of ``a = LN(attended)``."""
 
     def __init__(self, width: int, feed_forward: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class MAB(nn.Module):
     Args:
         width: D.
         heads: H.
-        feed_forward: hidden width.
+        feed_forward: hidden width of the post-attention MLP.
     """
 
     def __init__(self, width: int, heads: int, feed_forward: int) -> None:
@@ -60,76 +60,77 @@ class MAB(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
-        self.tail = Tail(width, feed_forward)
+        self.post_attention = PostAttention(width, feed_forward)
 
-    def shared_queries(self, queries_MD: Tensor, rows_RD: Tensor, layout: SetLayout) -> Tensor:
-        """Queries that are the same for every set attend to the set's rows.
+    def shared_queries(self, queries_MD: Tensor, x_RD: Tensor, layout: SetLayout) -> Tensor:
+        """Let queries that are the same for every set attend to the slots of each set.
 
         Returns:
-            [·, D]: the M queries' rows of each set, sets in the layout's order; a set of one row has one query row,
-            standing for M equal ones.
+            [·, D]: M rows for each set, sets in the layout's order; a set of one slot has one row, which stands for M
+            equal ones.
         """
         width = queries_MD.shape[1]
         projected_HMK = self.query(queries_MD).view(-1, self.heads, width // self.heads).transpose(0, 1)
         key_HKD = self.key.weight.view(self.heads, -1, width)
         queries_HMD = projected_HMK @ key_HKD / math.sqrt(width // self.heads)
-        values_RHD = F.linear(rows_RD, self._value_output().reshape(-1, width))
+        values_RHD = F.linear(x_RD, self._value_output().reshape(-1, width))
         attended = []
-        for c, keys, values in zip(layout.classes, layout.split(rows_RD), layout.split(values_RHD), strict=True):
+        parts = zip(layout.classes, layout.split_mask(), layout.split(x_RD), layout.split(values_RHD), strict=True)
+        for c, mask, keys, values in parts:
             values = values.view(c.num_sets, c.size * self.heads, width)
             if c.size == 1:
                 attended.append(values.sum(1))
                 continue
             scores = F.linear(keys, queries_HMD.reshape(-1, width)).view(c.num_sets, c.size, self.heads, -1)
-            if c.real is not None:
-                scores = scores.masked_fill(~c.real[:, :, None, None], -math.inf)
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, :, None, None], -math.inf)
             weights = scores.softmax(1, dtype=torch.float32).to(values.dtype).view(c.num_sets, c.size * self.heads, -1)
             attended.append((weights.transpose(1, 2) @ values).view(-1, width))
-        return self._after_attention(torch.cat(attended) if attended else rows_RD[:0])
+        return self._after_attention(torch.cat(attended) if attended else x_RD[:0])
 
-    def own_queries(self, rows_RD: Tensor, keys: Tensor, layout: SetLayout) -> Tensor:
-        """[R, D]: each set's rows attend to the rows that :meth:`shared_queries` gave for the set."""
-        width = rows_RD.shape[1]
+    def own_queries(self, x_RD: Tensor, keys: Tensor, layout: SetLayout) -> Tensor:
+        """Return [R, D]: the slots of each set attend to the rows that :meth:`shared_queries` returned for the set."""
+        width = x_RD.shape[1]
         scale = 1 / math.sqrt(width // self.heads)
         key_HKD = self.key.weight.view(self.heads, -1, width)
         query_HKD = self.query.weight.view(self.heads, -1, width)
         folded_HDD = key_HKD.transpose(1, 2) @ query_HKD * scale
         bias_HD = (self.query.bias.view(self.heads, 1, -1) @ key_HKD * scale).view(-1)
-        queries_RHD = F.linear(rows_RD, folded_HDD.reshape(-1, width), bias_HD)
+        queries_RHD = F.linear(x_RD, folded_HDD.reshape(-1, width), bias_HD)
         pooled = []
-        queries_of, keys_of = layout.split(queries_RHD), layout.split_shared(keys)
-        for c, queries, own_keys in zip(layout.classes, queries_of, keys_of, strict=True):
+        parts = zip(layout.classes, layout.split(queries_RHD), layout.split_shared(keys), strict=True)
+        for c, queries, keys_of_class in parts:
             if c.size == 1:
-                pooled.append(own_keys.repeat(1, self.heads))
+                pooled.append(keys_of_class.repeat(1, self.heads))
                 continue
-            own_keys = own_keys.view(c.num_sets, -1, width)
+            keys_GMD = keys_of_class.view(c.num_sets, -1, width)
             queries = queries.view(c.num_sets, c.size * self.heads, width)
-            weights = (queries @ own_keys.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(own_keys.dtype)
-            pooled.append((weights @ own_keys).view(c.num_rows, self.heads * width))
+            weights = (queries @ keys_GMD.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(keys.dtype)
+            pooled.append((weights @ keys_GMD).view(c.num_slots, self.heads * width))
         folded = self._value_output().transpose(0, 1).reshape(width, -1)
-        return self._after_attention(F.linear(torch.cat(pooled), folded) if pooled else rows_RD[:0])
+        return self._after_attention(F.linear(torch.cat(pooled), folded) if pooled else x_RD[:0])
 
     def _value_output(self) -> Tensor:
-        """[H, D, D]: the matrix that takes a key to its contribution to the output, per head."""
+        """Return [H, D, D], the matrix of each head that takes a key to its contribution to the output."""
         width = self.value.weight.shape[1]
         output_HDK = self.output.weight.view(width, self.heads, -1).transpose(0, 1)
         return output_HDK @ self.value.weight.view(self.heads, -1, width)
 
     def _after_attention(self, attended: Tensor) -> Tensor:
-        # Weights sum to one, so the value's bias goes through the output projection once.
-        return self.tail(attended + F.linear(self.value.bias, self.output.weight, self.output.bias))
+        # Attention weights sum to one, so the value's bias goes through the output projection once.
+        return self.post_attention(attended + F.linear(self.value.bias, self.output.weight, self.output.bias))
 
 
 class ISAB(nn.Module):
-    """Induced set attention, ``MAB(x, MAB(I, x))``: linear in the size of a set.  The residual is the caller's."""
+    """Induced set attention, ``MAB(x, MAB(I, x))``: linear in the size of a set.  The caller adds the residual."""
 
     def __init__(self, width: int, heads: int, feed_forward: int, points: int) -> None:
         super().__init__()
-        # Of the size of the layer-normed rows they stand for: smaller ones would all ask for the same, the mean.
+        # As large as the layer-normed slots that they query: with smaller points every query would return the mean.
         self.points = nn.Parameter(torch.randn(points, width))
         self.gather = MAB(width, heads, feed_forward)
         self.scatter = MAB(width, heads, feed_forward)
 
-    def forward(self, rows_RD: Tensor, layout: SetLayout) -> Tensor:
-        induced = self.gather.shared_queries(self.points, rows_RD, layout)
-        return self.scatter.own_queries(rows_RD, induced, layout)
+    def forward(self, x_RD: Tensor, layout: SetLayout) -> Tensor:
+        induced = self.gather.shared_queries(self.points, x_RD, layout)
+        return self.scatter.own_queries(x_RD, induced, layout)

@@ -1,10 +1,11 @@
-"""The model's shape, in one frozen place that a checkpoint carries along."""
+"""The shape of the model, which a checkpoint carries along, and the options that choose it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from pipeline.options import check_section, option
 from pipeline.schema import UserError
 
 EventForm = Literal["additive", "product"]
@@ -12,24 +13,39 @@ Preset = Literal["reference", "small"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Model"""
+
+    preset: Preset = option("small", "Widths of the model.")
+    event_form: EventForm = option("additive", "How an event combines its variable and its value.")
+    dropout: float = option(
+        0.2, "Dropout probability in the transformer and the outcome head.", minimum=0, maximum=0.99
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass instead of storing them.")
+
+    def __post_init__(self) -> None:
+        check_section(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SeqSetVAEConfig:
-    r"""Widths, depths and forms of a SeqSetVAE; defaults are the reference preset.
+    r"""Widths, depths and forms of a SeqSetVAE; the defaults are the reference preset.
 
     Attributes:
-        num_codes: rows of the vocabulary, padding and unknown included.
-        embedding_dim: width of a code's embedding e_c, given or learned.
-        frozen_embeddings: whether the embeddings are given (and not trained) rather than learned.
-        event_form: how an event joins variable and value, see :class:`model.events.EventEncoder`.
-        width: width of an event, a set's latent and the sequence.
-        heads: attention heads, everywhere.
-        levels: levels of the set encoder and of the set decoder.
-        inducing_points: learned queries of an ISAB.
+        num_codes: number of rows of the vocabulary, padding and unknown included.
+        embedding_dim: width of the embedding e_c of a code, given or learned.
+        frozen_embeddings: whether the embeddings are given and not trained.
+        event_form: how an event combines variable and value, see :class:`model.events.EventEncoder`.
+        width: width of an event, of the latent of a set and of the sequence.
+        heads: number of attention heads in every attention block.
+        levels: number of levels of the set encoder and of the set decoder.
+        inducing_points: number of learned queries of an ISAB.
         set_feed_forward: hidden width of the feed-forward of a MAB.
-        layers: layers of the causal transformer over sets.
-        feed_forward: hidden width of their feed-forward.
-        variable_axis: whether the head sees each variable across time beside each set in time.
-        members: ends of the outcome head, whose mean predicts.
-        dropout: probability, in the transformer and the outcome head.
+        layers: number of layers of the causal transformer over sets.
+        feed_forward: hidden width of the feed-forward of a transformer layer.
+        variable_axis: whether the outcome head pools events per variable as well as per set.
+        ensemble_heads: number of ensemble heads, whose mean probability predicts.
+        dropout: dropout probability in the transformer and the outcome head.
         max_logvar: bound of \|logvar\| of the posterior.
     """
 
@@ -45,55 +61,33 @@ class SeqSetVAEConfig:
     layers: int = 2
     feed_forward: int = 256
     variable_axis: bool = True
-    members: int = 8
+    ensemble_heads: int = 8
     dropout: float = 0.1
     max_logvar: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "embedding_dim",
-            "width",
-            "heads",
-            "levels",
-            "inducing_points",
-            "set_feed_forward",
-            "feed_forward",
-            "members",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"model configuration: {name} must be at least 1, not {getattr(self, name)}")
-        if self.num_codes < 2:
-            raise UserError(
-                f"model configuration: num_codes must count padding and unknown, so 2 or more, not {self.num_codes}"
-            )
-        if self.layers < 0:
-            raise UserError(f"model configuration: layers must be at least 0, not {self.layers}")
+        minimum = {"num_codes": 2, "layers": 0}  # padding and unknown are codes
+        minimum |= dict.fromkeys(("embedding_dim", "width", "heads", "levels", "inducing_points"), 1)
+        minimum |= dict.fromkeys(("set_feed_forward", "feed_forward", "ensemble_heads"), 1)
+        for name, least in minimum.items():
+            if getattr(self, name) < least:
+                raise UserError(f"model configuration: {name} must be at least {least}, not {getattr(self, name)}")
         if self.width % (2 * self.heads):
-            raise UserError(
-                f"model configuration: width {self.width} must be a multiple of 2 × heads ({2 * self.heads})"
-            )
+            multiple = f"a multiple of 2 × heads ({2 * self.heads})"
+            raise UserError(f"model configuration: width {self.width} must be {multiple}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model configuration: dropout must be in [0, 1), not {self.dropout}")
         if self.max_logvar <= 0:
             raise UserError(f"model configuration: max_logvar must be positive, not {self.max_logvar}")
         if self.event_form not in get_args(EventForm):
-            raise UserError(
-                f"model configuration: event_form must be one of {get_args(EventForm)}, not {self.event_form!r}"
-            )
+            forms = get_args(EventForm)
+            raise UserError(f"model configuration: event_form must be one of {forms}, not {self.event_form!r}")
 
     @classmethod
     def preset(cls, name: Preset, *, num_codes: int, **changes: Any) -> SeqSetVAEConfig:
-        """``reference`` is the widths of the paper's setting; ``small`` trains on two CPU cores in minutes."""
-        shapes: dict[str, dict[str, int]] = {
-            "reference": {},
-            "small": {
-                "embedding_dim": 64,
-                "width": 64,
-                "inducing_points": 4,
-                "set_feed_forward": 128,
-                "feed_forward": 128,
-            },
-        }
+        """Return a preset: ``reference`` has the widths of the paper; ``small`` trains on two CPU cores in minutes."""
+        shapes: dict[str, dict[str, int]] = {"reference": {}, "small": {"embedding_dim": 64, "width": 64}}
+        shapes["small"] |= {"inducing_points": 4, "set_feed_forward": 128, "feed_forward": 128}
         if name not in shapes:
             raise UserError(f"preset must be one of {tuple(shapes)}, not {name!r}")
         return replace(cls(num_codes=num_codes), **{**shapes[name], **changes})

@@ -1,4 +1,4 @@
-"""What one event is to the model: a vector from its variable and its value (design §7.1)."""
+"""The vector that stands for an event, made of its variable and its value (design §7.1)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from pipeline.schema import PADDING_CODE, UNKNOWN_CODE
 
 
 def has_number(code: Tensor, has_value: Tensor) -> Tensor:
-    """[·] bool, whether an event's value is a number to the model; that of an unknown variable has no known scale."""
+    """Return [·] bool, whether the value of an event is used as a number.
+
+    The value of an unknown variable is not, because its scale is unknown.
+    """
     return has_value & (code != UNKNOWN_CODE)
 
 
 class EventEncoder(nn.Module):
-    """(code, value) -> [·, width].
+    """Encode events, (code, value) -> [·, width].
 
     Variables have embeddings e_c, given and frozen or learned; r_c = W e_c is computed once per code, not per event.
 
     * ``product``: ``x = r_c/|r_c| · v``.  An event at the mean vanishes, an event with no number is zero.
     * ``additive``: ``x = r_c/|r_c| + asinh(v) · s_c/|s_c|`` with ``s_c = W' e_c``, and a learned vector in place of the
-      second term where there is no number.  asinh keeps small z-scores as they are and a recording error of 50
+      second term where there is no number.  asinh leaves small z-scores as they are and keeps a recording error of 50
       standard deviations from outweighing its whole set.
     """
 
@@ -34,9 +37,8 @@ class EventEncoder(nn.Module):
             nn.init.normal_(table, std=config.embedding_dim**-0.5)
         else:
             if embeddings.shape != table.shape:
-                raise ValueError(
-                    f"embeddings are {tuple(embeddings.shape)}, the configuration says {tuple(table.shape)}"
-                )
+                shapes = f"{tuple(embeddings.shape)}, the configuration says {tuple(table.shape)}"
+                raise ValueError(f"embeddings are {shapes}")
             table.copy_(embeddings)
         with torch.no_grad():
             table[PADDING_CODE] = 0
@@ -47,8 +49,8 @@ class EventEncoder(nn.Module):
             self.no_number = nn.Parameter(torch.zeros(config.width))
 
     def forward(self, code: Tensor, value: Tensor, has_value: Tensor) -> Tensor:
-        """[·] int64, [·] float32, [·] bool -> [·, width] float32 (a float32 island under autocast: it is the
-        target).
+        """Encode [·] int64, [·] float32, [·] bool as [·, width] float32, also under autocast: it is the target of the
+        reconstruction.
         """
         number = has_number(code, has_value)
         with torch.autocast(code.device.type, enabled=False):

@@ -1,69 +1,96 @@
-"""The course of a variable in a patient, in a few numbers: what a tree would be given of it.
+"""Summary features: the course of each variable of a patient in a few numbers, such as a tree would be given.
 
-Attention pools events softly; the least, the last or the number of values is hard to say that way, and easy to count.
+Attention pools events softly; a minimum, a last value or a number of values is hard to express that way, and easy to
+count.
 
-Shape suffixes: S sets, E events, V (patient, variable) pairs that occur, F facts.
+Shape suffixes: S sets, E events, V (patient, variable) pairs that occur, F features.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-NUM_FACTS = 11
+from model.events import has_number
+from model.ragged import SetLayout
+from pipeline.loading.batch import PatientBatch
+
+NUM_FEATURES = 11
 
 RECENT_MINUTES = 12 * 60
-"""In which the weight of a value in the mean of the recent ones falls to 1/e."""
+"""Time constant of the mean of recent values: a value this much older than the last one weighs 1/e."""
 
 
-def course_facts(
-    value_E: Tensor, number_E: Tensor, set_E: Tensor, pair_E: Tensor, minute_S: Tensor, end_V: Tensor
-) -> Tensor:
-    """[V, F] float32: of the values mean, standard deviation, least, greatest, first and last (the mean of those of one
-    set), mean of the recent ones and whether there are any; of the events their number, and the times since the first
-    and since the last.
+@dataclass(frozen=True, slots=True)
+class VariableLayout:
+    """The variables that occur in each patient.
 
-    Values go through asinh, counts and hours through log(1 + x), so that all are of like size.
-
-    Args:
-        value_E: z-scores.
-        number_E: bool, whether the event has a number that counts.
-        set_E: int64, the set of each event; sets of a patient stand in the order of time.
-        pair_E: int64, the pair of each event; every pair has one.
-        minute_S: of each set.
-        end_V: minute of the last set of each pair's patient.
+    Attributes:
+        pair: [E] int64, the pair of patient and variable of each event.
+        patient, code: [V] int64, of each pair; pairs are sorted by patient, then by code.
+        layout: the slots of the pairs, the variables of a patient as one set.
     """
-    zero_V = torch.zeros_like(end_V)
 
-    def total(amount_E: Tensor, pair: Tensor = pair_E) -> Tensor:
-        return zero_V.index_add(0, pair, amount_E)
+    pair: Tensor
+    patient: Tensor
+    code: Tensor
+    layout: SetLayout
+
+    @classmethod
+    def build(cls, batch: PatientBatch) -> VariableLayout:
+        """Lay out the variables of a batch on the CPU: the number of pairs decides shapes."""
+        patient_S = torch.repeat_interleave(torch.arange(batch.num_patients), batch.sets_per_patient)
+        patient_E = torch.repeat_interleave(patient_S, batch.set_sizes)
+        num_codes = int(batch.code.max()) + 1 if batch.num_events else 1
+        key, pair_E = torch.unique(patient_E * num_codes + batch.code, return_inverse=True)
+        patient = key // num_codes
+        counts = torch.bincount(patient, minlength=batch.num_patients)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(pair_E, patient, key % num_codes, SetLayout.build(offsets))
+
+
+def summary_features(batch: PatientBatch, variables: VariableLayout) -> Tensor:
+    """Return [V, F] float32, the summary features of each pair of patient and variable.
+
+    Of the values: mean, standard deviation, minimum, maximum, first and last (the mean within the first and the last
+    set that has a value), mean of the recent ones, and whether there are any.  Of the events: their number, and the
+    hours from the first and from the last of them to the last set of the patient.  Values go through asinh, counts and
+    hours through log(1 + x), so that all are of similar size.
+    """
+    pair_E, minute_S = variables.pair, batch.minute
+    set_E = torch.repeat_interleave(batch.set_sizes, output_size=batch.num_events)
+    end_V = minute_S[batch.patient_offsets[1:] - 1][variables.patient]
+    number_E = has_number(batch.code, batch.has_value)
+
+    def total(amount_E: Tensor) -> Tensor:
+        return torch.zeros_like(end_V).index_add(0, pair_E, amount_E)
 
     def extreme(amount_E: Tensor, reduce: str, fill: float | int) -> Tensor:
-        """Over the events of each pair; 0 where it has only such as hold ``fill``."""
-        found = amount_E.new_full(zero_V.shape, fill).scatter_reduce(0, pair_E, amount_E, reduce)
-        return found.masked_fill(found == fill, 0)
+        """Reduce over the events of each pair that have a number; 0 for a pair without any."""
+        amount_E = torch.where(number_E, amount_E, fill)
+        reduced = amount_E.new_full(end_V.shape, fill).scatter_reduce(0, pair_E, amount_E, reduce)
+        return reduced.masked_fill(reduced == fill, 0)
 
     weight_E = number_E.float()
-    x_E = value_E.float().asinh() * weight_E
+    x_E = batch.value.float().asinh() * weight_E
     count_V = total(weight_E)
-    share_V = count_V.clamp_min(1)
-    mean_V = total(x_E) / share_V
-    std_V = (total((x_E - mean_V[pair_E]).square() * weight_E) / share_V).sqrt()
-    infinite = x_E.new_tensor(torch.inf)
-    facts = [mean_V, std_V]
-    facts.append(extreme(torch.where(number_E, x_E, infinite), "amin", torch.inf))
-    facts.append(extreme(torch.where(number_E, x_E, -infinite), "amax", -torch.inf))
-    for reduce, nowhere in (("amin", len(minute_S)), ("amax", -1)):
-        of_pair = extreme(torch.where(number_E, set_E, torch.full_like(set_E, nowhere)), reduce, nowhere)
-        there_E = weight_E * (set_E == of_pair[pair_E])
-        facts.append(total(x_E * there_E) / total(there_E).clamp_min(1))
+    divisor_V = count_V.clamp_min(1)
+    mean_V = total(x_E) / divisor_V
+    std_V = (total((x_E - mean_V[pair_E]).square() * weight_E) / divisor_V).sqrt()
+    features = [mean_V, std_V, extreme(x_E, "amin", torch.inf), extreme(x_E, "amax", -torch.inf)]
+    for reduce, outside in (("amin", len(minute_S)), ("amax", -1)):
+        set_V = extreme(set_E, reduce, outside)
+        inside_E = weight_E * (set_E == set_V[pair_E])
+        features.append(total(x_E * inside_E) / total(inside_E).clamp_min(1))
     minute_E = minute_S[set_E]
-    # By the time before the variable's own last value: before the patient's last set all weights could be nothing.
-    newest_V = extreme(torch.where(number_E, minute_E, -infinite), "amax", -torch.inf)
+    # Age is counted from the variable's own last value: counted from the patient's last set, all weights could be 0.
+    newest_V = extreme(minute_E, "amax", -torch.inf)
     recent_E = ((minute_E - newest_V[pair_E]) / RECENT_MINUTES).clamp(max=0).exp() * weight_E
-    facts.append(total(x_E * recent_E) / total(recent_E).clamp_min(1))  # the last value weighs 1
-    facts += [(count_V > 0).float(), total(torch.ones_like(x_E)).log1p()]
+    features.append(total(x_E * recent_E) / total(recent_E).clamp_min(1))  # the last value weighs 1
+    features += [(count_V > 0).float(), total(torch.ones_like(x_E)).log1p()]
     for reduce, fill in (("amin", torch.inf), ("amax", -torch.inf)):
         at_V = torch.full_like(end_V, fill).scatter_reduce(0, pair_E, minute_E, reduce)
-        facts.append(((end_V - at_V) / 60).log1p())
-    return torch.stack(facts, dim=1)
+        features.append(((end_V - at_V) / 60).log1p())
+    return torch.stack(features, dim=1)

@@ -1,80 +1,181 @@
-"""Losses as sums over real things, to be divided by counts of the whole job (design §7.5).
+"""Losses as sums over events, sets and patients, to be divided by counts of the whole job (design §7.5).
 
-Nothing here is a mean: a mean over a batch would weigh a patient by who shares its batch, a mean over a rank by how
-many ranks there are.  The trainer divides each sum by the number of events, sets or labelled patients of the *global*
-batch.
+Nothing here is a mean: a mean over a batch would weight a patient by who shares its batch, a mean over a rank by how
+many ranks there are.  Each sum is divided by the number of events, sets or labelled patients of the *global* batch.
 
-Shape suffixes: R rows of a layout, S sets, B patients, G sets of a class, N rows a set of it, D width.
+Shape suffixes: R slots of a set layout, S sets, B patients, G sets of a class, N slots of a set, D width, K ensemble
+heads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from model.ragged import SetLayout
+from model.seqsetvae import SeqSetVAEOutput
 from model.set_vae import Posterior
+from pipeline.options import check_section, option
 
-SMALLEST_NORM = 1e-6
-"""Below it a vector has no direction; its cosine with anything is 0."""
+Objective = Literal["joint", "supervised", "pretrain"]
+BetaSchedule = Literal["linear", "cyclical"]
+
+DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT = 1.0, 1.0, 3.0
+"""Weights of the distances that make up the reconstruction error."""
+
+MIN_NORM = 1e-6
+"""A shorter vector has no direction; its cosine with any other is 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossWeights:
-    """What each part weighs; defaults are design §7.5's.
+class LossOptions:
+    """Loss"""
 
-    Attributes:
-        direction, magnitude, squared: parts of the reconstruction.
-        vae: the VAE's part of the total, reconstruction plus beta times KL divergence.
-        classification: the outcome's part of the total.
-        positive: of a patient with the outcome, within it; one without weighs 1.
-        beta: weight of the KL divergence within the VAE's part, once warmed up.
-        free_bits: nats a dimension of a set may diverge at no cost (Kingma et al. 2016, §C.8).
-    """
+    objective: Objective = option(
+        "joint",
+        "What is learned: sets and outcome (joint), the outcome alone (supervised), or sets alone (pretrain), which "
+        "needs no labels.",
+    )
+    vae_weight: float = option(0.3, "Weight of reconstruction + beta × KL divergence in the loss.", minimum=0)
+    classification_weight: float = option(1.0, "Weight of the outcome's cross-entropy in the loss.", minimum=0)
+    pos_weight: float = option(
+        1.0,
+        "Weight of patients with the outcome in the cross-entropy; other than 1 it shifts probabilities.",
+        minimum=0,
+    )
+    beta: float = option(0.1, "Weight of the KL divergence after warm-up.", minimum=0)
+    beta_warmup_steps: int = option(5000, "Number of steps over which beta rises from 0.", minimum=0)
+    beta_schedule: BetaSchedule = option(
+        "linear", "Whether beta rises once (linear) or again after as many steps at its maximum (cyclical)."
+    )
+    free_bits: float = option(0.1, "KL divergence in nats that each dimension of a set may have at no cost.", minimum=0)
 
-    direction: float = 1.0
-    magnitude: float = 1.0
-    squared: float = 3.0
-    vae: float = 0.3
-    classification: float = 1.0
-    positive: float = 1.0
-    beta: float = 0.1
-    free_bits: float = 0.1
+    def __post_init__(self) -> None:
+        check_section(self)
+
+    @property
+    def learns_sets(self) -> bool:
+        return self.objective != "supervised"
+
+    @property
+    def learns_outcome(self) -> bool:
+        return self.objective != "pretrain"
+
+    @property
+    def effective_vae_weight(self) -> float:
+        """The weight of the VAE's part under the objective."""
+        return {"joint": self.vae_weight, "supervised": 0.0, "pretrain": 1.0}[self.objective]
+
+    @property
+    def effective_classification_weight(self) -> float:
+        """The weight of the outcome's part under the objective."""
+        return self.classification_weight if self.learns_outcome else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCounts:
-    """How many real things the sums run over, in the global batch."""
+    """Numbers of events, sets and labelled patients of the global batch, by which sums are divided."""
 
     num_events: int
     num_sets: int
     num_labelled: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Losses:
+    """The losses of one batch; those of all ranks add up to the losses of the global batch.
+
+    Attributes:
+        total: the scalar that is differentiated.
+        reconstruction, kl, classification: its parts before they are weighted, without gradient; 0 for a part that was
+            not computed.
+        kl_levels: [levels], KL divergence of a set without free bits, without gradient.
+    """
+
+    total: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    classification: Tensor
+    kl_levels: Tensor
+
+    def __add__(self, other: Losses) -> Losses:
+        """Add the losses of two parts of a batch."""
+        return Losses(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+def beta_at(options: LossOptions, step: int) -> float:
+    """Return the weight of the KL divergence at a step, after a linear warm-up.
+
+    A cycle (Fu et al. 2019, arXiv:1903.10145) is half warm-up, half the maximum.
+    """
+    warmup = max(options.beta_warmup_steps, 1)
+    done = step % (2 * warmup) if options.beta_schedule == "cyclical" else step
+    return options.beta * min(1.0, (done + 1) / warmup)
+
+
+def compute_losses(
+    output: SeqSetVAEOutput, label_B: Tensor, options: LossOptions, counts: LossCounts, *, beta: float
+) -> Losses:
+    """Return the sums over this batch divided by the counts of the global batch.
+
+    Args:
+        output: of the model; reconstruction and KL divergence need ``decoded``, the cross-entropy needs ``logits``.
+        label_B: int64, -1 = unlabelled.
+        options: the weights.
+        counts: of the global batch.
+        beta: weight of the KL divergence at this step.
+    """
+    reconstruction, kl, classification, total = output.context.new_zeros(4, dtype=torch.float32).unbind()
+    if output.decoded is not None:
+        direction, magnitude, squared = chamfer_sums(output.events, output.decoded, output.sets)
+        error = DIRECTION_WEIGHT * direction + MAGNITUDE_WEIGHT * magnitude + SQUARED_WEIGHT * squared
+        reconstruction = error / max(counts.num_events, 1)
+        kl = kl_sum(output.posteriors, options.free_bits) / max(counts.num_sets, 1)
+        total = options.effective_vae_weight * (reconstruction + beta * kl)
+    if output.logits is not None:
+        heads = output.logits.shape[1]
+        labels = label_B.repeat_interleave(heads)
+        entropy = cross_entropy_sum(output.logits.flatten(0, 1), labels, options.pos_weight)
+        classification = entropy / heads / max(counts.num_labelled, 1)
+        total = total + options.effective_classification_weight * classification
+    with torch.no_grad():
+        levels = torch.stack([kl_per_dimension(p).sum() for p in output.posteriors]) / max(counts.num_sets, 1)
+    return Losses(
+        total=total,
+        reconstruction=reconstruction.detach(),
+        kl=kl.detach(),
+        classification=classification.detach(),
+        kl_levels=levels,
+    )
+
+
 def chamfer_sums(target_RD: Tensor, output_RD: Tensor, layout: SetLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric nearest-neighbour distances between each set's events and the vectors decoded for it.
+    """Return symmetric nearest-neighbour distances between the events of each set and the vectors decoded for it.
 
     Both directions are added: every event to its nearest output, every output to its nearest event (Fan et al. 2017,
     arXiv:1612.00603).  The nearest is found for each distance by itself.
 
     Returns:
-        Sums over all real events of direction (1 − cosine), magnitude (difference of norms, absolute) and squared L2
+        Sums over all events of direction (1 − cosine), magnitude (difference of norms, absolute) and squared L2
         distance, float32 scalars.
     """
     sums = [target_RD.new_zeros(3, dtype=torch.float32)]
     with torch.autocast(target_RD.device.type, enabled=False):
         targets, outputs = layout.split(target_RD.float()), layout.split(output_RD.float())
-        for c, flat_target, flat_output in zip(layout.classes, targets, outputs, strict=True):
+        for c, mask, flat_target, flat_output in zip(
+            layout.classes, layout.split_mask(), targets, outputs, strict=True
+        ):
             target = flat_target.view(c.num_sets, c.size, -1)
             output = flat_output.view(c.num_sets, c.size, -1)
             target_square, output_square = target.square().sum(2)[:, :, None], output.square().sum(2)[:, None, :]
-            target_norm = target_square.clamp_min(SMALLEST_NORM**2).sqrt()
-            output_norm = output_square.clamp_min(SMALLEST_NORM**2).sqrt()
+            target_norm = target_square.clamp_min(MIN_NORM**2).sqrt()
+            output_norm = output_square.clamp_min(MIN_NORM**2).sqrt()
             product = target @ output.transpose(1, 2)
             distances = torch.stack(
                 [
@@ -83,34 +184,35 @@ def chamfer_sums(target_RD: Tensor, output_RD: Tensor, layout: SetLayout) -> tup
                     (target_square + output_square - 2 * product).clamp_min(0),
                 ]
             )
-            if c.real is None:
+            if mask is None:
                 sums.append(distances.amin(2).sum((1, 2)) + distances.amin(3).sum((1, 2)))
                 continue
-            to_event = distances.masked_fill(~c.real[:, :, None], math.inf).amin(2)
-            to_output = distances.masked_fill(~c.real[:, None, :], math.inf).amin(3)
-            sums.append(((to_event + to_output) * c.real).sum((1, 2)))
+            to_event = distances.masked_fill(~mask[:, :, None], math.inf).amin(2)
+            to_output = distances.masked_fill(~mask[:, None, :], math.inf).amin(3)
+            sums.append(((to_event + to_output) * mask).sum((1, 2)))
     direction, magnitude, squared = torch.stack(sums).sum(0).unbind()
     return direction, magnitude, squared
 
 
 def kl_per_dimension(posterior: Posterior) -> Tensor:
-    """[S, D], ``½(exp(logvar) + mu² − 1 − logvar)``: divergence from a standard normal (Kingma & Welling 2014, app.
-    B).
+    """Return [S, D], ``½(exp(logvar) + mu² − 1 − logvar)``: the divergence from a standard normal (Kingma & Welling
+    2014, app. B).
     """
     mu, logvar = posterior.mu.float(), posterior.logvar.float()
     return 0.5 * (logvar.exp() + mu.square() - 1 - logvar)
 
 
 def kl_sum(posteriors: Sequence[Posterior], free_bits: float) -> Tensor:
-    """Sum over levels, sets and dimensions, each dimension of each set counting at least ``free_bits``.
+    """Return the sum over levels, sets and dimensions, each dimension of each set counting at least ``free_bits``.
 
-    The floor stands under single sets, not under a batch's mean as in Kingma et al., so that a patient's loss does
-    not depend on who shares its batch.
+    The floor is that of single sets, not of a batch's mean as in Kingma et al. 2016 (§C.8), so that the loss of a
+    patient does not depend on who shares its batch.
     """
     return torch.stack([kl_per_dimension(p).clamp_min(free_bits).sum() for p in posteriors]).sum()
 
 
-def cross_entropy_sum(logits_B2: Tensor, label_B: Tensor, positive: float = 1.0) -> Tensor:
-    """Sum over labelled patients, those of label 1 weighing ``positive``; a label of -1 adds nothing."""
-    weight = logits_B2.new_tensor([1.0, positive], dtype=torch.float32)
+def cross_entropy_sum(logits_B2: Tensor, label_B: Tensor, pos_weight: float = 1.0) -> Tensor:
+    """Return the sum over labelled patients, those of label 1 weighted by ``pos_weight``, without those of label -1."""
+    weight = logits_B2.new_ones(2, dtype=torch.float32)
+    weight[1:].fill_(pos_weight)  # made on the device: a copy from the host would be waited for
     return F.cross_entropy(logits_B2.float(), label_B, weight, ignore_index=-1, reduction="sum")

@@ -1,11 +1,11 @@
-"""Random numbers that depend on who they are for, not on when they are drawn.
+"""Random numbers that depend on whom they are for, not on when they are drawn.
 
-The posterior's sample and dropout of a set are a hash of (seed, step, patient, set, channel): a counter-based generator
-(Salmon et al. 2011; the hash is the finaliser of SplitMix64, Steele et al. 2014).  So a patient gets the same noise
-alone, in any batch, on any number of devices, after a resume, and in the second forward pass of gradient
-checkpointing, and no generator's state has to be saved.
+The sample of the posterior and the dropout of a set are a hash of (seed, step, patient, set, channel): a counter-based
+generator (Salmon et al. 2011; the hash is the finaliser of SplitMix64, Steele et al. 2014).  So a patient gets the same
+noise alone, in any batch, on any number of devices, after a resume, and in the second forward pass of gradient
+checkpointing, and no state of a generator has to be saved.
 
-Shape suffixes: S sets, D channels.
+Shape suffixes: B patients, S sets, V pairs of patient and variable, D channels.
 """
 
 from __future__ import annotations
@@ -28,63 +28,63 @@ def _signed(number: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, elementwise on int64; torch's products wrap, its right shift copies the sign."""
+    """Apply the finaliser of SplitMix64 to each int64; torch's products wrap, its right shift copies the sign."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def patient_keys(patient_id: Sequence[str]) -> Tensor:
-    """[B] int64, a hash of each patient's id."""
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in patient_id]
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
-
-
 @dataclass(frozen=True, slots=True)
 class PatientNoise:
-    """The noise of one training step, for the patients of a batch.
+    """The keys of the patients of a batch at one training step, from which all of their noise follows.
 
     Attributes:
-        key: [B] int64, one a patient.
+        key: [B] int64.
     """
 
     key: Tensor
 
     @classmethod
-    def of_step(cls, seed: int, step: int, patient_key: Tensor) -> PatientNoise:
-        """Args: ``patient_key``: [B] int64, from :func:`patient_keys`."""
-        return cls(_mix(patient_key ^ _signed(seed * _GOLDEN + (step + 1) * 0xD1342543DE82EF95)))
+    def for_step(cls, patient_id: Sequence[str], *, seed: int, step: int) -> PatientNoise:
+        digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in patient_id]
+        key = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+        return cls(_mix(key ^ _signed(seed * _GOLDEN + (step + 1) * 0xD1342543DE82EF95)))
 
-    def at(self, patient: Tensor, place: Tensor) -> Noise:
-        """Noise for rows [S] of patients: the position in the batch of each row's patient, its place within it."""
-        return Noise(_mix(self.key[patient] + place * _signed(_GOLDEN)))
+    def for_rows(self, patient: Tensor, position: Tensor) -> Noise:
+        """Return noise for rows [S] that belong to patients.
 
-    def of_patients(self) -> Noise:
-        """Noise for the patients themselves, a row each."""
+        Args:
+            patient: [S] int64, the patient of each row, as its position in the batch.
+            position: [S] int64, which tells the rows of a patient apart.
+        """
+        return Noise(_mix(self.key[patient] + position * _signed(_GOLDEN)))
+
+    def for_patients(self) -> Noise:
+        """Return noise for the patients themselves, one row each."""
         return Noise(_mix(self.key - _signed(_GOLDEN)))
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Noise for rows of a flat array.
+    """Noise for the rows of a flat array.
 
     Attributes:
-        key: [S] int64, one a row.
+        key: [S] int64, one for each row.
     """
 
     key: Tensor
 
     def _bits(self, salt: int, width: int) -> Tensor:
-        """[S, width] int64, 64 random bits each."""
+        """Return [S, width] int64, 64 random bits each."""
         channel = (torch.arange(width, device=self.key.device) + 1) * _signed(_GOLDEN)
         return _mix(_mix(self.key + _signed((salt + 1) * 0xA0761D6478BD642F))[:, None] + channel)
 
     def uniform(self, salt: int) -> Tensor:
-        """[S] float32 from [0, 1); ``salt`` tells uses apart."""
+        """Return [S] float32 from [0, 1); each use has a ``salt`` of its own."""
         return (self._bits(salt, 1)[:, 0] & 0xFFFFFF).float() / (1 << 24)
 
     def normal(self, salt: int, width: int) -> Tensor:
-        """[S, width] float32, standard normal (Box and Muller 1958); ``width`` is even."""
+        """Return [S, width] float32, standard normal (Box and Muller 1958); ``width`` is even."""
         bits = self._bits(salt, width // 2)
         unit = 1.0 / (1 << 24)
         first = ((bits & 0xFFFFFF).float() + 0.5) * unit
@@ -93,10 +93,25 @@ class Noise:
         return torch.cat([radius * second.cos(), radius * second.sin()], dim=1)
 
     def dropout(self, x: Tensor, salt: int, probability: float) -> Tensor:
-        """Inverted dropout of x [S, D]; a share of 1/65,536 is the finest."""
+        """Apply inverted dropout to x [S, D]; probabilities are rounded to 1/65,536."""
         if probability == 0.0:
             return x
         width = x.shape[1]
         draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
         keep = draws >= round(probability * (1 << 16)) - (1 << 15)
         return x * keep.to(x.dtype) / (1 - probability)
+
+
+@dataclass(frozen=True, slots=True)
+class StepNoise:
+    """The noise of one training step for all that the model draws it for.
+
+    Attributes:
+        patient: noise of the patients [B].
+        set: noise of the sets [S].
+        pair: noise of the pairs of patient and variable [V].
+    """
+
+    patient: Noise
+    set: Noise
+    pair: Noise

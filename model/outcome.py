@@ -1,20 +1,20 @@
-"""The outcome head: a patient's sets pooled over time and, beside them, its variables (design §7.5).
+"""The outcome head: it pools the sets of a patient over time and, beside them, its variables (design §7.5).
 
-Over time, softmax of h·z weighs the contexts of sets.  Across time, the events of each variable are pooled with the
-context of their sets, joined by facts about its course (``model.features``), and the variables of a patient attend
-to one
-another: the course of one variable is then one vector, as it is one group of features to a tree (compare the Bi-Axial
-Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same facts reach the last layers
-by a shorter way too, added up over the patient's variables: a dense layer on all facts, which learns in few steps.  The
-last layers are an ensemble (compare TabM, arXiv:2410.24210): each member is trained on its own, their mean predicts.
+Over time, softmax of h·z weights the contexts of sets.  Across time, the events of each variable are pooled with the
+context of their sets and joined by summary features of the variable's course (:mod:`model.features`), and the variables
+of a patient attend to one another: the course of a variable is then one vector, as it is one group of features to a
+tree (compare the Bi-Axial Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same
+features reach the last layers by a shorter way too, a dense layer over the features of all variables, which learns in
+few steps.  The last layers are an ensemble (compare TabM, arXiv:2410.24210): each ensemble head is trained on its own,
+their mean probability predicts.
 
-Shape suffixes: B patients, S sets, R rows of the set layout, V (patient, variable) pairs that occur, D width.
+Shape suffixes: B patients, S sets, R slots of the set layout, V (patient, variable) pairs that occur, C codes, D width,
+F features, K ensemble heads.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,66 +22,34 @@ from torch.nn import functional as F
 
 from model.attention import ISAB
 from model.config import SeqSetVAEConfig
-from model.events import has_number
-from model.features import NUM_FACTS, course_facts
-from model.noise import Noise, PatientNoise
-from model.ragged import SetLayout
+from model.features import NUM_FEATURES, VariableLayout, summary_features
+from model.noise import StepNoise
+from model.prepared import PreparedBatch
 from model.segments import attention_pool
-from model.sequence import SequenceLayout
 from pipeline.loading.batch import PatientBatch
 
+AXIS_SALT, ENSEMBLE_SALT = 2, 1024
+"""Salts of dropout; ensemble head k takes ENSEMBLE_SALT + 2 k and the one after."""
 
-@dataclass(frozen=True, slots=True)
-class VariableLayout:
-    """Which variables occur in each patient.
+FEATURE_CHANNELS = 64
+"""Channels of a variable's vector that its summary features reach."""
 
-    Attributes:
-        pair: [E] int64, the pair of patient and variable of each event.
-        patient, code: [V] int64, of each pair; pairs stand patient by patient, codes ascending.
-        layout: of the pairs, a patient's variables as one set.
-    """
-
-    pair: Tensor
-    patient: Tensor
-    code: Tensor
-    layout: SetLayout
-
-    @classmethod
-    def build(cls, batch: PatientBatch) -> VariableLayout:
-        """From a batch on the CPU: how many pairs there are decides shapes."""
-        patient_S = torch.repeat_interleave(torch.arange(batch.num_patients), batch.sets_per_patient)
-        patient_E = torch.repeat_interleave(patient_S, batch.set_sizes)
-        num_codes = int(batch.code.max()) + 1 if batch.num_events else 1
-        key, pair_E = torch.unique(patient_E * num_codes + batch.code, return_inverse=True)
-        patient = key // num_codes
-        counts = torch.bincount(patient, minlength=batch.num_patients)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(pair_E, patient, key % num_codes, SetLayout.build(offsets))
-
-    def to(self, device: torch.device | str) -> VariableLayout:
-        pair, patient = self.pair.to(device, non_blocking=True), self.patient.to(device, non_blocking=True)
-        return VariableLayout(pair, patient, self.code.to(device, non_blocking=True), self.layout.to(device))
-
-
-AXIS_SALT, MEMBER_SALT = 2, 1024
-"""Of dropout; members' salts are the even numbers from theirs, and the odd ones after them."""
-
-FACT_CHANNELS = 64
-"""Channels that the facts about a variable's course reach."""
-
-ENCODED_FACTS = 2 * NUM_FACTS
-"""Numbers that facts are encoded as: a z-score and its cosine each."""
+ENCODED_FEATURES = 2 * NUM_FEATURES
+"""Numbers that encode the summary features of a variable: a z-score and its cosine for each."""
 
 SUMMARY_CHANNELS = 32
-"""Channels of a member's summary."""
+"""Channels of an ensemble head's summary of all variables."""
 
-SUMMARY_WEIGHTS = 1 << 22
-"""Weights of all members' summaries: those of 30,000 codes, each with all channels, would be 84 million."""
+MAX_SUMMARY_WEIGHTS = 1 << 22
+"""Maximum number of weights of all summaries: for 30,000 codes full ones would have 84 million."""
+
+MIN_STD = 1e-3
+"""A feature that varies less in the train split is constant, and is not scaled."""
 
 
 class VariableAxis(nn.Module):
-    """Events with the context of their sets, pooled per variable, and facts about its course; variables attend to one
-    another; their mean.
+    """Pool events with the contexts of their sets per variable, let the variables of a patient attend to one another,
+    and average them.
     """
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
@@ -89,13 +57,13 @@ class VariableAxis(nn.Module):
         width = config.width
         self.event = nn.Linear(width, width)
         self.context = nn.Linear(width, width, bias=False)
-        self.score = nn.Linear(width, config.heads, bias=False)  # softmax would not see one
+        self.score = nn.Linear(width, config.heads, bias=False)  # a bias has no effect on a softmax
         self.variable = nn.Embedding(config.num_codes, width)
-        # What a fact means differs between variables, so each has a projection of its own (to some of the channels: of
-        # full width, those of 30,000 codes would outweigh the rest of the model).
-        channels = min(width, FACT_CHANNELS)
-        scale = math.sqrt(ENCODED_FACTS)
-        self.facts = nn.Parameter(torch.randn(config.num_codes, ENCODED_FACTS, channels) / scale)
+        # A feature means something else for each variable, so each has a projection of its own; to some of the channels
+        # only, because projections to all channels would outweigh the rest of the model where there are 30,000 codes.
+        channels = min(width, FEATURE_CHANNELS)
+        scale = math.sqrt(ENCODED_FEATURES)
+        self.features = nn.Parameter(torch.randn(config.num_codes, ENCODED_FEATURES, channels) / scale)
         self.norm = nn.LayerNorm(width)
         self.block = ISAB(width, config.heads, config.set_feed_forward, config.inducing_points)
         self.scale = math.sqrt(width)
@@ -103,20 +71,18 @@ class VariableAxis(nn.Module):
 
     def forward(
         self,
+        prepared: PreparedBatch,
         events_RD: Tensor,
         context_SD: Tensor,
-        facts_VF: Tensor,
-        sets: SetLayout,
-        variables: VariableLayout,
-        noise: Noise | None,
+        features_VF: Tensor,
+        noise: StepNoise | None,
     ) -> Tensor:
-        """Events [R, D], the contexts of sets [S, D] in the batch's order, facts of pairs [V, F] -> [B, D]; ``noise``
-        has a row a pair.
-        """
+        """Return [B, D] from events, the contexts of sets in the batch's order, and encoded features of pairs."""
+        sets, variables = prepared.sets, prepared.variables
         context_SD = self.context(context_SD)[sets.set_order]
-        rows_RD = F.gelu(self.event(events_RD * self.scale) + context_SD[sets.set_of_row])
-        score_RH = self.score(rows_RD).float().masked_fill(sets.real_row[:, None] == 0, -torch.inf)
-        heads, pair_R = rows_RD.chunk(score_RH.shape[1], dim=1), variables.pair[sets.event_of_row]
+        x_RD = F.gelu(self.event(events_RD * self.scale) + context_SD[sets.set_of_slot])
+        score_RH = self.score(x_RD).float().masked_fill(~sets.mask[:, None], -torch.inf)
+        heads, pair_R = x_RD.chunk(score_RH.shape[1], dim=1), variables.pair[sets.event_of_slot]
         pooled_VD = torch.cat(
             [
                 attention_pool(values, score, pair_R, len(variables.code))
@@ -124,33 +90,33 @@ class VariableAxis(nn.Module):
             ],
             dim=1,
         )
-        told_VC = (facts_VF[:, None] @ self.facts[variables.code])[:, 0]
-        pooled_VD = pooled_VD + F.pad(told_VC, (0, pooled_VD.shape[1] - told_VC.shape[1]))
+        projected_VD = (features_VF[:, None] @ self.features[variables.code])[:, 0]
+        pooled_VD = pooled_VD + F.pad(projected_VD, (0, pooled_VD.shape[1] - projected_VD.shape[1]))
         pooled_VD = self.norm(pooled_VD + self.variable(variables.code))
         if noise is not None:
-            pooled_VD = noise.dropout(pooled_VD, AXIS_SALT, self.dropout)
-        x = pooled_VD[variables.layout.event_of_row]
+            pooled_VD = noise.pair.dropout(pooled_VD, AXIS_SALT, self.dropout)
+        x = pooled_VD[variables.layout.event_of_slot]
         x = x + self.block(x, variables.layout)
         return variables.layout.mean(x)[variables.layout.set_rank]
 
 
-class Member(nn.Module):
-    """One of the ensemble that a head ends in: two layers on what the axes give and on a summary of its own.
+class EnsembleHead(nn.Module):
+    """One ensemble head: two layers on the pooled patient and on a summary of its own.
 
-    The summary is one dense layer over the facts of all variables of a patient, to which a variable that did not occur
-    adds nothing; one more fact of each says that it occurs.
+    The summary is a dense layer over the features of all variables of a patient and, for each variable, a 1 that says
+    that it occurs; a variable that does not occur adds nothing.
     """
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
         inputs, width = (2 if config.variable_axis else 1) * config.width, config.width
-        self.facts = None
+        self.summary = None
         if config.variable_axis:
-            affordable = SUMMARY_WEIGHTS // (config.num_codes * (ENCODED_FACTS + 1) * config.members)
+            affordable = MAX_SUMMARY_WEIGHTS // (config.num_codes * (ENCODED_FEATURES + 1) * config.ensemble_heads)
             channels = max(1, min(width, SUMMARY_CHANNELS, affordable))
-            scale = math.sqrt(config.num_codes * (NUM_FACTS + 1))  # without cosines, as all forms were compared
-            self.facts = nn.Parameter(torch.randn(config.num_codes, ENCODED_FACTS + 1, channels) / scale)
-            self.bias = nn.Parameter(torch.zeros(channels))
+            scale = math.sqrt(config.num_codes * (NUM_FEATURES + 1))  # of the z-scores alone, as it was measured
+            self.summary = nn.Parameter(torch.randn(config.num_codes, ENCODED_FEATURES + 1, channels) / scale)
+            self.summary_bias = nn.Parameter(torch.zeros(channels))
             inputs += channels
         self.hidden = nn.Linear(inputs, width)
         self.output = nn.Linear(width, 2)
@@ -159,101 +125,89 @@ class Member(nn.Module):
     def forward(
         self,
         pooled_BD: Tensor,
-        facts_VF: Tensor | None,
+        features_VF: Tensor | None,
         variables: VariableLayout,
-        noise: PatientNoise | None,
+        noise: StepNoise | None,
         salt: int,
     ) -> Tensor:
-        """[B, 2]; ``salt`` and the next one are the member's own."""
-        if self.facts is not None and facts_VF is not None:
+        """Return logits [B, 2]; ``salt`` and the one after it are this head's own."""
+        if self.summary is not None and features_VF is not None:
             if noise is not None:
-                pair_noise = noise.at(variables.patient, variables.code)
-                facts_VF = pair_noise.dropout(facts_VF, salt, self.dropout)
-            told_VC = (F.pad(facts_VF, (0, 1), value=1.0)[:, None] @ self.facts[variables.code])[:, 0]
-            bias_BC = self.bias.repeat(len(pooled_BD), 1)
-            summary_BC = F.gelu(bias_BC.index_add(0, variables.patient, told_VC.float()))
+                features_VF = noise.pair.dropout(features_VF, salt, self.dropout)
+            summary_VC = (F.pad(features_VF, (0, 1), value=1.0)[:, None] @ self.summary[variables.code])[:, 0]
+            bias_BC = self.summary_bias.repeat(len(pooled_BD), 1)
+            summary_BC = F.gelu(bias_BC.index_add(0, variables.patient, summary_VC.float()))
             pooled_BD = torch.cat([pooled_BD, summary_BC.to(pooled_BD.dtype)], dim=1)
         if noise is not None:
-            pooled_BD = noise.of_patients().dropout(pooled_BD, salt + 1, self.dropout)
+            pooled_BD = noise.patient.dropout(pooled_BD, salt + 1, self.dropout)
         return self.output(F.gelu(self.hidden(pooled_BD)))
 
 
 class OutcomeHead(nn.Module):
-    """Contexts, latents and events -> logits [B, K, 2] of an ensemble of K members, which share all but their ends."""
+    """Predict the outcome of a patient: logits [B, K, 2] of K ensemble heads, which share what they pool."""
 
-    fact_mean: Tensor
-    fact_std: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
         self.variables = VariableAxis(config) if config.variable_axis else None
-        # Moments of the train split, see ``fit_facts``.
-        self.register_buffer("fact_mean", torch.zeros(config.num_codes, NUM_FACTS))
-        self.register_buffer("fact_std", torch.ones(config.num_codes, NUM_FACTS))
+        self.register_buffer("feature_mean", torch.zeros(config.num_codes, NUM_FEATURES))
+        self.register_buffer("feature_std", torch.ones(config.num_codes, NUM_FEATURES))
         axes = 2 if config.variable_axis else 1
         self.norm = nn.LayerNorm(axes * config.width)
-        self.members = nn.ModuleList(Member(config) for _ in range(config.members))
+        self.ensemble = nn.ModuleList(EnsembleHead(config) for _ in range(config.ensemble_heads))
 
     def forward(
-        self,
-        batch: PatientBatch,
-        events_RD: Tensor,
-        context_SD: Tensor,
-        z_SD: Tensor,
-        sets: SetLayout,
-        sequences: SequenceLayout,
-        variables: VariableLayout,
-        noise: PatientNoise | None,
+        self, prepared: PreparedBatch, events_RD: Tensor, context_SD: Tensor, z_SD: Tensor, noise: StepNoise | None
     ) -> Tensor:
+        """Return logits [B, K, 2].
+
+        Args:
+            prepared: the batch.
+            events_RD: its encoded events.
+            context_SD: the contexts of its sets, in the batch's order.
+            z_SD: their latents.
+            noise: the noise of dropout; None = no dropout.
+        """
+        sequences, variables = prepared.sequences, prepared.variables
         score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
         pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
-        facts_VF = None
+        features_VF = None
         if self.variables is not None:
-            pair_noise = None if noise is None else noise.at(variables.patient, variables.code)
-            facts_VF = self.encoded(_facts(batch, variables), variables.code)
-            axis_BD = self.variables(events_RD, context_SD, facts_VF, sets, variables, pair_noise)
+            features_VF = self.encode_features(prepared.features, variables.code)
+            axis_BD = self.variables(prepared, events_RD, context_SD, features_VF, noise)
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
-        members = [
-            member(pooled_BD, facts_VF, variables, noise, MEMBER_SALT + 2 * number)
-            for number, member in enumerate(self.members)
+        logits = [
+            head(pooled_BD, features_VF, variables, noise, ENSEMBLE_SALT + 2 * number)
+            for number, head in enumerate(self.ensemble)
         ]
-        return torch.stack(members, dim=1)
+        return torch.stack(logits, dim=1)
 
-    def encoded(self, facts_VF: Tensor, code_V: Tensor) -> Tensor:
-        """[V, 2 F]: facts as z-scores within their variable, 4 at most, so that a record's error is not the whole sum;
-        and the z-scores' cosines, which say how usual each is.
+    def encode_features(self, features_VF: Tensor, code_V: Tensor) -> Tensor:
+        """Return [V, 2 F], the features as z-scores within their variable, and the cosines of the z-scores.
 
-        What is too high and what is too low are often signs of the same, which no dense layer on z-scores sees
-        (periodic encodings of numbers: Gorishniy et al., arXiv:2203.05556).
+        z-scores are clamped to ±4, so that a recording error does not outweigh the rest.  A cosine says how usual a
+        value is: what is too high and what is too low are often signs of the same, which no dense layer on z-scores
+        sees (periodic encodings of numbers: Gorishniy et al., arXiv:2203.05556).
         """
-        z_VF = ((facts_VF - self.fact_mean[code_V]) / self.fact_std[code_V]).clamp(-4, 4)
+        z_VF = ((features_VF - self.feature_mean[code_V]) / self.feature_std[code_V]).clamp(-4, 4)
         return torch.cat([z_VF, z_VF.cos()], dim=1)
 
     @torch.no_grad()
-    def fit_facts(self, moments_3CF: Tensor) -> None:
-        """Take mean and standard deviation from the sums of :func:`fact_moments` over the train split."""
+    def fit_features(self, moments_3CF: Tensor) -> None:
+        """Set means and standard deviations from the sum of :func:`feature_moments` over the train split."""
         count, total, square = moments_3CF.unbind()
         mean = total / count.clamp_min(1)
         std = (square / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
-        self.fact_mean.copy_(mean)
-        self.fact_std.copy_(torch.where(std > SMALLEST_STD, std, 1.0))
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(torch.where(std > MIN_STD, std, 1.0))
 
 
-SMALLEST_STD = 1e-3
-"""A fact that varies less in the train split is a constant, and left on its scale."""
-
-
-def fact_moments(batch: PatientBatch, num_codes: int) -> Tensor:
-    """[3, C, F] float64, on the CPU: of each variable's facts the count, sum and sum of squares over the patients."""
+def feature_moments(batch: PatientBatch, num_codes: int) -> Tensor:
+    """Return [3, C, F] float64, the count, sum and sum of squares over patients of the features of each variable."""
     variables = VariableLayout.build(batch)
-    facts_VF = _facts(batch, variables).double()
-    parts = torch.stack([torch.ones_like(facts_VF), facts_VF, facts_VF.square()])
-    return parts.new_zeros(3, num_codes, NUM_FACTS).index_add(1, variables.code, parts)
-
-
-def _facts(batch: PatientBatch, variables: VariableLayout) -> Tensor:
-    set_E = torch.repeat_interleave(batch.set_sizes, output_size=batch.num_events)
-    end_V = batch.minute[batch.patient_offsets[1:] - 1][variables.patient]
-    number_E = has_number(batch.code, batch.has_value)
-    return course_facts(batch.value, number_E, set_E, variables.pair, batch.minute, end_V)
+    features_VF = summary_features(batch, variables).double()
+    parts = torch.stack([torch.ones_like(features_VF), features_VF, features_VF.square()])
+    return parts.new_zeros(3, num_codes, NUM_FEATURES).index_add(1, variables.code, parts)

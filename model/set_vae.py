@@ -1,6 +1,6 @@
-"""The set VAE: events of a set -> latent, latent -> events (design §7.2 and §7.4).
+"""The set VAE: an encoder of the events of a set to a latent, and a decoder back (design §7.2 and §7.4).
 
-Shape suffixes: R rows of a layout, S sets, D width.
+Shape suffixes: R slots of a set layout, S sets, D width.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from model.ragged import SetLayout
 
 
 class Posterior(NamedTuple):
-    """A diagonal Gaussian per set: mean and log variance, each [S, D] float32."""
+    """A diagonal Gaussian for each set: mean and log variance, each [S, D] float32."""
 
     mu: Tensor
     logvar: Tensor
 
 
 def sinusoids(position: Tensor, width: int, longest_period: float = 10_000.0) -> Tensor:
-    """[·] -> [·, width] float32 (Vaswani et al. 2017, §3.5), defined for every position however large."""
+    """Encode positions [·] as [·, width] float32 (Vaswani et al. 2017, §3.5), without a bound on the position."""
     half = width // 2
     frequency = torch.exp(-math.log(longest_period) / half * torch.arange(half, device=position.device))
     angle = position.float()[:, None] * frequency
@@ -36,9 +36,9 @@ def sinusoids(position: Tensor, width: int, longest_period: float = 10_000.0) ->
 
 
 def run_block(block: Callable[..., Tensor], *arguments: object, checkpointed: bool) -> Tensor:
-    """``block(*arguments)``, keeping its activations or, when checkpointed, computing them again for the gradient."""
+    """Call a block; if ``checkpointed``, its activations are recomputed for the gradient instead of stored."""
     if checkpointed and torch.is_grad_enabled():
-        # Noise is a function of the step, so there is no generator state to restore.
+        # Noise is a function of the step, so no generator state has to be restored.
         return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
     return block(*arguments)
 
@@ -51,7 +51,7 @@ def _posterior_head(width: int) -> nn.Linear:
 
 
 class SetEncoder(nn.Module):
-    """Levels of ``x + ISAB(x)`` over the events of one set; a posterior from the mean of its elements at each level."""
+    """Encode sets by levels of ``x + ISAB(x)`` over the events of a set; the mean over them gives a posterior."""
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
@@ -61,36 +61,38 @@ class SetEncoder(nn.Module):
         )
         self.heads = nn.ModuleList(_posterior_head(config.width) for _ in range(config.levels))
         self.max_logvar = config.max_logvar
-        # Events are unit vectors; the rows they meet are layer-normed, of norm sqrt(width).
+        # Events are unit vectors; the inducing rows they meet are layer-normed, of norm sqrt(width).
         self.scale = math.sqrt(config.width)
 
     def forward(self, events_RD: Tensor, layout: SetLayout, *, checkpointed: bool = False) -> list[Posterior]:
-        """The posterior of every level, sets in the layout's sorted order; the last stands for the set."""
+        """Return the posterior of every level, sets in the layout's sorted order."""
         posteriors = []
-        rows_RD = events_RD * self.scale
+        x_RD = events_RD * self.scale
         for block, head in zip(self.blocks, self.heads, strict=True):
-            rows_RD = rows_RD + run_block(block, rows_RD, layout, checkpointed=checkpointed)
-            with torch.autocast(rows_RD.device.type, enabled=False):
-                mu, logvar = head(layout.mean(rows_RD.float())).chunk(2, dim=1)
+            x_RD = x_RD + run_block(block, x_RD, layout, checkpointed=checkpointed)
+            with torch.autocast(x_RD.device.type, enabled=False):
+                mu, logvar = head(layout.mean(x_RD.float())).chunk(2, dim=1)
                 posteriors.append(Posterior(mu, logvar.clamp(-self.max_logvar, self.max_logvar)))
         return posteriors
 
 
-LONGEST_PLACE_PERIOD = 100.0
-"""Of sinusoids, in units of 2π events: with the usual 10,000 the first ten places differ in a few channels alone."""
+LONGEST_POSITION_PERIOD = 100.0
+"""Longest period of a seed's sinusoids, in units of 2π events.
+
+With the usual 10,000 the first ten positions differ in a few channels alone.
+"""
 
 
 class SetDecoder(nn.Module):
-    """Latent of a set -> as many vectors as the set has events.
+    """Decode the latent of a set to as many vectors as the set has events.
 
-    Level one is a PMA with one seed per event wanted, whose only key is the latent: attention is the identity, and what
-    is left is a layer of seed and latent together, here a gated one (Shazeer 2020, arXiv:2002.05202): the gate, of
-    both, says what stands at a place, and lets through what the latent holds for it.  The levels after it are
-    ``x + ISAB(x)``; ``x + FF(x)`` and a linear layer end it.  Seeds are a learned projection of sinusoids: distinct,
-    and without a bound on their number.
+    The first level is a PMA with one seed per event, whose only key is the latent: attention is the identity, which
+    leaves a layer of seed and latent, here a gated one (Shazeer 2020, arXiv:2002.05202).  The gate, made of both,
+    selects what the latent holds for a position.  The levels after it are ``x + ISAB(x)``; ``x + FF(x)`` and a linear
+    layer end the decoder.  Seeds are a learned projection of sinusoids: distinct, and unbounded in number.
 
-    Each row keeps its place: where a seed is only added to a layer of the latent, or a second PMA has to find each row
-    again, reconstruction takes several times as many steps (docs/model.md).
+    Each slot keeps its position: where a seed is only added to a layer of the latent, or a second PMA has to find each
+    slot again, reconstruction takes several times as many steps (docs/model.md).
     """
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
@@ -106,14 +108,15 @@ class SetDecoder(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, latent_SD: Tensor, layout: SetLayout, *, checkpointed: bool = False) -> Tensor:
-        """[S, D] in the layout's sorted order -> [R, D], rows of the layout; padding rows hold nothing of meaning."""
-        rows_RD = run_block(self._first_level, latent_SD, layout, checkpointed=checkpointed)
+        """Decode latents [S, D] in the layout's sorted order to the slots [R, D]; padding slots are to be ignored."""
+        x_RD = run_block(self._first_level, latent_SD, layout, checkpointed=checkpointed)
         for block in self.blocks:
-            rows_RD = rows_RD + run_block(block, rows_RD, layout, checkpointed=checkpointed)
-        return self.output(rows_RD + self.feed_forward(self.norm(rows_RD)))
+            x_RD = x_RD + run_block(block, x_RD, layout, checkpointed=checkpointed)
+        return self.output(x_RD + self.feed_forward(self.norm(x_RD)))
 
     def _first_level(self, latent_SD: Tensor, layout: SetLayout) -> Tensor:
-        most = layout.classes[-1].size if layout.classes else 0
-        places = sinusoids(torch.arange(most, device=latent_SD.device), latent_SD.shape[1], LONGEST_PLACE_PERIOD)
-        gate_RF = F.silu(self.gate(latent_SD)[layout.set_of_row] + self.seed(places)[layout.place_in_set])
-        return self.joint(gate_RF * self.value(latent_SD)[layout.set_of_row])
+        longest = layout.classes[-1].size if layout.classes else 0
+        positions = torch.arange(longest, device=latent_SD.device)
+        seeds = self.seed(sinusoids(positions, latent_SD.shape[1], LONGEST_POSITION_PERIOD))
+        gate_RF = F.silu(self.gate(latent_SD)[layout.set_of_slot] + seeds[layout.position_in_set])
+        return self.joint(gate_RF * self.value(latent_SD)[layout.set_of_slot])

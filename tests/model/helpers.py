@@ -9,7 +9,8 @@ import torch
 
 from model.config import SeqSetVAEConfig
 from model.losses import LossCounts
-from model.seqsetvae import SeqSetVAE
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from pipeline.loading.batch import PatientBatch
 
 NUM_CODES = 9
@@ -72,3 +73,8 @@ def select(batch: PatientBatch, patients: Sequence[int]) -> PatientBatch:
 
 def counts_of(batch: PatientBatch) -> LossCounts:
     return LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=int((batch.label >= 0).sum()))
+
+
+def run_model(model: SeqSetVAE, batch: PatientBatch, seed: int | None = None, step: int = 0) -> SeqSetVAEOutput:
+    """A forward pass of training step ``step``; without a seed one of evaluation, which has no noise."""
+    return model.train(seed is not None)(PreparedBatch.build(batch, seed=seed, step=step))

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.attention import ISAB, MAB
-from model.losses import LossWeights
+from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, LossOptions
 from model.seqsetvae import SeqSetVAE
-from model.set_vae import LONGEST_PLACE_PERIOD, sinusoids
+from model.set_vae import LONGEST_POSITION_PERIOD, sinusoids
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UNKNOWN_CODE
 
 
-def tail(module: nn.Module, attended: Tensor) -> Tensor:
+def post_attention(module: nn.Module, attended: Tensor) -> Tensor:
     a = module.norm_attention(attended)
     return module.norm_output(a + module.feed_forward.contract(F.relu(module.feed_forward.expand(a))))
 
@@ -34,7 +34,7 @@ def mab(module: MAB, queries: Tensor, keys: Tensor) -> Tensor:
         part = slice(head * width, (head + 1) * width)
         q, k, v = module.query(queries)[:, part], module.key(keys)[:, part], module.value(keys)[:, part]
         heads.append(torch.softmax(q @ k.T / math.sqrt(width), dim=1) @ v)
-    return tail(module.tail, module.output(torch.cat(heads, dim=1)))
+    return post_attention(module.post_attention, module.output(torch.cat(heads, dim=1)))
 
 
 def isab(module: ISAB, x: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     width = model.config.width
     sets = []
     for s in range(int(batch.patient_offsets[b]), int(batch.patient_offsets[b + 1])):
-        members = range(int(batch.set_offsets[s]), int(batch.set_offsets[s + 1]))
+        events = range(int(batch.set_offsets[s]), int(batch.set_offsets[s + 1]))
         sets.append(
             torch.stack(
-                [event(model, int(batch.code[i]), float(batch.value[i]), bool(batch.has_value[i])) for i in members]
+                [event(model, int(batch.code[i]), float(batch.value[i]), bool(batch.has_value[i])) for i in events]
             )
         )
     mu: list[list[Tensor]] = [[] for _ in model.encoder.blocks]
@@ -111,16 +111,16 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     if model.head.variables is not None:
         pooled = torch.cat([pooled, variable_axis(model, batch, b, sets, context)])
     pooled = model.head.norm(pooled)
-    members = []
-    for member in model.head.members:
+    ensemble = []
+    for head in model.head.ensemble:
         inputs = [pooled]
-        if member.facts is not None:
-            total = member.bias
-            for code, facts in course_of_variables(batch, b).items():
-                total = total + torch.cat([encoded(model, code, facts), torch.ones(1)]) @ member.facts[code]
+        if head.summary is not None:
+            total = head.summary_bias
+            for code, features in summary_features(batch, b).items():
+                total = total + torch.cat([encode_features(model, code, features), torch.ones(1)]) @ head.summary[code]
             inputs.append(F.gelu(total))
-        members.append(member.output(F.gelu(member.hidden(torch.cat(inputs)))))
-    logits = torch.stack(members)
+        ensemble.append(head.output(F.gelu(head.hidden(torch.cat(inputs)))))
+    logits = torch.stack(ensemble)
     distances = [
         decoded_distances(target.detach(), decode(model, h, len(target)))
         for target, h in zip(sets, context, strict=True)
@@ -131,10 +131,10 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     )
 
 
-def encoded(model: SeqSetVAE, code: int, facts: list[float]) -> Tensor:
-    """The facts of a variable as z-scores, 4 at most, and their cosines."""
-    moments = zip(facts, model.head.fact_mean[code].tolist(), model.head.fact_std[code].tolist(), strict=True)
-    scores = [min(max((fact - mean) / std, -4.0), 4.0) for fact, mean, std in moments]
+def encode_features(model: SeqSetVAE, code: int, features: list[float]) -> Tensor:
+    """The summary features of a variable as z-scores, 4 at most, and their cosines."""
+    moments = zip(features, model.head.feature_mean[code].tolist(), model.head.feature_std[code].tolist(), strict=True)
+    scores = [min(max((feature - mean) / std, -4.0), 4.0) for feature, mean, std in moments]
     return torch.tensor(scores + [math.cos(score) for score in scores])
 
 
@@ -144,25 +144,25 @@ def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tens
     first = int(batch.patient_offsets[b])
     of_code: dict[int, list[Tensor]] = {}
     for k, x in enumerate(sets):
-        for place, vector in enumerate(x):
+        for position, vector in enumerate(x):
             row = F.gelu(axis.event(vector * math.sqrt(model.config.width)) + axis.context(context[k]))
-            of_code.setdefault(int(batch.code[int(batch.set_offsets[first + k]) + place]), []).append(row)
+            of_code.setdefault(int(batch.code[int(batch.set_offsets[first + k]) + position]), []).append(row)
     variables = []
-    facts = course_of_variables(batch, b)
+    features = summary_features(batch, b)
     for code, rows in of_code.items():
         stacked = torch.stack(rows)
         weights = torch.softmax(axis.score(stacked), dim=0)
         parts = stacked.chunk(model.config.heads, dim=1)
         pooled = torch.cat([weights[:, head] @ part for head, part in enumerate(parts)])
-        told = encoded(model, code, facts[code]) @ axis.facts[code]
-        pooled = torch.cat([pooled[: len(told)] + told, pooled[len(told) :]])
+        projected = encode_features(model, code, features[code]) @ axis.features[code]
+        pooled = torch.cat([pooled[: len(projected)] + projected, pooled[len(projected) :]])
         variables.append(axis.norm(pooled + axis.variable.weight[code]))
     x = torch.stack(variables)
     return (x + isab(axis.block, x)).mean(0)
 
 
-def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
-    """The facts of each variable of a patient, from lists of its values by set."""
+def summary_features(batch: PatientBatch, b: int) -> dict[int, list[float]]:
+    """The summary features of each variable of a patient, from lists of its values by set."""
     first, last = int(batch.patient_offsets[b]), int(batch.patient_offsets[b + 1])
     events: dict[int, list[tuple[int, float | None]]] = {}  # of each variable: set and value
     for s in range(first, last):
@@ -170,7 +170,7 @@ def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
             code = int(batch.code[e])
             number = bool(batch.has_value[e]) and code != UNKNOWN_CODE
             events.setdefault(code, []).append((s, math.asinh(float(batch.value[e])) if number else None))
-    facts = {}
+    features = {}
     for code, course in events.items():
         values = [value for _, value in course if value is not None]
         with_number = [s for s, value in course if value is not None]
@@ -186,15 +186,15 @@ def course_of_variables(batch: PatientBatch, b: int) -> dict[int, list[float]]:
             weights = [math.exp((float(batch.minute[s]) - newest) / (12 * 60)) for s in with_number]
             recent = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
             numbers += [of_set(with_number[0]), of_set(with_number[-1]), recent, 1.0]
-        facts[code] = [*numbers, math.log1p(len(course)), math.log1p(max(hours)), math.log1p(min(hours))]
-    return facts
+        features[code] = [*numbers, math.log1p(len(course)), math.log1p(max(hours)), math.log1p(min(hours))]
+    return features
 
 
 def decode(model: SeqSetVAE, h: Tensor, count: int) -> Tensor:
     decoder = model.decoder
     rows = []
-    for place in sinusoids(torch.arange(count), model.config.width, LONGEST_PLACE_PERIOD):
-        gate = decoder.gate(h) + decoder.seed(place)
+    for position in sinusoids(torch.arange(count), model.config.width, LONGEST_POSITION_PERIOD):
+        gate = decoder.gate(h) + decoder.seed(position)
         rows += [decoder.joint(gate * torch.sigmoid(gate) * decoder.value(h))]
     y = torch.stack(rows)
     for block in decoder.blocks:
@@ -223,23 +223,20 @@ def decoded_distances(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor, T
     return sums[0], sums[1], sums[2]
 
 
-def total_loss(model: SeqSetVAE, batch: PatientBatch, weights: LossWeights, beta: float) -> Tensor:
+def total_loss(model: SeqSetVAE, batch: PatientBatch, options: LossOptions, beta: float) -> Tensor:
     """The loss of a batch, a global sum by a global count for each part."""
     results = [patient(model, batch, b) for b in range(batch.num_patients)]
     reconstruction = torch.stack(
-        [
-            weights.direction * r.direction + weights.magnitude * r.magnitude + weights.squared * r.squared
-            for r in results
-        ]
+        [DIRECTION_WEIGHT * r.direction + MAGNITUDE_WEIGHT * r.magnitude + SQUARED_WEIGHT * r.squared for r in results]
     ).sum()
     kl = torch.zeros(())
     for result in results:
         for mu, logvar in zip(result.mu, result.logvar, strict=True):
             for m, v in zip(mu, logvar, strict=True):
                 for d in range(len(m)):
-                    kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(weights.free_bits)
+                    kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(options.free_bits)
     labelled = [(r.logits, int(label)) for r, label in zip(results, batch.label, strict=True) if label >= 0]
     crossed = torch.stack([-torch.log_softmax(logits, 1)[:, label].mean() for logits, label in labelled]).sum()
-    return weights.vae * (
+    return options.effective_vae_weight * (
         reconstruction / batch.num_events + beta * kl / batch.num_sets
-    ) + weights.classification * crossed / len(labelled)
+    ) + options.effective_classification_weight * crossed / len(labelled)

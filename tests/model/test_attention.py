@@ -22,10 +22,10 @@ def events() -> torch.Tensor:
     return torch.randn(sum(SIZES), WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def real_sets(rows: torch.Tensor, layout: SetLayout) -> list[torch.Tensor]:
-    """The real rows of each set, in the batch's order of sets."""
+def unpadded_sets(x: torch.Tensor, layout: SetLayout) -> list[torch.Tensor]:
+    """The slots of each set without padding, in the batch's order of sets."""
     padded = [c.size for c in layout.classes for _ in range(c.num_sets)]
-    in_order = [part[: int(size)] for part, size in zip(rows.split(padded), layout.size, strict=True)]
+    in_order = [part[:size] for part, size in zip(x.split(padded), sorted(SIZES), strict=True)]
     return [in_order[int(rank)] for rank in layout.set_rank]
 
 
@@ -33,16 +33,18 @@ def real_sets(rows: torch.Tensor, layout: SetLayout) -> list[torch.Tensor]:
 def test_isab_agrees_set_by_set(heads: int, layout: SetLayout, events: torch.Tensor) -> None:
     torch.manual_seed(0)
     block = ISAB(WIDTH, heads, 12, points=5)
-    found = real_sets(block(events[layout.event_of_row], layout), layout)
-    for rows, x in zip(found, events.split(SIZES), strict=True):
-        torch.testing.assert_close(rows, reference.isab(block, x), atol=1e-5, rtol=1e-5)
+    found = unpadded_sets(block(events[layout.event_of_slot], layout), layout)
+    for found_x, x in zip(found, events.split(SIZES), strict=True):
+        torch.testing.assert_close(found_x, reference.isab(block, x), atol=1e-5, rtol=1e-5)
 
 
-def test_padding_rows_are_never_attended_to(layout: SetLayout, events: torch.Tensor) -> None:
+def test_padding_slots_are_never_attended_to(layout: SetLayout, events: torch.Tensor) -> None:
     torch.manual_seed(0)
     block = ISAB(WIDTH, 2, 12, points=5)
-    rows = events[layout.event_of_row]
-    assert (layout.real_row == 0).any()
-    changed = torch.where(layout.real_row[:, None] == 0, torch.full_like(rows, 1e4), rows)
-    for a, b in zip(real_sets(block(rows, layout), layout), real_sets(block(changed, layout), layout), strict=True):
+    x = events[layout.event_of_slot]
+    assert not layout.mask.all()
+    changed = torch.where(layout.mask[:, None], x, torch.full_like(x, 1e4))
+    for a, b in zip(
+        unpadded_sets(block(x, layout), layout), unpadded_sets(block(changed, layout), layout), strict=True
+    ):
         torch.testing.assert_close(a, b)

@@ -7,10 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.losses import LossWeights, chamfer_sums, cross_entropy_sum, kl_per_dimension, kl_sum
+from model.losses import (
+    DIRECTION_WEIGHT,
+    MAGNITUDE_WEIGHT,
+    SQUARED_WEIGHT,
+    LossOptions,
+    Objective,
+    beta_at,
+    chamfer_sums,
+    compute_losses,
+    cross_entropy_sum,
+    kl_per_dimension,
+    kl_sum,
+)
+from model.prepared import PreparedBatch
 from model.ragged import SetLayout
 from model.set_vae import Posterior
 from tests.model import reference
+from tests.model.helpers import counts_of, random_batch, tiny_model
 
 
 def test_chamfer_by_hand() -> None:
@@ -31,7 +45,7 @@ def test_chamfer_agrees_pair_by_pair(sizes: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     target, output = torch.randn(2, sum(sizes), 4, generator=generator)
     layout = SetLayout.build(torch.tensor([0, *torch.tensor(sizes).cumsum(0)]))
-    found = chamfer_sums(target[layout.event_of_row], output[layout.event_of_row], layout)
+    found = chamfer_sums(target[layout.event_of_slot], output[layout.event_of_slot], layout)
     naive = [reference.decoded_distances(t, y) for t, y in zip(target.split(sizes), output.split(sizes), strict=True)]
     for value, parts in zip(found, zip(*naive, strict=True), strict=True):
         torch.testing.assert_close(value, torch.stack(parts).sum(), atol=1e-4, rtol=1e-5)
@@ -40,7 +54,7 @@ def test_chamfer_agrees_pair_by_pair(sizes: list[int], seed: int) -> None:
 def test_chamfer_of_a_set_with_itself_is_nothing() -> None:
     x = torch.randn(9, 4)
     layout = SetLayout.build(torch.tensor([0, 9]))
-    rows = x[layout.event_of_row]
+    rows = x[layout.event_of_slot]
     assert all(s.item() == pytest.approx(0, abs=1e-4) for s in chamfer_sums(rows, rows, layout))
 
 
@@ -49,16 +63,49 @@ def test_distances_stay_in_float32_under_autocast() -> None:
     generator = torch.Generator().manual_seed(0)
     target, output = torch.randn(2, 9, 4, generator=generator)
     layout = SetLayout.build(torch.tensor([0, 9]))
-    target, output = target[layout.event_of_row], output[layout.event_of_row]
+    target, output = target[layout.event_of_slot], output[layout.event_of_slot]
     exact = chamfer_sums(target, output, layout)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(chamfer_sums(target, output, layout), exact, strict=True))
 
 
 def test_default_weights_are_the_documented_ones() -> None:
-    assert LossWeights() == LossWeights(
-        direction=1.0, magnitude=1.0, squared=3.0, vae=0.3, classification=1.0, beta=0.1, free_bits=0.1
+    assert (DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT) == (1.0, 1.0, 3.0)
+    assert LossOptions() == LossOptions(
+        vae_weight=0.3, classification_weight=1.0, pos_weight=1.0, beta=0.1, beta_warmup_steps=5000, free_bits=0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("objective", "vae", "classification"), [("joint", 0.25, 2.0), ("supervised", 0.0, 2.0), ("pretrain", 1.0, 0.0)]
+)
+def test_the_objective_decides_the_weights(objective: Objective, vae: float, classification: float) -> None:
+    options = LossOptions(objective=objective, vae_weight=0.25, classification_weight=2.0)
+    assert (options.effective_vae_weight, options.effective_classification_weight) == (vae, classification)
+    assert (options.learns_sets, options.learns_outcome) == (vae > 0, classification > 0)
+
+
+def test_beta_rises_once_or_in_cycles() -> None:
+    once = LossOptions(beta=1.0, beta_warmup_steps=2)
+    again = LossOptions(beta=1.0, beta_warmup_steps=2, beta_schedule="cyclical")
+    assert [beta_at(once, step) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
+    assert [beta_at(again, step) for step in range(6)] == [0.5, 1, 1, 1, 0.5, 1]
+
+
+def test_a_part_that_was_not_computed_is_nothing() -> None:
+    """The total is that of the other part; without either it is 0."""
+    model, batch = tiny_model(), random_batch([[3, 1], [2]])
+    prepared, counts = PreparedBatch.build(batch, seed=0), counts_of(batch)
+    whole = compute_losses(model(prepared), batch.label, LossOptions(), counts, beta=0.1)
+    for reconstruct, classify in ((True, False), (False, True), (False, False)):
+        output = model(prepared, reconstruct=reconstruct, classify=classify)
+        assert (output.decoded is None, output.logits is None) == (not reconstruct, not classify)
+        found = compute_losses(output, batch.label, LossOptions(), counts, beta=0.1)
+        vae = 0.3 * (whole.reconstruction + 0.1 * whole.kl)
+        torch.testing.assert_close(found.total, reconstruct * vae + classify * whole.classification)
+        assert torch.equal(found.reconstruction, reconstruct * whole.reconstruction)
+        assert torch.equal(found.kl, reconstruct * whole.kl)
+        assert torch.equal(found.classification, classify * whole.classification)
 
 
 def test_gradient_at_a_zero_vector_is_finite() -> None:
@@ -84,7 +131,7 @@ def test_cross_entropy_skips_the_unlabelled() -> None:
     assert cross_entropy_sum(logits, torch.tensor([-1, -1, -1])).item() == 0.0
 
 
-def test_positives_weigh_what_they_are_told() -> None:
+def test_positives_are_weighted() -> None:
     """Equal logits: each patient ln 2, the one with the outcome three times that, the unlabelled nothing."""
     found = cross_entropy_sum(torch.zeros(3, 2), torch.tensor([1, -1, 0]), 3.0)
     assert found.item() == pytest.approx(4 * math.log(2))

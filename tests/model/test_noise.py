@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from model.noise import Noise, PatientNoise, patient_keys
+from model.noise import Noise, PatientNoise
 
 IDS = [f"patient {i}" for i in range(50)]
 
 
 def noise(ids: list[str], seed: int = 0, step: int = 0, sets: int = 40) -> Noise:
-    patients = PatientNoise.of_step(seed, step, patient_keys(ids))
-    return patients.at(torch.arange(len(ids)).repeat_interleave(sets), torch.arange(sets).repeat(len(ids)))
+    patients = PatientNoise.for_step(ids, seed=seed, step=step)
+    return patients.for_rows(torch.arange(len(ids)).repeat_interleave(sets), torch.arange(sets).repeat(len(ids)))
 
 
 def test_first_output_of_splitmix64() -> None:
@@ -25,7 +25,7 @@ def test_a_row_has_its_noise_wherever_it_stands() -> None:
     assert torch.equal(whole[7 * 40 : 9 * 40], some)
 
 
-def test_seed_step_salt_and_place_all_matter() -> None:
+def test_seed_step_salt_and_position_all_matter() -> None:
     samples = [
         noise(IDS).normal(0, 8),
         noise(IDS, seed=1).normal(0, 8),
@@ -48,7 +48,7 @@ def test_normal_is_normal() -> None:
     assert torch.isfinite(sample).all()
 
 
-def test_dropout_keeps_the_mean_and_the_share() -> None:
+def test_dropout_keeps_the_mean_and_its_probability() -> None:
     rows = torch.ones(50 * 400, 16)
     dropped = noise(IDS, sets=400).dropout(rows, 3, 0.25)
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}

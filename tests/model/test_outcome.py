@@ -4,48 +4,48 @@ import pytest
 import torch
 
 from model.config import SeqSetVAEConfig
-from model.features import NUM_FACTS
-from model.outcome import Member, fact_moments
+from model.features import NUM_FEATURES
+from model.outcome import EnsembleHead, feature_moments
 from tests.model import reference
 from tests.model.helpers import NUM_CODES, random_batch, tiny_model
 
 
 def test_moments_are_those_of_the_patients_that_have_the_variable() -> None:
-    """Against the facts of each patient, one by one; in two batches as in one."""
+    """Against the features of each patient, one by one; in two batches as in one."""
     batch = random_batch([[3, 4, 2], [5], [1, 6]])
-    found = fact_moments(batch, NUM_CODES)
+    found = feature_moments(batch, NUM_CODES)
     head = tiny_model().head
-    head.fit_facts(found)
-    courses = [reference.course_of_variables(batch, b) for b in range(3)]
+    head.fit_features(found)
+    courses = [reference.summary_features(batch, b) for b in range(3)]
     for code in range(NUM_CODES):
         rows = torch.tensor([course[code] for course in courses if code in course], dtype=torch.float64)
-        assert found[0, code].tolist() == [len(rows)] * NUM_FACTS
+        assert found[0, code].tolist() == [len(rows)] * NUM_FEATURES
         if len(rows):
-            torch.testing.assert_close(head.fact_mean[code].double(), rows.mean(0), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(head.feature_mean[code].double(), rows.mean(0), atol=1e-5, rtol=1e-5)
             spread = rows.std(0, unbiased=False)
             expected = torch.where(spread > 1e-3, spread, 1.0)
-            torch.testing.assert_close(head.fact_std[code].double(), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(head.feature_std[code].double(), expected, atol=1e-4, rtol=1e-4)
         else:
-            assert not head.fact_mean[code].any()
-            assert (head.fact_std[code] == 1).all()
+            assert not head.feature_mean[code].any()
+            assert (head.feature_std[code] == 1).all()
 
 
-def test_the_head_sees_facts_as_z_scores_four_at_most() -> None:
-    """With moments that move all facts, and some beyond the bound, the head agrees with the loops."""
+def test_the_head_sees_features_as_z_scores_four_at_most() -> None:
+    """With moments that move all features, and some beyond the bound, the head agrees with the loops."""
     batch, model = random_batch([[3, 4, 2], [5], [1, 6]]), tiny_model().eval()
     generator = torch.Generator().manual_seed(0)
-    model.head.fact_mean.copy_(torch.randn(NUM_CODES, NUM_FACTS, generator=generator))
-    model.head.fact_std.copy_(torch.rand(NUM_CODES, NUM_FACTS, generator=generator) + 0.05)
-    for member in model.head.members:
-        torch.nn.init.normal_(member.bias)
+    model.head.feature_mean.copy_(torch.randn(NUM_CODES, NUM_FEATURES, generator=generator))
+    model.head.feature_std.copy_(torch.rand(NUM_CODES, NUM_FEATURES, generator=generator) + 0.05)
+    for head in model.head.ensemble:
+        torch.nn.init.normal_(head.summary_bias)
     with torch.no_grad():
-        found = model(batch).members
+        found = model(batch).logits
         expected = torch.stack([reference.patient(model, batch, b).logits for b in range(3)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("num_codes", "channels"), [(43, 32), (10_000, 2), (100_000, 1)])
 def test_summaries_of_many_variables_are_narrower(num_codes: int, channels: int) -> None:
-    member = Member(SeqSetVAEConfig.preset("small", num_codes=num_codes))
-    assert member.facts is not None
-    assert member.facts.shape == (num_codes, 2 * NUM_FACTS + 1, channels)
+    head = EnsembleHead(SeqSetVAEConfig.preset("small", num_codes=num_codes))
+    assert head.summary is not None
+    assert head.summary.shape == (num_codes, 2 * NUM_FEATURES + 1, channels)

@@ -9,9 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.precision import compare
-from model.losses import LossWeights
-from model.seqsetvae import losses
-from tests.model.helpers import counts_of, random_batch, tiny_model
+from model.losses import LossOptions, compute_losses
+from tests.model.helpers import counts_of, random_batch, run_model, tiny_model
 from training.options import TrainOptions
 
 SETS = [[1, 3, 2, 1, 9], [5], [2, 2, 12, 1, 1, 1, 4], [1], [11, 3]]
@@ -56,8 +55,8 @@ FLOAT32_INPUTS = (
 def test_what_sums_and_exponentiates_stays_in_float32(dtype: torch.dtype) -> None:
     model, batch = tiny_model(), random_batch(SETS)
     with Seen() as seen, torch.autocast("cpu", dtype):
-        output = model(batch, seed=0)
-        found = losses(output, batch.label, LossWeights(), counts_of(batch), beta=0.1)
+        output = run_model(model, batch, seed=0)
+        found = compute_losses(output, batch.label, LossOptions(), counts_of(batch), beta=0.1)
     assert all(dtype in seen.inputs[name] for name in ("mm", "addmm", "bmm")), "or nothing was rough at all"
     for name in FLOAT32_INPUTS:
         assert seen.inputs[name] == {torch.float32}, name

@@ -29,26 +29,27 @@ def test_size_classes_are_few_and_waste_little() -> None:
 
 
 def test_layout_by_hand() -> None:
-    """Sets of 2, 9 and 1 events: order by size is third, first, second; the set of 9 stands in 10 rows."""
+    """Sets of 2, 9 and 1 events: order by size is third, first, second; the set of 9 stands in 10 slots."""
     layout = SetLayout.build(offsets([2, 9, 1]))
     assert layout.set_order.tolist() == [2, 0, 1]
     assert layout.set_rank.tolist() == [1, 2, 0]
-    assert [(c.first_row, c.num_sets, c.size) for c in layout.classes] == [(0, 1, 1), (1, 1, 2), (3, 1, 10)]
-    assert layout.event_of_row.tolist() == [11, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10]
-    assert layout.real_row.tolist() == [1] * 12 + [0]
-    assert [c.real is None for c in layout.classes] == [True, True, False]
-    assert layout.set_of_row.tolist() == [0, 1, 1] + [2] * 10
+    assert [(c.num_sets, c.size) for c in layout.classes] == [(1, 1), (1, 2), (1, 10)]
+    assert layout.event_of_slot.tolist() == [11, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10]
+    assert layout.mask.tolist() == [1] * 12 + [0]
+    assert [c.is_padded for c in layout.classes] == [False, False, True]
+    assert [mask is None for mask in layout.split_mask()] == [True, True, False]
+    assert layout.set_of_slot.tolist() == [0, 1, 1] + [2] * 10
 
 
 @given(SIZES)
-def test_every_event_stands_in_one_real_row_among_its_own_set(sizes: list[int]) -> None:
+def test_every_event_stands_in_one_slot_among_its_own_set(sizes: list[int]) -> None:
     layout = SetLayout.build(offsets(sizes))
-    real = layout.real_row.bool()
-    assert sorted(layout.event_of_row[real].tolist()) == list(range(sum(sizes)))
+    mask = layout.mask
+    assert sorted(layout.event_of_slot[mask].tolist()) == list(range(sum(sizes)))
     set_of_event = np.repeat(np.arange(len(sizes)), sizes)
-    set_of_row = layout.set_order[layout.set_of_row] if sizes else layout.event_of_row
-    assert set_of_row.tolist() == set_of_event[layout.event_of_row.numpy()].tolist()
-    assert sum(c.num_rows for c in layout.classes) == layout.num_rows
+    set_of_slot = layout.set_order[layout.set_of_slot] if sizes else layout.event_of_slot
+    assert set_of_slot.tolist() == set_of_event[layout.event_of_slot.numpy()].tolist()
+    assert sum(c.num_slots for c in layout.classes) == layout.num_slots
     assert sum(c.num_sets for c in layout.classes) == len(sizes)
 
 
@@ -56,13 +57,13 @@ def test_every_event_stands_in_one_real_row_among_its_own_set(sizes: list[int]) 
 def test_mean_is_each_sets_mean(sizes: list[int]) -> None:
     values = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(0))
     layout = SetLayout.build(offsets(sizes))
-    found = layout.mean(values[layout.event_of_row])[layout.set_rank]
+    found = layout.mean(values[layout.event_of_slot])[layout.set_rank]
     expected = [part.mean(0) for part in values.split(sizes)] if sizes else []
     for row, mean in zip(found, expected, strict=True):
         torch.testing.assert_close(row, mean)
 
 
-def test_padding_rows_do_not_enter_the_mean() -> None:
+def test_padding_slots_do_not_enter_the_mean() -> None:
     layout = SetLayout.build(offsets([9]))
     rows = torch.ones(10, 1)
     rows[9] = 1e9

@@ -7,19 +7,20 @@ import dataclasses
 import pytest
 import torch
 
-from model.losses import LossCounts, LossWeights
-from model.seqsetvae import ModelInput, SeqSetVAE, losses
+from model.losses import LossCounts, LossOptions, compute_losses
+from model.prepared import PreparedBatch
+from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from tests.model import reference
-from tests.model.helpers import counts_of, random_batch, select, tiny_model
+from tests.model.helpers import counts_of, random_batch, run_model, select, tiny_model
 
 SETS = [[1, 3, 2, 1, 9], [5], [2, 2, 12, 1, 1, 1, 4], [1], [11, 3]]
-WEIGHTS = LossWeights()
+OPTIONS = LossOptions()
 
 
 def gradients(model: SeqSetVAE, batch: PatientBatch, counts: LossCounts, seed: int | None = None) -> torch.Tensor:
     model.zero_grad()
-    loss = losses(model(batch, seed=seed), batch.label, WEIGHTS, counts, beta=0.1)
+    loss = compute_losses(run_model(model, batch, seed), batch.label, OPTIONS, counts, beta=0.1)
     loss.total.backward()
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
 
@@ -31,7 +32,7 @@ def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool) -
         tiny_model(event_form=event_form, variable_axis=variable_axis),
         random_batch(SETS, labels=[1, -1, 0, 1, -1]),
     )
-    output = model(batch)
+    output = run_model(model, batch)
     first = 0
     for b in range(batch.num_patients):
         expected = reference.patient(model, batch, b)
@@ -43,16 +44,16 @@ def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool) -
                 output.posteriors[level].logvar[own], expected.logvar[level], atol=1e-5, rtol=1e-5
             )
         torch.testing.assert_close(output.context[own], expected.context, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(output.members[b], expected.logits, atol=1e-5, rtol=1e-5)
-    found = losses(output, batch.label, WEIGHTS, counts_of(batch), beta=0.07).total
-    torch.testing.assert_close(found, reference.total_loss(model, batch, WEIGHTS, 0.07), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.logits[b], expected.logits, atol=1e-5, rtol=1e-5)
+    found = compute_losses(output, batch.label, OPTIONS, counts_of(batch), beta=0.07).total
+    torch.testing.assert_close(found, reference.total_loss(model, batch, OPTIONS, 0.07), atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_agrees_with_the_naive_reference() -> None:
     model, batch = tiny_model(), random_batch(SETS)
     found = gradients(model, batch, counts_of(batch))
     model.zero_grad()
-    reference.total_loss(model, batch, WEIGHTS, 0.1).backward()
+    reference.total_loss(model, batch, OPTIONS, 0.1).backward()
     expected = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -63,12 +64,12 @@ def test_gradient_agrees_with_the_naive_reference() -> None:
 def test_a_patient_is_the_same_alone_and_in_any_batch(seed: int | None, order: list[int]) -> None:
     """With noise too: a patient's noise is its own."""
     model, batch = tiny_model(), random_batch(SETS)
-    together = model(select(batch, order), seed=seed, step=5)
-    for place, b in enumerate(order):
-        alone = model(select(batch, [b]), seed=seed, step=5)
-        first = sum(len(SETS[other]) for other in order[:place])
+    together = run_model(model, select(batch, order), seed, step=5)
+    for position, b in enumerate(order):
+        alone = run_model(model, select(batch, [b]), seed, step=5)
+        first = sum(len(SETS[other]) for other in order[:position])
         own = slice(first, first + len(SETS[b]))
-        torch.testing.assert_close(together.members[place : place + 1], alone.members, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.logits[position : position + 1], alone.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.context[own], alone.context, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.posteriors[-1].mu[own], alone.posteriors[-1].mu, atol=1e-5, rtol=1e-5)
 
@@ -88,7 +89,7 @@ def test_losses_and_gradients_of_parts_add_up_to_the_whole(seed: int | None) -> 
 def test_padding_changes_nothing(pad_to: int | None) -> None:
     model, batch = tiny_model(), random_batch(SETS)
     unpadded = PatientBatch.from_padded(batch.to_padded(pad_to=pad_to), batch.patient_id)
-    torch.testing.assert_close(model(unpadded).members, model(batch).members, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run_model(model, unpadded).logits, run_model(model, batch).logits, atol=1e-5, rtol=1e-5)
     counts = counts_of(batch)
     torch.testing.assert_close(
         gradients(model, unpadded, counts), gradients(model, batch, counts), atol=1e-5, rtol=1e-4
@@ -97,7 +98,7 @@ def test_padding_changes_nothing(pad_to: int | None) -> None:
 
 def test_no_set_sees_a_later_set_or_another_patient() -> None:
     model, batch = tiny_model(), random_batch(SETS)
-    before = model(batch).context
+    before = run_model(model, batch).context
     for b in range(batch.num_patients):
         for s in range(int(batch.patient_offsets[b]), int(batch.patient_offsets[b + 1])):
             changed_value = batch.value.clone()
@@ -108,7 +109,7 @@ def test_no_set_sees_a_later_set_or_another_patient() -> None:
             has_value = batch.has_value.clone()
             has_value[events] = True
             changed = dataclasses.replace(batch, value=changed_value, code=changed_code, has_value=has_value)
-            difference = (model(changed).context - before).abs().amax(1)
+            difference = (run_model(model, changed).context - before).abs().amax(1)
             last = int(batch.patient_offsets[b + 1])
             untouched = [i for i in range(batch.num_sets) if i < s or i >= last]
             assert difference[s] > 1e-4, "the set itself must change, or the test shows nothing"
@@ -129,7 +130,7 @@ def test_order_of_events_inside_a_set_does_not_matter() -> None:
         batch, code=batch.code[order], value=batch.value[order], has_value=batch.has_value[order]
     )
     counts = counts_of(batch)
-    torch.testing.assert_close(model(shuffled).members, model(batch).members, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run_model(model, shuffled).logits, run_model(model, batch).logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
         gradients(model, shuffled, counts), gradients(model, batch, counts), atol=1e-5, rtol=1e-4
     )
@@ -140,7 +141,7 @@ def test_an_unlabelled_patient_does_not_teach_the_head() -> None:
     counts = counts_of(batch)
     gradients(model, batch, counts)
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.head.parameters())
-    assert torch.isfinite(losses(model(batch), batch.label, WEIGHTS, counts, beta=0.1).total)
+    assert torch.isfinite(compute_losses(run_model(model, batch), batch.label, OPTIONS, counts, beta=0.1).total)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -160,7 +161,7 @@ def test_gradient_checkpointing_keeps_less() -> None:
     def kept_bytes(checkpointed: bool) -> int:
         model, batch = tiny_model(), random_batch(SETS)
         model.gradient_checkpointing = checkpointed
-        given = ModelInput.of(batch)
+        given = PreparedBatch.build(batch, seed=1)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages: dict[int, int] = {}
 
@@ -171,8 +172,8 @@ def test_gradient_checkpointing_keeps_less() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(given, seed=1)
-            loss = losses(output, batch.label, WEIGHTS, counts_of(batch), beta=0.1)
+            output = model(given)
+            loss = compute_losses(output, batch.label, OPTIONS, counts_of(batch), beta=0.1)
         assert loss.total.requires_grad
         return sum(storages.values())
 
@@ -181,7 +182,7 @@ def test_gradient_checkpointing_keeps_less() -> None:
 
 def test_noise_changes_with_the_step_and_the_seed() -> None:
     model, batch = tiny_model(), random_batch(SETS)
-    logits = [model(batch, seed=seed, step=step).members for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    logits = [run_model(model, batch, seed, step).logits for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2])
     assert not torch.allclose(logits[0], logits[3])
@@ -191,19 +192,31 @@ def test_no_patients_at_all() -> None:
     """A rank that got nothing of the last batch still takes part."""
     model = tiny_model()
     batch = random_batch([])
-    output = model(batch, seed=0)
-    assert output.members.shape == (0, 8, 2)
-    loss = losses(output, batch.label, WEIGHTS, LossCounts(num_events=5, num_sets=2, num_labelled=1), beta=0.1)
+    output = run_model(model, batch, seed=0)
+    assert output.logits.shape == (0, 8, 2)
+    loss = compute_losses(output, batch.label, OPTIONS, LossCounts(num_events=5, num_sets=2, num_labelled=1), beta=0.1)
     loss.total.backward()
     assert loss.total.item() == 0.0
 
 
-def test_input_made_beforehand_is_the_same_input() -> None:
+def test_a_plain_batch_is_prepared_for_evaluation() -> None:
+    model, batch = tiny_model().eval(), random_batch(SETS)
+    assert torch.equal(model(batch).probability, model(PreparedBatch.build(batch)).probability)
+
+
+def test_training_mode_decides_about_noise() -> None:
+    """In evaluation the noise of a prepared batch is not looked at; training without noise is refused."""
     model, batch = tiny_model(), random_batch(SETS)
-    assert torch.equal(model(ModelInput.of(batch)).members, model(batch).members)
+    noisy = PreparedBatch.build(batch, seed=0)
+    trained = model.train()(noisy).logits
+    assert torch.equal(model.eval()(noisy).logits, model(batch).logits)
+    assert not torch.allclose(trained, model(batch).logits)
+    for without in (batch, PreparedBatch.build(batch)):
+        with pytest.raises(ValueError, match=r"prepare the batch with a seed, or call model\.eval"):
+            model.train()(without)
 
 
 def test_extreme_values_stay_finite() -> None:
     model, batch = tiny_model(), random_batch(SETS)
     extreme = dataclasses.replace(batch, value=batch.value * 1e30, minute=batch.minute * 1e6 - 1e8)
-    assert torch.isfinite(model(extreme).members).all()
+    assert torch.isfinite(run_model(model, extreme).logits).all()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sequence import FULL_ENOUGH, SequenceLayout
+from model.sequence import MIN_FILL, SequenceLayout
 
 
 def layout_of(num_sets: list[int]) -> SequenceLayout:
@@ -36,4 +36,4 @@ def test_every_set_has_a_cell_of_its_own_in_its_patient_s_row(num_sets: list[int
         if size:
             row = starts.index(cells[0])
             assert cells == list(range(cells[0], cells[0] + size))
-            assert FULL_ENOUGH * widths[row] < size <= widths[row]
+            assert MIN_FILL * widths[row] < size <= widths[row]

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from model.config import SeqSetVAEConfig
-from model.losses import LossWeights
-from model.seqsetvae import ModelInput
+from model.prepared import PreparedBatch
 from pipeline.loading.batch import PatientBatch
 from tests.model.helpers import random_batch, tiny_model
 from training.card import METRICS, by_length, first_hours, model_card, reconstruction_sums
@@ -45,9 +44,11 @@ def test_buckets_by_hand() -> None:
 def test_means_reconstruct_what_lies_at_the_mean() -> None:
     batch = random_batch([[3, 1], [2]])
     model = tiny_model().eval()
-    batch = dataclasses.replace(batch, value=batch.value * 0)
-    output = model(ModelInput.of(batch))
-    ours, at_mean = reconstruction_sums(model, batch, output, LossWeights()).tolist()
+    batch = PatientBatch(
+        **{**{name: getattr(batch, name) for name in PatientBatch.__slots__}, "value": batch.value * 0}
+    )
+    output = model(PreparedBatch.build(batch))
+    ours, at_mean = reconstruction_sums(model, batch, output).tolist()
     assert ours > 1e-3
     assert abs(at_mean) < 1e-4
 

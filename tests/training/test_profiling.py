@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
-from tests.model.helpers import random_batch, tiny_model
+from tests.model.helpers import random_batch, run_model, tiny_model
 from training.profiling import PARTS, PartTimes, StepProfiler, lines, part_times, tabulate
 
 
@@ -74,7 +74,7 @@ def run_steps(path: Path, model: SeqSetVAE, steps: int, done: int) -> StepProfil
     batch = random_batch([[1, 3], [2]])
     with StepProfiler(path, model.config, torch.device("cpu"), torch.float32, steps=steps) as profiler:
         for _ in range(done):
-            model(batch).members.sum().backward()
+            run_model(model, batch).logits.sum().backward()
             profiler.step(batch)
     return profiler
 
