@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from training.flops import step_flops
 
 from benchmarks.machine import describe, publish
 from model.config import SeqSetVAEConfig
@@ -24,7 +25,6 @@ from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import make_loader
 from tests.model import reference
-from training.flops import step_flops
 from training.profiling import matrix_rate
 
 # Share of sets that have 1, 2, … 16 events, in PhysioNet 2012 set A.

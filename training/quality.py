@@ -7,14 +7,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import average_precision_score, brier_score_loss, precision_recall_curve, roc_auc_score
+from sklearn import config_context
+from sklearn.metrics import auc, roc_curve
 
 from pipeline.schema import UNLABELLED
 
 CALIBRATION_BINS = 15
 """Bins of equal mass; patients of one probability share a bin, so there may be fewer."""
 
+METRICS = ("auroc", "auprc", "min_se_ppv", "brier", "ece", "prevalence")
+
 NUM_RESAMPLES = 1000
+
+SMALLEST_WEIGHT = 1e-12
+"""Stands for a total weight of 0, of which nothing is a share."""
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -64,9 +70,8 @@ def rank_predictions(label: Labels, probability: npt.NDArray[np.floating[Any]]) 
     """Return AUROC and AUPRC alone, for every validation; arguments and None as in :func:`evaluate_predictions`."""
     labelled = label != UNLABELLED
     label_P, probability_P = label[labelled], _checked(probability[labelled])
-    if len(np.unique(label_P)) < 2:
-        return None, None
-    return float(roc_auc_score(label_P, probability_P)), float(average_precision_score(label_P, probability_P))
+    values = _metrics_of(label_P, probability_P)(np.ones(len(label_P)))
+    return values["auroc"], values["auprc"]
 
 
 def _checked(probability_P: npt.NDArray[np.floating[Any]]) -> Floats:
@@ -81,19 +86,20 @@ def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], di
     bin_P = np.searchsorted(edges, probability_P)
 
     def metrics(weight_P: Floats) -> dict[str, float | None]:
-        drawn = weight_P > 0
-        label, probability, weight = label_P[drawn], probability_P[drawn], weight_P[drawn]
-        values: dict[str, float | None] = dict.fromkeys(("auroc", "auprc", "min_se_ppv", "brier", "ece", "prevalence"))
-        if len(np.unique(label)) == 2:
-            precision, recall, _ = precision_recall_curve(label, probability, sample_weight=weight)
-            values["auroc"] = float(roc_auc_score(label, probability, sample_weight=weight))
-            values["auprc"] = float(-np.sum(np.diff(recall) * precision[:-1]))
-            values["min_se_ppv"] = float(np.minimum(precision, recall).max())
-        if len(label):
-            gap = np.bincount(bin_P[drawn], weight * (probability - label))
-            values["brier"] = float(brier_score_loss(label, probability, sample_weight=weight, pos_label=1))
-            values["ece"] = float(np.abs(gap).sum() / weight.sum())
-            values["prevalence"] = float(weight @ label / weight.sum())
+        values: dict[str, float | None] = dict.fromkeys(METRICS)
+        total, positive = weight_P.sum(), weight_P @ label_P
+        if 0 < positive < total:
+            false_rate, recall, _ = roc_curve(label_P, probability_P, sample_weight=weight_P, drop_intermediate=False)
+            true, false = recall * positive, false_rate * (total - positive)
+            precision = true[1:] / np.maximum(true + false, SMALLEST_WEIGHT)[1:]
+            values["auroc"] = float(auc(false_rate, recall))
+            values["auprc"] = float(np.diff(recall) @ precision)
+            values["min_se_ppv"] = float(np.minimum(precision, recall[1:]).max())
+        if total:
+            gap = np.bincount(bin_P, weight_P * (probability_P - label_P))
+            values["brier"] = float(weight_P @ (probability_P - label_P) ** 2 / total)
+            values["ece"] = float(np.abs(gap).sum() / total)
+            values["prevalence"] = float(positive / total)
         return values
 
     return metrics
@@ -104,12 +110,12 @@ def _bootstrap(
 ) -> dict[str, tuple[float | None, float | None]]:
     """Return the 2.5 % and the 97.5 % percentile of each metric over resamples of the patients."""
     if num_patients == 0:
-        return dict.fromkeys(metrics(np.zeros(0)), (None, None))
-    rng = np.random.default_rng(seed)
-    drawn = [
-        metrics(np.bincount(rng.integers(num_patients, size=num_patients), minlength=num_patients).astype(np.float64))
-        for _ in range(NUM_RESAMPLES)
-    ]
+        return dict.fromkeys(METRICS, (None, None))
+    rng, drawn = np.random.default_rng(seed), []
+    with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
+        for _ in range(NUM_RESAMPLES):
+            count = np.bincount(rng.integers(num_patients, size=num_patients), minlength=num_patients)
+            drawn.append(metrics(count.astype(np.float64)))
     intervals: dict[str, tuple[float | None, float | None]] = {}
     for name in drawn[0]:
         values = np.array([resample[name] for resample in drawn if resample[name] is not None], np.float64)

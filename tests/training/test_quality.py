@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
-from training.evaluation import CALIBRATION_BINS, auroc_auprc, evaluate_predictions
+from training.quality import CALIBRATION_BINS, evaluate_predictions, rank_predictions
 
 METRICS = ("auroc", "auprc", "min_se_ppv", "brier", "ece", "prevalence")
 
@@ -55,7 +55,7 @@ def test_agrees_with_naive_and_library(given_predictions: tuple[np.ndarray, np.n
     assert evaluation["auroc"] == pytest.approx(roc_auc_score(label, probability))
     assert evaluation["auprc"] == pytest.approx(average_precision_score(label, probability))
     assert evaluation["brier"] == pytest.approx(brier_score_loss(label, probability))
-    assert auroc_auprc(label, probability) == (evaluation["auroc"], evaluation["auprc"])
+    assert rank_predictions(label, probability) == (evaluation["auroc"], evaluation["auprc"])
 
 
 def test_bins_are_the_library_s() -> None:
@@ -74,7 +74,7 @@ def test_unlabelled_are_left_out_and_counted() -> None:
     labelled = label >= 0
     alone = evaluate_predictions(label[labelled], probability[labelled])
     assert evaluation == alone | {"num_unlabelled": 2}
-    assert auroc_auprc(label, probability) == (0.5, 0.5)
+    assert rank_predictions(label, probability) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("label", [[], [-1, -1], [0, 0, 0], [1, -1]])
@@ -84,7 +84,7 @@ def test_what_is_undefined_is_none(label: list[int]) -> None:
     json.dumps(evaluation, allow_nan=False)
     assert evaluation["auroc"] is evaluation["auprc_low"] is evaluation["min_se_ppv"] is None
     assert (evaluation["brier"] is None) == (evaluation["num_labelled"] == 0)
-    assert auroc_auprc(np.array(label, dtype=np.int64), probability) == (None, None)
+    assert rank_predictions(np.array(label, dtype=np.int64), probability) == (None, None)
 
 
 def test_intervals_hold_the_value_and_narrow_with_patients() -> None:
