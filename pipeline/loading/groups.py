@@ -71,8 +71,9 @@ class GroupPlanner:
 
     def _group_shards(self, epoch: int) -> Grouping:
         sizes = np.array([(entry.num_patients, entry.num_events) for entry in self.entries], np.int64).reshape(-1, 2)
-        options = self._options
-        return group_shards(*sizes.T, options, group_events=options.group_events, seed=options.seed, epoch=epoch)
+        patients, events, options = sizes[:, 0], sizes[:, 1], self._options
+        limit = options.group_events
+        return group_shards(patients, events, options, group_events=limit, seed=options.seed, epoch=epoch)
 
     def _read_lengths(self, shards: tuple[int, ...]) -> Lengths:
         num_events, num_sets = self._index.read([self.entries[shard] for shard in shards])
