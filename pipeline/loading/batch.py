@@ -259,6 +259,6 @@ def _to_offsets(sizes: Tensor) -> Tensor:
 
 
 def _check_ends(name: str, offsets: Tensor, stop: int) -> None:
-    ends = offsets[[0, -1]].tolist()
+    ends = [int(offsets[0]), int(offsets[-1])]
     if ends != [0, stop]:
         raise ValueError(f"{name} must begin at 0 and end at {stop}, not at {ends[0]} and {ends[1]}")
