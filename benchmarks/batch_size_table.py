@@ -77,7 +77,7 @@ def one_size(options: argparse.Namespace) -> dict[str, Any]:
         data = train.agree_on_data(given, Manifest.load(train.data_folder(given)), world, "train")
         training = train.Training(given, data, world)
         training.model.train()
-        plan, num_events = training.loader.plan, training.loader._group.windows.num_events
+        plan, num_events = training.loader.plan, training.loader._group.num_events
         patients = events = step = 0
         started = time.perf_counter()
         while patients < options.patients:

@@ -63,7 +63,7 @@ def entry_of(shard: int) -> ShardEntry:
         num_patients=PATIENTS_PER_SHARD,
         num_sets=int(num_sets.sum()),
         num_events=int(num_events.sum()),
-        num_bytes=0,
+        num_bytes=PATIENTS_PER_SHARD,  # no file has this size: the shard is drawn
         sha256="0" * 64,
     )
 

@@ -4,7 +4,7 @@
 
 The peak is fitted by ``a·events + b·sets + c·Σ sets² + d·patients + e``, none below 0, on some batches, and compared
 on 20 others: of 1 to 32 patients of the data directory, bucketed and random, and
-a few of long made-up histories.  What is fitted goes to ``pipeline.sampling.cost.PEAK_BYTES``.
+a few of long made-up histories.  What is fitted is printed.
 """
 
 from __future__ import annotations

@@ -66,9 +66,7 @@ class Manifest:
 
     def without(self, paths: Collection[str]) -> Manifest:
         """Return the manifest with the shards at ``paths`` left out of ``splits``."""
-        splits = {
-            name: [entry for entry in entries if entry.path not in paths] for name, entries in self.splits.items()
-        }
+        splits = {name: [x for x in entries if x.path not in paths] for name, entries in self.splits.items()}
         return replace(self, splits=splits)
 
     def save(self, directory: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tables import LengthIndex, Lengths
 from pipeline.loading.options import LoaderOptions
-from pipeline.loading.place import StepCounts
+from pipeline.loading.place import BatchPlace, StepCounts
 from pipeline.loading.store import PatientStore
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.groups import Grouping, group_shards
@@ -71,8 +71,9 @@ class GroupPlanner:
 
     def _group_shards(self, epoch: int) -> Grouping:
         sizes = np.array([(entry.num_patients, entry.num_events) for entry in self.entries], np.int64).reshape(-1, 2)
-        options = self._options
-        return group_shards(*sizes.T, options, group_events=options.group_events, seed=options.seed, epoch=epoch)
+        patients, events, options = sizes[:, 0], sizes[:, 1], self._options
+        limit = options.group_events
+        return group_shards(patients, events, options, group_events=limit, seed=options.seed, epoch=epoch)
 
     def _read_lengths(self, shards: tuple[int, ...]) -> Lengths:
         num_events, num_sets = self._index.read([self.entries[shard] for shard in shards])
@@ -124,8 +125,11 @@ class LoadedGroup:
         amounts = (store.label != UNLABELLED, windows.num_sets, windows.num_events)
         self._counts = [plan.batches.sum_per_batch(amount) for amount in amounts]
 
-    def counts(self, number: int) -> StepCounts:
-        """Return the exact counts of the group's global batch ``number``."""
+    def place(self, number: int, steps_before_epoch: int) -> BatchPlace:
+        """Return the place of the group's batch ``number``."""
+        epoch, _, first_step = self.plan.position
+        cursor, patients = first_step + number, self.plan.batches.patients(number)
         labelled, sets, events = (int(counts[number]) for counts in self._counts)
-        patients = int(self.plan.batches.batch_sizes[number])
-        return StepCounts(num_patients=patients, num_labelled=labelled, num_sets=sets, num_events=events)
+        counts = StepCounts(num_patients=len(patients), num_labelled=labelled, num_sets=sets, num_events=events)
+        whole, step = partial(self.store.gather_global_batch, self.windows, patients), steps_before_epoch + cursor
+        return BatchPlace(epoch=epoch, cursor=cursor, step=step, counts=counts, global_batch=whole)

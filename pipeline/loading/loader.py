@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -227,17 +227,11 @@ class PatientLoader:
             offsets = part.batch_offsets[number : max(stop, number + 1) + 1]
             patients = part.order[offsets[0] : offsets[-1]]
             for batch in group.store.gather_batches(windows, patients, offsets - offsets[0]):
-                yield self._make_item(batch, group, number, steps_before_epoch)
+                if self._transform is not None:
+                    yield self._transform(batch, group.place(number, steps_before_epoch))
+                else:
+                    yield batch.pin_memory() if self.options.pin_memory else batch
                 number += 1
-
-    def _make_item(self, batch: PatientBatch, group: LoadedGroup, number: int, steps_before_epoch: int) -> Any:
-        if self._transform is None:
-            return batch.pin_memory() if self.options.pin_memory else batch
-        epoch, _, first_step = group.plan.position
-        cursor, step = first_step + number, steps_before_epoch + first_step + number
-        whole = partial(group.store.gather_global_batch, group.windows, group.plan.batches.patients(number))
-        place = BatchPlace(epoch=epoch, cursor=cursor, step=step, counts=group.counts(number), global_batch=whole)
-        return self._transform(batch, place)
 
 
 def make_loader(

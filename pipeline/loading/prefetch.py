@@ -23,9 +23,10 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
     """
     process = os.getpid()
     if depth == 0:
-        for item in items:
-            yield item
-            _refuse_fork(process)
+        with closing(items):
+            for item in items:
+                yield item
+                _refuse_fork(process)
         return
     ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()  # an item, a failure, or the end
     free = threading.Semaphore(depth)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import from_numpy
 
 from pipeline.arrays import Ints, concatenate_ranges, offsets_from_sizes
 from pipeline.dataset.manifest import ShardEntry
@@ -132,24 +132,23 @@ class PatientStore:
         sets, set_offsets, patient_offsets, event_offsets = self._gather_sets(windows, patients)
         events = concatenate_ranges(windows.event_start[patients], windows.num_events[patients])
         # Every index is in range; mode="clip" says so, and saves the third of a gather that checking takes.
-        code = torch.from_numpy(self.code.take(events, mode="clip").astype(np.int64))
-        value = torch.from_numpy(self.value.take(events, mode="clip"))
-        has_value = torch.from_numpy(self.has_value.take(events, mode="clip"))
-        minute = torch.from_numpy(self.minute.take(sets, mode="clip"))
-        label = torch.from_numpy(self.label[patients])
-        patient_id = self.patient_id[patients].tolist()
+        code = self.code.take(events, mode="clip").astype(np.int64)
+        value = self.value.take(events, mode="clip")
+        has_value = self.has_value.take(events, mode="clip")
+        minute = self.minute.take(sets, mode="clip")
+        label, patient_id = self.label[patients], self.patient_id[patients].tolist()
 
         first_set, first_event = patient_offsets[batch_offsets].tolist(), event_offsets[batch_offsets].tolist()
         borders = zip(batch_offsets.tolist(), first_set, first_event, strict=True)
         return [
             PatientBatch.unchecked(
-                code=code[e0:e1],
-                value=value[e0:e1],
-                has_value=has_value[e0:e1],
-                set_offsets=torch.from_numpy(set_offsets[s0 : s1 + 1] - e0),
-                minute=minute[s0:s1],
-                patient_offsets=torch.from_numpy(patient_offsets[b0 : b1 + 1] - s0),
-                label=label[b0:b1],
+                code=from_numpy(code[e0:e1]),  # slicing tensors takes twice as long
+                value=from_numpy(value[e0:e1]),
+                has_value=from_numpy(has_value[e0:e1]),
+                set_offsets=from_numpy(set_offsets[s0 : s1 + 1] - e0),
+                minute=from_numpy(minute[s0:s1]),
+                patient_offsets=from_numpy(patient_offsets[b0 : b1 + 1] - s0),
+                label=from_numpy(label[b0:b1]),
                 patient_id=patient_id[b0:b1],
             )
             for (b0, s0, e0), (b1, s1, e1) in pairwise(borders)

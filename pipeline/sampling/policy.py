@@ -34,7 +34,7 @@ class Policy:
     budget: CostModel | None = None
     bucketing: bool = option(True, "Group patients with similar numbers of events, which saves padding.")
     bucket_width: float = option(
-        BUCKET_WIDTH, "How far apart patients of a batch may be, in batches.", minimum=0, maximum=1e9
+        BUCKET_WIDTH, "Mixing distance along sorted lengths, in batches.", minimum=0, maximum=1e9
     )
     shuffle: bool = option(True, "Make new batches in a new order every epoch.")
 

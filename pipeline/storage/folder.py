@@ -48,9 +48,7 @@ class Folder:
         return (Path(self._location) / name).read_bytes()
 
     @contextmanager
-    def local_file(
-        self, name: str, sha256: str, *, num_bytes: int | None = None, verify: bool = True
-    ) -> Iterator[Path]:
+    def local_file(self, name: str, sha256: str, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
         """Yield a path on this machine at which the file lies while the context lasts.
 
         Args:

@@ -92,9 +92,7 @@ class RemoteFolder(Folder):
         return content
 
     @contextmanager
-    def local_file(
-        self, name: str, sha256: str, *, num_bytes: int | None = None, verify: bool = True
-    ) -> Iterator[Path]:
+    def local_file(self, name: str, sha256: str, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
         if not _SHA256.fullmatch(sha256):
             raise UserError(f"{self}/{name}: the manifest's checksum {sha256!r} is none; {self.repair_advice}")
         fetch = partial(self._fetch, name, sha256, num_bytes)
