@@ -1,292 +1,383 @@
-"""The HTML report of a run."""
+"""The HTML report of a run, or of several runs side by side: ``python -m training.report RUN [RUN2 ...]``.
+
+It may be made at any time, also while a run goes on: what a run has not written yet is left out.
+"""
 
 from __future__ import annotations
 
-import csv
-import functools
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+import yaml
 
+from pipeline.options import check_section, option, parse_options
 from pipeline.reports.page import (
     COLOURS,
-    Share,
-    figure,
+    draw_figure,
+    figure_label,
     flatten,
     is_finite,
-    preformatted,
-    read_summary,
-    section,
-    table,
+    read_object,
     write_page,
 )
-from pipeline.schema import SUMMARY_FILE, UserError
+from pipeline.schema import PRIVATE, REPORT_FILE, SUMMARY_FILE, UserError
 from training.metrics import read_json_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_PROCESSES = 4
-"""Processes with curves of their own in the plot of memory; those of the others are summed."""
+Floats = npt.NDArray[np.float64]
+
+COMPARISON_FILE, METRICS_FILE, CONFIG_FILE = "comparison.html", "metrics.jsonl", "config.yaml"
+LINKED_FILES = ("MODEL_CARD.md", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+
+MAX_POINTS = 500
+"""Maximum number of points of a curve; neighbours are averaged where there are more."""
+
+KINDS = {"train": ("training", "-"), "valid": ("validation", "--")}
+"""The name and the line of the curve of each kind of record."""
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One plot of a run's metrics over its steps.
+class Panel(NamedTuple):
+    """A plot of one metric over the steps of training, which it shows ``scale`` times as large."""
 
-    Attributes:
-        title: above the plot.
-        names: of the metrics, or patterns of names.
-        kinds: of the records that hold them.
-        from_zero: whether the vertical axis begins there.
-    """
-
+    metric: str
     title: str
-    names: tuple[str, ...]
-    kinds: tuple[str, ...] = ("train", "valid")
-    from_zero: bool = False
+    scale: float = 1.0
 
 
-RUN_FIGURES = {
-    "Losses": (
-        Panel("Total", ("loss",)),
-        Panel("Reconstruction", ("reconstruction",)),
-        Panel("KL divergence", ("kl",)),
-        Panel("Classification", ("classification",)),
+CURVES = {
+    "losses": (
+        Panel("loss", "Total loss"),
+        Panel("reconstruction", "Reconstruction"),
+        Panel("kl", "KL divergence"),
+        Panel("classification", "Classification"),
     ),
-    "Validation": (
-        Panel("Discrimination", ("auroc", "auprc"), ("valid",)),
-        Panel("Error of the probabilities", ("brier", "ece"), ("valid",)),
+    "discrimination": (Panel("auroc", "AUROC"), Panel("auprc", "AUPRC")),
+    "optimisation": (
+        Panel("learning_rate", "Learning rate"),
+        Panel("beta", "Weight of the KL divergence"),
+        Panel("grad_norm", "Norm of the gradient"),
     ),
-    "Optimisation": (
-        Panel("Learning rate", ("learning_rate",)),
-        Panel("Weight of the KL divergence", ("beta",)),
-        Panel("Norm of the gradient", ("grad_norm",)),
+    "collapse": (
+        Panel("active_units", "Active units"),
+        Panel("mean_posterior_variance", "Mean posterior variance"),
     ),
-    "Throughput": (
-        Panel("Patients per second", ("patients_per_second",), ("train",), from_zero=True),
-        Panel("Events per second", ("events_per_second",), ("train",), from_zero=True),
-        Panel("Waiting and padding, fractions", ("data_wait_fraction", "*_padding_waste"), ("train",), from_zero=True),
-        Panel("Resident bytes of the main process", ("rss_bytes",), ("train",), from_zero=True),
-    ),
-    "Posterior collapse": (
-        Panel("KL divergence by level, nats a set", ("kl_level_*",)),
-        Panel("Active units by level", ("active_units_*",), from_zero=True),
-        Panel("Mean posterior variance by level", ("mean_posterior_variance_*",)),
+    "throughput": (
+        Panel("patients_per_second", "Patients per second"),
+        Panel("events_per_second", "Events per second"),
+        Panel("rss_bytes", "Resident memory, MiB", 2.0**-20),
+        Panel("data_wait_fraction", "Time waiting for data, %", 100.0),
+        Panel("event_padding_waste", "Padding waste of events, %", 100.0),
+        Panel("set_padding_waste", "Padding waste of sets, %", 100.0),
     ),
 }
+"""The plots of each figure."""
+
+MEMORY_CURVES = {
+    "main process, resident": ("main", "rss_bytes"),
+    "main process, unique": ("main", "uss_bytes"),
+    "child processes, resident": ("child", "rss_bytes"),
+    "child processes, unique": ("child", "uss_bytes"),
+    "GPU, in tensors": ("main", "cuda_allocated_bytes"),
+    "GPU, reserved": ("main", "cuda_reserved_bytes"),
+}
+"""The role of the processes and the column of ``memory.csv`` of each curve."""
 
 
-RUN_HEADLINE = (
-    "test auroc",
-    "test auprc",
-    "test brier",
-    "best auroc",
-    "best auprc",
-    "best epoch",
-    "stopped_by",
-    "steps",
-    "seconds",
-    "patients_per_second",
-    "data_wait_fraction",
-    "event_padding_waste",
-    "peak_rss_bytes",
-    "peak_cuda_bytes",
-)
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Report."""
+
+    runs: tuple[str, ...] = option((), "Output folder of a run; several runs are compared.", metavar="RUN")
+    output: str | None = option(
+        None, "Path of the page. By default report.html in RUN; of several runs comparison.html in the first."
+    )
+
+    __post_init__ = check_section
 
 
-def write_run_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` from whatever a run has written so far; its path.
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The options of the command."""
 
-    Reads ``metrics.jsonl``, ``summary.json``, ``evaluation_<split>.json``, ``config.yaml``, ``memory*.csv`` and
-    ``predictions_<split>.parquet`` (``label``, null where unlabelled; ``probability``); each may be missing.
+    report: ReportOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a run has written so far.
+
+    Attributes:
+        folder: the output folder of training.
+        label: the run's name in figures.
+        records: the lines of ``metrics.jsonl``.
+        results: ``summary.json`` and each ``evaluation_<split>.json``, flattened.
+        profile: where the time of a step goes, if it was recorded.
+        predictions: labels and probabilities of the labelled samples of each split.
+        options: ``config.yaml``, flattened.
+    """
+
+    folder: Path
+    label: str
+    records: list[dict[str, Any]]
+    results: dict[str, Any]
+    profile: dict[str, Any]
+    predictions: dict[str, tuple[Floats, Floats]]
+    options: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, label: str = "") -> Run:
+        """Read the folder of a run, in which every file may be missing.
+
+        Raises:
+            UserError: a file is there and is not what its name says.
+        """
+        metrics, summary = folder / METRICS_FILE, read_object(folder / SUMMARY_FILE)
+        profile = summary.pop("profile", None)
+        summary |= {path.stem.replace("_", " "): read_object(path) for path in sorted(folder.glob("evaluation_*.json"))}
+        predictions = sorted(folder.glob("predictions_*.parquet"))
+        return cls(
+            folder=folder,
+            label=label,
+            records=read_json_lines(metrics) if metrics.exists() else [],
+            results=flatten(summary),
+            profile=profile if isinstance(profile, dict) else {},
+            predictions={path.stem.removeprefix("predictions_"): _read_predictions(path) for path in predictions},
+            options=flatten(read_object(folder / CONFIG_FILE, parse=yaml.safe_load)),
+        )
+
+    @property
+    def last_step(self) -> dict[str, Any]:
+        """The last record of a training step; empty before the first."""
+        return next((record for record in reversed(self.records) if record.get("kind") == "train"), {})
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run wrote its summary."""
+        return "steps" in self.results
+
+    def curve(self, kind: str, metric: str) -> Floats:
+        """Return the steps and values of a metric where they are finite, [N, 2], averaged to ``MAX_POINTS``."""
+        points = [
+            (record["step"], record[metric])
+            for record in self.records
+            if record.get("kind") == kind and is_finite(record.get("step")) and is_finite(record.get(metric))
+        ]
+        pieces = np.array_split(np.array(points, np.float64), min(len(points), MAX_POINTS)) if points else []
+        return np.array([piece.mean(axis=0) for piece in pieces]).reshape(-1, 2)
+
+    def links(self, start: Path) -> dict[str, str]:
+        """Return the relative address, from a page in ``start``, of each of ``LINKED_FILES`` that exists."""
+        paths = {name: self.folder / name for name in LINKED_FILES}
+        return {name: quote(os.fsencode(os.path.relpath(path, start))) for name, path in paths.items() if path.exists()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 = done, 2 = something the user can mend."""
+    os.umask(os.umask(PRIVATE) | PRIVATE)
+    try:
+        options = parse_options(
+            CommandLine, arguments, prog="python -m training.report", description=__doc__, positional="runs"
+        ).report
+        for run in options.runs:
+            if not any(any(Path(run).glob(name)) for name in (METRICS_FILE, CONFIG_FILE, "evaluation_*.json")):
+                raise UserError(f"{run}: not the output of a run; give the --output_dir of train.py")
+        output = None if options.output is None else Path(options.output)
+        if output is not None and (output.is_dir() or not output.parent.is_dir()):
+            raise UserError(f"--output {output}: must be a file in a folder that exists")
+        print(write_run_report(*map(Path, options.runs), output=output))
+    except (UserError, OSError) as error:
+        print(f"training.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_run_report(*folders: Path, output: Path | None = None) -> Path:
+    """Write the report of one run, or a page that compares several, from whatever they have written so far.
+
+    Args:
+        folders: the output folders of training, at least one.
+        output: the page; by default ``report.html`` in the folder, and of several ``comparison.html`` in the first.
+
+    Returns:
+        The path of the page.
 
     Raises:
-        UserError: one of them is there and is not what its name says.
+        UserError: a file of a run is there and is not what its name says.
     """
-    metrics_file = run_dir / "metrics.jsonl"
-    records = read_json_lines(metrics_file) if metrics_file.exists() else []
-    whole_summary = read_summary(run_dir / SUMMARY_FILE)
-    profile = whole_summary.pop("profile", None)
-    summary = dict(flatten(whole_summary))
-    headline = {name: summary[name] for name in RUN_HEADLINE if name in summary} or summary
-    if not headline:
-        last: dict[str, Any] = next((record for record in reversed(records) if record.get("kind") == "train"), {})
-        headline = {"state": "no summary yet: running, or ended early"} | last
-    sections = [
-        section(f"Evaluation: {path.stem.removeprefix('evaluation_')}", table((), flatten(read_summary(path))))
-        for path in sorted(run_dir.glob("evaluation_*.json"))
-    ]
-    sections += [
-        section(f"Predictions: {path.stem.removeprefix('predictions_')}", *_predictions_figure(path))
-        for path in sorted(run_dir.glob("predictions_*.parquet"))
-    ]
-    sections += [
-        section(title, image) for title, panels in RUN_FIGURES.items() if (image := _metrics_figure(records, panels))
-    ]
-    if profile:
-        sections.append(section("Where the time goes", *_profile_figure(profile)))
-    for path in sorted(run_dir.glob("memory*.csv")):
-        image = figure("Memory over time", 1, 1, functools.partial(_draw_memory, path))
-        sections.append(section(f"Memory: {path.stem}", image, "Resident memory counts shared pages in each process."))
-    events = [record for record in records if record.get("kind") == "event"]
-    if events:
-        names = list(dict.fromkeys(name for record in events for name in record if name != "kind"))
-        rows = [[record.get(name) for name in names] for record in events]
-        sections.append(section("Events of the run", table(names, rows)))
-    if rest := [(name, value) for name, value in summary.items() if name not in headline]:
-        sections.append(section("Summary", table((), rest)))
-    if (config_file := run_dir / "config.yaml").exists():
-        sections.append(section("Configuration", preformatted(config_file.read_text("utf-8", errors="replace"))))
-    return write_page(run_dir, "Run report", headline, sections)
+    several = len(folders) > 1
+    names = [folder.resolve().name for folder in folders]
+    labels = [f"{number}: {figure_label(name)}" if several else "" for number, name in enumerate(names, start=1)]
+    runs = [Run.read(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    output = output or folders[0] / (COMPARISON_FILE if several else REPORT_FILE)
+    memory = [] if several else sorted(folders[0].glob("memory*.csv"))
+    return write_page(
+        output,
+        "run_report.html.jinja",
+        package="training",
+        name=f"{len(runs)} runs" if several else names[0],
+        runs=runs,
+        several=several,
+        start=output.parent,
+        results=_side_by_side([run.results for run in runs]),
+        last_steps=_side_by_side([run.last_step for run in runs]),
+        options=_side_by_side([run.options for run in runs]),
+        curves={name: _draw_curves(runs, panels, from_zero=name == "throughput") for name, panels in CURVES.items()},
+        predictions={
+            split: _draw_predictions(runs, split) for split in sorted({key for run in runs for key in run.predictions})
+        },
+        memory={path.stem: _draw_memory(path) for path in memory if path.stat().st_size},
+        profile_figure=None if several else _draw_profile(runs[0].profile),
+    )
 
 
-def _metrics_figure(records: list[dict[str, Any]], panels: Iterable[Panel]) -> str:
-    """The panels for which something was recorded, side by side; empty where nothing was."""
-    names = sorted({name for record in records for name in record})
+def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of every name in all columns; None where a column lacks the name."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name) for column in columns] for name in names}
+
+
+def _read_predictions(path: Path) -> tuple[Floats, Floats]:
+    """Return labels and probabilities, each [P], of the labelled samples of a file of predictions."""
+    schema = pa.schema([("label", pa.float64()), ("probability", pa.float64())])
+    try:
+        table = pq.read_table(path, columns=schema.names, page_checksum_verification=True).cast(schema)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as predictions ({reason}); evaluate again") from None
+    table = table.filter(pc.greater_equal(table["label"], 0))  # neither null nor NaN
+    return table["label"].to_numpy(), table["probability"].to_numpy()
+
+
+def _draw_curves(runs: Sequence[Run], panels: Iterable[Panel], *, from_zero: bool) -> str | None:
+    """Return an image of the panels for which a run recorded anything; None where no run did."""
     filled = []
     for panel in panels:
-        wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in panel.names)]
-        curves = {(kind, name): _series(records, kind, name) for kind in panel.kinds for name in wanted}
-        if curves := {key: (steps, values) for key, (steps, values) in curves.items() if steps}:
-            filled.append((panel, curves))
+        curves = [
+            (number, kind, runs[number].curve(kind, panel.metric)) for number in range(len(runs)) for kind in KINDS
+        ]
+        if any(len(points) for _, _, points in curves):
+            filled.append((panel, [curve for curve in curves if len(curve[2])]))
     if not filled:
-        return ""
+        return None
 
     def draw(axes: list[Axes]) -> None:
+        labelled = {}
         for axis, (panel, curves) in zip(axes, filled, strict=False):
-            kinds, wanted = (set(column) for column in zip(*curves, strict=True))
-            for (kind, name), (steps, values) in curves.items():
-                label = kind if len(wanted) == 1 else name if len(kinds) == 1 else f"{name}, {kind}"
-                axis.plot(steps, values, label=label, marker="." if len(steps) < 30 else None)
-            axis.set(title=panel.title, xlabel="step", ylim=(0, None) if panel.from_zero else None)
-            if len(curves) > 1:
-                axis.legend(fontsize="small")
+            for number, kind, points in curves:
+                name, line = KINDS[kind]
+                colour = COLOURS[(number if len(runs) > 1 else [*KINDS].index(kind)) % len(COLOURS)]
+                marker = "." if len(points) < 30 else None
+                (drawn,) = axis.plot(points[:, 0], points[:, 1] * panel.scale, line, color=colour, marker=marker)
+                labelled[f"{runs[number].label} {name}".strip()] = drawn
+            axis.set(title=panel.title, xlabel="step", ylim=(0, None) if from_zero else None)
         for axis in axes[len(filled) :]:
             axis.set_axis_off()
+        axes[0].figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
 
-    columns = len(filled) if len(filled) < 4 else 2
-    return figure(", ".join(panel.title for panel, _ in filled), -(-len(filled) // columns), columns, draw)
-
-
-def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it is a finite number."""
-    points = [
-        (record["step"], record[name])
-        for record in records
-        if record.get("kind") == kind and is_finite(record.get("step")) and is_finite(record.get(name))
-    ]
-    return [step for step, _ in points], [value for _, value in points]
+    columns = 2 if len(filled) == 4 else min(len(filled), 3)
+    return draw_figure(-(-len(filled) // columns), columns, draw)
 
 
-def _profile_figure(profile: dict[str, Any]) -> tuple[str, str]:
-    """Time of a step's parts as bars and a table, and what that is of the machine's matrix rate."""
-    parts = {name: row for name, row in profile["parts"].items() if name != "step"}
-
-    def draw(axes: list[Axes]) -> None:
-        bars = axes[0].barh([*parts], [row["milliseconds"] for row in parts.values()])
-        axes[0].bar_label(bars, [f"{row['share']:.1%}" for row in parts.values()], padding=3)
-        axes[0].invert_yaxis()
-        axes[0].grid(axis="y", visible=False)
-        axes[0].set(xlabel="ms a step, recorded")
-
-    rows = [
-        (name, row["milliseconds"], Share(row["share"]), row["gflop"] or None, row["gflops"] or None)
-        for name, row in profile["parts"].items()
-    ]
-    note = (
-        f"Mean of {profile['recorded_steps']} steps, {profile['device']}, {profile['precision']}; their trace is in "
-        f"trace.json.gz. {'Not recorded, a' if profile['timed_steps'] else 'A'} step takes "
-        f"{profile['step_milliseconds']:,.1f} ms: {profile['step_gflops']:,.1f} GFLOP/s, "
-        f"{profile['share_of_matrix_rate']:.1%} of the {profile['matrix_gflops']:,.0f} that large matrices reach."
-    )
-    return figure("Where the time goes", 1, 1, draw) + table(("part", "ms", "share", "GFLOP", "GFLOP/s"), rows), note
-
-
-def _draw_memory(path: Path, axes: list[Axes]) -> None:
-    axis = axes[0]
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("event") is not None]  # a last row cut short: none
-        seconds = np.array([float(row["seconds"]) for row in rows])
-        mebibytes = {
-            name: np.array([float(row[f"{name}_bytes"] or "nan") / 2**20 for row in rows])
-            for name in ("rss", "uss", "cuda_allocated", "cuda_reserved")
-        }
-        process = np.array(["main process" if row["role"] == "main" else f"process {row['pid']}" for row in rows])
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path}: not a memory profile ({error}); move the file away") from None
-
-    def draw(of: npt.NDArray[np.bool_], name: str, label: str, **style: Any) -> None:
-        """The sum over the rows ``of`` at every sample, where it is known."""
-        known = of & np.isfinite(mebibytes[name])
-        moments, sample = np.unique(seconds[known], return_inverse=True)
-        if len(moments):
-            axis.plot(moments, np.bincount(sample, weights=mebibytes[name][known]), label=label, **style)
-
-    peak = {name: float(mebibytes["rss"][process == name].max()) for name in dict.fromkeys(process.tolist())}
-    drawn = sorted(peak, key=lambda name: (name != "main process", -peak[name]))[:MAX_PROCESSES]
-    curves = [(name, process == name) for name in drawn]
-    if len(peak) > len(drawn):
-        curves.append((f"{len(peak) - len(drawn)} others", ~np.isin(process, drawn)))
-    for number, (name, of) in enumerate(curves):
-        colour: Any = COLOURS[number % len(COLOURS)]
-        draw(of, "rss", f"{name}, resident", color=colour)
-        draw(of, "uss", f"{name}, unique", color=colour, linestyle="--")
-    for name in ("cuda_allocated", "cuda_reserved"):
-        draw(process == "main process", name, name.replace("_", ", ").replace("cuda", "CUDA"), linestyle="-.")
-    curve_lines = axis.get_lines()
-    marks: dict[str, Any] = {}
-    for second, event in zip(seconds, (row["event"] for row in rows), strict=True):
-        if event and event != "start":
-            colour = marks[event].get_color() if event in marks else COLOURS[-1 - len(marks) % len(COLOURS)]
-            marks[event] = axis.axvline(second, color=colour, linewidth=0.9, linestyle=":")
-    axis.set(xlabel="seconds", ylabel="MiB")
-    if curve_lines:
-        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
-        axis.figure.legend(handles=curve_lines, loc="outside lower center", ncols=4, fontsize="small")
-    if marks:
-        names = [event.replace("$", r"\$") for event in marks]
-        axis.figure.legend([*marks.values()], names, loc="outside upper center", ncols=6)
-
-
-def _predictions_figure(path: Path) -> tuple[str, str]:
-    """ROC, precision-recall and calibration curves of the labelled patients of one file, and what they show."""
+def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
+    """Return an image of the ROC, precision-recall and calibration curves; None where no run's can be drawn."""
     from sklearn.calibration import calibration_curve  # noqa: PLC0415 (a second that only predictions need)
     from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
 
-    try:
-        predictions = pq.read_table(path, columns=["label", "probability"], page_checksum_verification=True)
-        predictions = predictions.filter(pc.greater_equal(predictions["label"], 0))  # null is not kept either
-        label, probability = predictions["label"].to_numpy(), predictions["probability"].to_numpy()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as predictions ({error}); evaluate again") from None
-    note = f"{len(label):,} labelled patients, {int(label.sum()):,} positive."
-    if len(np.unique(label)) < 2 or not np.isfinite(probability).all():
-        return "", f"{note} No curves: they need patients of both classes, and finite probabilities."
+    drawable = {}
+    for number, run in enumerate(runs):
+        label, probability = run.predictions.get(split, (np.zeros(0), np.zeros(0)))
+        if np.array_equal(np.unique(label), [0, 1]) and ((probability >= 0) & (probability <= 1)).all():
+            drawable[number] = label, probability
+    if not drawable:
+        return None
 
     def draw(axes: list[Axes]) -> None:
-        false_rate, true_rate, _ = roc_curve(label, probability)
-        precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
-        observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
         dotted: dict[str, Any] = {"color": COLOURS[-1], "linewidth": 0.8, "linestyle": ":"}
-        axes[0].plot(false_rate, true_rate)
-        axes[0].axline((0, 0), slope=1, **dotted)
+        for number, (label, probability) in drawable.items():
+            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": runs[number].label}
+            false_positive_rate, true_positive_rate, _ = roc_curve(label, probability)
+            precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
+            observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
+            axes[0].plot(false_positive_rate, true_positive_rate, **style)
+            axes[1].plot(recall, precision, **style)
+            axes[1].axhline(label.mean(), **dotted)
+            axes[2].plot(predicted, observed, marker="o", markersize=3, **style)
+        for axis in (axes[0], axes[2]):
+            axis.axline((0, 0), slope=1, **dotted)
         axes[0].set(title="ROC", xlabel="1 − specificity", ylabel="sensitivity")
-        axes[1].plot(recall, precision)
-        axes[1].axhline(label.mean(), **dotted)
         axes[1].set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-        axes[2].plot(predicted, observed, marker="o", markersize=3)
-        axes[2].axline((0, 0), slope=1, **dotted)
-        axes[2].set(title="Calibration, bins of equal mass", xlabel="predicted", ylabel="observed")
+        axes[2].set(title="Calibration", xlabel="predicted probability", ylabel="observed rate")
+        if len(runs) > 1:
+            axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
-    image = figure("ROC, precision and recall, calibration", 1, 3, draw)
-    return image, f"{note} Dotted: chance; in the last, perfect calibration."
+    return draw_figure(1, 3, draw)
+
+
+def _draw_profile(profile: Mapping[str, Any]) -> str | None:
+    """Return an image of the time of each part of a step; None where it was not recorded."""
+    rows = profile.get("parts") or {}
+    parts = {figure_label(name): row["milliseconds"] for name, row in rows.items() if name != "step"}
+
+    def draw(axes: list[Axes]) -> None:
+        bars = axes[0].barh([*parts], [*parts.values()])
+        axes[0].bar_label(bars, fmt="{:,.2f}", padding=3)
+        axes[0].invert_yaxis()
+        axes[0].grid(axis="y", visible=False)
+        axes[0].set(xlabel="milliseconds of a step")
+
+    return draw_figure(1, 1, draw) if parts else None
+
+
+def _draw_memory(path: Path) -> str:
+    """Return an image of the memory of the run's processes over time.
+
+    Raises:
+        UserError: the file is not what ``training.monitor`` writes.
+    """
+    columns = {name: pa.float64() for name in ("seconds", *dict.fromkeys(name for _, name in MEMORY_CURVES.values()))}
+    columns |= {"role": pa.string(), "event": pa.string()}
+    try:
+        table = pa_csv.read_csv(
+            path,
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda row: "skip"),
+            convert_options=pa_csv.ConvertOptions(column_types=columns, include_columns=[*columns]),
+        )
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a memory profile ({reason}); move the file away") from None
+    column = {name: table[name].to_numpy() for name in columns}
+    seconds = column["seconds"]
+
+    def draw(axes: list[Axes]) -> None:
+        axis = axes[0]
+        for label, (role, name) in MEMORY_CURVES.items():
+            known = (column["role"] == role) & np.isfinite(column[name])
+            times, sample = np.unique(seconds[known], return_inverse=True)
+            if len(times):
+                axis.plot(times, np.bincount(sample, weights=column[name][known]) / 2**20, label=label)
+        axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, None))
+        events = [event for event in dict.fromkeys(column["event"]) if event not in ("", "start")]
+        for event, colour in zip(events, reversed(COLOURS), strict=False):
+            times = seconds[column["event"] == event]
+            style: dict[str, Any] = {"linewidth": 0.9, "linestyle": ":", "color": colour, "label": figure_label(event)}
+            axis.vlines(times, 0, 1, transform=axis.get_xaxis_transform(), **style)
+        axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+    return draw_figure(1, 1, draw)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
