@@ -1,16 +1,17 @@
 """The HTML report of a run, or of several runs side by side: ``python -m training.report RUN [RUN2 ...]``.
 
-It may be made at any time, also while a run goes on: what a run has not written yet is left out.
+It may be made at any time, also while a run goes on: what a run has not written yet is left out.  Which metrics are
+shown, and the sentences that explain them, stand in ``templates/run_report.html.jinja``.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -19,18 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
-import yaml
 
-from pipeline.options import check_section, option, parse_options
-from pipeline.reports.page import (
-    COLOURS,
-    draw_figure,
-    figure_label,
-    flatten,
-    is_finite,
-    read_object,
-    write_page,
-)
+from pipeline.options import OneLineParser
+from pipeline.reports.page import draw_figure, figure_label, flatten, is_finite, read_object, write_page
 from pipeline.schema import PRIVATE, REPORT_FILE, SUMMARY_FILE, UserError
 from training.metrics import read_json_lines
 
@@ -48,125 +40,51 @@ MAX_POINTS = 500
 KINDS = {"train": ("training", "-"), "valid": ("validation", "--")}
 """The name and the line of the curve of each kind of record."""
 
-
-class Panel(NamedTuple):
-    """A plot of one metric over the steps of training, which it shows ``scale`` times as large."""
-
-    metric: str
-    title: str
-    scale: float = 1.0
-
-
-CURVES = {
-    "losses": (
-        Panel("loss", "Total loss"),
-        Panel("reconstruction", "Reconstruction"),
-        Panel("kl", "KL divergence"),
-        Panel("classification", "Classification"),
-    ),
-    "discrimination": (Panel("auroc", "AUROC"), Panel("auprc", "AUPRC")),
-    "optimisation": (
-        Panel("learning_rate", "Learning rate"),
-        Panel("beta", "Weight of the KL divergence"),
-        Panel("grad_norm", "Norm of the gradient"),
-    ),
-    "collapse": (
-        Panel("active_units", "Active units"),
-        Panel("mean_posterior_variance", "Mean posterior variance"),
-    ),
-    "throughput": (
-        Panel("patients_per_second", "Patients per second"),
-        Panel("events_per_second", "Events per second"),
-        Panel("rss_bytes", "Resident memory, MiB", 2.0**-20),
-        Panel("data_wait_fraction", "Time waiting for data, %", 100.0),
-        Panel("event_padding_waste", "Padding waste of events, %", 100.0),
-        Panel("set_padding_waste", "Padding waste of sets, %", 100.0),
-    ),
+PREDICTION_PANELS = {
+    "ROC": ("1 − specificity", "sensitivity"),
+    "Precision and recall": ("recall", "precision"),
+    "Calibration": ("predicted probability", "observed rate"),
 }
-"""The plots of each figure."""
+"""The names of the axes of each plot of predictions."""
 
-MEMORY_CURVES = {
-    "main process, resident": ("main", "rss_bytes"),
-    "main process, unique": ("main", "uss_bytes"),
-    "child processes, resident": ("child", "rss_bytes"),
-    "child processes, unique": ("child", "uss_bytes"),
-    "GPU, in tensors": ("main", "cuda_allocated_bytes"),
-    "GPU, reserved": ("main", "cuda_reserved_bytes"),
+MEMORY_COLUMNS = {
+    "rss_bytes": "resident",
+    "uss_bytes": "unique",
+    "cuda_allocated_bytes": "in tensors on the GPU",
+    "cuda_reserved_bytes": "reserved on the GPU",
 }
-"""The role of the processes and the column of ``memory.csv`` of each curve."""
+"""The columns of ``memory.csv`` that are drawn."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """Report."""
-
-    runs: tuple[str, ...] = option((), "Output folder of a run; several runs are compared.", metavar="RUN")
-    output: str | None = option(
-        None, "Path of the page. By default report.html in RUN; of several runs comparison.html in the first."
-    )
-
-    __post_init__ = check_section
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommandLine:
-    """The options of the command."""
-
-    report: ReportOptions
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What a run has written so far.
+    """What a run has written into its folder so far; every file may be missing.
 
     Attributes:
         folder: the output folder of training.
-        label: the run's name in figures.
+        label: the name of the run in a comparison; empty without.
+        is_finished: whether there is a ``summary.json``.
         records: the lines of ``metrics.jsonl``.
-        results: ``summary.json`` and each ``evaluation_<split>.json``, flattened.
-        profile: where the time of a step goes, if it was recorded.
-        predictions: labels and probabilities of the labelled samples of each split.
+        last_step: the last record of a training step; empty without.
+        profile: where the time of a step goes, from ``summary.json``; empty without.
+        results: the rest of ``summary.json`` and each ``evaluation_<split>.json``, flattened.
         options: ``config.yaml``, flattened.
+        predictions: labels and probabilities, each [P], of the labelled samples of each split.
+
+    Raises:
+        UserError: a file is there and is not what its name says.
     """
 
-    folder: Path
-    label: str
-    records: list[dict[str, Any]]
-    results: dict[str, Any]
-    profile: dict[str, Any]
-    predictions: dict[str, tuple[Floats, Floats]]
-    options: dict[str, Any]
-
-    @classmethod
-    def read(cls, folder: Path, label: str = "") -> Run:
-        """Read the folder of a run, in which every file may be missing.
-
-        Raises:
-            UserError: a file is there and is not what its name says.
-        """
-        metrics, summary = folder / METRICS_FILE, read_object(folder / SUMMARY_FILE)
-        profile = summary.pop("profile", None)
-        summary |= {path.stem.replace("_", " "): read_object(path) for path in sorted(folder.glob("evaluation_*.json"))}
+    def __init__(self, folder: Path, label: str) -> None:
+        self.folder, self.label, self.is_finished = folder, label, (folder / SUMMARY_FILE).exists()
+        metrics, results = folder / METRICS_FILE, read_object(folder / SUMMARY_FILE)
+        self.records = read_json_lines(metrics) if metrics.exists() else []
+        steps = [record for record in self.records if record.get("kind") == "train"]
+        self.last_step: dict[str, Any] = steps[-1] if steps else {}
+        self.profile: dict[str, Any] = results.pop("profile", None) or {}
+        results |= {path.stem.replace("_", " "): read_object(path) for path in sorted(folder.glob("evaluation_*.json"))}
+        self.results, self.options = flatten(results), flatten(read_object(folder / CONFIG_FILE))
         predictions = sorted(folder.glob("predictions_*.parquet"))
-        return cls(
-            folder=folder,
-            label=label,
-            records=read_json_lines(metrics) if metrics.exists() else [],
-            results=flatten(summary),
-            profile=profile if isinstance(profile, dict) else {},
-            predictions={path.stem.removeprefix("predictions_"): _read_predictions(path) for path in predictions},
-            options=flatten(read_object(folder / CONFIG_FILE, parse=yaml.safe_load)),
-        )
-
-    @property
-    def last_step(self) -> dict[str, Any]:
-        """The last record of a training step; empty before the first."""
-        return next((record for record in reversed(self.records) if record.get("kind") == "train"), {})
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run wrote its summary."""
-        return "steps" in self.results
+        self.predictions = {path.stem.removeprefix("predictions_"): _read_predictions(path) for path in predictions}
 
     def curve(self, kind: str, metric: str) -> Floats:
         """Return the steps and values of a metric where they are finite, [N, 2], averaged to ``MAX_POINTS``."""
@@ -178,26 +96,26 @@ class Run:
         pieces = np.array_split(np.array(points, np.float64), min(len(points), MAX_POINTS)) if points else []
         return np.array([piece.mean(axis=0) for piece in pieces]).reshape(-1, 2)
 
-    def links(self, start: Path) -> dict[str, str]:
-        """Return the relative address, from a page in ``start``, of each of ``LINKED_FILES`` that exists."""
+    def links(self, page: Path) -> dict[str, str]:
+        """Return the address, relative to a page, of each of ``LINKED_FILES`` that exists."""
         paths = {name: self.folder / name for name in LINKED_FILES}
-        return {name: quote(os.fsencode(os.path.relpath(path, start))) for name, path in paths.items() if path.exists()}
+        existing = {name: os.path.relpath(path, page.parent) for name, path in paths.items() if path.exists()}
+        return {name: quote(os.fsencode(path)) for name, path in existing.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend."""
     os.umask(os.umask(PRIVATE) | PRIVATE)
+    parser = OneLineParser(prog="python -m training.report", description="Show a run, or compare several runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Output folder of a run of train.py.")
+    default = f"By default {REPORT_FILE} in RUN; for several runs {COMPARISON_FILE} in the first."
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help=f"Path of the page. {default}")
     try:
-        options = parse_options(
-            CommandLine, arguments, prog="python -m training.report", description=__doc__, positional="runs"
-        ).report
+        options = parser.parse_args(arguments)
         for run in options.runs:
-            if not any(any(Path(run).glob(name)) for name in (METRICS_FILE, CONFIG_FILE, "evaluation_*.json")):
+            if not any(any(run.glob(name)) for name in (METRICS_FILE, CONFIG_FILE, "evaluation_*.json")):
                 raise UserError(f"{run}: not the output of a run; give the --output_dir of train.py")
-        output = None if options.output is None else Path(options.output)
-        if output is not None and (output.is_dir() or not output.parent.is_dir()):
-            raise UserError(f"--output {output}: must be a file in a folder that exists")
-        print(write_run_report(*map(Path, options.runs), output=output))
+        print(write_run_report(*options.runs, output=options.output))
     except (UserError, OSError) as error:
         print(f"training.report: {error}", file=sys.stderr)
         return 2
@@ -217,29 +135,24 @@ def write_run_report(*folders: Path, output: Path | None = None) -> Path:
     Raises:
         UserError: a file of a run is there and is not what its name says.
     """
-    several = len(folders) > 1
-    names = [folder.resolve().name for folder in folders]
+    several, names = len(folders) > 1, [folder.resolve().name for folder in folders]
     labels = [f"{number}: {figure_label(name)}" if several else "" for number, name in enumerate(names, start=1)]
-    runs = [Run.read(folder, label) for folder, label in zip(folders, labels, strict=True)]
-    output = output or folders[0] / (COMPARISON_FILE if several else REPORT_FILE)
-    memory = [] if several else sorted(folders[0].glob("memory*.csv"))
+    runs = [Run(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    page = output or folders[0] / (COMPARISON_FILE if several else REPORT_FILE)
+    memory = [] if several else [path for path in sorted(folders[0].glob("memory*.csv")) if path.stat().st_size]
     return write_page(
-        output,
+        page,
         "run_report.html.jinja",
         package="training",
-        name=f"{len(runs)} runs" if several else names[0],
-        runs=runs,
-        several=several,
-        start=output.parent,
-        results=_side_by_side([run.results for run in runs]),
-        last_steps=_side_by_side([run.last_step for run in runs]),
+        draw_curves=functools.partial(_draw_curves, runs),
+        memory={path.stem: _draw_memory(path) for path in memory},
+        names=names,
         options=_side_by_side([run.options for run in runs]),
-        curves={name: _draw_curves(runs, panels, from_zero=name == "throughput") for name, panels in CURVES.items()},
-        predictions={
-            split: _draw_predictions(runs, split) for split in sorted({key for run in runs for key in run.predictions})
-        },
-        memory={path.stem: _draw_memory(path) for path in memory if path.stat().st_size},
-        profile_figure=None if several else _draw_profile(runs[0].profile),
+        page=page,
+        predictions={split: _draw_predictions(runs, split) for run in runs for split in run.predictions},
+        profile=_draw_profile(runs[0].profile.get("parts", {})),
+        results=_side_by_side([run.results for run in runs]),
+        runs=runs,
     )
 
 
@@ -247,6 +160,27 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the values of every name in all columns; None where a column lacks the name."""
     names = dict.fromkeys(name for column in columns for name in column)
     return {name: [column.get(name) for column in columns] for name in names}
+
+
+def _draw_curves(
+    runs: Sequence[Run], panels: Mapping[str, str], *, scale: float = 1.0, from_zero: bool = False
+) -> str | None:
+    """Return an image with a panel for each of some metrics, ``panels``, by title; None where no run recorded any."""
+
+    def draw(axis: Axes, curves: list[tuple[int, str, Floats]]) -> None:
+        for number, kind, points in curves:
+            name, line = KINDS[kind]
+            colour = f"C{number if len(runs) > 1 else [*KINDS].index(kind)}"
+            marker, label = "." if len(points) < 10 else None, f"{runs[number].label} {name}".strip()
+            axis.plot(points[:, 0], scale * points[:, 1], line, color=colour, marker=marker, label=label)
+        axis.set(xlabel="step", ylim=(0, None) if from_zero else None)
+
+    drawn = {}
+    for metric, title in panels.items():
+        curves = [(number, kind, run.curve(kind, metric)) for number, run in enumerate(runs) for kind in KINDS]
+        if curves := [curve for curve in curves if len(curve[2])]:
+            drawn[title] = functools.partial(draw, curves=curves)
+    return draw_figure(drawn)
 
 
 def _read_predictions(path: Path) -> tuple[Floats, Floats]:
@@ -257,38 +191,8 @@ def _read_predictions(path: Path) -> tuple[Floats, Floats]:
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as predictions ({reason}); evaluate again") from None
-    table = table.filter(pc.greater_equal(table["label"], 0))  # neither null nor NaN
+    table = table.filter(pc.field("label") >= 0)  # neither null nor NaN
     return table["label"].to_numpy(), table["probability"].to_numpy()
-
-
-def _draw_curves(runs: Sequence[Run], panels: Iterable[Panel], *, from_zero: bool) -> str | None:
-    """Return an image of the panels for which a run recorded anything; None where no run did."""
-    filled = []
-    for panel in panels:
-        curves = [
-            (number, kind, runs[number].curve(kind, panel.metric)) for number in range(len(runs)) for kind in KINDS
-        ]
-        if any(len(points) for _, _, points in curves):
-            filled.append((panel, [curve for curve in curves if len(curve[2])]))
-    if not filled:
-        return None
-
-    def draw(axes: list[Axes]) -> None:
-        labelled = {}
-        for axis, (panel, curves) in zip(axes, filled, strict=False):
-            for number, kind, points in curves:
-                name, line = KINDS[kind]
-                colour = COLOURS[(number if len(runs) > 1 else [*KINDS].index(kind)) % len(COLOURS)]
-                marker = "." if len(points) < 30 else None
-                (drawn,) = axis.plot(points[:, 0], points[:, 1] * panel.scale, line, color=colour, marker=marker)
-                labelled[f"{runs[number].label} {name}".strip()] = drawn
-            axis.set(title=panel.title, xlabel="step", ylim=(0, None) if from_zero else None)
-        for axis in axes[len(filled) :]:
-            axis.set_axis_off()
-        axes[0].figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
-
-    columns = 2 if len(filled) == 4 else min(len(filled), 3)
-    return draw_figure(-(-len(filled) // columns), columns, draw)
 
 
 def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
@@ -296,87 +200,71 @@ def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
     from sklearn.calibration import calibration_curve  # noqa: PLC0415 (a second that only predictions need)
     from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
 
-    drawable = {}
-    for number, run in enumerate(runs):
+    curves: dict[str, list[tuple[Run, Floats, Floats]]] = {title: [] for title in PREDICTION_PANELS}
+    for run in runs:
         label, probability = run.predictions.get(split, (np.zeros(0), np.zeros(0)))
         if np.array_equal(np.unique(label), [0, 1]) and ((probability >= 0) & (probability <= 1)).all():
-            drawable[number] = label, probability
-    if not drawable:
-        return None
-
-    def draw(axes: list[Axes]) -> None:
-        dotted: dict[str, Any] = {"color": COLOURS[-1], "linewidth": 0.8, "linestyle": ":"}
-        for number, (label, probability) in drawable.items():
-            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": runs[number].label}
             false_positive_rate, true_positive_rate, _ = roc_curve(label, probability)
             precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
             observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
-            axes[0].plot(false_positive_rate, true_positive_rate, **style)
-            axes[1].plot(recall, precision, **style)
-            axes[1].axhline(label.mean(), **dotted)
-            axes[2].plot(predicted, observed, marker="o", markersize=3, **style)
-        for axis in (axes[0], axes[2]):
-            axis.axline((0, 0), slope=1, **dotted)
-        axes[0].set(title="ROC", xlabel="1 − specificity", ylabel="sensitivity")
-        axes[1].set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-        axes[2].set(title="Calibration", xlabel="predicted probability", ylabel="observed rate")
-        if len(runs) > 1:
-            axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+            lines = ((false_positive_rate, true_positive_rate), (recall, precision), (predicted, observed))
+            for title, (across, up) in zip(PREDICTION_PANELS, lines, strict=True):
+                curves[title].append((run, across, up))
 
-    return draw_figure(1, 3, draw)
+    def draw(axis: Axes, title: str) -> None:
+        for run, across, up in curves[title]:
+            axis.plot(across, up, color=f"C{runs.index(run)}", marker="." if len(up) < 30 else None, label=run.label)
+        across_name, up_name = PREDICTION_PANELS[title]
+        axis.set(xlabel=across_name, ylabel=up_name, ylim=(0, 1.02))
+        if title != "Precision and recall":
+            axis.axline((0, 0), slope=1, color="C5", linewidth=0.8, linestyle=":")
 
-
-def _draw_profile(profile: Mapping[str, Any]) -> str | None:
-    """Return an image of the time of each part of a step; None where it was not recorded."""
-    rows = profile.get("parts") or {}
-    parts = {figure_label(name): row["milliseconds"] for name, row in rows.items() if name != "step"}
-
-    def draw(axes: list[Axes]) -> None:
-        bars = axes[0].barh([*parts], [*parts.values()])
-        axes[0].bar_label(bars, fmt="{:,.2f}", padding=3)
-        axes[0].invert_yaxis()
-        axes[0].grid(axis="y", visible=False)
-        axes[0].set(xlabel="milliseconds of a step")
-
-    return draw_figure(1, 1, draw) if parts else None
+    return draw_figure({title: functools.partial(draw, title=title) for title in curves if curves[title]})
 
 
-def _draw_memory(path: Path) -> str:
+def _draw_profile(parts: Mapping[str, Any]) -> str | None:
+    """Return an image of the milliseconds of each part of a step; None where they were not recorded."""
+    times = {figure_label(name): row["milliseconds"] for name, row in parts.items() if name != "step"}
+
+    def draw(axis: Axes) -> None:
+        axis.bar_label(axis.barh([*times], [*times.values()]), fmt="{:,.4g}", padding=3)
+        axis.invert_yaxis()
+
+    return draw_figure({"Milliseconds of a step": draw} if times else {})
+
+
+def _draw_memory(path: Path) -> str | None:
     """Return an image of the memory of the run's processes over time.
 
     Raises:
         UserError: the file is not what ``training.monitor`` writes.
     """
-    columns = {name: pa.float64() for name in ("seconds", *dict.fromkeys(name for _, name in MEMORY_CURVES.values()))}
-    columns |= {"role": pa.string(), "event": pa.string()}
+    types = dict.fromkeys(("seconds", *MEMORY_COLUMNS), pa.float64()) | dict.fromkeys(("role", "event"), pa.string())
+    # A row that is being written has too few columns.
+    rows = pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda row: "skip")
+    columns = pa_csv.ConvertOptions(column_types=types, include_columns=[*types])
     try:
-        table = pa_csv.read_csv(
-            path,
-            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda row: "skip"),
-            convert_options=pa_csv.ConvertOptions(column_types=columns, include_columns=[*columns]),
-        )
-    except pa.ArrowException as error:
+        table = pa_csv.read_csv(path, parse_options=rows, convert_options=columns)
+    except (KeyError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a memory profile ({reason}); move the file away") from None
-    column = {name: table[name].to_numpy() for name in columns}
-    seconds = column["seconds"]
+    seconds, role, event = (table[name].to_numpy() for name in ("seconds", "role", "event"))
 
-    def draw(axes: list[Axes]) -> None:
-        axis = axes[0]
-        for label, (role, name) in MEMORY_CURVES.items():
-            known = (column["role"] == role) & np.isfinite(column[name])
-            times, sample = np.unique(seconds[known], return_inverse=True)
-            if len(times):
-                axis.plot(times, np.bincount(sample, weights=column[name][known]) / 2**20, label=label)
-        axis.set(xlabel="seconds", ylabel="MiB", ylim=(0, None))
-        events = [event for event in dict.fromkeys(column["event"]) if event not in ("", "start")]
-        for event, colour in zip(events, reversed(COLOURS), strict=False):
-            times = seconds[column["event"] == event]
-            style: dict[str, Any] = {"linewidth": 0.9, "linestyle": ":", "color": colour, "label": figure_label(event)}
-            axis.vlines(times, 0, 1, transform=axis.get_xaxis_transform(), **style)
-        axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    def draw(axis: Axes) -> None:
+        for process in ("main", "child"):
+            for column, name in MEMORY_COLUMNS.items():
+                values = table[column].to_numpy()
+                known = (role == process) & np.isfinite(values)
+                times, sample = np.unique(seconds[known], return_inverse=True)
+                if len(times):
+                    mebibytes = np.bincount(sample, weights=values[known]) / 2**20
+                    axis.plot(times, mebibytes, label=f"{process}, {name}")
+        for number, name in enumerate(name for name in dict.fromkeys(event) if name not in ("", "start")):
+            style: dict[str, Any] = {"color": f"C{5 - number % 6}", "linestyles": ":", "label": figure_label(name)}
+            axis.vlines(seconds[event == name], 0, 1, transform=axis.get_xaxis_transform(), **style)
+        axis.set(xlabel="seconds", ylim=(0, None))
 
-    return draw_figure(1, 1, draw)
+    return draw_figure({"Memory, MiB": draw})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import FlatPatients, read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
-from pipeline.reports.page import draw_figure, flatten, read_object, write_page
+from pipeline.reports.page import draw_figure, read_object, write_page
 from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import Policy
 from pipeline.sampling.quality import padding_waste
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
 Integers = npt.NDArray[np.integer[Any]]
 
 BATCH_SIZES = (4, 8, 16, 32, 64)
+
+POLICIES = {
+    "at random": Policy(bucket_by=None),
+    "bucketed by events (the default)": Policy(),
+    "sorted by events": Policy(bucket_width=0),
+}
+"""The ways to choose the patients of a batch whose padding is compared, by name."""
 
 MAX_VARIABLES = 300
 """Maximum number of rows of a table of variables; the whole vocabulary is in its own file."""
@@ -61,38 +67,32 @@ def write_data_report(directory: Path) -> Path:
     index, vocabulary = read_index(directory, manifest), read_vocabulary(directory, manifest)
     split = next((name for name in SPLITS if manifest.splits.get(name)), "train")
     shards = _read_some_shards(directory, manifest, split)
-    set_sizes = np.concatenate([np.diff(shard.set_offsets) for shard in shards] or [np.zeros(0, np.int64)])
+    set_sizes = [np.diff(shard.set_offsets) for shard in shards]
     event_counts = vocabulary.filter(pc.field("count") > 0)["count"].to_numpy()
-    lengths = {
-        "Events of a patient": ("patients", index["num_events"].to_numpy()),
-        "Sets of a patient": ("patients", index["num_sets"].to_numpy()),
-        "Events of a set": ("sets", set_sizes),
-        "Events of a patient's largest set": ("patients", index["max_set_size"].to_numpy()),
-        "Events of a variable": ("variables", event_counts),
-    }
+    lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
+    lengths |= {"set_size": np.concatenate([*set_sizes, np.zeros(0, np.int64)]), "variable": event_counts}
     sums = [(name, "sum") for name in ("num_sets", "num_events", "label")]
     splits = index.group_by("split").aggregate([("patient_id", "count"), ("label", "count"), *sums]).to_pylist()
-    summary = read_object(directory / SUMMARY_FILE)
-    counts = {name: summary.pop(name, None) or {} for name in ("rejects", "unknown_variables")}
+    planned = index.filter(pc.field("split") == split)
+    stride = max(1, -(-planned.num_rows // MAX_PATIENTS_PLANNED))
     return write_page(
         directory / REPORT_FILE,
         "data_report.html.jinja",
         package="pipeline.reports",
         name=directory.resolve().name,
         batch_sizes=BATCH_SIZES,
-        counts=counts,
-        event_counts=event_counts,
-        figure_of_lengths=draw_histograms(lengths),
+        draw_histograms=draw_histograms,
+        lengths=lengths,
         manifest=manifest,
         max_variables=MAX_VARIABLES,
-        options=json.dumps(manifest.options, indent=1, ensure_ascii=False),
         reach=SPREAD_REACH,
         shards=shards,
         split=split,
         splits=sorted(splits, key=lambda row: (*SPLITS, row["split"]).index(row["split"])),
-        summary=flatten(summary),
+        stride=stride,
+        summary=read_object(directory / SUMMARY_FILE),
         variables=_describe_variables(vocabulary, shards),
-        waste=_padding_waste(index.filter(pc.field("split") == split)),
+        waste=_padding_waste(planned["num_events"].to_numpy()[::stride], planned["num_sets"].to_numpy()[::stride]),
     )
 
 
@@ -106,26 +106,16 @@ def _read_some_shards(directory: Path, manifest: Manifest, split: str) -> list[F
     return shards
 
 
-def _padding_waste(index: pa.Table) -> dict[str, Any]:
-    """Return the padding waste of events and of sets, by policy and batch size.
-
-    It is computed for one patient in ``stride``.
-    """
-    stride = max(1, -(-index.num_rows // MAX_PATIENTS_PLANNED))
-    lengths = {name: index[f"num_{name}"].to_numpy()[::stride] for name in ("events", "sets")}
-    policies = {
-        "at random": Policy(bucket_by=None),
-        "bucketed by events (the default)": Policy(),
-        "sorted by events": Policy(bucket_width=0),
-    }
-    waste: dict[str, Any] = {axis: {name: [] for name in policies} for axis in lengths}
-    for name, policy in policies.items():
+def _padding_waste(num_events: Integers, num_sets: Integers) -> dict[str, dict[str, list[float]]]:
+    """Return the padding waste of ``events`` and of ``sets``, for each policy and batch size."""
+    waste = {axis: {name: list[float]() for name in POLICIES} for axis in ("events", "sets")}
+    for name, policy in POLICIES.items():
         for batch_size in BATCH_SIZES:
             sized = dataclasses.replace(policy, batch_size=batch_size)
-            plan = plan_epoch(lengths["events"], lengths["sets"], sized, seed=0, epoch=0)
-            for axis, length in lengths.items():
-                waste[axis][name].append(padding_waste(plan, length))
-    return {"stride": stride, "tables": waste}
+            plan = plan_epoch(num_events, num_sets, sized, seed=0, epoch=0)
+            waste["events"][name].append(padding_waste(plan, num_events))
+            waste["sets"][name].append(padding_waste(plan, num_sets))
+    return waste
 
 
 def _describe_variables(vocabulary: pa.Table, shards: Sequence[FlatPatients]) -> list[dict[str, Any]]:
@@ -153,11 +143,11 @@ def _describe_variables(vocabulary: pa.Table, shards: Sequence[FlatPatients]) ->
     return rows
 
 
-def draw_histograms(plots: dict[str, tuple[str, Integers]]) -> str | None:
-    """Return an image of a histogram for each title, of the values and what they count; None without any values."""
+def draw_histograms(lengths: Mapping[str, tuple[str, Integers]]) -> str | None:
+    """Return an image of a histogram for each title, of what is counted and its lengths; None without any lengths."""
     panels = {
         f"{title}: median {np.median(values):,.4g}": functools.partial(draw_histogram, values=values, counted=counted)
-        for title, (counted, values) in plots.items()
+        for title, (counted, values) in lengths.items()
         if len(values)
     }
     return draw_figure(panels)

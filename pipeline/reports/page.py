@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jinja2
+import yaml
 
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 MAX_TEXT = 300
@@ -45,7 +47,7 @@ def write_page(path: Path, template: str, *, package: str, **context: Any) -> Pa
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["text"] = format_value
+    environment.filters |= {"flatten": flatten, "text": format_value}
     page = environment.get_template(template).render(context)
     # HTML allows neither control characters nor lone surrogates, which names and messages may hold.
     write_atomically(path, re.sub(r"[^\t\n -~\xa0-\ud7ff\ue000-\U0010ffff]", "\ufffd", page).encode())
@@ -70,12 +72,11 @@ def figure_label(name: str) -> str:
     return re.sub(r"[^ -~]", "?", text).replace("$", r"\$")
 
 
-def draw_figure(panels: Mapping[str, Callable[[Axes], None]], *, columns: int = 3) -> str | None:
+def draw_figure(panels: Mapping[str, Callable[[Axes], None]]) -> str | None:
     """Draw an SVG image.
 
     Args:
         panels: what draws each of the axes, by its title.
-        columns: the maximum number of axes side by side.
 
     Returns:
         The image as a ``data:`` address; None where there are no panels.
@@ -85,30 +86,31 @@ def draw_figure(panels: Mapping[str, Callable[[Axes], None]], *, columns: int = 
 
     if not panels:
         return None
-    columns = min(columns, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(fname=Path(__file__).with_name("figure.mplstyle")):
         figure = Figure(figsize=(9, 0.4 + 2.5 * rows), layout="constrained")
-        legend = {}
+        legend: dict[str, Artist] = {}
         for number, (title, draw) in enumerate(panels.items(), start=1):
             axis = figure.add_subplot(rows, columns, number, title=title)
             draw(axis)
-            legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+            legend |= zip(*reversed(axis.get_legend_handles_labels()), strict=True)
         if legend:
-            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4)
+            figure.legend([*legend.values()], [*legend], loc="outside lower center", ncols=4)
         figure.savefig(buffer := io.BytesIO(), format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def read_object(path: Path, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
-    """Return the object of a JSON file, or of another kind that ``parse`` reads; empty where there is no file.
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON or YAML file; it is empty where there is no file.
 
     Raises:
         UserError: the file holds something else.
     """
+    parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
         content = parse(path.read_bytes()) if path.exists() else {}
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not an object of names and values; move the file away")
