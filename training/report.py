@@ -136,7 +136,7 @@ def write_run_report(*folders: Path, output: Path | None = None) -> Path:
         UserError: a file of a run is there and is not what its name says.
     """
     several, names = len(folders) > 1, [folder.resolve().name for folder in folders]
-    labels = [f"{number}: {figure_label(name)}" if several else "" for number, name in enumerate(names, start=1)]
+    labels = [f"{number}: {name}" if several else "" for number, name in enumerate(names, start=1)]
     runs = [Run(folder, label) for folder, label in zip(folders, labels, strict=True)]
     page = output or folders[0] / (COMPARISON_FILE if several else REPORT_FILE)
     memory = [] if several else [path for path in sorted(folders[0].glob("memory*.csv")) if path.stat().st_size]
@@ -171,7 +171,7 @@ def _draw_curves(
         for number, kind, points in curves:
             name, line = KINDS[kind]
             colour = f"C{number if len(runs) > 1 else [*KINDS].index(kind)}"
-            marker, label = "." if len(points) < 10 else None, f"{runs[number].label} {name}".strip()
+            marker, label = "." if len(points) < 10 else None, f"{figure_label(runs[number].label)} {name}".strip()
             axis.plot(points[:, 0], scale * points[:, 1], line, color=colour, marker=marker, label=label)
         axis.set(xlabel="step", ylim=(0, None) if from_zero else None)
 
@@ -213,7 +213,13 @@ def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
 
     def draw(axis: Axes, title: str) -> None:
         for run, across, up in curves[title]:
-            axis.plot(across, up, color=f"C{runs.index(run)}", marker="." if len(up) < 30 else None, label=run.label)
+            axis.plot(
+                across,
+                up,
+                color=f"C{runs.index(run)}",
+                marker="." if len(up) < 30 else None,
+                label=figure_label(run.label),
+            )
         across_name, up_name = PREDICTION_PANELS[title]
         axis.set(xlabel=across_name, ylabel=up_name, ylim=(0, 1.02))
         if title != "Precision and recall":
