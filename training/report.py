@@ -38,14 +38,7 @@ MAX_POINTS = 500
 """Maximum number of points of a curve; neighbours are averaged where there are more."""
 
 KINDS = {"train": ("training", "-"), "valid": ("validation", "--")}
-"""The name and the line of the curve of each kind of record."""
-
-PREDICTION_PANELS = {
-    "ROC": ("1 − specificity", "sensitivity"),
-    "Precision and recall": ("recall", "precision"),
-    "Calibration": ("predicted probability", "observed rate"),
-}
-"""The names of the axes of each plot of predictions."""
+"""The name and the line of the curves of each kind of record."""
 
 MEMORY_COLUMNS = {
     "rss_bytes": "resident",
@@ -165,22 +158,20 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def _draw_curves(
     runs: Sequence[Run], panels: Mapping[str, str], *, scale: float = 1.0, from_zero: bool = False
 ) -> str | None:
-    """Return an image with a panel for each of some metrics, ``panels``, by title; None where no run recorded any."""
+    """Return an image with a panel for each metric that a run recorded; ``panels`` has their titles."""
 
-    def draw(axis: Axes, curves: list[tuple[int, str, Floats]]) -> None:
-        for number, kind, points in curves:
-            name, line = KINDS[kind]
-            colour = f"C{number if len(runs) > 1 else [*KINDS].index(kind)}"
-            marker, label = "." if len(points) < 10 else None, f"{figure_label(runs[number].label)} {name}".strip()
-            axis.plot(points[:, 0], scale * points[:, 1], line, color=colour, marker=marker, label=label)
+    def draw(axis: Axes, metric: str) -> None:
+        for number, run in enumerate(runs):
+            for kind, (name, line) in KINDS.items():
+                points, label = run.curve(kind, metric), f"{figure_label(run.label)} {name}".strip()
+                colour = number if len(runs) > 1 else [*KINDS].index(kind)
+                style = f"C{colour % 6}{'.' if len(points) < 10 else ''}{line}"
+                if len(points):
+                    axis.plot(points[:, 0], scale * points[:, 1], style, label=label)
         axis.set(xlabel="step", ylim=(0, None) if from_zero else None)
 
-    drawn = {}
-    for metric, title in panels.items():
-        curves = [(number, kind, run.curve(kind, metric)) for number, run in enumerate(runs) for kind in KINDS]
-        if curves := [curve for curve in curves if len(curve[2])]:
-            drawn[title] = functools.partial(draw, curves=curves)
-    return draw_figure(drawn)
+    metrics = [metric for metric in panels if any(len(run.curve(kind, metric)) for run in runs for kind in KINDS)]
+    return draw_figure({panels[metric]: functools.partial(draw, metric=metric) for metric in metrics})
 
 
 def _read_predictions(path: Path) -> tuple[Floats, Floats]:
@@ -200,37 +191,31 @@ def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
     from sklearn.calibration import calibration_curve  # noqa: PLC0415 (a second that only predictions need)
     from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
 
-    curves: dict[str, list[tuple[Run, Floats, Floats]]] = {title: [] for title in PREDICTION_PANELS}
-    for run in runs:
+    titles = ("Sensitivity over 1 − specificity", "Precision over recall", "Observed over predicted rate")
+    lines: dict[str, list[tuple[int, Floats, Floats]]] = {title: [] for title in titles}
+    for number, run in enumerate(runs):
         label, probability = run.predictions.get(split, (np.zeros(0), np.zeros(0)))
         if np.array_equal(np.unique(label), [0, 1]) and ((probability >= 0) & (probability <= 1)).all():
-            false_positive_rate, true_positive_rate, _ = roc_curve(label, probability)
+            fpr, tpr, _ = roc_curve(label, probability)
             precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
             observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
-            lines = ((false_positive_rate, true_positive_rate), (recall, precision), (predicted, observed))
-            for title, (across, up) in zip(PREDICTION_PANELS, lines, strict=True):
-                curves[title].append((run, across, up))
+            for title, curve in zip(titles, ((fpr, tpr), (recall, precision), (predicted, observed)), strict=True):
+                lines[title].append((number, *curve))
 
     def draw(axis: Axes, title: str) -> None:
-        for run, across, up in curves[title]:
-            axis.plot(
-                across,
-                up,
-                color=f"C{runs.index(run)}",
-                marker="." if len(up) < 30 else None,
-                label=figure_label(run.label),
-            )
-        across_name, up_name = PREDICTION_PANELS[title]
-        axis.set(xlabel=across_name, ylabel=up_name, ylim=(0, 1.02))
-        if title != "Precision and recall":
+        for number, across, up in lines[title]:
+            style = f"C{number % 6}{'.-' if len(up) < 20 else '-'}"
+            axis.plot(across, up, style, label=figure_label(runs[number].label))
+        if title != "Precision over recall":
             axis.axline((0, 0), slope=1, color="C5", linewidth=0.8, linestyle=":")
 
-    return draw_figure({title: functools.partial(draw, title=title) for title in curves if curves[title]})
+    return draw_figure({title: functools.partial(draw, title=title) for title in titles if lines[title]})
 
 
 def _draw_profile(parts: Mapping[str, Any]) -> str | None:
     """Return an image of the milliseconds of each part of a step; None where they were not recorded."""
-    times = {figure_label(name): row["milliseconds"] for name, row in parts.items() if name != "step"}
+    recorded = {name: row for name, row in parts.items() if name != "step" and is_finite(row.get("milliseconds"))}
+    times = {figure_label(name): row["milliseconds"] for name, row in recorded.items()}
 
     def draw(axis: Axes) -> None:
         axis.bar_label(axis.barh([*times], [*times.values()]), fmt="{:,.4g}", padding=3)

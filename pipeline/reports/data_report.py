@@ -125,14 +125,11 @@ def _describe_variables(vocabulary: pa.Table, shards: Sequence[FlatPatients]) ->
     lie, in per cent of the range of ``SPREAD_REACH`` standard deviations on each side of the mean.  A variable without
     values has neither.
     """
-    chosen = [shard.has_value & (shard.code >= FIRST_CODE) for shard in shards]
-    code = np.concatenate(
-        [np.zeros(0, np.int64), *(shard.code[rows] for shard, rows in zip(shards, chosen, strict=True))]
-    )
-    value = np.concatenate([np.zeros(0), *(shard.value[rows] for shard, rows in zip(shards, chosen, strict=True))])
-    by_code = np.split(
-        value[np.argsort(code, kind="stable")], np.bincount(code, minlength=vocabulary.num_rows).cumsum()
-    )
+    chosen = [(shard, shard.has_value & (shard.code >= FIRST_CODE)) for shard in shards]
+    code = np.concatenate([np.zeros(0, np.int64), *(shard.code[events] for shard, events in chosen)])
+    value = np.concatenate([np.zeros(0), *(shard.value[events] for shard, events in chosen)])
+    stops = np.bincount(code, minlength=vocabulary.num_rows).cumsum()
+    by_code = np.split(value[np.argsort(code, kind="stable")], stops)
     rows = vocabulary.sort_by([("count", "descending"), ("code", "ascending")])[:MAX_VARIABLES].to_pylist()
     for row in rows:
         if len(values := by_code[row["code"]]):

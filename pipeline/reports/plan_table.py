@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from pipeline.dataset.tables import read_index
 from pipeline.options import check_section, option, parse_options
 from pipeline.reports.page import read_object
 from pipeline.sampling.cost import CostModel
-from pipeline.sampling.plan import EpochPlan, plan_epoch
+from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import BUCKET_WIDTH, Policy
 from pipeline.sampling.quality import (
     label_correlation,
@@ -56,11 +57,9 @@ class PlanOptions:
     max_sequence_length: int | None = option(None, "Maximum number of events of a patient.", minimum=1)
     memory_model: str | None = option(None, "Predict peak memory by this memory_model.json of a run.", metavar="FILE")
     max_memory: str | None = option(None, "Also show batches predicted to take at most this memory, e.g. 2GB.")
-    bucket_width: float = option(
-        BUCKET_WIDTH, "How far apart in length patients of a batch may be, in batches.", minimum=0
-    )
+    bucket_width: float = option(BUCKET_WIDTH, "Reach of bucketing in batches; 0 is plain sorting.", minimum=0)
     world_size: int = option(1, "Number of ranks that share a batch.", minimum=1)
-    epochs: int = option(5, "Number of epochs over which measures are averaged.", minimum=1)
+    epochs: int = option(5, "Number of epochs over which measures are averaged.", minimum=2)
     seed: int = option(0, "Random seed of the plans.", minimum=0)
 
     def __post_init__(self) -> None:
@@ -128,9 +127,8 @@ def make_table(options: PlanOptions) -> Table:
         UserError: the data directory, the memory model or an option cannot be used.
     """
     lengths = SplitLengths.read(open_folder(options.data_dir, cache_dir=options.cache_dir), options.split)
-    title = (
-        f"{options.split} of {options.data_dir}: {len(lengths.label):,} patients, {lengths.num_events.sum():,} events"
-    )
+    total = lengths.num_events.sum()
+    title = f"{options.split} of {options.data_dir}: {len(lengths.label):,} patients, {total:,} events"
     if options.max_sequence_length is not None:
         num_events = np.minimum(lengths.num_events, options.max_sequence_length)
         num_sets = np.minimum(lengths.num_sets, num_events)  # an upper bound: where sets end is not in the index
@@ -172,30 +170,30 @@ def _measure(
     policy: Policy, lengths: SplitLengths, options: PlanOptions, memory_model: CostModel | None
 ) -> dict[str, str]:
     """Return the cells of a policy's row, by heading."""
-    num_events, num_sets, ranks = lengths.num_events, lengths.num_sets, options.world_size
-    cost, epochs = CostModel().of(num_events, num_sets), range(options.epochs + 1)
-    plans = [plan_epoch(num_events, num_sets, policy, seed=options.seed, epoch=epoch) for epoch in epochs]
-    measures: dict[str, tuple[str, Callable[[EpochPlan, EpochPlan], float]]] = {
-        "batches": ("{:.0f}", lambda plan, _: plan.num_batches),
-        "padding\nof events": ("{:.1%}", lambda plan, _: padding_waste(plan, num_events)),
-        "padding\nof sets": ("{:.1%}", lambda plan, _: padding_waste(plan, num_sets)),
-        "pairs that\nmeet again": ("{:.1%}", pairs_meeting_again),
-        "correlation of\nneighbours": ("{:+.2f}", lambda plan, _: neighbour_correlation(plan, num_events)),
-        "correlation of\nlabel and batch": (
-            "{:+.2f}",
-            lambda plan, _: label_correlation(plan, num_events, lengths.label),
-        ),
-        "imbalance\nof ranks": ("{:.1%}", lambda plan, _: rank_imbalance(plan, cost, ranks)),
+    events, sets, label = lengths.num_events, lengths.num_sets, lengths.label
+    cost, ranks = CostModel().of(events, sets), options.world_size
+    plans = [plan_epoch(events, sets, policy, seed=options.seed, epoch=epoch) for epoch in range(options.epochs)]
+    sizes = np.concatenate([plan.batch_sizes for plan in plans]) if len(events) else np.zeros(1, np.int64)
+
+    def maximum(amount: npt.NDArray[Any]) -> float:
+        return max(plan.totals(amount).max(initial=0) for plan in plans)
+
+    def mean(template: str, measures: Iterable[float]) -> str:
+        value = float(np.mean([*measures]))
+        return "-" if np.isnan(value) else template.format(value)
+
+    cells = {
+        "batches": mean("{:.0f}", (plan.num_batches for plan in plans)),
+        "padding\nof events": mean("{:.1%}", (padding_waste(plan, events) for plan in plans)),
+        "padding\nof sets": mean("{:.1%}", (padding_waste(plan, sets) for plan in plans)),
+        "patients a batch\nmin / median / max": f"{sizes.min()} / {np.median(sizes):g} / {sizes.max()}",
+        "max. events\na batch": f"{maximum(events):,}",
+        "pairs that\nmeet again": mean("{:.1%}", (pairs_meeting_again(*pair) for pair in pairwise(plans))),
+        "correlation of\nneighbours": mean("{:+.2f}", (neighbour_correlation(plan, events) for plan in plans)),
+        "correlation of\nlabel and batch": mean("{:+.2f}", (label_correlation(plan, events, label) for plan in plans)),
+        "imbalance\nof ranks": mean("{:.1%}", (rank_imbalance(plan, cost, ranks) for plan in plans)),
     }
-    cells = {}
-    for heading, (template, measure) in measures.items():
-        mean = np.mean([measure(plan, next_plan) for plan, next_plan in pairwise(plans)])
-        cells[heading] = "-" if np.isnan(mean) else template.format(mean)
-    sizes = np.concatenate([plan.batch_sizes for plan in plans]) if len(num_events) else np.zeros(1, np.int64)
-    cells["patients a batch\nmin / median / max"] = f"{sizes.min()} / {np.median(sizes):g} / {sizes.max()}"
-    cells["max. events\na batch"] = f"{max(plan.totals(num_events).max(initial=0) for plan in plans):,}"
     if memory_model is not None:
-        peaks = memory_model.of(num_events, num_sets)
-        peak = max(plan.totals(peaks).max(initial=0) for plan in plans) + memory_model.batch
+        peak = maximum(memory_model.of(events, sets)) + memory_model.batch
         cells["peak memory\nof a step"] = f"{peak / 2**20:,.0f} MiB"
     return cells

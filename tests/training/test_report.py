@@ -136,7 +136,9 @@ def test_run_report(tmp_path: Path) -> None:
     assert len(page.addresses) == 9  # no curves of one class
     assert "4 labelled patients, 2 positive." in page.text
     predicted, losses, *_, bars, memory = page.words
-    assert {"ROC", "Precision and recall", "Calibration"} <= set(predicted)
+    assert {"Sensitivity over 1 − specificity", "Precision over recall", "Observed over predicted rate"} <= set(
+        predicted
+    )
     assert "Total loss" in losses
     assert not {"Reconstruction", "KL divergence", "Classification"} & set(losses)
     assert {"main, resident", "child, resident", "main, reserved on the GPU", "validation"} <= set(memory)

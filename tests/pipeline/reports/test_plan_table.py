@@ -109,7 +109,7 @@ def test_a_file_that_is_no_memory_model_is_refused(
         (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
         (["--batch_size", "many"], "argument --batch_size: invalid int value: 'many'; see --help"),
         (["--max_events", "3"], "--max_events 3: a patient has"),
-        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--epochs", "1"], "--epochs must be at least 2, not 1"),
         (["--world_size", "0"], "--world_size must be at least 1, not 0"),
         (["--max_sequence_length", "0"], "--max_sequence_length must be at least 1, not 0"),
         (["--max_memory", "2GB"], "--max_memory needs --memory_model FILE"),
