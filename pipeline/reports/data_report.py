@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,10 @@ def write_data_report(directory: Path) -> Path:
     manifest = Manifest.load(directory)
     index, vocabulary = read_index(directory, manifest), read_vocabulary(directory, manifest)
     split = next((name for name in SPLITS if manifest.splits.get(name)), "train")
-    shards = _read_some_shards(directory, manifest, split)
+    entries = manifest.splits.get(split, [])
+    starts = accumulate((entry.num_events for entry in entries), initial=0)
+    read = [entry for entry, start in zip(entries, starts, strict=False) if start < MAX_EVENTS_READ]
+    shards = [read_shard(directory, entry) for entry in read]
     set_sizes = [np.diff(shard.set_offsets) for shard in shards]
     event_counts = vocabulary.filter(pc.field("count") > 0)["count"].to_numpy()
     lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
@@ -94,16 +98,6 @@ def write_data_report(directory: Path) -> Path:
         variables=_describe_variables(vocabulary, shards),
         waste=_padding_waste(planned["num_events"].to_numpy()[::stride], planned["num_sets"].to_numpy()[::stride]),
     )
-
-
-def _read_some_shards(directory: Path, manifest: Manifest, split: str) -> list[FlatPatients]:
-    """Return the first shards of a split that hold ``MAX_EVENTS_READ`` events together, or all that there are."""
-    shards, num_events = list[FlatPatients](), 0
-    for entry in manifest.splits.get(split, []):
-        if num_events < MAX_EVENTS_READ:
-            shards.append(read_shard(directory, entry))
-            num_events += entry.num_events
-    return shards
 
 
 def _padding_waste(num_events: Integers, num_sets: Integers) -> dict[str, dict[str, list[float]]]:

@@ -147,6 +147,14 @@ def test_run_report(tmp_path: Path) -> None:
     assert "4" not in bars  # the whole step is no part of it
 
 
+def test_run_report_of_an_evaluation_alone(tmp_path: Path) -> None:
+    (tmp_path / "evaluation_test.json").write_text(json.dumps({"split": "test", "auroc": 0.5, "by_length": {"a": 1}}))
+    page = Page(write_run_report(tmp_path))
+    assert page.row(str(tmp_path))[0] == "evaluated"
+    assert page.row("evaluation test auroc") == ["0.5"]
+    assert page.row("evaluation test by_length a") == ["1"]
+
+
 def test_run_report_of_a_run_that_diverged(tmp_path: Path) -> None:
     record = {"kind": "train", "step": 10, "loss": None, "kl": float("inf"), "grad_norm": float("nan")}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
