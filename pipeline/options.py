@@ -75,7 +75,7 @@ def parse_options(
     Raises:
         UserError: a flag is unknown, given twice over with a bad value, or the file is not one of options.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="Read options from this file; flags win.")
     sections = get_type_hints(tree)
     for section in sections.values():
@@ -134,7 +134,9 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are a UserError of one line."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 

@@ -1,4 +1,4 @@
-"""``python -m pipeline.plan DIR``: what each policy of batching would do to a data set."""
+"""``python -m pipeline.plan DIR``: print what each policy of batching would do to a data directory."""
 
 from __future__ import annotations
 

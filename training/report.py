@@ -1,292 +1,262 @@
-"""The HTML report of a run."""
+"""The HTML report of a run, or of several runs side by side: ``python -m training.report RUN [RUN2 ...]``.
+
+It may be made at any time, also while a run goes on: what a run has not written yet is left out.  Which metrics are
+shown, and the sentences that explain them, stand in ``templates/run_report.html.jinja``.
+"""
 
 from __future__ import annotations
 
-import csv
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from pipeline.reports.page import (
-    COLOURS,
-    Share,
-    figure,
-    flatten,
-    is_finite,
-    preformatted,
-    read_summary,
-    section,
-    table,
-    write_page,
-)
-from pipeline.schema import SUMMARY_FILE, UserError
+from pipeline.options import OneLineParser
+from pipeline.reports.page import draw_figure, figure_label, flatten, is_finite, read_object, write_page
+from pipeline.schema import PRIVATE, REPORT_FILE, SUMMARY_FILE, UserError
 from training.metrics import read_json_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_PROCESSES = 4
-"""Processes with curves of their own in the plot of memory; those of the others are summed."""
+Floats = npt.NDArray[np.float64]
+
+COMPARISON_FILE, METRICS_FILE, CONFIG_FILE = "comparison.html", "metrics.jsonl", "config.yaml"
+LINKED_FILES = ("MODEL_CARD.md", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+
+MAX_POINTS = 500
+"""Maximum number of points of a curve; neighbours are averaged where there are more."""
+
+KINDS = {"train": ("training", "-"), "valid": ("validation", "--")}
+"""The name and the line of the curves of each kind of record."""
+
+MEMORY_COLUMNS = {
+    "rss_bytes": "resident",
+    "uss_bytes": "unique",
+    "cuda_allocated_bytes": "in tensors on the GPU",
+    "cuda_reserved_bytes": "reserved on the GPU",
+}
+"""The columns of ``memory.csv`` that are drawn."""
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One plot of a run's metrics over its steps.
+class Run:
+    """What a run has written into its folder so far; every file may be missing.
 
     Attributes:
-        title: above the plot.
-        names: of the metrics, or patterns of names.
-        kinds: of the records that hold them.
-        from_zero: whether the vertical axis begins there.
-    """
-
-    title: str
-    names: tuple[str, ...]
-    kinds: tuple[str, ...] = ("train", "valid")
-    from_zero: bool = False
-
-
-RUN_FIGURES = {
-    "Losses": (
-        Panel("Total", ("loss",)),
-        Panel("Reconstruction", ("reconstruction",)),
-        Panel("KL divergence", ("kl",)),
-        Panel("Classification", ("classification",)),
-    ),
-    "Validation": (
-        Panel("Discrimination", ("auroc", "auprc"), ("valid",)),
-        Panel("Error of the probabilities", ("brier", "ece"), ("valid",)),
-    ),
-    "Optimisation": (
-        Panel("Learning rate", ("learning_rate",)),
-        Panel("Weight of the KL divergence", ("beta",)),
-        Panel("Norm of the gradient", ("grad_norm",)),
-    ),
-    "Throughput": (
-        Panel("Patients per second", ("patients_per_second",), ("train",), from_zero=True),
-        Panel("Events per second", ("events_per_second",), ("train",), from_zero=True),
-        Panel("Waiting and padding, fractions", ("data_wait_fraction", "*_padding_waste"), ("train",), from_zero=True),
-        Panel("Resident bytes of the main process", ("rss_bytes",), ("train",), from_zero=True),
-    ),
-    "Posterior collapse": (
-        Panel("KL divergence by level, nats a set", ("kl_level_*",)),
-        Panel("Active units by level", ("active_units_*",), from_zero=True),
-        Panel("Mean posterior variance by level", ("mean_posterior_variance_*",)),
-    ),
-}
-
-
-RUN_HEADLINE = (
-    "test auroc",
-    "test auprc",
-    "test brier",
-    "best auroc",
-    "best auprc",
-    "best epoch",
-    "stopped_by",
-    "steps",
-    "seconds",
-    "patients_per_second",
-    "data_wait_fraction",
-    "event_padding_waste",
-    "peak_rss_bytes",
-    "peak_cuda_bytes",
-)
-
-
-def write_run_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` from whatever a run has written so far; its path.
-
-    Reads ``metrics.jsonl``, ``summary.json``, ``evaluation_<split>.json``, ``config.yaml``, ``memory*.csv`` and
-    ``predictions_<split>.parquet`` (``label``, null where unlabelled; ``probability``); each may be missing.
+        folder: the output folder of training.
+        label: the name of the run in a comparison; empty without.
+        is_finished: whether there is a ``summary.json``.
+        records: the lines of ``metrics.jsonl``.
+        last_step: the last record of a training step; empty without.
+        profile: where the time of a step goes, from ``summary.json``; empty without.
+        results: the rest of ``summary.json`` and each ``evaluation_<split>.json``, flattened.
+        options: ``config.yaml``, flattened.
+        predictions: labels and probabilities, each [P], of the labelled samples of each split.
 
     Raises:
-        UserError: one of them is there and is not what its name says.
+        UserError: a file is there and is not what its name says.
     """
-    metrics_file = run_dir / "metrics.jsonl"
-    records = read_json_lines(metrics_file) if metrics_file.exists() else []
-    whole_summary = read_summary(run_dir / SUMMARY_FILE)
-    profile = whole_summary.pop("profile", None)
-    summary = dict(flatten(whole_summary))
-    headline = {name: summary[name] for name in RUN_HEADLINE if name in summary} or summary
-    if not headline:
-        last: dict[str, Any] = next((record for record in reversed(records) if record.get("kind") == "train"), {})
-        headline = {"state": "no summary yet: running, or ended early"} | last
-    sections = [
-        section(f"Evaluation: {path.stem.removeprefix('evaluation_')}", table((), flatten(read_summary(path))))
-        for path in sorted(run_dir.glob("evaluation_*.json"))
-    ]
-    sections += [
-        section(f"Predictions: {path.stem.removeprefix('predictions_')}", *_predictions_figure(path))
-        for path in sorted(run_dir.glob("predictions_*.parquet"))
-    ]
-    sections += [
-        section(title, image) for title, panels in RUN_FIGURES.items() if (image := _metrics_figure(records, panels))
-    ]
-    if profile:
-        sections.append(section("Where the time goes", *_profile_figure(profile)))
-    for path in sorted(run_dir.glob("memory*.csv")):
-        image = figure("Memory over time", 1, 1, functools.partial(_draw_memory, path))
-        sections.append(section(f"Memory: {path.stem}", image, "Resident memory counts shared pages in each process."))
-    events = [record for record in records if record.get("kind") == "event"]
-    if events:
-        names = list(dict.fromkeys(name for record in events for name in record if name != "kind"))
-        rows = [[record.get(name) for name in names] for record in events]
-        sections.append(section("Events of the run", table(names, rows)))
-    if rest := [(name, value) for name, value in summary.items() if name not in headline]:
-        sections.append(section("Summary", table((), rest)))
-    if (config_file := run_dir / "config.yaml").exists():
-        sections.append(section("Configuration", preformatted(config_file.read_text("utf-8", errors="replace"))))
-    return write_page(run_dir, "Run report", headline, sections)
+
+    def __init__(self, folder: Path, label: str) -> None:
+        self.folder, self.label, self.is_finished = folder, label, (folder / SUMMARY_FILE).exists()
+        metrics, results = folder / METRICS_FILE, read_object(folder / SUMMARY_FILE)
+        self.records = read_json_lines(metrics) if metrics.exists() else []
+        steps = [record for record in self.records if record.get("kind") == "train"]
+        self.last_step: dict[str, Any] = steps[-1] if steps else {}
+        self.profile: dict[str, Any] = results.pop("profile", None) or {}
+        results |= {path.stem.replace("_", " "): read_object(path) for path in sorted(folder.glob("evaluation_*.json"))}
+        self.results, self.options = flatten(results), flatten(read_object(folder / CONFIG_FILE))
+        predictions = sorted(folder.glob("predictions_*.parquet"))
+        self.predictions = {path.stem.removeprefix("predictions_"): _read_predictions(path) for path in predictions}
+
+    def curve(self, kind: str, metric: str) -> Floats:
+        """Return the steps and values of a metric where they are finite, [N, 2], averaged to ``MAX_POINTS``."""
+        points = [
+            (record["step"], record[metric])
+            for record in self.records
+            if record.get("kind") == kind and is_finite(record.get("step")) and is_finite(record.get(metric))
+        ]
+        pieces = np.array_split(np.array(points, np.float64), min(len(points), MAX_POINTS)) if points else []
+        return np.array([piece.mean(axis=0) for piece in pieces]).reshape(-1, 2)
+
+    def links(self, page: Path) -> dict[str, str]:
+        """Return the address, relative to a page, of each of ``LINKED_FILES`` that exists."""
+        paths = {name: self.folder / name for name in LINKED_FILES}
+        existing = {name: os.path.relpath(path, page.parent) for name, path in paths.items() if path.exists()}
+        return {name: quote(os.fsencode(path)) for name, path in existing.items()}
 
 
-def _metrics_figure(records: list[dict[str, Any]], panels: Iterable[Panel]) -> str:
-    """The panels for which something was recorded, side by side; empty where nothing was."""
-    names = sorted({name for record in records for name in record})
-    filled = []
-    for panel in panels:
-        wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in panel.names)]
-        curves = {(kind, name): _series(records, kind, name) for kind in panel.kinds for name in wanted}
-        if curves := {key: (steps, values) for key, (steps, values) in curves.items() if steps}:
-            filled.append((panel, curves))
-    if not filled:
-        return ""
-
-    def draw(axes: list[Axes]) -> None:
-        for axis, (panel, curves) in zip(axes, filled, strict=False):
-            kinds, wanted = (set(column) for column in zip(*curves, strict=True))
-            for (kind, name), (steps, values) in curves.items():
-                label = kind if len(wanted) == 1 else name if len(kinds) == 1 else f"{name}, {kind}"
-                axis.plot(steps, values, label=label, marker="." if len(steps) < 30 else None)
-            axis.set(title=panel.title, xlabel="step", ylim=(0, None) if panel.from_zero else None)
-            if len(curves) > 1:
-                axis.legend(fontsize="small")
-        for axis in axes[len(filled) :]:
-            axis.set_axis_off()
-
-    columns = len(filled) if len(filled) < 4 else 2
-    return figure(", ".join(panel.title for panel, _ in filled), -(-len(filled) // columns), columns, draw)
-
-
-def _series(records: list[dict[str, Any]], kind: str, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it is a finite number."""
-    points = [
-        (record["step"], record[name])
-        for record in records
-        if record.get("kind") == kind and is_finite(record.get("step")) and is_finite(record.get(name))
-    ]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _profile_figure(profile: dict[str, Any]) -> tuple[str, str]:
-    """Time of a step's parts as bars and a table, and what that is of the machine's matrix rate."""
-    parts = {name: row for name, row in profile["parts"].items() if name != "step"}
-
-    def draw(axes: list[Axes]) -> None:
-        bars = axes[0].barh([*parts], [row["milliseconds"] for row in parts.values()])
-        axes[0].bar_label(bars, [f"{row['share']:.1%}" for row in parts.values()], padding=3)
-        axes[0].invert_yaxis()
-        axes[0].grid(axis="y", visible=False)
-        axes[0].set(xlabel="ms a step, recorded")
-
-    rows = [
-        (name, row["milliseconds"], Share(row["share"]), row["gflop"] or None, row["gflops"] or None)
-        for name, row in profile["parts"].items()
-    ]
-    note = (
-        f"Mean of {profile['recorded_steps']} steps, {profile['device']}, {profile['precision']}; their trace is in "
-        f"trace.json.gz. {'Not recorded, a' if profile['timed_steps'] else 'A'} step takes "
-        f"{profile['step_milliseconds']:,.1f} ms: {profile['step_gflops']:,.1f} GFLOP/s, "
-        f"{profile['share_of_matrix_rate']:.1%} of the {profile['matrix_gflops']:,.0f} that large matrices reach."
-    )
-    return figure("Where the time goes", 1, 1, draw) + table(("part", "ms", "share", "GFLOP", "GFLOP/s"), rows), note
-
-
-def _draw_memory(path: Path, axes: list[Axes]) -> None:
-    axis = axes[0]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 = done, 2 = something the user can mend."""
+    os.umask(os.umask(PRIVATE) | PRIVATE)
+    parser = OneLineParser(prog="python -m training.report", description="Show a run, or compare several runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Output folder of a run of train.py.")
+    default = f"By default {REPORT_FILE} in RUN; for several runs {COMPARISON_FILE} in the first."
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help=f"Path of the page. {default}")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("event") is not None]  # a last row cut short: none
-        seconds = np.array([float(row["seconds"]) for row in rows])
-        mebibytes = {
-            name: np.array([float(row[f"{name}_bytes"] or "nan") / 2**20 for row in rows])
-            for name in ("rss", "uss", "cuda_allocated", "cuda_reserved")
-        }
-        process = np.array(["main process" if row["role"] == "main" else f"process {row['pid']}" for row in rows])
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path}: not a memory profile ({error}); move the file away") from None
-
-    def draw(of: npt.NDArray[np.bool_], name: str, label: str, **style: Any) -> None:
-        """The sum over the rows ``of`` at every sample, where it is known."""
-        known = of & np.isfinite(mebibytes[name])
-        moments, sample = np.unique(seconds[known], return_inverse=True)
-        if len(moments):
-            axis.plot(moments, np.bincount(sample, weights=mebibytes[name][known]), label=label, **style)
-
-    peak = {name: float(mebibytes["rss"][process == name].max()) for name in dict.fromkeys(process.tolist())}
-    drawn = sorted(peak, key=lambda name: (name != "main process", -peak[name]))[:MAX_PROCESSES]
-    curves = [(name, process == name) for name in drawn]
-    if len(peak) > len(drawn):
-        curves.append((f"{len(peak) - len(drawn)} others", ~np.isin(process, drawn)))
-    for number, (name, of) in enumerate(curves):
-        colour: Any = COLOURS[number % len(COLOURS)]
-        draw(of, "rss", f"{name}, resident", color=colour)
-        draw(of, "uss", f"{name}, unique", color=colour, linestyle="--")
-    for name in ("cuda_allocated", "cuda_reserved"):
-        draw(process == "main process", name, name.replace("_", ", ").replace("cuda", "CUDA"), linestyle="-.")
-    curve_lines = axis.get_lines()
-    marks: dict[str, Any] = {}
-    for second, event in zip(seconds, (row["event"] for row in rows), strict=True):
-        if event and event != "start":
-            colour = marks[event].get_color() if event in marks else COLOURS[-1 - len(marks) % len(COLOURS)]
-            marks[event] = axis.axvline(second, color=colour, linewidth=0.9, linestyle=":")
-    axis.set(xlabel="seconds", ylabel="MiB")
-    if curve_lines:
-        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
-        axis.figure.legend(handles=curve_lines, loc="outside lower center", ncols=4, fontsize="small")
-    if marks:
-        names = [event.replace("$", r"\$") for event in marks]
-        axis.figure.legend([*marks.values()], names, loc="outside upper center", ncols=6)
+        options = parser.parse_args(arguments)
+        for run in options.runs:
+            if not any(any(run.glob(name)) for name in (METRICS_FILE, CONFIG_FILE, "evaluation_*.json")):
+                raise UserError(f"{run}: not the output of a run; give the --output_dir of train.py")
+        print(write_run_report(*options.runs, output=options.output))
+    except (UserError, OSError) as error:
+        print(f"training.report: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _predictions_figure(path: Path) -> tuple[str, str]:
-    """ROC, precision-recall and calibration curves of the labelled patients of one file, and what they show."""
+def write_run_report(*folders: Path, output: Path | None = None) -> Path:
+    """Write the report of one run, or a page that compares several, from whatever they have written so far.
+
+    Args:
+        folders: the output folders of training, at least one.
+        output: the page; by default ``report.html`` in the folder, and of several ``comparison.html`` in the first.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: a file of a run is there and is not what its name says.
+    """
+    several, names = len(folders) > 1, [folder.resolve().name for folder in folders]
+    labels = [f"{number}: {name}" if several else "" for number, name in enumerate(names, start=1)]
+    runs = [Run(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    page = output or folders[0] / (COMPARISON_FILE if several else REPORT_FILE)
+    memory = [] if several else [path for path in sorted(folders[0].glob("memory*.csv")) if path.stat().st_size]
+    return write_page(
+        page,
+        "run_report.html.jinja",
+        package="training",
+        draw_curves=functools.partial(_draw_curves, runs),
+        memory={path.stem: _draw_memory(path) for path in memory},
+        names=names,
+        options=_side_by_side([run.options for run in runs]),
+        page=page,
+        predictions={split: _draw_predictions(runs, split) for run in runs for split in run.predictions},
+        profile=_draw_profile(runs[0].profile.get("parts", {})),
+        results=_side_by_side([run.results for run in runs]),
+        runs=runs,
+    )
+
+
+def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of every name in all columns; None where a column lacks the name."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name) for column in columns] for name in names}
+
+
+def _draw_curves(
+    runs: Sequence[Run], panels: Mapping[str, str], *, scale: float = 1.0, from_zero: bool = False
+) -> str | None:
+    """Return an image with a panel for each metric that a run recorded; ``panels`` has their titles."""
+
+    def draw(axis: Axes, metric: str) -> None:
+        for number, run in enumerate(runs):
+            for kind, (name, line) in KINDS.items():
+                points, label = run.curve(kind, metric), f"{figure_label(run.label)} {name}".strip()
+                colour = number if len(runs) > 1 else [*KINDS].index(kind)
+                style = f"C{colour % 6}{'.' if len(points) < 10 else ''}{line}"
+                if len(points):
+                    axis.plot(points[:, 0], scale * points[:, 1], style, label=label)
+        axis.set(xlabel="step", ylim=(0, None) if from_zero else None)
+
+    metrics = [metric for metric in panels if any(len(run.curve(kind, metric)) for run in runs for kind in KINDS)]
+    return draw_figure({panels[metric]: functools.partial(draw, metric=metric) for metric in metrics})
+
+
+def _read_predictions(path: Path) -> tuple[Floats, Floats]:
+    """Return labels and probabilities, each [P], of the labelled samples of a file of predictions."""
+    schema = pa.schema([("label", pa.float64()), ("probability", pa.float64())])
+    try:
+        table = pq.read_table(path, columns=schema.names, page_checksum_verification=True).cast(schema)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as predictions ({reason}); evaluate again") from None
+    table = table.filter(pc.field("label") >= 0)  # neither null nor NaN
+    return table["label"].to_numpy(), table["probability"].to_numpy()
+
+
+def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
+    """Return an image of the ROC, precision-recall and calibration curves; None where no run's can be drawn."""
     from sklearn.calibration import calibration_curve  # noqa: PLC0415 (a second that only predictions need)
     from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
 
+    titles = ("Sensitivity over 1 − specificity", "Precision over recall", "Observed over predicted rate")
+    lines: dict[str, list[tuple[int, Floats, Floats]]] = {title: [] for title in titles}
+    for number, run in enumerate(runs):
+        label, probability = run.predictions.get(split, (np.zeros(0), np.zeros(0)))
+        if np.array_equal(np.unique(label), [0, 1]) and ((probability >= 0) & (probability <= 1)).all():
+            fpr, tpr, _ = roc_curve(label, probability)
+            precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
+            observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
+            for title, curve in zip(titles, ((fpr, tpr), (recall, precision), (predicted, observed)), strict=True):
+                lines[title].append((number, *curve))
+
+    def draw(axis: Axes, title: str) -> None:
+        for number, across, up in lines[title]:
+            style = f"C{number % 6}{'.-' if len(up) < 20 else '-'}"
+            axis.plot(across, up, style, label=figure_label(runs[number].label))
+        if title != "Precision over recall":
+            axis.axline((0, 0), slope=1, color="C5", linewidth=0.8, linestyle=":")
+
+    return draw_figure({title: functools.partial(draw, title=title) for title in titles if lines[title]})
+
+
+def _draw_profile(parts: Mapping[str, Any]) -> str | None:
+    """Return an image of the milliseconds of each part of a step; None where they were not recorded."""
+    recorded = {name: row for name, row in parts.items() if name != "step" and is_finite(row.get("milliseconds"))}
+    times = {figure_label(name): row["milliseconds"] for name, row in recorded.items()}
+
+    def draw(axis: Axes) -> None:
+        axis.bar_label(axis.barh([*times], [*times.values()]), fmt="{:,.4g}", padding=3)
+        axis.invert_yaxis()
+
+    return draw_figure({"Milliseconds of a step": draw} if times else {})
+
+
+def _draw_memory(path: Path) -> str | None:
+    """Return an image of the memory of the run's processes over time.
+
+    Raises:
+        UserError: the file is not what ``training.monitor`` writes.
+    """
+    types = dict.fromkeys(("seconds", *MEMORY_COLUMNS), pa.float64()) | dict.fromkeys(("role", "event"), pa.string())
+    # A row that is being written has too few columns.
+    rows = pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda row: "skip")
+    columns = pa_csv.ConvertOptions(column_types=types, include_columns=[*types])
     try:
-        predictions = pq.read_table(path, columns=["label", "probability"], page_checksum_verification=True)
-        predictions = predictions.filter(pc.greater_equal(predictions["label"], 0))  # null is not kept either
-        label, probability = predictions["label"].to_numpy(), predictions["probability"].to_numpy()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as predictions ({error}); evaluate again") from None
-    note = f"{len(label):,} labelled patients, {int(label.sum()):,} positive."
-    if len(np.unique(label)) < 2 or not np.isfinite(probability).all():
-        return "", f"{note} No curves: they need patients of both classes, and finite probabilities."
+        table = pa_csv.read_csv(path, parse_options=rows, convert_options=columns)
+    except (KeyError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a memory profile ({reason}); move the file away") from None
+    seconds, role, event = (table[name].to_numpy() for name in ("seconds", "role", "event"))
 
-    def draw(axes: list[Axes]) -> None:
-        false_rate, true_rate, _ = roc_curve(label, probability)
-        precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
-        observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
-        dotted: dict[str, Any] = {"color": COLOURS[-1], "linewidth": 0.8, "linestyle": ":"}
-        axes[0].plot(false_rate, true_rate)
-        axes[0].axline((0, 0), slope=1, **dotted)
-        axes[0].set(title="ROC", xlabel="1 − specificity", ylabel="sensitivity")
-        axes[1].plot(recall, precision)
-        axes[1].axhline(label.mean(), **dotted)
-        axes[1].set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-        axes[2].plot(predicted, observed, marker="o", markersize=3)
-        axes[2].axline((0, 0), slope=1, **dotted)
-        axes[2].set(title="Calibration, bins of equal mass", xlabel="predicted", ylabel="observed")
+    def draw(axis: Axes) -> None:
+        for process in ("main", "child"):
+            for column, name in MEMORY_COLUMNS.items():
+                values = table[column].to_numpy()
+                known = (role == process) & np.isfinite(values)
+                times, sample = np.unique(seconds[known], return_inverse=True)
+                if len(times):
+                    mebibytes = np.bincount(sample, weights=values[known]) / 2**20
+                    axis.plot(times, mebibytes, label=f"{process}, {name}")
+        for number, name in enumerate(name for name in dict.fromkeys(event) if name not in ("", "start")):
+            style: dict[str, Any] = {"color": f"C{5 - number % 6}", "linestyles": ":", "label": figure_label(name)}
+            axis.vlines(seconds[event == name], 0, 1, transform=axis.get_xaxis_transform(), **style)
+        axis.set(xlabel="seconds", ylim=(0, None))
 
-    image = figure("ROC, precision and recall, calibration", 1, 3, draw)
-    return image, f"{note} Dotted: chance; in the last, perfect calibration."
+    return draw_figure({"Memory, MiB": draw})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

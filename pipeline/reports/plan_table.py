@@ -1,13 +1,14 @@
-"""What a policy would do to a data set, from its index: measures, and the table of ``python -m pipeline.plan``."""
+"""The table of ``python -m pipeline.plan DIR``: what each policy of batching would do to a data directory."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from rich.table import Table
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tables import read_index
+from pipeline.options import check_section, option, parse_options
+from pipeline.reports.page import read_object
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import BUCKET_WIDTH, Policy
@@ -29,13 +32,58 @@ from pipeline.sampling.quality import (
     rank_imbalance,
 )
 from pipeline.schema import SPLITS, UNLABELLED, UserError
+from pipeline.storage.cache import parse_bytes
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
+
+PROG, DESCRIPTION = "python -m pipeline.plan", "Print what each policy of batching would do to a data directory."
+
+CAPTION = """\
+Means over {epochs} epochs. Padding: padded cells ÷ all cells, if batches were padded. Pairs: patients of one batch that
+share one again in the next epoch. Neighbours: mean numbers of events of a batch and the next. Label and batch: label of
+a patient and mean number of events of the batch. Imbalance: difference ÷ mean of the predicted costs of {world_size}
+ranks. Peak memory: predicted, without weights and optimiser. A dash stands for a measure without meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Plan."""
+
+    data_dir: str = option("", "Data directory, or its URL.", metavar="DIR")
+    cache_dir: str | None = option(None, "Folder for files of a URL; by default seqsetvae in the user's cache.")
+    split: str = option("train", f"Split to plan: {', '.join(SPLITS)}.")
+    batch_size: int = option(16, "Maximum number of patients of a batch, over all ranks.", minimum=1)
+    max_events: int | None = option(None, "Also show batches of at most so many events.", minimum=1)
+    max_sequence_length: int | None = option(None, "Maximum number of events of a patient.", minimum=1)
+    memory_model: str | None = option(None, "Predict peak memory by this memory_model.json of a run.", metavar="FILE")
+    max_memory: str | None = option(None, "Also show batches predicted to take at most this memory, e.g. 2GB.")
+    bucket_width: float = option(BUCKET_WIDTH, "Reach of bucketing in batches; 0 is plain sorting.", minimum=0)
+    world_size: int = option(1, "Number of ranks that share a batch.", minimum=1)
+    epochs: int = option(5, "Number of epochs over which measures are averaged.", minimum=2)
+    seed: int = option(0, "Random seed of the plans.", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_section(self)
+        if self.max_memory is not None and self.memory_model is None:
+            raise UserError("--max_memory needs --memory_model FILE, the memory_model.json of a run with --max_memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The options of the command."""
+
+    plan: PlanOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitLengths:
-    """What the index says of one split, in the order in which the loader counts patients."""
+    """Lengths and labels of the patients of a split, in the order in which the loader numbers them.
+
+    Attributes:
+        num_events: [P] int64.
+        num_sets: [P] int64.
+        label: [P] int64; ``UNLABELLED`` for patients without a label.
+    """
 
     num_events: npt.NDArray[np.int64]
     num_sets: npt.NDArray[np.int64]
@@ -43,120 +91,109 @@ class SplitLengths:
 
     @classmethod
     def read(cls, directory: Path | Folder, split: str) -> SplitLengths:
-        """Read the index.
+        """Read the lengths from the index of a data directory; no shard is read.
 
         Raises:
-            UserError: the directory, its index or the split cannot be used.
+            UserError: the directory or its index is damaged, or there is no such split.
         """
         manifest = Manifest.load(directory)
         if split not in manifest.splits:
             raise UserError(f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-        index = read_index(directory, manifest)
-        index = index.filter(pc.equal(index["split"], split))
+        index = read_index(directory, manifest).filter(pc.field("split") == split)
         shards = pa.array([entry.path for entry in manifest.splits[split]], pa.string())
-        shard = pc.index_in(index["shard"], value_set=shards).to_numpy()
-        rows = np.lexsort((index["position"].to_numpy(), shard))
-        return cls(
-            num_events=index["num_events"].to_numpy().astype(np.int64)[rows],
-            num_sets=index["num_sets"].to_numpy().astype(np.int64)[rows],
-            label=pc.fill_null(index["label"].cast(pa.int64()), UNLABELLED).to_numpy()[rows],
-        )
+        index = index.append_column("number", pc.index_in(index["shard"], value_set=shards))
+        index = index.sort_by([("number", "ascending"), ("position", "ascending")])
+        label = pc.fill_null(index["label"].cast(pa.int64()), UNLABELLED).to_numpy()
+        num_events, num_sets = (index[name].to_numpy().astype(np.int64) for name in ("num_events", "num_sets"))
+        return cls(num_events=num_events, num_sets=num_sets, label=label)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m pipeline.plan DIR``: print what each policy would do; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.plan", description=__doc__)
-    parser.add_argument("data_dir", metavar="DIR", help="what preprocess.py wrote: a folder, or the URL of one")
-    parser.add_argument("--cache_dir", help="for files of a URL (default: seqsetvae in the user's cache directory)")
-    parser.add_argument("--split", default="train", help=f"one of {', '.join(SPLITS)} (default: %(default)s)")
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="most patients a global batch (default: %(default)s)"
-    )
-    parser.add_argument("--max_events", type=int, help="also show batches of at most so many events")
-    parser.add_argument("--max_sequence_length", type=int, help="most events of a patient")
-    parser.add_argument("--bucket_width", type=float, default=BUCKET_WIDTH, help="in batches (default: %(default)s)")
-    parser.add_argument("--world_size", type=int, default=1, help="ranks that share a batch (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs to average over (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args(arguments)
+    """Print what each policy would do to a data directory; 0 = done, 2 = something the user can mend."""
     try:
-        table = _table(flags)
+        options = parse_options(CommandLine, arguments, prog=PROG, description=DESCRIPTION, positional="data_dir")
+        table = make_table(options.plan)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"pipeline.plan: {error}", file=sys.stderr)
         return 2
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     return 0
 
 
-def _table(flags: argparse.Namespace) -> Table:
-    """The table that ``flags`` ask for."""
-    if flags.epochs < 2:
-        raise UserError(f"--epochs {flags.epochs}: must be at least 2, to compare one with the next")
-    if flags.world_size < 1:
-        raise UserError(f"--world_size {flags.world_size}: must be at least 1")
-    if flags.max_sequence_length is not None and flags.max_sequence_length < 1:
-        raise UserError(f"--max_sequence_length {flags.max_sequence_length}: must be at least 1")
-    lengths = SplitLengths.read(open_folder(flags.data_dir, cache_dir=flags.cache_dir), flags.split)
-    num_events, num_sets = lengths.num_events, lengths.num_sets
-    title = f"{flags.split} of {flags.data_dir}: {len(num_events):,} patients, {num_events.sum():,} events"
-    if flags.max_sequence_length is not None:
-        num_events = np.minimum(num_events, flags.max_sequence_length)
-        num_sets = np.minimum(num_sets, num_events)  # an upper bound: where sets end is not in the index
-        title += f" ({num_events.sum():,} kept)"
+def make_table(options: PlanOptions) -> Table:
+    """Return the table of measures, a row for each policy.
 
-    table = Table(
-        title=title,
-        caption=f"Means over {flags.epochs} epochs, seed {flags.seed}. r: correlation, - without meaning.",
-    )
-    table.add_column("policy", no_wrap=True)
-    for heading in (
-        "batches",
-        "padding\nof events",
-        "padding\nof sets",
-        "patients a batch\nmin / median / max",
-        "most events\na batch",
-        "pairs\nmeeting again",
-        "r of neighbours'\nevents",
-        "r of label\nand batch",
-        f"imbalance\nof {flags.world_size} ranks",
-    ):
-        table.add_column(heading, justify="right")
-    cost = CostModel().predict(num_events, num_sets)
-    for name, policy in _policies(flags):
-        plans = [
-            plan_epoch(num_events, num_sets, policy, seed=flags.seed, epoch=epoch) for epoch in range(flags.epochs)
-        ]
-        sizes = np.concatenate([plan.batch_sizes for plan in plans])
-        spread = f"{sizes.min()} / {np.median(sizes):g} / {sizes.max()}" if len(sizes) else "-"
-        table.add_row(
-            name,
-            f"{np.mean([plan.num_batches for plan in plans]):.0f}",
-            _percent([padding_waste(plan, num_events) for plan in plans]),
-            _percent([padding_waste(plan, num_sets) for plan in plans]),
-            spread,
-            f"{max(plan.sum_per_batch(num_events).max(initial=0) for plan in plans):,}",
-            _percent([pairs_meeting_again(plan, later) for plan, later in pairwise(plans)]),
-            _signed([neighbour_correlation(plan, num_events) for plan in plans]),
-            _signed([label_correlation(plan, num_events, lengths.label) for plan in plans]),
-            _percent([rank_imbalance(plan, cost, flags.world_size) for plan in plans]),
-        )
+    Raises:
+        UserError: the data directory, the memory model or an option cannot be used.
+    """
+    lengths = SplitLengths.read(open_folder(options.data_dir, cache_dir=options.cache_dir), options.split)
+    total = lengths.num_events.sum()
+    title = f"{options.split} of {options.data_dir}: {len(lengths.label):,} patients, {total:,} events"
+    if options.max_sequence_length is not None:
+        num_events = np.minimum(lengths.num_events, options.max_sequence_length)
+        num_sets = np.minimum(lengths.num_sets, num_events)  # an upper bound: where sets end is not in the index
+        lengths = dataclasses.replace(lengths, num_events=num_events, num_sets=num_sets)
+        title += f", of which {num_events.sum():,} are used"
+    memory_model = None if options.memory_model is None else _read_memory_model(Path(options.memory_model))
+    table = Table("policy", title=title, caption=CAPTION.format(**vars(options)), caption_justify="left")
+    for name, policy in _policies(options, memory_model):
+        cells = _measure(policy, lengths, options, memory_model)
+        if not table.rows:
+            for heading in cells:
+                table.add_column(heading, justify="right")
+        table.add_row(name, *cells.values())
     return table
 
 
-def _policies(flags: argparse.Namespace) -> Iterator[tuple[str, Policy]]:
-    width, size, budget = flags.bucket_width, flags.batch_size, flags.max_events
-    yield f"{size} patients, at random", Policy(batch_size=size, bucketing=False)
+def _read_memory_model(path: Path) -> CostModel:
+    """Return the weights with which a run predicted the peak of a step, in bytes."""
+    try:
+        return CostModel(**{name: float(weight) for name, weight in read_object(path)["peak"].items()})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"--memory_model {path}: must be the memory_model.json of a run with --max_memory") from None
+
+
+def _policies(options: PlanOptions, memory_model: CostModel | None) -> Iterator[tuple[str, Policy]]:
+    """Yield the name and the settings of each policy that the options ask for."""
+    size, width, max_events = options.batch_size, options.bucket_width, options.max_events
+    yield f"{size} patients, at random", Policy(batch_size=size, bucket_by=None)
     yield f"{size} patients, sorted by events", Policy(batch_size=size, bucket_width=0)
     yield f"{size} patients, bucketed by events", Policy(batch_size=size, bucket_width=width)
-    if budget is not None:
-        policy = Policy(batch_size=None, max_events=budget, bucket_width=width)
-        yield f"{budget:,} events", policy
-        yield f"{budget:,} events and {size} patients", replace(policy, batch_size=size)
+    if max_events is not None:
+        yield f"{max_events:,} events", Policy(batch_size=None, max_events=max_events, bucket_width=width)
+    if options.max_memory is not None and memory_model is not None:
+        limit = parse_bytes(options.max_memory)
+        yield f"{limit:,} bytes", Policy(batch_size=None, max_cost=limit, cost=memory_model, bucket_width=width)
 
 
-def _percent(values: list[float]) -> str:
-    return "-" if np.isnan(values).any() else f"{100 * np.mean(values):.1f} %"
+def _measure(
+    policy: Policy, lengths: SplitLengths, options: PlanOptions, memory_model: CostModel | None
+) -> dict[str, str]:
+    """Return the cells of a policy's row, by heading."""
+    events, sets, label = lengths.num_events, lengths.num_sets, lengths.label
+    cost, ranks = CostModel().of(events, sets), options.world_size
+    plans = [plan_epoch(events, sets, policy, seed=options.seed, epoch=epoch) for epoch in range(options.epochs)]
+    sizes = np.concatenate([plan.batch_sizes for plan in plans]) if len(events) else np.zeros(1, np.int64)
 
+    def maximum(amount: npt.NDArray[Any]) -> float:
+        return max(plan.totals(amount).max(initial=0) for plan in plans)
 
-def _signed(values: list[float]) -> str:
-    return "-" if np.isnan(values).any() else f"{np.mean(values):+.2f}"
+    def mean(template: str, measures: Iterable[float]) -> str:
+        value = float(np.mean([*measures]))
+        return "-" if np.isnan(value) else template.format(value)
+
+    cells = {
+        "batches": mean("{:.0f}", (plan.num_batches for plan in plans)),
+        "padding\nof events": mean("{:.1%}", (padding_waste(plan, events) for plan in plans)),
+        "padding\nof sets": mean("{:.1%}", (padding_waste(plan, sets) for plan in plans)),
+        "patients a batch\nmin / median / max": f"{sizes.min()} / {np.median(sizes):g} / {sizes.max()}",
+        "max. events\na batch": f"{maximum(events):,}",
+        "pairs that\nmeet again": mean("{:.1%}", (pairs_meeting_again(*pair) for pair in pairwise(plans))),
+        "correlation of\nneighbours": mean("{:+.2f}", (neighbour_correlation(plan, events) for plan in plans)),
+        "correlation of\nlabel and batch": mean("{:+.2f}", (label_correlation(plan, events, label) for plan in plans)),
+        "imbalance\nof ranks": mean("{:.1%}", (rank_imbalance(plan, cost, ranks) for plan in plans)),
+    }
+    if memory_model is not None:
+        peak = maximum(memory_model.of(events, sets)) + memory_model.batch
+        cells["peak memory\nof a step"] = f"{peak / 2**20:,.0f} MiB"
+    return cells

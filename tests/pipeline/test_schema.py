@@ -25,6 +25,8 @@ def test_a_user_error_is_a_value_error() -> None:
         ("pipeline.sampling.plan", "torch"),
         ("pipeline.sampling.plan", "pyarrow"),
         ("pipeline.reports.plan_table", "torch"),
+        ("preprocess", "matplotlib"),
+        ("train", "matplotlib"),
         ("pipeline.dataset.shards", "torch"),
         ("pipeline.loading.loader", "polars"),
         ("pipeline.loading.loader", "webdataset"),

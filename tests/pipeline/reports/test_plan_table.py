@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.arrays import offsets_from_sizes
+from pipeline.arrays import offsets_of
 from pipeline.reports.plan_table import SplitLengths, main
 from pipeline.sampling.plan import EpochPlan
 from pipeline.sampling.quality import (
@@ -22,7 +23,7 @@ from tests.data_dirs import Patient, in_stored_order
 
 def plan_of(*batches: list[int]) -> EpochPlan:
     order = np.array([patient for batch in batches for patient in batch], dtype=np.int64)
-    return EpochPlan(order=order, batch_offsets=offsets_from_sizes(np.array([len(batch) for batch in batches])))
+    return EpochPlan(order=order, batch_offsets=offsets_of(np.array([len(batch) for batch in batches])))
 
 
 def test_padding_waste_by_hand() -> None:
@@ -68,9 +69,37 @@ def test_the_table_is_printed_for_any_split(data_dir: Path, split: str, capsys: 
     flags = ["--split", split, "--max_events", "120", "--world_size", "3", "--max_sequence_length", "30"]
     assert main([str(data_dir), "--batch_size", "4", *flags]) == 0
     shown = capsys.readouterr().out
-    for policy in ("at random", "bucketed", "120 events and 4 patients"):
+    for policy in ("at random", "bucketed", "120 events"):
         assert policy in " ".join(shown.split())
     assert ("53 patients" in shown) == (split == "train")
+
+
+def test_peak_memory_by_hand(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A patient takes 1 MiB and a batch 10; so 15 MiB hold five patients."""
+    peak = {"event": 0, "set": 0, "set_squared": 0, "patient": 2**20, "batch": 10 * 2**20}
+    model = tmp_path / "memory_model.json"
+    model.write_text(json.dumps({"peak": peak, "step_bytes": 1, "batch_size": 16}))
+    flags = ["--memory_model", str(model), "--max_memory", "15MiB", "--batch_size", "4"]
+    assert main([str(data_dir), *flags]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row[-2].strip() for row in rows] == ["14 MiB"] * 3 + ["15 MiB"]
+    assert rows[-1][1].strip() == "15,728,640 bytes"
+    assert rows[-1][2].strip() == "11"  # 53 patients, five at a time
+    assert main([str(data_dir)]) == 0
+    assert "MiB" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"peak": {"event": "much"}}', '{"peak": {"flops": 1}}', '{"peak": 1}']
+)
+def test_a_file_that_is_no_memory_model_is_refused(
+    data_dir: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.json").write_text(content)
+    assert main([str(data_dir), "--memory_model", str(tmp_path / "model.json")]) == 2
+    message = capsys.readouterr().err
+    assert "model.json" in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -78,10 +107,13 @@ def test_the_table_is_printed_for_any_split(data_dir: Path, split: str, capsys: 
     [
         (["--split", "dev"], "no split 'dev'; it has test, train, valid"),
         (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (["--batch_size", "many"], "argument --batch_size: invalid int value: 'many'; see --help"),
         (["--max_events", "3"], "--max_events 3: a patient has"),
-        (["--epochs", "1"], "--epochs 1: must be at least 2"),
-        (["--world_size", "0"], "--world_size 0: must be at least 1"),
-        (["--max_sequence_length", "0"], "--max_sequence_length 0: must be at least 1"),
+        (["--epochs", "1"], "--epochs must be at least 2, not 1"),
+        (["--world_size", "0"], "--world_size must be at least 1, not 0"),
+        (["--max_sequence_length", "0"], "--max_sequence_length must be at least 1, not 0"),
+        (["--max_memory", "2GB"], "--max_memory needs --memory_model FILE"),
+        (["--memory_model", "none.json"], "--memory_model none.json: must be the memory_model.json of a run"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
