@@ -49,7 +49,7 @@ def measure_step_memory(
         parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
         source, limit = "the machine's free memory", MARGIN * free_bytes(world.device, world.local_size)
         if max_memory is not None:
-            source, limit = "--max_memory", parse_bytes(max_memory)
+            source, limit = "--max_memory", parse_bytes(max_memory, "--max_memory")
         release_free_memory()
         held = held_bytes(world.device, parameter_bytes)
         step_bytes = MARGIN * (limit - held)

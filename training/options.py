@@ -54,7 +54,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_section(self)
         if self.max_memory is not None:
-            parse_bytes(self.max_memory)
+            parse_bytes(self.max_memory, "--max_memory")
 
 
 @dataclass(frozen=True, kw_only=True)

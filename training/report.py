@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.options import OneLineParser
 from pipeline.reports.page import draw_figure, figure_label, flatten, is_finite, read_object, write_page
-from pipeline.schema import PRIVATE, REPORT_FILE, SUMMARY_FILE, UserError
+from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, SUMMARY_FILE, UserError
 from training.metrics import read_json_lines
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend."""
-    os.umask(os.umask(PRIVATE) | PRIVATE)
+    os.umask(os.umask(PRIVATE_UMASK) | PRIVATE_UMASK)
     parser = OneLineParser(prog="python -m training.report", description="Show a run, or compare several runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Output folder of a run of train.py.")
     default = f"By default {REPORT_FILE} in RUN; for several runs {COMPARISON_FILE} in the first."

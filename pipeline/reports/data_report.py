@@ -26,12 +26,12 @@ from pipeline.schema import FIRST_CODE, REPORT_FILE, SPLITS, SUMMARY_FILE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Integers = npt.NDArray[np.integer[Any]]
+Integers = npt.NDArray[np.int64]
 
 BATCH_SIZES = (4, 8, 16, 32, 64)
 
 POLICIES = {
-    "at random": Policy(bucket_by=None),
+    "at random": Policy(bucketing=False),
     "bucketed by events (the default)": Policy(),
     "sorted by events": Policy(bucket_width=0),
 }
@@ -96,7 +96,10 @@ def write_data_report(directory: Path) -> Path:
         stride=stride,
         summary=read_object(directory / SUMMARY_FILE),
         variables=_describe_variables(vocabulary, shards),
-        waste=_padding_waste(planned["num_events"].to_numpy()[::stride], planned["num_sets"].to_numpy()[::stride]),
+        waste=_padding_waste(
+            planned["num_events"].to_numpy()[::stride].astype(np.int64),
+            planned["num_sets"].to_numpy()[::stride].astype(np.int64),
+        ),
     )
 
 

@@ -156,14 +156,14 @@ def _read_memory_model(path: Path) -> CostModel:
 def _policies(options: PlanOptions, memory_model: CostModel | None) -> Iterator[tuple[str, Policy]]:
     """Yield the name and the settings of each policy that the options ask for."""
     size, width, max_events = options.batch_size, options.bucket_width, options.max_events
-    yield f"{size} patients, at random", Policy(batch_size=size, bucket_by=None)
+    yield f"{size} patients, at random", Policy(batch_size=size, bucketing=False)
     yield f"{size} patients, sorted by events", Policy(batch_size=size, bucket_width=0)
     yield f"{size} patients, bucketed by events", Policy(batch_size=size, bucket_width=width)
     if max_events is not None:
         yield f"{max_events:,} events", Policy(batch_size=None, max_events=max_events, bucket_width=width)
     if options.max_memory is not None and memory_model is not None:
         limit = parse_bytes(options.max_memory)
-        yield f"{limit:,} bytes", Policy(batch_size=None, max_cost=limit, cost=memory_model, bucket_width=width)
+        yield f"{limit:,} bytes", Policy(batch_size=None, max_cost=limit, budget=memory_model, bucket_width=width)
 
 
 def _measure(
@@ -171,12 +171,12 @@ def _measure(
 ) -> dict[str, str]:
     """Return the cells of a policy's row, by heading."""
     events, sets, label = lengths.num_events, lengths.num_sets, lengths.label
-    cost, ranks = CostModel().of(events, sets), options.world_size
+    cost, ranks = CostModel().predict(events, sets), options.world_size
     plans = [plan_epoch(events, sets, policy, seed=options.seed, epoch=epoch) for epoch in range(options.epochs)]
     sizes = np.concatenate([plan.batch_sizes for plan in plans]) if len(events) else np.zeros(1, np.int64)
 
     def maximum(amount: npt.NDArray[Any]) -> float:
-        return max(plan.totals(amount).max(initial=0) for plan in plans)
+        return max(plan.sum_per_batch(amount).max(initial=0) for plan in plans)
 
     def mean(template: str, measures: Iterable[float]) -> str:
         value = float(np.mean([*measures]))
@@ -194,6 +194,6 @@ def _measure(
         "imbalance\nof ranks": mean("{:.1%}", (rank_imbalance(plan, cost, ranks) for plan in plans)),
     }
     if memory_model is not None:
-        peak = maximum(memory_model.of(events, sets)) + memory_model.batch
+        peak = maximum(memory_model.predict(events, sets)) + memory_model.batch
         cells["peak memory\nof a step"] = f"{peak / 2**20:,.0f} MiB"
     return cells
