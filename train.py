@@ -791,7 +791,8 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
 def beside(split: str, options: TrainOptions, data: Data, world: World) -> dict[str, Any]:
     """``--baselines``: what trees and logistic regression make of the train split, on the patients of ``split``."""
     alone = World(0, 1, world.device)
-    fitted, evaluated = (open_loader(options, data, alone, name, shuffle=False) for name in ("train", split))
+    loaders = [open_loader(options, data, alone, name, shuffle=False) for name in ("train", split)]
+    fitted, evaluated = ((batch for batch, _ in loader) for loader in loaders)
     # Imported here because scikit-learn is slow to import, and training needs none of it.
     return dict(import_module("training.baselines").baselines(fitted, evaluated, data.manifest.num_codes))
 
