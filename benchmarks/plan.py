@@ -22,12 +22,13 @@ import numpy.typing as npt
 import polars as pl
 
 from benchmarks.machine import describe
+from pipeline.arrays import Ints
 from pipeline.loading.loader import make_loader
 from pipeline.prepare.build import BuildOptions, build
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.reports.plan_table import SplitLengths
-from pipeline.sampling.cost import CostModel, Lengths
+from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import plan_epoch, split_across_ranks
 from pipeline.sampling.policy import Policy
 from pipeline.sampling.quality import neighbour_correlation, padding_waste, pairs_meeting_again, rank_imbalance
@@ -36,7 +37,7 @@ EPOCHS = 6
 RANKS = 4
 
 
-def measures(num_events: Lengths, num_sets: Lengths, policy: Policy) -> dict[str, float]:
+def measures(num_events: Ints, num_sets: Ints, policy: Policy) -> dict[str, float]:
     """Means over epochs, and for the correlation of neighbours their distance from chance."""
     plans = [plan_epoch(num_events, num_sets, policy, seed=0, epoch=epoch) for epoch in range(EPOCHS)]
     assert all(np.array_equal(np.sort(plan.order), np.arange(len(num_events))) for plan in plans)
@@ -68,7 +69,7 @@ def heavy_tailed(count: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(0).lognormal(np.log(5000), 1.0, count).clip(500, 50_000).astype(np.int64)
 
 
-def budget_used(num_events: Lengths, policy: Policy) -> dict[str, float]:
+def budget_used(num_events: Ints, policy: Policy) -> dict[str, float]:
     assert policy.max_events is not None
     plan, later = (plan_epoch(num_events, num_events // 6 + 1, policy, seed=0, epoch=epoch) for epoch in (0, 1))
     return {

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.arrays import Floats
-
-Lengths = npt.NDArray[np.integer[Any]]
+from pipeline.arrays import Floats, Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +29,7 @@ class CostModel:
     patient: float = 12.0
     batch: float = 0.0
 
-    def predict(self, num_events: Lengths, num_sets: Lengths) -> Floats:
+    def predict(self, num_events: Ints, num_sets: Ints) -> Floats:
         """Return the cost of each patient, [P] float64; a batch costs their sum and ``batch``."""
         sets = num_sets.astype(np.float64)
         return self.event * num_events + (self.set + self.set_squared * sets) * sets + self.patient

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.arrays import Floats, Ints
-from pipeline.sampling.cost import Lengths
 from pipeline.sampling.plan import EpochPlan, split_across_ranks
 from pipeline.schema import UNLABELLED
 
 
-def padding_waste(plan: EpochPlan, lengths: Lengths) -> float:
+def padding_waste(plan: EpochPlan, lengths: Ints) -> float:
     """Return padded cells ÷ all cells, each batch as wide as its longest patient; 0 for a plan without patients."""
     if not len(plan.order):
         return 0.0
@@ -26,13 +25,13 @@ def pairs_meeting_again(plan: EpochPlan, later: EpochPlan) -> float:
     return float((together * (together - 1)).sum() / pairs) if pairs else float("nan")
 
 
-def neighbour_correlation(plan: EpochPlan, lengths: Lengths) -> float:
+def neighbour_correlation(plan: EpochPlan, lengths: Ints) -> float:
     """Return the correlation of the mean lengths of a batch and the next one; NaN if it has no meaning."""
     means = plan.sum_per_batch(lengths) / plan.batch_sizes
     return _correlation(means[:-1], means[1:])
 
 
-def label_correlation(plan: EpochPlan, lengths: Lengths, label: Ints) -> float:
+def label_correlation(plan: EpochPlan, lengths: Ints, label: Ints) -> float:
     """Return the correlation of a labelled patient's label with the mean length of the patient's batch."""
     means = (plan.sum_per_batch(lengths) / plan.batch_sizes)[_batch_of_patient(plan)]
     labelled = label != UNLABELLED
