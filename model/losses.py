@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT = 1.0, 1.0, 3.0
 
 MIN_NORM = 1e-6
 """A shorter vector has no direction; its cosine with any other is 0."""
+
+MAX_CELLS = 1 << 18
+"""Maximum number of pairs of events and outputs that are compared at once: 1 MiB for each distance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,43 +158,109 @@ def compute_losses(
     )
 
 
+class _Vectors(NamedTuple):
+    """Vectors [·, D] with their norms, squared norms and mask (False = padding), each [·, 1]."""
+
+    vector: Tensor
+    norm: Tensor
+    square: Tensor
+    mask: Tensor
+
+    def select(self, slots: slice) -> _Vectors:
+        """Return some slots of vectors [G, N, D]."""
+        return self if slots == slice(None) else _Vectors(*(x[:, slots] for x in self))
+
+
 def chamfer_sums(target_RD: Tensor, output_RD: Tensor, layout: SetLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Return symmetric nearest-neighbour distances between the events of each set and the vectors decoded for it.
 
     Both directions are added: every event to its nearest output, every output to its nearest event (Fan et al. 2017,
-    arXiv:1612.00603).  The nearest is found for each distance by itself.
+    arXiv:1612.00603).  The nearest is found for each distance by itself, the first of several at the same distance,
+    and the gradient goes through the selected pairs alone.  Pairs are compared in pieces, so that the memory of a set
+    grows with its size, not with the square of it.
 
     Returns:
         Sums over all events of direction (1 − cosine), magnitude (difference of norms, absolute) and squared L2
         distance, float32 scalars.
     """
-    sums = [target_RD.new_zeros(3, dtype=torch.float32)]
-    with torch.autocast(target_RD.device.type, enabled=False):
-        targets, outputs = layout.split(target_RD.float()), layout.split(output_RD.float())
-        for c, mask, flat_target, flat_output in zip(
-            layout.classes, layout.split_mask(), targets, outputs, strict=True
-        ):
-            target = flat_target.view(c.num_sets, c.size, -1)
-            output = flat_output.view(c.num_sets, c.size, -1)
-            target_square, output_square = target.square().sum(2)[:, :, None], output.square().sum(2)[:, None, :]
-            target_norm = target_square.clamp_min(MIN_NORM**2).sqrt()
-            output_norm = output_square.clamp_min(MIN_NORM**2).sqrt()
-            product = target @ output.transpose(1, 2)
-            distances = torch.stack(
-                [
-                    1 - product / (target_norm * output_norm),
-                    (target_norm - output_norm).abs(),
-                    (target_square + output_square - 2 * product).clamp_min(0),
-                ]
-            )
-            if mask is None:
-                sums.append(distances.amin(2).sum((1, 2)) + distances.amin(3).sum((1, 2)))
-                continue
-            to_event = distances.masked_fill(~mask[:, :, None], math.inf).amin(2)
-            to_output = distances.masked_fill(~mask[:, None, :], math.inf).amin(3)
-            sums.append(((to_event + to_output) * mask).sum((1, 2)))
-    direction, magnitude, squared = torch.stack(sums).sum(0).unbind()
+    sums = target_RD.new_zeros(3, dtype=torch.float32)
+    if layout.classes:
+        with torch.autocast(target_RD.device.type, enabled=False):
+            target, output = (_measure(x.float(), layout.mask) for x in (target_RD, output_RD))
+            to_output, to_target = _find_nearest(target, output, layout)
+            sums = _sum_distances(target, output, *to_output) + _sum_distances(output, target, *to_target)
+    direction, magnitude, squared = sums.unbind()
     return direction, magnitude, squared
+
+
+def _measure(vector: Tensor, mask: Tensor) -> _Vectors:
+    square = vector.square().sum(1, keepdim=True)
+    return _Vectors(vector, square.clamp_min(MIN_NORM**2).sqrt(), square, mask[:, None])
+
+
+def _find_nearest(target: _Vectors, output: _Vectors, layout: SetLayout) -> list[tuple[Tensor, Tensor]]:
+    """Find the nearest output of each target, then the nearest target of each output.
+
+    Returns:
+        For both, the products [2, R] with the nearest by direction and by squared distance, and the slots [3, R] of the
+        nearest by direction, squared distance and magnitude, without gradient.
+    """
+    found: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+    pieces = []
+    for c in layout.classes:
+        whole, rest = divmod(c.num_sets, most := max(1, MAX_CELLS // c.size**2))
+        pieces += [(c, num_sets) for num_sets in [most] * whole + [rest] * (rest > 0)]
+    sizes = [num_sets * c.size for c, num_sets in pieces]
+    parts = zip(*(x.split(sizes) for x in (*target, *output)), strict=True)
+    for (c, num_sets), part in zip(pieces, parts, strict=True):
+        views = [x.view(num_sets, c.size, -1) for x in part]
+        t, o = _Vectors(*views[:4]), _Vectors(*views[4:])
+        num_slots = max(1, MAX_CELLS // c.size)
+        for first in range(0, c.size, num_slots):
+            slots = slice(None) if num_slots >= c.size else slice(first, first + num_slots)
+            products, distances = _compare(t.select(slots), o, is_padded=c.is_padded)
+            found[0].append(_nearest(products, distances, 3))
+            if slots != slice(None):
+                products, distances = _compare(t, o.select(slots), is_padded=c.is_padded)
+            found[1].append(_nearest(products, distances, 2))
+    first_of_set_R = torch.arange(layout.num_slots, device=layout.mask.device) - layout.position_in_set
+    return [(torch.cat([p for p, _ in x], 1), torch.cat([i for _, i in x], 1) + first_of_set_R) for x in found]
+
+
+def _compare(target: _Vectors, output: _Vectors, *, is_padded: bool) -> tuple[Tensor, Tensor]:
+    """Return the products [G, N, M] of N targets and M outputs of each set, and their distances [3, G, N, M] by
+    direction, square and magnitude, without gradient.
+    """
+    products = target.vector @ output.vector.mT
+    with torch.no_grad():
+        by_direction = 1 - products / (target.norm * output.norm.mT)
+        by_square = target.square + output.square.mT - 2 * products
+        distances = torch.stack([by_direction, by_square, (target.norm - output.norm.mT).abs()])
+        if is_padded:
+            distances.masked_fill_(~(target.mask & output.mask.mT), math.inf)
+    return products, distances
+
+
+def _nearest(products_GNM: Tensor, distances_3GNM: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the products with the nearest along ``dim`` by direction and square, [2, ·], and the positions of the
+    nearest, [3, ·].
+    """
+    index = distances_3GNM.min(dim, keepdim=True).indices  # several times as fast as argmin on a CPU
+    cell = torch.arange(products_GNM.numel(), device=index.device).view_as(products_GNM).narrow(dim - 1, 0, 1)
+    cell_2GNM = cell + index[:2] * products_GNM.stride(dim - 1)
+    # The gradient of ``gather`` would keep all products, that of ``index_select`` keeps the indices alone.
+    return products_GNM.view(-1).index_select(0, cell_2GNM.view(-1)).view(2, -1), index.view(3, -1)
+
+
+def _sum_distances(own: _Vectors, others: _Vectors, products_2R: Tensor, nearest_3R: Tensor) -> Tensor:
+    """Return [3], the sums of direction, magnitude and squared distance to the nearest."""
+    norm, square, mask = (x.squeeze(1) for x in own[1:])
+    other_norm, other_square = others.norm.squeeze(1), others.square.squeeze(1)
+    by_direction, by_square, by_magnitude = nearest_3R.unbind()
+    direction = 1 - products_2R[0] / (norm * other_norm[by_direction])
+    squared = (square + other_square[by_square] - 2 * products_2R[1]).clamp_min(0)
+    magnitude = (norm - other_norm[by_magnitude]).abs()
+    return torch.stack([direction, magnitude, squared]) @ mask.float()
 
 
 def kl_per_dimension(posterior: Posterior) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import losses
 from model.losses import (
     DIRECTION_WEIGHT,
     MAGNITUDE_WEIGHT,
@@ -25,6 +26,7 @@ from model.ragged import SetLayout
 from model.set_vae import Posterior
 from tests.model import reference
 from tests.model.helpers import counts_of, random_batch, tiny_model
+from training.memory import peak_of
 
 
 def test_chamfer_by_hand() -> None:
@@ -49,6 +51,56 @@ def test_chamfer_agrees_pair_by_pair(sizes: list[int], seed: int) -> None:
     naive = [reference.decoded_distances(t, y) for t, y in zip(target.split(sizes), output.split(sizes), strict=True)]
     for value, parts in zip(found, zip(*naive, strict=True), strict=True):
         torch.testing.assert_close(value, torch.stack(parts).sum(), atol=1e-4, rtol=1e-5)
+
+
+def dense_sums(target: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The sums of one set from all distances at once."""
+    product, squares = target @ output.T, [x.square().sum(1) for x in (target, output)]
+    norms = [square.clamp_min(1e-12).sqrt() for square in squares]
+    direction = 1 - product / (norms[0][:, None] * norms[1])
+    magnitude = (norms[0][:, None] - norms[1]).abs()
+    squared = (squares[0][:, None] + squares[1] - 2 * product).clamp_min(0)
+    return torch.stack([d.amin(0).sum() + d.amin(1).sum() for d in (direction, magnitude, squared)])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([1, 7, 90, 1 << 18]), st.integers(0, 1000))
+def test_pieces_give_values_and_gradients_of_the_dense_formula(sizes: list[int], cells: int, seed: int) -> None:
+    """Whether a set is a piece, several sets are, or a set is taken in rows."""
+    generator = torch.Generator().manual_seed(seed)
+    target, output = torch.randn(2, sum(sizes), 6, generator=generator)
+    output.requires_grad_()
+    layout = SetLayout.build(torch.tensor([0, *torch.tensor(sizes).cumsum(0)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "MAX_CELLS", cells)
+        found = torch.stack(chamfer_sums(target[layout.event_of_slot], output[layout.event_of_slot], layout))
+    expected = sum(dense_sums(t, y) for t, y in zip(target.split(sizes), output.split(sizes), strict=True))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    gradients = [torch.autograd.grad(sums @ weight, output)[0] for sums in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_of_several_at_the_same_distance_the_first_is_nearest() -> None:
+    """Both outputs are equal, so all gradient of the event's way to them goes to the first."""
+    layout = SetLayout.build(torch.tensor([0, 2]))
+    output = torch.tensor([[1.0, 1.0], [1.0, 1.0]], requires_grad=True)
+    target = torch.tensor([[2.0, 1.0], [2.0, 1.0]])
+    chamfer_sums(target, output, layout)[2].backward()
+    # Each output's way to its event gives (-2, 0); the two events' ways go to the first output.
+    assert output.grad.tolist() == [[-6.0, 0.0], [-2.0, 0.0]]
+
+
+def test_a_set_of_five_thousand_events_trains_in_memory_that_grows_with_its_size() -> None:
+    """All distances of one kind would be 100 MB alone."""
+    model, batch = tiny_model(), random_batch([[5000], [3]])
+    prepared = PreparedBatch.build(batch, seed=0)
+
+    def step() -> None:
+        compute_losses(model(prepared), batch.label, LossOptions(), counts_of(batch), beta=0.1).total.backward()
+
+    assert peak_of(step, torch.device("cpu")) < 50e6
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_chamfer_of_a_set_with_itself_is_nothing() -> None:

@@ -46,7 +46,7 @@ class Seen(TorchDispatchMode):
 
 
 FLOAT32_INPUTS = (
-    "exp", "log", "sqrt", "_log_softmax", "nll_loss_forward", "index_add", "amin", "clamp_min", "clamp", "asinh", "sin",
+    "exp", "log", "sqrt", "_log_softmax", "nll_loss_forward", "index_add", "min", "clamp_min", "clamp", "asinh", "sin",
 )  # fmt: skip
 """Of KL divergence, posterior, losses, softmax over sets and variables, distances, time encoding and events."""
 
