@@ -1,37 +1,65 @@
-"""What this process takes of its machine."""
+"""Cores and memory that this process may use, and has used."""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Return how many CPU cores this process can keep busy, at least 1.
+
+    That is the minimum of its CPU affinity and of the CPU quotas (rounded down) of its cgroup and those above it.
+
+    Args:
+        cgroups: where the system mounts cgroups of version 1 or 2.
+        membership: the file that names the cgroups of this process.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    cores = len(affinity(0)) if affinity else getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    return max(1, math.floor(min([cores, *(quota for line in lines for quota in _read_quotas(cgroups, line))])))
+
+
+def _read_quotas(cgroups: Path, line: str) -> Iterator[float]:
+    """Yield the CPU quotas, in cores, of the cgroup that a line of ``/proc/self/cgroup`` names and of those above it."""
+    _, controllers, path = line.split(":", 2)
+    if controllers and "cpu" not in controllers.split(","):
+        return
+    root, files = (
+        (cgroups / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else (cgroups, ("cpu.max",))
+    )
+    folder = root / path.lstrip("/")
+    # A container may see its own cgroup as the root, whatever the path says: a folder that is missing has no quota.
+    for place in (folder, *folder.parents):
+        if place.is_relative_to(root) and all((place / name).exists() for name in files):
+            quota, period = " ".join((place / name).read_text() for name in files).split()
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)
 
 
 def peak_rss_bytes() -> int:
-    """The most bytes that were resident in this process, or in any single child that has ended, at any time."""
+    """Return the peak of resident memory, in bytes, of this process or of any single child that has ended."""
     unit = 1 if sys.platform == "darwin" else 1024
     own, ended = (unit * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     status = Path("/proc/self/status")
-    if status.exists():
-        # Linux lets a new process inherit the peak of the one that started it; this line does not.
-        own = next(
-            (1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")), own
-        )
+    if status.exists():  # Linux lets a new process inherit the peak of the one that started it; this line does not
+        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        own = 1024 * int(peaks[0]) if peaks else own
     return max(own, ended)
 
 
 def release_free_memory() -> None:
-    """Give memory that is free back to the system, where the C library can.
+    """Return free memory of the C heap to the system, where the C library can (glibc; musl cannot).
 
-    Batches differ in shape, and glibc keeps the holes that theirs leave: a run's memory would grow for thousands of
-    steps (measured: 2 MB a step) though nothing holds it.
+    Batches differ in shape, and glibc keeps the gaps that they leave: a run's memory would grow for thousands of
+    steps (measured: 2 MB a step) although nothing holds it.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

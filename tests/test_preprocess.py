@@ -84,7 +84,7 @@ def test_values_come_back_to_their_raw_scale(tmp_path: Path) -> None:
             ["in.csv", "--output", "out", "--outlier_action", "clip"],
             "--outlier_action: says nothing without --outlier_std",
         ),
-        (["in.csv", "--output", "out", "--outlier_std", "0"], "--outlier_std: 0 is not above 0"),
+        (["in.csv", "--output", "out", "--outlier_std", "0"], "--outlier_std must be above 0"),
         (["in.csv", "--output", "out", "--min_events", "0"], "--min_events"),
         (["in.csv", "--output", "out", "--min_count", "999"], "--min_count 999: no variable has as many events"),
         (["in.csv", "--output", "out", "--aggregate", "sum"], "--aggregate: invalid choice: 'sum'"),
@@ -166,7 +166,7 @@ def test_a_full_disk_and_an_interrupt_are_one_line_and_the_same_command_goes_on(
             raise stop
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.prepare.partition.write_shard", fail)
+            patch.setattr("pipeline.prepare.write.write_shard", fail)
             assert run(*SYNTHETIC, "--output", output) == status
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert run(*SYNTHETIC, "--output", output) == 0
