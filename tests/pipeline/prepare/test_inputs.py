@@ -47,7 +47,7 @@ def write_meds(folder: Path) -> list[str]:
     splits.write_parquet(folder / "in" / "metadata" / "subject_splits.parquet")
     labels = {"subject_id": [0], "prediction_time": [DAY], "boolean_value": [True]}
     pl.DataFrame(labels).write_parquet(folder / "in" / "task" / "0.parquet")
-    return ["in", "--labels", "in/task"]
+    return ["in", "--split_fractions", "1,0,0", "--labels", "in/task"]
 
 
 def write_physionet(folder: Path) -> list[str]:
