@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.prepare.build import build
 from pipeline.prepare.command import parse_command, resolve_options
-from pipeline.prepare.console import StageBars, print_summary
+from pipeline.prepare.console import print_summary, stage_bars
 from pipeline.reports.data_report import write_data_report
 from pipeline.schema import PRIVATE, REPORT_FILE, UserError
 from pipeline.storage.files import remove_leftovers
@@ -34,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source, build_options = resolve_options(options, explicit)
         console = Console(stderr=True, highlight=False)
         console.print(f"{options.command.input}: read as {source.name}")
-        with StageBars(console) as bars:
+        with stage_bars(console) as update_bars:
             summary = build(
                 source,
                 output,
                 build_options,
                 execution=options.execution,
                 overwrite=options.command.overwrite,
-                progress=bars.update,
+                progress=update_bars,
                 log=lambda line: console.print(f"{output}: {line}", soft_wrap=True),
             )
         if not (output / REPORT_FILE).exists():

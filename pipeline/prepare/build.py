@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ import pyarrow as pa
 from pipeline.dataset.schemas import SHARD_SUFFIXES
 from pipeline.prepare.executors import ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.inputs import check_disk_space, compute_fingerprint, write_known_patients
-from pipeline.prepare.journal import JOURNAL, Progress, Stage, StageRunner
+from pipeline.prepare.journal import JOURNAL, Progress, Stage, StageRunner, ignore_progress
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.publish import claim_output_folder
@@ -49,7 +50,7 @@ def build(
     *,
     execution: ExecutionOptions = ONE_PROCESS,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = ignore_progress,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Prepare ``source`` into the data directory ``output`` and return the summary.
@@ -104,6 +105,7 @@ class _Steps:
     options: BuildOptions
 
     def run(self) -> Results:
+        """Run all stages and return their results."""
         labels_from, num_labels = write_known_patients(self.source, self.options, self.runner.work)
         spilled = self.read_pieces()
         partitions = self.cut_partitions(spilled)
@@ -115,25 +117,12 @@ class _Steps:
         statistics = {} if statistics_file is None else read_statistics(statistics_file)
         vocabulary = self.make_vocabulary(parts, statistics, limits)
         embedding_dim = self.write_embeddings(vocabulary)  # before the long work: it may refuse
-        return Results(
-            spilled=spilled,
-            parts=parts,
-            written=self.write_partitions(len(parts), vocabulary),
-            vocabulary=vocabulary,
-            statistics=statistics,
-            embedding_dim=embedding_dim,
-            labels_from=labels_from,
-            num_labels=num_labels,
-        )
+        written = self.write_partitions(len(parts), vocabulary)
+        return Results(spilled, parts, written, vocabulary, statistics, embedding_dim, labels_from, num_labels)
 
     def read_pieces(self) -> list[SpilledPiece]:
-        stage = Stage(
-            name="read",
-            task=spill_piece,
-            result=SpilledPiece,
-            size=lambda piece: piece.num_rows,
-            leaves=("spills/{:05d}.*.arrow", "rejects/{:05d}.parquet"),
-        )
+        leaves = ("spills/{:05d}.*.arrow", "rejects/{:05d}.parquet")
+        stage = Stage("read", spill_piece, SpilledPiece, attrgetter("num_rows"), leaves)
         later = [["sort", "write"], *([["measure"]] if self._measures_outliers else [])]
 
         def are_used_up(spilled: list[SpilledPiece]) -> bool:
@@ -143,10 +132,9 @@ class _Steps:
         spilled = self.runner.run(stage, tasks, are_used_up)
         for piece, result in zip(self.pieces, spilled, strict=True):
             if result.columns != spilled[0].columns:
-                raise UserError(
-                    f"{piece.files[0]} gives {result.columns}, {self.pieces[0].files[0]} gives {spilled[0].columns}; "
-                    "give minutes in all files or dates in all, and set indices in all or in none"
-                )
+                others = f"{self.pieces[0].files[0]} gives {spilled[0].columns}"
+                advice = "give minutes in all files or dates in all, and set indices in all or in none"
+                raise UserError(f"{piece.files[0]} gives {result.columns}, {others}; {advice}")
         return spilled
 
     def _count_partitions(self, spilled: Sequence[SpilledPiece]) -> int:
@@ -165,20 +153,13 @@ class _Steps:
         """Return the outlier limits (low, high) by variable; none without ``--outlier_std``."""
         if not self._measures_outliers:
             return self.options.reference.limits if self.options.reference else {}
-        stage = Stage(
-            name="measure", task=measure_partition, result=Moments, size=lambda moments: int(moments.count.sum())
-        )
+        stage = Stage("measure", measure_partition, Moments, attrgetter("num_events"))
         measured = self.runner.run(stage, [(partition,) for partition in partitions])
         return compute_outlier_limits(Moments.merge(measured), self.options.rules)
 
     def sort_partitions(self, partitions: Sequence[Partition], limits: Limits) -> list[SortedPartition]:
-        stage = Stage(
-            name="sort",
-            task=sort_partition,
-            result=SortedPartition,
-            size=lambda part: part.num_events,
-            leaves=("sorted/{:05d}.arrow", "late_rejects/{:05d}.parquet"),
-        )
+        leaves = ("sorted/{:05d}.arrow", "late_rejects/{:05d}.parquet")
+        stage = Stage("sort", sort_partition, SortedPartition, attrgetter("num_events"), leaves)
         tasks = [(partition, self.options.rules, limits) for partition in partitions]
         parts = self.runner.run(stage, tasks, lambda parts: self.runner.are_done(["write"], len(parts)))
         shutil.rmtree(self.runner.work / "spills")
@@ -192,10 +173,9 @@ class _Steps:
                 raise UserError("the input has no event that can be used; look at its columns")
             return self.options.reference.vocabulary
         train, min_count = Moments.merge([part.train for part in parts]), self.options.rules.min_count
-        if not train.count.any():
+        if not train.num_events:
             raise UserError("the train split has no events; look at --split_fractions, and at the input's columns")
-        descriptions = self.source.read_descriptions()
-        vocabulary = make_vocabulary(train, statistics, min_count=min_count, limits=limits, descriptions=descriptions)
+        vocabulary = make_vocabulary(train, statistics, min_count, limits, self.source.read_descriptions())
         if vocabulary.num_rows == FIRST_CODE:
             raise UserError(f"--min_count {min_count}: no variable has as many events in the train split; lower it")
         return vocabulary
@@ -215,13 +195,8 @@ class _Steps:
         return vectors.shape[1]
 
     def write_partitions(self, num_partitions: int, vocabulary: pa.Table) -> list[WrittenPartition]:
-        stage = Stage(
-            name="write",
-            task=write_partition,
-            result=WrittenPartition,
-            size=lambda part: part.num_events,
-            leaves=("index/*-{:05d}.arrow", "data/*/{:05d}.*"),
-        )
+        leaves = ("index/*-{:05d}.arrow", "data/*/{:05d}.*")
+        stage = Stage("write", write_partition, WrittenPartition, attrgetter("num_events"), leaves)
         suffixes = SHARD_SUFFIXES[self.options.shard_format]
         tasks = [(self.runner.work, number, vocabulary, suffixes) for number in range(num_partitions)]
         written = self.runner.run(stage, tasks)

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.prepare import names
-from pipeline.prepare.sources.reading import FILE, ROW, to_patient_ids
+from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW, to_patient_ids
 from pipeline.prepare.sources.source import RawRows
 from pipeline.schema import MINUTE, MOST, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 
@@ -51,15 +51,10 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     set_columns = [SET_INDEX] if SET_INDEX in rows.columns else []
     patient = names.encode(rows[PATIENT_ID], to_patient_ids)
     variable = names.encode(rows[VARIABLE])
-    typed = rows.select(
-        FILE,
-        ROW,
-        patient,
-        (_to_number(rows, MINUTE) if raw.minute is None else raw.minute).alias(MINUTE),
-        variable,
-        _to_number(rows, VALUE).cast(pl.Float32).fill_nan(None),
-        *(_to_whole_number(rows, name) for name in set_columns),
-    )
+    minute = (_to_number(rows, MINUTE) if raw.minute is None else raw.minute).alias(MINUTE)
+    value = _to_number(rows, VALUE).cast(pl.Float32).fill_nan(None)
+    set_index = [_to_whole_number(rows, name) for name in set_columns]
+    typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index)
     minute, value = pl.col(MINUTE), pl.col(VALUE)
     instants = typed.schema[MINUTE].is_temporal()
     rules: dict[str, pl.Expr | pl.Series] = {
@@ -71,29 +66,15 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},
     }
-    broken = pl.concat(
-        [
-            rows.select(rule.alias(reason) for reason, rule in raw.rules),
-            typed.select(rule.alias(reason) for reason, rule in rules.items()),
-        ],
-        how="horizontal",
-    )
+    by_format = rows.select(rule.alias(reason) for reason, rule in raw.rules)
+    broken = by_format.hstack(typed.select(rule.alias(reason) for reason, rule in rules.items()))
     reasons = [column.name for column in broken if column.any()]  # mostly none
-    first = broken.select(
-        pl.coalesce(
-            [pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons)]
-            or pl.repeat(None, pl.len(), dtype=pl.UInt8)
-        )
-    ).to_series()
+    numbers = [pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons)]
+    first = broken.select(pl.coalesce(numbers or pl.repeat(None, pl.len(), dtype=pl.UInt8))).to_series()
     kept = typed.filter(first.is_null()) if reasons else typed
     kept = kept.with_columns(_without_negative_zero(name) for name in (MINUTE, VALUE) if kept.schema[name].is_float())
-    rejected = rows.filter(first.is_not_null()).select(
-        pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls()),
-        FILE,
-        ROW,
-        pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String),
-    )
-    return kept, rejected
+    reason = pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls())
+    return kept, rows.filter(first.is_not_null()).select(reason, FILE, ROW, AS_TEXT)
 
 
 def is_blank(name: pl.Series) -> pl.Series:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.options import Section, option, parse_explicit_options
 from pipeline.prepare.executors import ExecutionOptions
@@ -14,7 +14,7 @@ from pipeline.prepare.options import BuildOptions, ShardOptions
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.reference import ReferenceDataSet, ReferenceOptions
 from pipeline.prepare.rules import Rules
-from pipeline.prepare.sources.auto import open_source
+from pipeline.prepare.sources.auto import Format, open_source
 from pipeline.prepare.sources.meds import MedsOptions
 from pipeline.prepare.sources.source import SideFileOptions, Source
 from pipeline.prepare.sources.synthetic import SyntheticOptions
@@ -27,16 +27,10 @@ from pipeline.schema import UserError
 class CommandOptions(Section):
     """Input and output."""
 
-    input: Path = option(
-        dataclasses.MISSING, "File, folder or pattern of event tables, or the word synthetic.", metavar="INPUT"
-    )
-    output: Path = option(dataclasses.MISSING, "New or empty folder for the data set.", metavar="DIR")
-    format: Literal["auto", "physionet2012", "meds", "patient_files", "table", "synthetic"] = option(
-        "auto", "Format of INPUT; auto detects it."
-    )
-    pseudonymize: Path | None = option(
-        None, "Replace patients' ids by hashes keyed with this file, in everything that is written.", metavar="KEYFILE"
-    )
+    input: Path = option(MISSING, "File, folder or pattern of event tables, or the word synthetic.", metavar="INPUT")
+    output: Path = option(MISSING, "New or empty folder for the data set.", metavar="DIR")
+    format: Format = option("auto", "Format of INPUT; auto detects it.")
+    pseudonymize: Path | None = option(None, "Replace patients' ids by hashes keyed with this file.")
     overwrite: bool = option(False, "Replace an existing data set in DIR, and nothing else there.")
     verbose: bool = option(False, "Print the whole summary.")
 
@@ -59,12 +53,9 @@ class PreprocessOptions:
 
 def parse_command(arguments: Sequence[str] | None) -> tuple[PreprocessOptions, frozenset[str]]:
     """Return the options of a command line, and the names of those that were set; raise UserError for a bad one."""
+    text = "Prepare event tables as length-sorted shards, with statistics of the train split alone."
     return parse_explicit_options(
-        PreprocessOptions,
-        arguments,
-        prog="preprocess.py",
-        description="Prepare event tables as length-sorted shards, with statistics of the train split alone.",
-        positional="input",
+        PreprocessOptions, arguments, prog="preprocess.py", description=text, positional="input"
     )
 
 

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.prepare.journal import Progress as StageProgress
 
-class StageBars:
-    """A progress bar for each stage, with its rate."""
 
-    def __init__(self, console: Console) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description:>6}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  {task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
+@contextmanager
+def stage_bars(console: Console) -> Iterator[StageProgress]:
+    """Show a progress bar for each stage, with its rate, and give the function that updates them."""
+    count = TextColumn("{task.completed}/{task.total}  {task.fields[rate]}")
+    columns = (TextColumn("{task.description:>6}"), BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as bars:
 
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
+        def update(stage: str, *, done: int, total: int, rows: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            elapsed = bars.tasks[tasks[stage]].elapsed
+            rate = f"{rows / elapsed / 1e6:.2f} M rows/s" if elapsed else ""
+            bars.update(tasks[stage], completed=done, rate=rate)
 
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def update(self, stage: str, *, done: int, total: int, rows: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
-        task = self._tasks[stage]
-        elapsed = self._bars.tasks[task].elapsed
-        rate = f"{rows / elapsed / 1e6:.2f} M rows/s" if elapsed else ""
-        self._bars.update(task, completed=done, rate=rate)
+        yield update
 
 
 def print_summary(summary: dict[str, Any], *, verbose: bool) -> None:
@@ -53,7 +45,5 @@ def print_summary(summary: dict[str, Any], *, verbose: bool) -> None:
     rejects = ", ".join(f"{reason} {number:,}" for reason, number in summary["rejects"].items()) or "none"
     print(f"rows {summary['events_in']:,} = written {summary['events_written']:,} + rejected ({rejects})")
     print(f"labels from {summary['labels_from'] or 'nowhere'}; {summary['unlabelled_patients']:,} patients unlabelled")
-    print(
-        f"{summary['seconds']:.1f} s, {summary['events_per_second'] / 1e6:.2f} M rows/s, "
-        f"at most {summary['peak_rss_bytes'] / 2**20:,.0f} MiB in a process"
-    )
+    memory = f"at most {summary['peak_rss_bytes'] / 2**20:,.0f} MiB in a process"
+    print(f"{summary['seconds']:.1f} s, {summary['events_per_second'] / 1e6:.2f} M rows/s, {memory}")

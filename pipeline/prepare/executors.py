@@ -33,9 +33,7 @@ DASK: Final = "dask://"
 class ExecutionOptions(Section):
     """How the work is run; the output does not depend on it."""
 
-    executor: str = option(
-        LOCAL, "Where tasks run: local, dask://HOST:PORT, or the file of a Dask scheduler.", metavar="NAME"
-    )
+    executor: str = option(LOCAL, "Where tasks run: local, dask://HOST:PORT, or the file of a Dask scheduler.")
     workers: int = option(usable_cores(), "Number of processes of --executor local.", minimum=1)
 
 
@@ -72,10 +70,10 @@ def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Execu
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
                 yield executor
     except BrokenExecutor:
-        raise ChildProcessError(
-            "a worker process was killed, most likely for want of memory; "
+        advice = (
             "run the same again with fewer --workers and it goes on, or start afresh with smaller --events_per_shard"
-        ) from None
+        )
+        raise ChildProcessError(f"a worker process was killed, most likely for want of memory; {advice}") from None
 
 
 def _start_worker() -> None:

@@ -15,7 +15,7 @@ import polars as pl
 from pipeline.machine import usable_cores
 from pipeline.prepare.arrow_files import write_table
 from pipeline.prepare.options import BuildOptions
-from pipeline.prepare.sources.reading import LABEL, SPLIT, SUBJECT, unreadable
+from pipeline.prepare.sources.reading import LABEL, SPLIT, SUBJECT, reading
 from pipeline.prepare.sources.source import Source
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
 from pipeline.storage.files import file_sha256
@@ -36,12 +36,8 @@ def compute_fingerprint(source: Source, options: Mapping[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    try:
+    with reading(path):
         return file_sha256(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
 
 
 def check_disk_space(source: Source, output: Path) -> None:
@@ -49,10 +45,8 @@ def check_disk_space(source: Source, output: Path) -> None:
     needed = sum(path.stat().st_size * WORK_BYTES.get(path.suffix, 1.0) for path in source.inputs().values())
     free = shutil.disk_usage(output).free
     if needed > free:
-        raise UserError(
-            f"{output}: the work needs at least {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free; "
-            "free some, or name an --output on another disk"
-        )
+        amounts = f"at least {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free"
+        raise UserError(f"{output}: the work needs {amounts}; free some, or name an --output on another disk")
 
 
 def write_known_patients(source: Source, options: BuildOptions, work: Path) -> tuple[str | None, int]:
@@ -72,13 +66,9 @@ def write_known_patients(source: Source, options: BuildOptions, work: Path) -> t
     known = labels.with_columns(in_labels=True).join(splits, on=PATIENT_ID, how="full", coalesce=True)
     subjects = pl.coalesce(SUBJECT, PATIENT_ID) if SUBJECT in known.columns else pl.col(PATIENT_ID)
     by_hash = pl.Series(options.split_rule.assign_splits(known.select(subjects).to_series().to_list()))
-    known = known.select(
-        PATIENT_ID,
-        LABEL,
-        pl.col("in_labels").fill_null(False),
-        pl.col(SPLIT).is_null().alias("by_hash"),
-        pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8).fill_null(by_hash),
-        pl.Series("hash", options.split_rule.hash_patients(known[PATIENT_ID].to_list())[0]),
-    )
+    split = pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8).fill_null(by_hash)
+    hashes = pl.Series("hash", options.split_rule.hash_patients(known[PATIENT_ID].to_list())[0])
+    in_labels, is_by_hash = pl.col("in_labels").fill_null(False), pl.col(SPLIT).is_null().alias("by_hash")
+    known = known.select(PATIENT_ID, LABEL, in_labels, is_by_hash, split, hashes)
     write_table(work / "known.arrow", known.sort("hash").to_arrow())
     return labels_from, labels.height

@@ -33,7 +33,11 @@ class Progress(Protocol):
     def __call__(self, stage: str, *, done: int, total: int, rows: int) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def ignore_progress(stage: str, *, done: int, total: int, rows: int) -> None:
+    """Report no progress."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """Tasks of one kind.
 
@@ -64,7 +68,7 @@ class StageRunner:
 
     executor: Executor
     work: Path
-    progress: Progress | None
+    progress: Progress
 
     def run(
         self,
@@ -85,8 +89,7 @@ class StageRunner:
         done, rows = len(results), sum(map(stage.size, results.values()))
 
         def report() -> None:
-            if self.progress is not None:
-                self.progress(stage.name, done=done, total=len(arguments), rows=rows)
+            self.progress(stage.name, done=done, total=len(arguments), rows=rows)
 
         def count(future: Future[Any]) -> None:
             nonlocal done, rows
@@ -100,9 +103,8 @@ class StageRunner:
             for number, task_arguments in enumerate(arguments):
                 if number not in results:
                     leaves = [pattern.format(number) for pattern in stage.leaves]
-                    futures[number] = self.executor.submit(
-                        _do, entries[number], self.work, leaves, stage.task, task_arguments
-                    )
+                    entry, task = entries[number], stage.task
+                    futures[number] = self.executor.submit(_do, entry, self.work, leaves, task, task_arguments)
                     futures[number].add_done_callback(count)
             return [results[n] if n in results else futures[n].result() for n in range(len(arguments))]
         finally:
@@ -128,10 +130,8 @@ class StageRunner:
         if not stages:
             return False
         journal = [_read_entry(entry, self.work) for entry in self._entries(stages[0], total)]
-        done = [entry for entry in journal if entry is not None]
-        if len(done) < total:
-            return False
-        return not any(entry.is_cleared for entry in done) or self.are_done(stages[1:], total)
+        done = [entry.is_cleared for entry in journal if entry is not None]
+        return len(done) == total and (not any(done) or self.are_done(stages[1:], total))
 
     def _entries(self, stage: str, total: int) -> list[Path]:
         return [self.work / JOURNAL / stage / f"{number:06d}.json" for number in range(total)]
@@ -141,12 +141,10 @@ def _do(entry: Path, work: Path, leaves: list[str], task: Callable[..., T], argu
     """Run a task and write its entry of the journal."""
     result = task(*arguments)
     files = [path for pattern in leaves for path in sorted(work.glob(pattern))]
-    content = {
-        "task": _name(entry),
-        "result": json.loads(json.dumps(dataclasses.asdict(result), default=np.ndarray.tolist)),
-        "files": {path.relative_to(work).as_posix(): file_sha256(path) for path in files},
-    }
-    write_atomically(entry, json.dumps(sealed(content)).encode())
+    plain = json.loads(json.dumps(dataclasses.asdict(result), default=np.ndarray.tolist))
+    checksums = {path.relative_to(work).as_posix(): file_sha256(path) for path in files}
+    content = sealed({"task": _name(entry), "result": plain, "files": checksums})
+    write_atomically(entry, json.dumps(content).encode())
     return result
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Moments:
     """Number of events, number of values, mean and summed squared deviations of V variables.
 
@@ -42,13 +42,8 @@ class Moments:
         num_values = np.bincount(position, minlength=size)
         mean = np.bincount(position, wide, minlength=size) / np.maximum(num_values, 1)
         wide -= mean[position]
-        return cls(
-            variables=variables,
-            count=np.bincount(variable, minlength=size),
-            num_values=num_values,
-            mean=mean,
-            squares=np.bincount(position, wide**2, minlength=size).astype(np.float64),
-        )
+        squares = np.bincount(position, wide**2, minlength=size).astype(np.float64)
+        return cls(variables, np.bincount(variable, minlength=size), num_values, mean, squares)
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
@@ -66,7 +61,11 @@ class Moments:
             mean[at] += delta * weight
             num_values[at] = total
             count[at] += part.count
-        return cls(variables=variables, count=count, num_values=num_values, mean=mean, squares=squares)
+        return cls(variables, count, num_values, mean, squares)
+
+    @property
+    def num_events(self) -> int:
+        return int(self.count.sum())
 
     @property
     def std(self) -> npt.NDArray[np.float64]:

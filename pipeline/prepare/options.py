@@ -19,9 +19,7 @@ EVENTS_PER_SHARD: Final = 1 << 21
 class ShardOptions(Section):
     """The shards that are written."""
 
-    events_per_shard: int = option(
-        EVENTS_PER_SHARD, "Approximate number of events in a partition, which is a shard of each split.", minimum=1
-    )
+    events_per_shard: int = option(EVENTS_PER_SHARD, "Approximate number of events per shard.", minimum=1)
     shard_format: Literal["parquet", "webdataset", "both"] = option("parquet", "File format of the shards.")
 
 
@@ -46,11 +44,9 @@ class BuildOptions(ShardOptions):
         return {
             "format": source.name,
             **source.options,
-            "split_fractions": list(self.split_rule.split_fractions),
-            "split_seed": self.split_rule.split_seed,
+            **vars(self.split_rule),
             **self.rules.options,
+            **{name: getattr(self, name) for name in ("events_per_shard", "shard_format")},
             "pseudonym_key": self.pseudonyms and self.pseudonyms.fingerprint,
             "like": self.reference and self.reference.manifest.fingerprint,
-            "events_per_shard": self.events_per_shard,
-            "shard_format": self.shard_format,
         }

@@ -110,9 +110,8 @@ def _lock(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{work.parent}: another preprocess.py is writing here; wait for it, or name another --output"
-            ) from None
+            problem = f"{work.parent}: another preprocess.py is writing here"
+            raise UserError(f"{problem}; wait for it, or name another --output") from None
         yield
 
 
@@ -129,17 +128,14 @@ def _load_manifest(output: Path) -> Manifest | None:
 def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
     """Raise UserError unless the data set has that fingerprint and is complete."""
     if manifest.fingerprint != fingerprint:
-        raise UserError(
-            f"{output}: holds a data set of other input or options; give --overwrite to replace it, "
-            "or name another --output"
-        )
+        problem = f"{output}: holds a data set of other input or options"
+        raise UserError(f"{problem}; give --overwrite to replace it, or name another --output")
     bad = [entry.path for entry in manifest.shards() if _size(output / entry.path) != entry.num_bytes]
-    for name, sha256 in manifest.files.items():
-        if _size(output / name) is None or file_sha256(output / name) != sha256:
-            bad.append(name)
+    files = ((name, output / name, sha256) for name, sha256 in manifest.files.items())
+    bad += [name for name, path, sha256 in files if _size(path) is None or file_sha256(path) != sha256]
     if bad:
-        path = output / bad[0]
-        raise UserError(f"{path}: missing, or not as it was written; give --overwrite to make the data set again")
+        problem = f"{output / bad[0]}: missing, or not as it was written"
+        raise UserError(f"{problem}; give --overwrite to make the data set again")
 
 
 def _size(path: Path) -> int | None:
@@ -186,9 +182,8 @@ def _refuse_collisions(work: Path, output: Path) -> None:
     existing = set(_list_files(output)) if (output / MANIFEST_FILE).exists() else set()
     for name in set(_list_files(work / "data")) - existing:
         if (output / name).exists():
-            raise UserError(
-                f"{output / name}: not made by preprocess.py, and in the way; move it, or name another --output"
-            )
+            problem = f"{output / name}: not made by preprocess.py, and in the way"
+            raise UserError(f"{problem}; move it, or name another --output")
 
 
 def _publish(work: Path, output: Path) -> None:

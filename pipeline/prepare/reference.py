@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import pyarrow as pa
 
@@ -20,17 +20,14 @@ from pipeline.storage.files import sync
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
 
+WHY: Final = "e.g. to evaluate a trained model on new patients"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions(Section):
     """A data set that new patients are compared with."""
 
-    like: str | None = option(
-        None,
-        "Prepare the input with the vocabulary, statistics and rules of an existing data directory (path or URL), "
-        "e.g. to evaluate a trained model on new patients.",
-        metavar="DATA",
-    )
+    like: str | None = option(None, f"Use vocabulary, statistics and rules of a data directory (path or URL), {WHY}.")
     like_split: Literal["train", "valid", "test"] = option("test", "Split of all patients, with --like.")
 
 
@@ -77,15 +74,12 @@ class ReferenceDataSet:
             return source
         saved: dict[str, Any] = {name: self.manifest.options[name] for name in source.event_options}
         self._refuse_others({name: source.options[name] for name in saved}, explicit)
-        changes: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
-        }
-        return replace(source, **changes)
+        return replace(source, **{name: _to_tuple(value) for name, value in saved.items()})
 
     def _refuse_others(self, options: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
         for name in options.keys() & explicit.keys():
             saved, wanted = self.manifest.options[name], options[name]
-            if (list(wanted) if isinstance(wanted, tuple) else wanted) != saved:
+            if wanted != _to_tuple(saved):
                 raise UserError(f"--{name}: {self.folder} was prepared with {saved!r}; leave it out, --like gives it")
 
     def copy_embeddings(self, target: Path) -> None:
@@ -94,3 +88,8 @@ class ReferenceDataSet:
             with checked_file(self.folder, self.manifest, EMBEDDINGS_FILE) as embeddings:
                 shutil.copyfile(embeddings, target)
             sync(target)
+
+
+def _to_tuple(value: Any) -> Any:
+    """Return the value of an option as it was before JSON made a list of a tuple."""
+    return tuple(value) if isinstance(value, list) else value

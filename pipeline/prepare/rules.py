@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
+import numpy as np
 import polars as pl
 
 from pipeline.options import Section, option
 from pipeline.prepare.moments import Moments
-from pipeline.prepare.sources.reading import FILE, ROW
+from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW
 from pipeline.prepare.sources.side_files import read_keyed_frame
-from pipeline.schema import MINUTE, MOST, PATIENT_ID, VALUE, VARIABLE, UserError
+from pipeline.schema import MOST, VALUE, VARIABLE, UserError
 
 Aggregate: TypeAlias = Literal["none", "mean", "last"]
 Action: TypeAlias = Literal["clip", "reject"]
@@ -32,6 +33,15 @@ class Range:
     low: float
     high: float
     action: Action
+
+    def to_list(self) -> list[Any]:
+        """Return low, high and action as JSON can hold them: null = no limit."""
+        return [*(None if math.isinf(limit) else limit for limit in (self.low, self.high)), self.action]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any]) -> Self:
+        low, high, action = values
+        return cls(low=-math.inf if low is None else low, high=math.inf if high is None else high, action=action)
 
 
 def read_ranges(path: str | Path) -> dict[str, Range]:
@@ -52,10 +62,8 @@ def read_ranges(path: str | Path) -> dict[str, Range]:
             low = high = math.nan
         action = row.get("action") or "reject"
         if not (low <= high and low <= MOST and high >= -MOST) or action not in ACTIONS:
-            raise UserError(
-                f"{path}: the row of {row[VARIABLE]!r} is no range; low and high are float32 numbers or empty, "
-                f"low is not above high, action is {' or '.join(ACTIONS)}"
-            )
+            rules = "low and high are float32 numbers or empty, low is not above high, action is clip or reject"
+            raise UserError(f"{path}: the row of {row[VARIABLE]!r} is no range; {rules}")
         ranges[row[VARIABLE]] = Range(low=low, high=high, action=action)
     return ranges
 
@@ -64,15 +72,8 @@ def read_ranges(path: str | Path) -> dict[str, Range]:
 class Rules(Section):
     """Rules for events, in the order in which they hold; with --like those of that data set hold."""
 
-    ranges: Mapping[str, Range] = option(
-        dict,
-        "CSV file of possible values: variable, low, high and perhaps action (reject or clip).",
-        metavar="FILE",
-        parse=read_ranges,
-    )
-    outlier_std: float | None = option(
-        None, "Values more than K standard deviations from the mean of train are outliers.", metavar="K", above=0
-    )
+    ranges: Mapping[str, Range] = option(dict, "CSV file of variable, low, high and perhaps action.", parse=read_ranges)
+    outlier_std: float | None = option(None, "Distance of outliers from the mean, in standard deviations.", above=0)
     outlier_action: Action = option("reject", "What is done with an outlier; needs --outlier_std.")
     aggregate: Aggregate = option("none", "Merge events of one variable in one set to their mean or to the last.")
     min_events: int = option(1, "Patients with fewer events are left out.", minimum=1)
@@ -81,19 +82,12 @@ class Rules(Section):
     @property
     def options(self) -> dict[str, Any]:
         """Return the rules as the manifest holds them."""
-        ranges = {
-            name: [None if math.isinf(limit) else limit for limit in (allowed.low, allowed.high)] + [allowed.action]
-            for name, allowed in sorted(self.ranges.items())
-        }
-        return {rule.name: getattr(self, rule.name) for rule in fields(self)} | {"ranges": ranges}
+        return vars(self) | {"ranges": {name: self.ranges[name].to_list() for name in sorted(self.ranges)}}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Return the rules that a manifest's options hold among others."""
-        ranges = {
-            name: Range(low=-math.inf if low is None else low, high=math.inf if high is None else high, action=action)
-            for name, (low, high, action) in options["ranges"].items()
-        }
+        ranges = {name: Range.from_list(values) for name, values in options["ranges"].items()}
         return cls(**{rule.name: options[rule.name] for rule in fields(cls)} | {"ranges": ranges})
 
 
@@ -102,11 +96,9 @@ def compute_outlier_limits(train: Moments, rules: Rules) -> dict[str, tuple[floa
     if rules.outlier_std is None:
         return {}
     distance = rules.outlier_std * train.std
-    bounds = zip(train.variables, (train.mean - distance).tolist(), (train.mean + distance).tolist(), strict=True)
-    frequent = train.count >= rules.min_count
-    return {
-        name: (low, high) for (name, low, high), known in zip(bounds, frequent, strict=True) if known and low < high
-    }
+    low, high = train.mean - distance, train.mean + distance
+    known = np.flatnonzero((train.count >= rules.min_count) & (low < high))
+    return {train.variables[number]: (float(low[number]), float(high[number])) for number in known}
 
 
 def apply_ranges(kept: pl.DataFrame, ranges: Mapping[str, Range]) -> tuple[pl.DataFrame, pl.DataFrame, int]:
@@ -117,22 +109,15 @@ def apply_ranges(kept: pl.DataFrame, ranges: Mapping[str, Range]) -> tuple[pl.Da
     """
     variables = kept.schema[VARIABLE]
     assert isinstance(variables, pl.Enum)
-    known = pl.DataFrame(
-        [
-            (name, ranges[name].low, ranges[name].high, ranges[name].action == "clip")
-            for name in variables.categories
-            if name in ranges
-        ],
-        schema={VARIABLE: variables, "low": pl.Float32, "high": pl.Float32, "clips": pl.Boolean},
-        orient="row",
-    )
+    found = [(name, ranges[name]) for name in variables.categories if name in ranges]
+    limits = [(name, allowed.low, allowed.high, allowed.action == "clip") for name, allowed in found]
+    schema: dict[str, Any] = {VARIABLE: variables, "low": pl.Float32, "high": pl.Float32, "clips": pl.Boolean}
+    known = pl.DataFrame(limits, schema=schema, orient="row")
     rows = kept.join(known, on=VARIABLE, how="left", maintain_order="left")
     value = pl.col(VALUE)
     outside = ((value < pl.col("low")) | (value > pl.col("high"))).fill_null(False)
     rows = rows.with_columns(outside=outside & ~pl.col("clips"), clipped=outside & pl.col("clips"))
-    rejected = rows.filter("outside").select(
-        pl.lit("out_of_range").alias("reason"), FILE, ROW, pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
-    )
+    rejected = rows.filter("outside").select(pl.lit("out_of_range").alias("reason"), FILE, ROW, AS_TEXT)
     within = pl.when("clipped").then(value.clip("low", "high")).otherwise(value).alias(VALUE)
     remaining = rows.filter(~pl.col("outside")).with_columns(within).select(kept.columns)
     return remaining, rejected, int(rows["clipped"].sum())

@@ -74,10 +74,7 @@ class SortedPartition:
 
 def measure_partition(partition: Partition) -> Moments:
     """Return the moments of the train split without duplicates, from which outlier limits are computed."""
-    rows, patients, events = partition.read()
-    in_train = _is_train(patients)[events.kept["patient"].to_numpy()]
-    variable, value = (events.kept[name].to_numpy()[in_train] for name in ("variable", "value"))
-    return Moments.measure(rows.variables, variable, value)
+    return _measure_train(*partition.read())
 
 
 def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> SortedPartition:
@@ -93,19 +90,16 @@ def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> Sorted
         events.aggregate(rules.aggregate)
     if rules.min_events > 1:
         events.drop_short(rules.min_events)
-    rejects_path = partition.work / "late_rejects" / f"{partition.number:05d}.parquet"
-    write_parquet(rejects_path, REJECTS_SCHEMA, [_tabulate_rejects(rows, events.rejected)])
+    name = f"{partition.number:05d}"
+    rejects = _tabulate_rejects(rows, events.rejected)
+    write_parquet(partition.work / "late_rejects" / f"{name}.parquet", REJECTS_SCHEMA, [rejects])
     table, present = _tabulate_patients(patients, events.kept)
-    metadata = {"variables": json.dumps(rows.variables)}
-    write_table(partition.work / "sorted" / f"{partition.number:05d}.arrow", table.replace_schema_metadata(metadata))
-    patient, variable, value = (events.kept[name].to_numpy() for name in ("patient", "variable", "value"))
-    in_train = _is_train(patients)[patient]
-    absent = np.ones(patients.height, dtype=np.bool_)
-    absent[present] = False
+    table = table.replace_schema_metadata({"variables": json.dumps(rows.variables)})
+    write_table(partition.work / "sorted" / f"{name}.arrow", table)
     return SortedPartition(
-        train=Moments.measure(rows.variables, variable[in_train], value[in_train]),
-        num_events=len(patient),
-        without_events=patients[PATIENT_ID].filter(pl.Series(absent)).to_list(),
+        train=_measure_train(rows, patients, events),
+        num_events=events.kept.height,
+        without_events=np.delete(patients[PATIENT_ID].to_numpy(), present).tolist(),
         num_labels=int(patients["in_labels"].sum()),
         num_split_by_hash=int(patients["by_hash"].sum()),
         num_clipped=events.num_clipped,
@@ -126,8 +120,7 @@ def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa
     num_events = np.bincount(patient, minlength=patients.height)[present]
     table = pa.table(
         {
-            "patient_id": patients[PATIENT_ID].gather(present).to_arrow().cast(pa.string()),
-            "label": patients[LABEL].gather(present).to_arrow(),
+            **{name: patients[name].gather(present).to_arrow() for name in (PATIENT_ID, LABEL)},
             "num_events": num_events.astype(np.int32),
             "num_sets": num_sets.astype(np.int32),
             "minute": to_lists(num_sets, np.where(np.isneginf(set_minute), np.nan, set_minute)),
@@ -142,8 +135,10 @@ def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa
     return table.take(np.lexsort((present, num_sets, num_events))), present
 
 
-def _is_train(patients: pl.DataFrame) -> npt.NDArray[np.bool_]:
-    return (patients[SPLIT] == SPLITS.index("train")).to_numpy()
+def _measure_train(rows: PartitionRows, patients: pl.DataFrame, events: EventFilter) -> Moments:
+    in_train = (patients[SPLIT] == SPLITS.index("train")).to_numpy()[events.kept["patient"].to_numpy()]
+    variable, value = (events.kept[name].to_numpy()[in_train] for name in ("variable", "value"))
+    return Moments.measure(rows.variables, variable, value)
 
 
 def _sort_events(rows: PartitionRows, origin: Origin) -> EventFilter:
@@ -225,11 +220,9 @@ def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule)
     frame = pl.from_arrow(known.drop_columns("hash"))
     assert isinstance(frame, pl.DataFrame)
     patients = pl.DataFrame({PATIENT_ID: pl.Series(patient_ids, dtype=pl.String)})
-    return patients.join(frame, on=PATIENT_ID, how="left", maintain_order="left").with_columns(
-        pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(patient_ids))),
-        pl.col("in_labels").fill_null(False),
-        pl.col("by_hash").fill_null(True),
-    )
+    patients = patients.join(frame, on=PATIENT_ID, how="left", maintain_order="left")
+    split = pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(patient_ids)))
+    return patients.with_columns(split, pl.col("in_labels").fill_null(False), pl.col("by_hash").fill_null(True))
 
 
 def _reduce(function: np.ufunc, values: npt.NDArray[Any], starts: Ints) -> npt.NDArray[Any]:

@@ -38,7 +38,7 @@ BATCH_ROWS: Final = 1 << 14
 DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class SpilledPiece:
     """Counts of a spilled piece.
 
@@ -79,14 +79,10 @@ def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions
         names = pl.Series(files, dtype=pl.String).gather(rejected["file"]).alias("file")
         table = rejected.with_columns(names).select(REJECTS_SCHEMA.names).to_arrow().cast(REJECTS_SCHEMA)
         write_parquet(work / "rejects" / f"{number:05d}.parquet", REJECTS_SCHEMA, [table])
-    return SpilledPiece(
-        num_rows=raw.rows.height,
-        num_source_rows=raw.rows.height if raw.num_source_rows is None else raw.num_source_rows,
-        num_kept=kept.height,
-        num_clipped=num_clipped,
-        rejects=dict(rejected["reason"].value_counts().iter_rows()),
-        columns={name: str(dtype) for name, dtype in kept.drop(PATIENT_ID, VARIABLE).schema.items()},
-    )
+    num_source_rows = raw.rows.height if raw.num_source_rows is None else raw.num_source_rows
+    rejects = dict(rejected["reason"].value_counts().iter_rows())
+    columns = {name: str(dtype) for name, dtype in kept.drop(PATIENT_ID, VARIABLE).schema.items()}
+    return SpilledPiece(raw.rows.height, num_source_rows, kept.height, num_clipped, rejects, columns)
 
 
 def write_spill(
@@ -115,20 +111,19 @@ def write_spill(
     if not minute.dtype.is_float():
         minute = minute.fill_null(STATIC_INSTANT)
     variables = kept[VARIABLE].unique().cast(pl.String).to_list()
-    columns = {
-        MINUTE: pa.array(minute.to_numpy()[order]),
+    columns: dict[str, pa.Array] = {
+        MINUTE: minute.to_arrow().take(order),
         VARIABLE: _to_dictionary(_find_positions(kept[VARIABLE], variables)[order], variables),
         VALUE: kept[VALUE].to_arrow().take(order),
         FILE: _to_dictionary(kept[FILE].to_numpy()[order].astype(np.int32), files),
-        ROW: pa.array(kept[ROW].to_numpy()[order]),
+        **{name: kept[name].to_arrow().take(order) for name in (ROW, SET_INDEX) if name in kept.columns},
     }
-    if SET_INDEX in kept.columns:
-        columns[SET_INDEX] = pa.array(kept[SET_INDEX].to_numpy()[order])
     write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
+    counts = np.bincount(patient, minlength=len(patient_ids)).astype(np.int64)
     named = {
         PATIENT_ID: pa.array(patient_ids, pa.string()).take(by_hash),
         "hash": hashes[by_hash],
-        "num_events": np.bincount(patient, minlength=len(patient_ids)).astype(np.int64),
+        "num_events": counts,
     }
     write_table(folder / f"{number:05d}.patients.arrow", pa.table(named))
 

@@ -15,6 +15,8 @@ from pipeline.options import Section, option
 from pipeline.schema import SPLITS, UserError
 
 HASH_BITS: Final = 63
+MAX_SEED: Final = 2**63 - 1
+FRACTIONS: Final = (0.64, 0.16, 0.20)
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
@@ -39,14 +41,9 @@ class SplitRule(Section):
     """
 
     split_fractions: tuple[float, ...] = option(
-        (0.64, 0.16, 0.20),
-        f"Fractions of patients in {', '.join(SPLITS)}; they sum to 1.",
-        metavar="F,F,F",
-        parse=parse_fractions,
+        FRACTIONS, "Fractions of patients in train,valid,test.", parse=parse_fractions
     )
-    split_seed: int = option(
-        0, "Random seed of the split; another seed gives another split.", minimum=-(1 << 63), maximum=(1 << 63) - 1
-    )
+    split_seed: int = option(0, "Random seed of the split.", minimum=-MAX_SEED - 1, maximum=MAX_SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,10 +57,8 @@ class SplitRule(Section):
     def hash_patients(self, patient_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """Return two independent hashes of each patient, of ``HASH_BITS`` bits: one to partition, one to split by."""
         key = self.split_seed.to_bytes(8, "little", signed=True)
-        digests = b"".join(
-            hashlib.blake2b(patient_id.encode(), digest_size=16, key=key).digest() for patient_id in patient_ids
-        )
-        pairs = np.frombuffer(digests, dtype="<u8").reshape(-1, 2) >> np.uint64(64 - HASH_BITS)
+        digests = [hashlib.blake2b(name.encode(), digest_size=16, key=key).digest() for name in patient_ids]
+        pairs = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2) >> np.uint64(64 - HASH_BITS)
         return pairs[:, 0], pairs[:, 1]
 
     def assign_splits(self, patient_ids: Sequence[str]) -> npt.NDArray[np.int8]:

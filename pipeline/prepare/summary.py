@@ -42,7 +42,7 @@ MAX_NAMED_VARIABLES: Final = 100
 """Maximum number of unknown variables that the summary names, the most frequent first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Results:
     """The results of all stages.
 
@@ -69,12 +69,9 @@ class Results:
     def join_tables(self, work: Path) -> dict[str, Any]:
         """Write index, vocabulary and rejects to ``data``; return counts of what is in the shards."""
         data = work / "data"
+        written = list(enumerate(self.written))
         indexes = {
-            split: [
-                work / "index" / f"{split}-{number:05d}.arrow"
-                for number, part in enumerate(self.written)
-                if split in part.shards
-            ]
+            split: [work / "index" / f"{split}-{number:05d}.arrow" for number, part in written if split in part.shards]
             for split in SPLITS
         }
         write_parquet(data / INDEX_FILE, INDEX_SCHEMA, map(read_table, chain.from_iterable(indexes.values())))
@@ -85,13 +82,9 @@ class Results:
         for split in SPLITS:
             entries = [part.shards[split][0] for part in self.written if split in part.shards]
             labels = [read_table(path)["label"] for path in indexes[split]]
-            counts[split] = {
-                "patients": sum(entry.num_patients for entry in entries),
-                "sets": sum(entry.num_sets for entry in entries),
-                "events": sum(entry.num_events for entry in entries),
-                "labelled": sum(len(label) - label.null_count for label in labels),
-                "positive": sum(pc.sum(label, min_count=0).as_py() for label in labels),
-            }
+            counts[split] = {name: _sum(entries, f"num_{name}") for name in ("patients", "sets", "events")}
+            counts[split]["labelled"] = sum(len(label) - label.null_count for label in labels)
+            counts[split]["positive"] = sum(pc.sum(label, min_count=0).as_py() for label in labels)
         totals = {name: sum(counts[split][name] for split in SPLITS) for name in counts["train"]}
         return {
             "patients": totals["patients"],
@@ -104,30 +97,26 @@ class Results:
 
     def summarise(self, counts: Mapping[str, Any], options: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Return the summary, of the counts of :meth:`join_tables` and the options of the manifest."""
-        events_in = sum(piece.num_rows for piece in self.spilled)
+        events_in = _sum(self.spilled, "num_rows")
         rejected = [*(piece.rejects for piece in self.spilled), *(part.rejects for part in self.parts)]
         rejects = sum(map(Counter, rejected), Counter[str]())
         assert events_in == counts["events_written"] + rejects.total(), "every row is written or rejected"
         unknown = sum((Counter(part.unknown) for part in self.written), Counter[str]())
         without_events = sorted(patient for part in self.parts for patient in part.without_events)
         variables = self.vocabulary["variable"].to_pylist()
-        by_hash = 0 if options["like"] else sum(part.num_split_by_hash for part in self.parts)
         return {
             **counts,
-            "source_rows": sum(piece.num_source_rows for piece in self.spilled),
+            "source_rows": _sum(self.spilled, "num_source_rows"),
             "events_in": events_in,
             "rejects": dict(sorted(rejects.items())),
-            "clipped": {
-                "out_of_range": sum(piece.num_clipped for piece in self.spilled),
-                "outlier": sum(part.num_clipped for part in self.parts),
-            },
+            "clipped": {"out_of_range": _sum(self.spilled, "num_clipped"), "outlier": _sum(self.parts, "num_clipped")},
             "ranges_of_unknown_variables": sorted(options["ranges"].keys() - set(variables)),
             "unknown_variable_events": unknown.total(),
             "unknown_variables": dict(unknown.most_common(MAX_NAMED_VARIABLES)),
             "patients_without_events": len(without_events),
             "patients_without_events_first": without_events[:MAX_NAMED_PATIENTS],
-            "patients_split_by_hash": by_hash,
-            "labels_without_patient": self.num_labels - sum(part.num_labels for part in self.parts),
+            "patients_split_by_hash": 0 if options["like"] else _sum(self.parts, "num_split_by_hash"),
+            "labels_without_patient": self.num_labels - _sum(self.parts, "num_labels"),
             "variables": len(variables) - FIRST_CODE,
             "variables_with_given_statistics": sum(name in self.statistics for name in variables),
             "format": options["format"],
@@ -143,16 +132,21 @@ class Results:
             {split: [part.shards[split][number] for part in self.written if split in part.shards] for split in SPLITS}
             for number in range(len(SHARD_SUFFIXES[options["shard_format"]]))
         )
+        files = {name: file_sha256(data / name) for name in READ_BY_TRAINING if (data / name).exists()}
         Manifest(
             splits=splits,
             tars=tars[0] if tars else {},
-            files={name: file_sha256(data / name) for name in READ_BY_TRAINING if (data / name).exists()},
+            files=files,
             vocabulary_fingerprint=vocabulary_fingerprint(self.vocabulary),
             num_codes=self.vocabulary.num_rows,
             embedding_dim=self.embedding_dim,
             options=options,
             fingerprint=fingerprint,
         ).save(data)
+
+
+def _sum(results: Sequence[object], name: str) -> int:
+    return sum(getattr(result, name) for result in results)
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:

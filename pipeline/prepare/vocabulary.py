@@ -12,15 +12,15 @@ import pyarrow as pa
 from pipeline.dataset.schemas import VOCABULARY_SCHEMA
 from pipeline.prepare.clean import RESERVED_VARIABLES
 from pipeline.prepare.moments import Moments
+from pipeline.prepare.rules import Limits
 from pipeline.schema import FIRST_CODE
 
 
 def make_vocabulary(
     train: Moments,
     statistics: Mapping[str, tuple[float, float]],
-    *,
     min_count: int = 1,
-    limits: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    limits: Limits = MappingProxyType({}),
     descriptions: Mapping[str, str] = MappingProxyType({}),
 ) -> pa.Table:
     """Return the vocabulary: padding, unknown, then the train split's variables in the order of their names.

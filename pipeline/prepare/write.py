@@ -21,7 +21,7 @@ from pipeline.prepare.sort import Ints, to_lists
 from pipeline.schema import MOST, SPLITS, UNKNOWN_CODE
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class WrittenPartition:
     """The written shards of a partition.
 
@@ -56,16 +56,11 @@ def write_partition(work: Path, partition: int, vocabulary: pa.Table, suffixes: 
         shard = _encode(rows, codes, vocabulary)
         paths = [f"{split}/{partition:05d}{suffix}" for suffix in suffixes]
         shards[split] = [write_shard(shard, work / "data", path) for path in paths]
-        rows = rows.append_column("split", pa.repeat(split, rows.num_rows))
-        rows = rows.append_column("shard", pa.repeat(paths[0], rows.num_rows))
-        rows = rows.append_column("position", pa.array(np.arange(rows.num_rows)))
-        index = rows.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        place = {"split": pa.repeat(split, rows.num_rows), "shard": pa.repeat(paths[0], rows.num_rows)}
+        columns = dict(zip(rows.column_names, rows.columns, strict=True)) | place
+        index = pa.table(columns | {"position": np.arange(rows.num_rows)}).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
         write_table(work / "index" / f"{split}-{partition:05d}.arrow", index)
-    return WrittenPartition(
-        shards=shards,
-        num_events=sum(entries[0].num_events for entries in shards.values()),
-        unknown=dict(unknown),
-    )
+    return WrittenPartition(shards, sum(entries[0].num_events for entries in shards.values()), dict(unknown))
 
 
 def _encode(rows: pa.Table, codes: Ints, vocabulary: pa.Table) -> pa.Table:

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from pipeline.prepare.sources.meds import Meds, is_meds
 from pipeline.prepare.sources.patient_files import PatientFiles
@@ -16,9 +16,9 @@ from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.prepare.sources.table import Table, is_table
 from pipeline.schema import SPLITS, UserError
 
-FORMATS: Final[Mapping[str, type[Source]]] = {
-    format_.name: format_ for format_ in (PhysioNet2012, Meds, PatientFiles, Table, Synthetic)
-}
+Format: TypeAlias = Literal["auto", "physionet2012", "meds", "patient_files", "table", "synthetic"]
+_SOURCES: Final[tuple[type[Source], ...]] = (PhysioNet2012, Meds, PatientFiles, Table, Synthetic)
+FORMATS: Final = {source.name: source for source in _SOURCES}
 
 
 def detect_format(path: Path) -> str:

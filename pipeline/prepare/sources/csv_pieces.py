@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from pipeline.prepare.sources.reading import PIECE_BYTES, Piece, unreadable
+from pipeline.prepare.sources.reading import PIECE_BYTES, Piece, reading
 
 BLOCK_BYTES: Final = 1 << 22
 
@@ -24,18 +24,15 @@ def cut_csv(path: Path, name: str) -> list[Piece]:
     pieces: list[Piece] = []
     position = start = num_quotes = num_rows = 0
     first_row = 1
-    try:
-        with path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                num_ends, end = _find_row_ends(block, inside=num_quotes % 2 == 1)
-                num_quotes += block.count(b'"')
-                num_rows += num_ends
-                if end and position + end - start >= PIECE_BYTES:
-                    pieces.append(Piece(files=(name,), start=start, stop=position + end, first_row=first_row))
-                    start, first_row = position + end, num_rows  # with the header, and rows count from 1
-                position += len(block)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with reading(path), path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            num_ends, end = _find_row_ends(block, inside=num_quotes % 2 == 1)
+            num_quotes += block.count(b'"')
+            num_rows += num_ends
+            if end and position + end - start >= PIECE_BYTES:
+                pieces.append(Piece(files=(name,), start=start, stop=position + end, first_row=first_row))
+                start, first_row = position + end, num_rows  # with the header, and rows count from 1
+            position += len(block)
     if start < position:
         pieces.append(Piece(files=(name,), start=start, stop=position, first_row=first_row))
     return pieces

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -38,6 +39,7 @@ BIRTH: Final = r"^MEDS_BIRTH(//|$)"
 EXCLUDE_CODES: Final = (r"^MEDS_DEATH(//|$)", r"(?i)(^|[/_ ])(death|died|deceased|discharge)([/_ ]|$)")
 """Codes that give an outcome away, or stand for the end of what is to be predicted."""
 
+SplitMap: TypeAlias = tuple[tuple[str, str], ...]
 SPLIT_MAP: Final = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
 
 
@@ -50,7 +52,7 @@ def is_meds(path: Path) -> bool:
         return False
 
 
-def parse_split_map(text: str) -> tuple[tuple[str, str], ...]:
+def parse_split_map(text: str) -> SplitMap:
     """Return the pairs of ``NAME=SPLIT,…``; raise ValueError where it is none."""
     pairs = tuple((name, split) for name, _, split in (part.rpartition("=") for part in text.split(",")))
     if len({name for name, _ in pairs}) < len(pairs) or not {split for _, split in pairs} <= set(SPLITS):
@@ -63,15 +65,9 @@ class MedsOptions(Section):
     """Options of --format meds."""
 
     labelled_only: bool = option(False, "Leave out subjects without a sample in --labels.")
-    origin_code: str | None = option(
-        None, "Code from which minutes count; without it, from the first event that is not birth.", metavar="CODE"
-    )
-    exclude_codes: tuple[str, ...] = option(
-        EXCLUDE_CODES, "Regular expressions of codes to reject, or none to keep all codes.", metavar="REGEX"
-    )
-    split_map: tuple[tuple[str, str], ...] = option(
-        SPLIT_MAP, "Splits by their names in subject_splits.parquet.", metavar="NAME=SPLIT,…", parse=parse_split_map
-    )
+    origin_code: str | None = option(None, "Code from which minutes count, instead of the first event but birth.")
+    exclude_codes: tuple[str, ...] = option(EXCLUDE_CODES, "Regular expressions of codes to reject, or none.")
+    split_map: SplitMap = option(SPLIT_MAP, "NAME=SPLIT,… for names in subject_splits.parquet.", parse=parse_split_map)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,20 +135,16 @@ class Meds(Source, MedsOptions):
         """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
         path = self.path / piece.files[number]
         columns = read_parquet_columns(path)
-        wanted = [pick_column(path, columns, name, (), "MEDS's names") for name in COLUMNS]
-        wanted += [NUMERIC_VALUE] * (NUMERIC_VALUE in columns)
+        _need_columns(path, columns, *COLUMNS)
+        wanted = [*COLUMNS, *([NUMERIC_VALUE] if NUMERIC_VALUE in columns else [])]
         frame, first = read_parquet(path, piece, wanted, name_columns=("code",))
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
-        value = frame.get_column(NUMERIC_VALUE, default=no_value)
-        code = frame["code"]
+        code, value = frame["code"], frame.get_column(NUMERIC_VALUE, default=no_value)
         is_encoded = isinstance(code.dtype, pl.Enum)
-        series = {
-            SUBJECT: _to_subjects(path, frame),
-            MINUTE: _to_instants(path, frame["time"]).rename(MINUTE),
-            VARIABLE: code if is_encoded else names.encode(to_plain_column(path, "code", code)),
-            VALUE: _checked(path, value, value.dtype.is_numeric() or value.dtype == pl.Null).rename(VALUE),
-        }
-        return number_rows(series, file=number, first=first)
+        value = _check_type(path, value, value.dtype.is_numeric() or value.dtype == pl.Null)
+        variable = code if is_encoded else names.encode(to_plain_column(path, "code", code))
+        series = (_to_subjects(path, frame), _to_instants(path, frame["time"]), variable, value)
+        return number_rows(dict(zip((SUBJECT, MINUTE, VARIABLE, VALUE), series, strict=True)), file=number, first=first)
 
     def _is_excluded(self, codes: pl.Series) -> pl.Series:
         """Return [N] bool, whether an expression of ``exclude_codes`` is found in a code."""
@@ -169,16 +161,16 @@ class Meds(Source, MedsOptions):
         files = sorted(labels.rglob("*.parquet")) if labels.is_dir() else [labels]
         if not files:
             raise UserError(f"{labels}: no **/*.parquet here; name the label file, or the folder of a task")
-        samples = pl.concat(self._read_sample_file(path) for path in files).with_columns(
-            pl.format("{}@{}", SUBJECT, pl.col(PREDICTION_TIME).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")).alias(PATIENT_ID)
-        )
+        time = pl.col(PREDICTION_TIME).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")
+        samples = pl.concat(self._read_sample_file(path) for path in files)
+        samples = samples.with_columns(pl.format("{}@{}", SUBJECT, time).alias(PATIENT_ID))
         merged = merge_labels(labels, samples[PATIENT_ID], samples[LABEL])
         return samples.drop(LABEL).unique().join(merged, on=PATIENT_ID).sort(SUBJECT, PREDICTION_TIME)
 
     def _read_sample_file(self, path: Path) -> pl.DataFrame:
         frame = read_frame(path)
+        _need_columns(path, frame.columns, SUBJECT_ID, PREDICTION_TIME)
         for name in (SUBJECT_ID, PREDICTION_TIME):
-            pick_column(path, frame.columns, name, (), "MEDS's names")
             if frame[name].null_count():
                 row = frame[name].is_null().arg_true()[0] + 1
                 raise UserError(f"{path}: row {row} has no {name}; give one, or leave the row out")
@@ -198,15 +190,13 @@ class Meds(Source, MedsOptions):
         if path is None:
             return None
         frame = read_frame(path)
-        for name in (SUBJECT_ID, SPLIT):
-            pick_column(path, frame.columns, name, (), "MEDS's names")
+        _need_columns(path, frame.columns, SUBJECT_ID, SPLIT)
         known = dict(self.split_map)
         unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
         if len(unknown):
-            raise UserError(
-                f"{path}: row {unknown[0] + 1} has split {frame[SPLIT][unknown[0]]!r}, not one of "
-                f"{', '.join(known)}; say which is which: --split_map NAME=train,OTHER=test"
-            )
+            where, name = f"{path}: row {unknown[0] + 1}", frame[SPLIT][unknown[0]]
+            advice = "say which is which: --split_map NAME=train,OTHER=test"
+            raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
         subjects = _to_subjects(path, frame)
         splits = frame[SPLIT].replace_strict(known)
         patients = {split: subjects.filter(splits == split).cast(pl.String).to_list() for split in SPLITS}
@@ -223,7 +213,7 @@ class Meds(Source, MedsOptions):
         if path is None:
             return {}
         frame = read_frame(path)
-        pick_column(path, frame.columns, "code", (), "MEDS's names")
+        _need_columns(path, frame.columns, "code")
         if "description" not in frame.columns:
             return {}
         text = frame.select(pl.col("code", "description").cast(pl.String).str.strip_chars()).drop_nulls()
@@ -231,16 +221,21 @@ class Meds(Source, MedsOptions):
         return dict(text.group_by("code").agg(pl.col("description").str.join("; ")).iter_rows())
 
 
+def _need_columns(path: Path, columns: Iterable[str], *names_: str) -> None:
+    for name in names_:
+        pick_column(path, columns, name, (), "MEDS's names")
+
+
 def _to_subjects(path: Path, frame: pl.DataFrame) -> pl.Series:
     column = frame[SUBJECT_ID]
-    return _checked(path, column, column.dtype.is_integer()).cast(pl.Int64).rename(SUBJECT)
+    return _check_type(path, column, column.dtype.is_integer()).cast(pl.Int64).rename(SUBJECT)
 
 
 def _to_instants(path: Path, column: pl.Series) -> pl.Series:
-    return to_utc(_checked(path, column, isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null)))
+    return to_utc(_check_type(path, column, isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null)))
 
 
-def _checked(path: Path, column: pl.Series, fits: bool) -> pl.Series:
+def _check_type(path: Path, column: pl.Series, fits: bool) -> pl.Series:
     if not fits:
         raise UserError(f"{path}: column {column.name!r} holds {column.dtype}, which MEDS does not; mend the file")
     return column

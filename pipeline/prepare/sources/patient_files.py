@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 
 from pipeline.prepare.sources.reading import (
     FILE,
-    UNREADABLE,
     Piece,
     group_files,
     number_rows,
+    reading,
     to_frame,
     to_patient_ids,
     to_plain_column,
-    unreadable,
 )
 from pipeline.prepare.sources.source import RawRows, Source, check_splits
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE, VARIABLE, UserError
@@ -64,10 +63,8 @@ class PatientFiles(Source):
         frames = [self._read_file(name, number) for number, name in enumerate(piece.files)]
         for name, frame in zip(piece.files, frames, strict=True):
             if frame.columns != frames[0].columns:
-                raise UserError(
-                    f"{self.path / name}: column {SET_INDEX!r} is in some files only ({piece.files[0]} differs); "
-                    "give it in all files, or in none"
-                )
+                where = f"{self.path / name}: column {SET_INDEX!r} is in some files only ({piece.files[0]} differs)"
+                raise UserError(f"{where}; give it in all files, or in none")
         rows = pl.concat(frames, how="vertical_relaxed")
         rows = rows.with_columns(pl.Series(PATIENT_ID, patients, dtype=pl.String).gather(rows[FILE]))
         return RawRows(rows=rows, patients=tuple(patients))
@@ -75,16 +72,13 @@ class PatientFiles(Source):
     def _read_file(self, name: str, number: int) -> pl.DataFrame:
         path = self.path / name
         wanted = [MINUTE, VARIABLE, VALUE]
-        try:
-            with pq.ParquetFile(path) as file:  # a third of the time of pl.read_parquet on so small a file
-                names = file.schema_arrow.names
-                missing = [column for column in wanted if column not in names]
-                if missing:
-                    raise UserError(f"{path}: no column {missing[0]!r}; it needs {', '.join(wanted)}")
-                wanted += [SET_INDEX] * (SET_INDEX in names)
-                frame = to_frame(file.read(columns=wanted, use_threads=False))
-        except UNREADABLE as error:
-            raise unreadable(path, error) from None
+        with reading(path), pq.ParquetFile(path) as file:  # a third of the time of pl.read_parquet on so small a file
+            names = file.schema_arrow.names
+            missing = [column for column in wanted if column not in names]
+            if missing:
+                raise UserError(f"{path}: no column {missing[0]!r}; it needs {', '.join(wanted)}")
+            wanted += [SET_INDEX] * (SET_INDEX in names)
+            frame = to_frame(file.read(columns=wanted, use_threads=False))
         return number_rows({column: to_plain_column(path, column, frame[column]) for column in wanted}, file=number)
 
     def read_splits(self) -> pl.DataFrame | None:

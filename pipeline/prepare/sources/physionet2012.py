@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 import numpy as np
 import polars as pl
 
-from pipeline.prepare.sources.reading import FILE, ROW, Piece, group_files, unreadable
+from pipeline.prepare.sources.reading import FILE, ROW, Piece, group_files, reading
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
@@ -71,25 +71,15 @@ class PhysioNet2012(Source):
         patients = [name.removesuffix(".txt") for name in piece.files]
         # One parse of all files together is ten times as fast as one parse a file.  A row of three fields goes first,
         # and away again: Polars refuses a file whose first row has fewer.
-        rows = pl.read_csv(
-            b"".join([b",,\n", *bodies]),
-            has_header=False,
-            schema={MINUTE: pl.String, VARIABLE: pl.String, VALUE: pl.String},
-            quote_char=None,
-            truncate_ragged_lines=True,
-            raise_if_empty=False,
-        ).slice(1)
+        content, schema = b"".join([b",,\n", *bodies]), dict.fromkeys((MINUTE, VARIABLE, VALUE), pl.String)
+        rows = pl.read_csv(content, has_header=False, schema=schema, quote_char=None, truncate_ragged_lines=True)
+        rows = rows.slice(1)
         assert rows.height == sum(num_rows), "a row a line"
         file = np.repeat(np.arange(len(bodies), dtype=np.uint32), num_rows)
         first = np.cumsum([0, *num_rows[:-1]])
-        rows = rows.select(
-            pl.Series(FILE, file),
-            pl.Series(ROW, np.arange(1, rows.height + 1) - first[file]),
-            pl.Series(PATIENT_ID, patients).gather(file),
-            MINUTE,
-            VARIABLE,
-            VALUE,
-        )
+        row = pl.Series(ROW, np.arange(1, rows.height + 1) - first[file])
+        patient = pl.Series(PATIENT_ID, patients).gather(file)
+        rows = rows.select(pl.Series(FILE, file), row, patient, MINUTE, VARIABLE, VALUE)
         self._check_record_ids(rows)
         return RawRows(rows=rows, minute=CLOCK_MINUTE, rules=RULES, patients=tuple(patients))
 
@@ -103,11 +93,9 @@ class PhysioNet2012(Source):
 
 def _read_body(path: Path) -> bytes:
     """Return the data rows of a record, each ended by a line feed."""
-    try:
+    with reading(path):
         content = path.read_bytes()
         content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from None
     if b"\r" in content:
         content = content.replace(b"\r\n", b"\n")
     content = content.rstrip(b"\n") + b"\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,13 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.prepare import names
-from pipeline.schema import PATIENT_ID, UserError
+from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
 FILE: Final = "file"  # uint32, number of the file within its piece
 ROW: Final = "row"  # int64, data row of the file, from 1; header lines do not count
 LABEL: Final = "label"  # int8: 0, 1, or null = unlabelled
 SPLIT: Final = "split"  # string, one of SPLITS
 SUBJECT: Final = "subject"  # string, the person, where one person is several patients
+
+AS_TEXT: Final = pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
+"""The columns that rejects show as text."""
 
 MICROSECONDS: Final = 60e6
 """Microseconds of a minute."""
@@ -50,21 +54,23 @@ class Piece:
     first_row: int = 1
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Return the error that says why ``path`` cannot be read, in one line."""
-    return UserError(
-        f"{path}: cannot be read ({str(error).splitlines()[0]}); give a whole, valid file, or leave it out"
-    )
+@contextmanager
+def reading(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """Raise UserError, in one line, for what reading a damaged file raises, and for exceptions of type ``others``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (*UNREADABLE, *others) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read ({reason}); give a whole, valid file, or leave it out") from None
 
 
 def number_rows(columns: dict[str, pl.Series], *, file: int = 0, first: int = 1) -> pl.DataFrame:
     """Return the columns of one file with the columns ``file`` and ``row`` before them."""
     frame = pl.DataFrame(columns)
-    return frame.select(
-        pl.lit(file, dtype=pl.UInt32).alias(FILE),
-        pl.int_range(first, first + pl.len(), dtype=pl.Int64).alias(ROW),
-        *columns,
-    )
+    row = pl.int_range(first, first + pl.len(), dtype=pl.Int64).alias(ROW)
+    return frame.select(pl.lit(file, dtype=pl.UInt32).alias(FILE), row, *columns)
 
 
 def to_plain_column(path: Path, name: str, column: pl.Series, *, instants: bool = False) -> pl.Series:
@@ -93,8 +99,7 @@ def to_patient_ids(column: pl.Series) -> pl.Series:
     """Return patient ids as text; whole numbers lose their fraction: ``200001.0`` is patient 200001."""
     if column.dtype.is_float():
         whole = column.cast(pl.Int64, strict=False)
-        text_or_whole = pl.when(whole == column).then(whole.cast(pl.String)).otherwise(column.cast(pl.String))
-        column = pl.select(text_or_whole).to_series()
+        column = whole.cast(pl.String).zip_with((whole == column).fill_null(False), column.cast(pl.String))
     text = column.cast(pl.String)
     if text.str.ends_with(".0").any():
         text = text.str.replace(r"^([+-]?\d+)\.0$", "${1}")
@@ -125,10 +130,8 @@ def cut_files(files: dict[str, Path]) -> list[Piece]:
         if path.suffix != ".parquet":
             whole.append((name, path.stat().st_size))
             continue
-        try:
+        with reading(path):
             metadata = pq.read_metadata(path)
-        except UNREADABLE as error:
-            raise unreadable(path, error) from None
         if metadata.num_rows * ROW_BYTES <= PIECE_BYTES:
             whole.append((name, metadata.num_rows * ROW_BYTES))
             continue
@@ -143,14 +146,12 @@ def cut_files(files: dict[str, Path]) -> list[Piece]:
 
 def read_parquet_columns(path: Path) -> list[str]:
     """Return the names of a Parquet file's columns; raise UserError where it is none."""
-    try:
+    with reading(path):
         return list(pq.read_schema(path).names)
-    except UNREADABLE as error:
-        raise unreadable(path, error) from None
 
 
 def read_parquet(
-    path: Path, piece: Piece, columns: list[str], *, name_columns: Sequence[str] = ()
+    path: Path, piece: Piece, columns: list[str], name_columns: Sequence[str] = ()
 ) -> tuple[pl.DataFrame, int]:
     """Return columns of one Parquet file of a piece, and the number of its first row, from 1.
 
@@ -163,18 +164,14 @@ def read_parquet(
     Raises:
         UserError: the file cannot be read.
     """
-    try:
+    with reading(path, KeyError):  # a column of names that is nested
         with pq.ParquetFile(path, read_dictionary=name_columns) as file:
             groups = range(piece.start, piece.stop) if piece.stop else range(file.num_row_groups)
             num_before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
             table = file.read_row_groups(groups, columns=columns)
         encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
-        frame = to_frame(table.drop_columns(encoded)).with_columns(
-            names.from_dictionary(name, table[name]) for name in encoded
-        )
-    except (*UNREADABLE, KeyError) as error:  # KeyError: a column of names that is nested
-        raise unreadable(path, error) from None
-    return frame, 1 + num_before
+        series = [names.from_dictionary(name, table[name]) for name in encoded]
+        return to_frame(table.drop_columns(encoded)).with_columns(series), 1 + num_before
 
 
 def to_frame(table: pa.Table) -> pl.DataFrame:

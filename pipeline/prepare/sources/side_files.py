@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from pipeline.prepare.sources.reading import LABEL, to_patient_ids, unreadable
+from pipeline.prepare.sources.reading import LABEL, reading, to_patient_ids
 from pipeline.schema import FIRST_CODE, PATIENT_ID, VARIABLE, UserError
 
 LABEL_COLUMNS: Final = ("label", "in_hospital_mortality", "In-hospital_death")
@@ -20,14 +20,10 @@ ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
 
 def read_frame(path: Path) -> pl.DataFrame:
     """Return a whole CSV file (every column as text) or Parquet file; raise UserError where it cannot be read."""
-    try:
+    with reading(path):
         if path.suffix == ".parquet":
             return pl.read_parquet(path, glob=False, hive_partitioning=False)
         return pl.read_csv(path, infer_schema=False, separator=separator_of(path), glob=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise unreadable(path, error) from None
 
 
 def separator_of(path: Path) -> str:
@@ -72,13 +68,13 @@ def parse_labels(path: Path, labels: pl.Series) -> pl.Series:
     """Return labels as int8: 0, 1 or null; raise UserError where one is none of 0, 1, true, false, -1 or empty."""
     text = labels.cast(pl.String).str.strip_chars().str.to_lowercase().replace({"true": "1", "false": "0"})
     number = text.cast(pl.Float64, strict=False)
-    empty = text.is_null() | (text == "") | (number.is_nan().fill_null(False))
-    wrong = ~(empty | number.is_in([0.0, 1.0, -1.0]).fill_null(False))
-    if wrong.any():
-        row = wrong.arg_true()[0] + 1
-        raise UserError(f"{path}: row {row}, column {labels.name!r}: a label is 0, 1, or empty or -1 for none; mend it")
+    is_empty = text.is_null() | (text == "") | number.is_nan().fill_null(False)
+    wrong = (~(is_empty | number.is_in([0.0, 1.0, -1.0]).fill_null(False))).arg_true()
+    if len(wrong):
+        where = f"row {wrong[0] + 1}, column {labels.name!r}"
+        raise UserError(f"{path}: {where}: a label is 0, 1, or empty or -1 for none; mend it")
     label = number.cast(pl.Int8, strict=False)
-    return label.set(empty | (label == -1).fill_null(False), None)
+    return label.set(is_empty | (label == -1).fill_null(False), None)
 
 
 def merge_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.DataFrame:
@@ -100,8 +96,7 @@ def read_keyed_frame(path: Path, columns: Sequence[str], header: str) -> pl.Data
     keys = frame[columns[0]]
     repeated = keys.filter(keys.is_duplicated())
     if len(repeated):
-        times = int((keys == repeated[0]).sum())
-        raise UserError(f"{path}: {repeated[0]!r} stands there {times} times; keep one row")
+        raise UserError(f"{path}: {repeated[0]!r} stands there {(keys == repeated[0]).sum()} times; keep one row")
     return frame
 
 

@@ -68,11 +68,9 @@ class Origin:
 class SideFileOptions(Section):
     """Files beside the events."""
 
-    labels: Path | None = option(
-        None, "CSV or Parquet file of outcomes, for MEDS also a folder of label files.", metavar="PATH"
-    )
-    label_column: str | None = option(None, "Column of the outcome in --labels.", metavar="NAME")
-    embeddings: Path | None = option(None, "CSV file with a column Key and a vector for each variable.", metavar="FILE")
+    labels: Path | None = option(None, "CSV or Parquet file of outcomes; for MEDS also a folder of label files.")
+    label_column: str | None = option(None, "Column of the outcome in --labels.")
+    embeddings: Path | None = option(None, "CSV file with a column Key and a vector for each variable.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,7 @@ class SyntheticOptions(Section):
     """Options of --format synthetic."""
 
     num_patients: int = option(1000, "Number of synthetic patients.", minimum=1)
-    profile: Literal["icu", "heavy"] = option(
-        "icu", "Kind of patients: icu are stays of 48 hours, heavy are histories of 500 to 50,000 events."
-    )
+    profile: Literal["icu", "heavy"] = option("icu", "Stays of 48 hours, or histories of 500 to 50,000 events.")
     seed: int = option(0, "Random seed of all synthetic values.", minimum=0)
 
 
@@ -87,16 +85,13 @@ class Synthetic(Source, SyntheticOptions):
         shift_E = severity[patient_E] * effect[variable_E] * (0.2 + 0.4 * minute_S[set_E] / duration[patient_E])
         value_E = mean[variable_E] * (1 + 0.2 * (shift_E + generator.standard_normal(len(set_E))))
         value_E[variable_E == NUM_VARIABLES - 1] = np.nan
-        return RawRows(
-            rows=number_rows(
-                {
-                    PATIENT_ID: _name_patients(piece).gather(patient_E),
-                    MINUTE: pl.Series(MINUTE, minute_S[set_E]),
-                    VARIABLE: pl.Series(VARIABLE, VARIABLES).gather(variable_E),
-                    VALUE: pl.Series(VALUE, value_E.astype(np.float32), nan_to_null=True),
-                }
-            )
-        )
+        columns = {
+            PATIENT_ID: _name_patients(piece).gather(patient_E),
+            MINUTE: pl.Series(minute_S[set_E]),
+            VARIABLE: pl.Series(VARIABLES).gather(variable_E),
+            VALUE: pl.Series(value_E.astype(np.float32), nan_to_null=True),
+        }
+        return RawRows(rows=number_rows(columns))
 
     def _draw_outcomes(self, piece: Piece) -> tuple[FloatArray, npt.NDArray[np.int8]]:
         """Return [P] severity, standard normal, and [P] outcome, 0 or 1."""
@@ -115,14 +110,9 @@ class Synthetic(Source, SyntheticOptions):
         return num_sets.astype(np.int64), num_sets * 600.0
 
     def read_labels(self) -> tuple[str, pl.DataFrame] | None:
-        labels = pl.concat(
-            pl.DataFrame({PATIENT_ID: _name_patients(piece), LABEL: self._draw_outcomes(piece)[1]})
-            for piece in self.pieces()
-        )
-        return self.name, labels
+        parts = ({PATIENT_ID: _name_patients(piece), LABEL: self._draw_outcomes(piece)[1]} for piece in self.pieces())
+        return self.name, pl.concat(map(pl.DataFrame, parts))
 
 
 def _name_patients(piece: Piece) -> pl.Series:
-    return pl.Series(
-        PATIENT_ID, [f"synthetic-{number:07d}" for number in range(piece.start, piece.stop)], dtype=pl.String
-    )
+    return pl.Series([f"synthetic-{number:07d}" for number in range(piece.start, piece.stop)], dtype=pl.String)

@@ -20,10 +20,10 @@ from pipeline.prepare.sources.reading import (
     number_rows,
     read_parquet,
     read_parquet_columns,
+    reading,
     to_patient_ids,
     to_plain_column,
     to_utc,
-    unreadable,
 )
 from pipeline.prepare.sources.side_files import ID_COLUMNS, pick_column, read_labels, separator_of
 from pipeline.prepare.sources.source import RawRows, Source
@@ -51,19 +51,13 @@ def is_table(path: Path) -> bool:
 class TableOptions(Section):
     """Options of --format table; without them columns are found by their usual names."""
 
-    patient_column: str | None = option(None, "Column of the patient.", metavar="NAME")
-    minute_column: str | None = option(None, "Column of minutes since the patient's time origin.", metavar="NAME")
-    time_column: str | None = option(None, "Column of dates with time, used instead of minutes.", metavar="NAME")
-    origin_column: str | None = option(
-        None,
-        "Column of dates from which minutes count; without it, from the patient's first event.",
-        metavar="NAME",
-    )
-    variable_column: str | None = option(None, "Column of the variable.", metavar="NAME")
-    value_column: str | None = option(None, "Column of the value.", metavar="NAME")
-    set_column: str | None = option(
-        None, "Column of the set's number within the patient; without it, a set is a minute.", metavar="NAME"
-    )
+    patient_column: str | None = option(None, "Column of the patient.")
+    minute_column: str | None = option(None, "Column of minutes since the patient's time origin.")
+    time_column: str | None = option(None, "Column of dates with time, used instead of minutes.")
+    origin_column: str | None = option(None, "Column of dates from which minutes count, instead of the first event.")
+    variable_column: str | None = option(None, "Column of the variable.")
+    value_column: str | None = option(None, "Column of the value.")
+    set_column: str | None = option(None, "Column of the set's number in the patient; else a set is a minute.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +75,10 @@ class Table(Source, TableOptions):
         return base.parent if base.is_file() else base
 
     def find_events(self) -> dict[str, Path]:
-        if self.path.is_dir():
-            found: Iterable[Path] = self.path.rglob("*")
-        elif self.path.exists():
-            if not is_table(self.path):
-                raise UserError(f"{self.path}: not a table; give {', '.join(SUFFIXES)}")
-            found = [self.path]
-        else:
+        if self.path.is_file() and not is_table(self.path):
+            raise UserError(f"{self.path}: not a table; give {', '.join(SUFFIXES)}")
+        found: Iterable[Path] = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        if not self.path.exists():
             found = map(Path, glob.iglob(str(self.path), recursive=True))
         others = {path.resolve() for path in (self.labels, self.embeddings) if path}
         files = sorted(path for path in found if is_table(path) and path.resolve() not in others)
@@ -97,11 +88,9 @@ class Table(Source, TableOptions):
 
     def pieces(self) -> list[Piece]:
         files = self.find_events()
-        is_large = {
-            name: path.suffix in (".csv", ".tsv") and path.stat().st_size > PIECE_BYTES for name, path in files.items()
-        }
-        whole = cut_files({name: path for name, path in files.items() if not is_large[name]})
-        return whole + [piece for name, path in files.items() if is_large[name] for piece in cut_csv(path, name)]
+        large = {name: path for name, path in files.items() if _is_large_text(path)}
+        whole = cut_files({name: path for name, path in files.items() if name not in large})
+        return whole + [piece for name, path in large.items() for piece in cut_csv(path, name)]
 
     def read(self, piece: Piece) -> RawRows:
         columns: list[dict[str, str]] = []
@@ -110,10 +99,8 @@ class Table(Source, TableOptions):
             path = self._base / name
             columns.append(self._pick_columns(path, _read_column_names(path)))
             if columns[-1].keys() != columns[0].keys():
-                raise UserError(
-                    f"{path}: holds {', '.join(columns[-1])}, {piece.files[0]} {', '.join(columns[0])}; "
-                    "prepare alike files together"
-                )
+                others = f"{piece.files[0]} {', '.join(columns[0])}"
+                raise UserError(f"{path}: holds {', '.join(columns[-1])}, {others}; prepare alike files together")
             frame, first = _read_columns(path, list(dict.fromkeys(columns[-1].values())), piece)
             series = {
                 RAW_NAMES.get(role, role): to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
@@ -123,9 +110,8 @@ class Table(Source, TableOptions):
         try:
             rows = pl.concat(frames, how="vertical_relaxed")
         except pl.exceptions.PolarsError as error:
-            raise UserError(
-                f"{self._base}: {piece.files[0]} and others differ in dtype ({error}); make them alike"
-            ) from None
+            which = f"{self._base}: {piece.files[0]} and others"
+            raise UserError(f"{which} differ in dtype ({error}); make them alike") from None
         rows = rows.with_columns(to_patient_ids(rows[PATIENT_ID]))
         if TIME not in columns[0]:
             return RawRows(rows=rows)
@@ -140,11 +126,8 @@ class Table(Source, TableOptions):
         def pick(flag: str, known: tuple[str, ...]) -> str:
             return pick_column(path, names, getattr(self, flag), known, f"--{flag}")
 
-        columns = {
-            PATIENT_ID: pick("patient_column", ID_COLUMNS),
-            VARIABLE: pick("variable_column", VARIABLE_COLUMNS),
-            VALUE: pick("value_column", VALUE_COLUMNS),
-        }
+        columns = {PATIENT_ID: pick("patient_column", ID_COLUMNS), VARIABLE: pick("variable_column", VARIABLE_COLUMNS)}
+        columns[VALUE] = pick("value_column", VALUE_COLUMNS)
         if self.time_column or not (self.minute_column or any(name in names for name in MINUTE_COLUMNS)):
             known = () if self.time_column else (*MINUTE_COLUMNS, *TIME_COLUMNS)
             columns[TIME] = pick_column(path, names, self.time_column, known, "--minute_column or --time_column")
@@ -168,9 +151,8 @@ class Table(Source, TableOptions):
                 return pl.Series([None] * len(text), dtype=pl.Datetime("us"))
             column = text.str.to_datetime(time_unit="us", strict=False)
         elif not isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null):
-            raise UserError(
-                f"{self.path}: the time column holds {column.dtype}, no dates; if it holds minutes, use --minute_column"
-            )
+            found = f"the time column holds {column.dtype}, no dates"
+            raise UserError(f"{self.path}: {found}; if it holds minutes, use --minute_column")
         return to_utc(column)
 
     def read_labels(self) -> tuple[str, pl.DataFrame] | None:
@@ -179,31 +161,29 @@ class Table(Source, TableOptions):
         return str(self.labels), read_labels(self.labels, self.label_column, self.patient_column)
 
 
+def _is_large_text(path: Path) -> bool:
+    return path.suffix in (".csv", ".tsv") and path.stat().st_size > PIECE_BYTES
+
+
 def _read_column_names(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         return read_parquet_columns(path)
-    try:
+    with reading(path):
         return pl.read_csv(path, n_rows=0, infer_schema=False, separator=separator_of(path), glob=False).columns
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise unreadable(path, error) from None
 
 
 def _read_columns(path: Path, columns: list[str], piece: Piece) -> tuple[pl.DataFrame, int]:
     if path.suffix == ".parquet":
         return read_parquet(path, piece, columns)
     separator = separator_of(path)
-    try:
+    with reading(path):
         if not piece.stop:
-            frame = pl.read_csv(path, columns=columns, infer_schema=False, separator=separator, glob=False)
-        else:
-            names = _read_column_names(path)
-            position = {str(names.index(column)): column for column in columns}
-            content = _read_range(path, piece, separator.join(map(str, range(len(names)))))
-            frame = pl.read_csv(content, columns=list(position), infer_schema=False, separator=separator)
-            frame = frame.rename(position)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise unreadable(path, error) from None
-    return frame, piece.first_row
+            return pl.read_csv(path, columns=columns, infer_schema=False, separator=separator, glob=False), 1
+        names = _read_column_names(path)
+        position = {str(names.index(column)): column for column in columns}
+        content = _read_range(path, piece, separator.join(map(str, range(len(names)))))
+        frame = pl.read_csv(content, columns=list(position), infer_schema=False, separator=separator)
+        return frame.rename(position), piece.first_row
 
 
 def _read_range(path: Path, piece: Piece, header: str) -> bytes:
