@@ -8,7 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Final, NoReturn
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
 from rich.console import Console
 
@@ -35,15 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(stderr=True, highlight=False)
         console.print(f"{options.command.input}: read as {source.name}")
         with stage_bars(console) as update_bars:
-            summary = build(
-                source,
-                output,
-                build_options,
-                execution=options.execution,
-                overwrite=options.command.overwrite,
-                progress=update_bars,
-                log=lambda line: console.print(f"{output}: {line}", soft_wrap=True),
-            )
+            shown: dict[str, Any] = {"progress": update_bars, "log": partial(_log, console, output)}
+            overwrite = options.command.overwrite
+            summary = build(source, output, build_options, execution=options.execution, overwrite=overwrite, **shown)
         if not (output / REPORT_FILE).exists():
             remove_leftovers(output, REPORT_FILE)
             write_data_report(output)
@@ -57,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_summary(summary, verbose=options.command.verbose)
     print(f"{output}: ready; {output / REPORT_FILE} shows it")
     return 0
+
+
+def _log(console: Console, output: Path, line: str) -> None:
+    console.print(f"{output}: {line}", soft_wrap=True)
 
 
 def _interrupt(number: int, _: object) -> NoReturn:

@@ -25,6 +25,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.arrays import offsets_of
+from pipeline.dataset.lists import to_lists
+from pipeline.dataset.schemas import SHARD_SCHEMA
 
 Structured: TypeAlias = npt.NDArray[np.void]
 
@@ -34,7 +36,7 @@ SETS: Final = np.dtype([("minute", "<f8"), ("set_size", "<i4")])
 EVENTS: Final = np.dtype([("code", "<i4"), ("value", "<f4")])
 SUFFIXES: Final = (b"events.npy", b"json", b"sets.npy")
 NPY_HEADER_BYTES: Final = 128
-REGULAR_FILE: Final = ord("0")
+REGULAR_FILE: Final = b"0"
 MODE: Final = 0o644
 
 
@@ -63,10 +65,7 @@ def write_tar(table: pa.Table, path: Path, shard: str) -> None:
 def _gather(columns: pa.Table, dtype: np.dtype[np.void]) -> Structured:
     """Return the items of all patients one after another; a null becomes NaN."""
     fields = [columns[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in dtype.names or ()]
-    items = np.empty(len(fields[0]), dtype)
-    for name, values in zip(dtype.names or (), fields, strict=True):
-        items[name] = values
-    return items
+    return np.rec.fromarrays(fields, dtype=dtype).view(np.ndarray)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -81,7 +80,7 @@ def _npy(array: Structured) -> bytes:
 
 
 def read_tar(path: Path) -> pa.Table:
-    """Return the table that :func:`write_tar` wrote, but for the order of columns.
+    """Return the table that :func:`write_tar` wrote; columns as in ``SHARD_SCHEMA``.
 
     Raises:
         OSError: the file cannot be read.
@@ -96,19 +95,13 @@ def read_tar(path: Path) -> pa.Table:
         raise ValueError("the members .json are not one object each")
     sets, num_sets = _join_arrays(members[b"sets.npy"], SETS)
     events, num_events = _join_arrays(members[b"events.npy"], EVENTS)
-    set_offsets, event_offsets = offsets_of(num_sets), offsets_of(num_events)
-    return pa.table(
-        {
-            "patient_id": pa.array([patient["patient_id"] for patient in patients], pa.string()),
-            "label": pa.array([patient["label"] for patient in patients], pa.int8()),
-            "num_events": num_events,
-            "num_sets": num_sets,
-            "minute": _to_lists(set_offsets, sets["minute"]),
-            "set_size": _to_lists(set_offsets, sets["set_size"]),
-            "code": _to_lists(event_offsets, events["code"]),
-            "value": _to_lists(event_offsets, events["value"]),
-        }
-    )
+    columns: dict[str, Any] = {
+        "patient_id": pa.array([patient["patient_id"] for patient in patients], pa.string()),
+        "label": pa.array([patient["label"] for patient in patients], pa.int8()),
+    }
+    columns |= {name: to_lists(num_sets, sets[name]) for name in SETS.names or ()}
+    columns |= {name: to_lists(num_events, events[name]) for name in EVENTS.names or ()}
+    return pa.table(columns | {"num_sets": num_sets, "num_events": num_events}).select(SHARD_SCHEMA.names)
 
 
 def _split_members(content: memoryview) -> dict[bytes, list[memoryview]]:
@@ -125,7 +118,7 @@ def _split_members(content: memoryview) -> dict[bytes, list[memoryview]]:
         stem, _, suffix = name.partition(b".")
         key = stem if number % len(SUFFIXES) == 0 else key
         is_next = stem == key and key.endswith(b"-%07d" % patient) and suffix in SUFFIXES
-        if not is_next or header[156] != REGULAR_FILE or len(members[suffix]) != patient:
+        if not is_next or bytes(header[156:157]) != REGULAR_FILE or len(members[suffix]) != patient:
             raise ValueError(f"member {name!r} stands where a file of patient {patient} should")
         start += BLOCK
         if not 0 <= size <= len(content) - start:
@@ -144,8 +137,3 @@ def _join_arrays(arrays: list[memoryview], dtype: np.dtype[np.void]) -> tuple[St
         if header != _npy_header(dtype, size) or len(values) != size * dtype.itemsize:
             raise ValueError(f"an array is not of {dtype.descr}")
     return np.frombuffer(b"".join(array[NPY_HEADER_BYTES:] for array in arrays), dtype), np.array(sizes, np.int32)
-
-
-def _to_lists(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.Array:
-    """Return one field of all items as lists; NaN becomes null."""
-    return pa.ListArray.from_arrays(offsets.astype(np.int32), pa.array(np.ascontiguousarray(values), from_pandas=True))

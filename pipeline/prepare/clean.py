@@ -67,7 +67,8 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},
     }
     by_format = rows.select(rule.alias(reason) for reason, rule in raw.rules)
-    broken = by_format.hstack(typed.select(rule.alias(reason) for reason, rule in rules.items()))
+    by_column = typed.select(rule.alias(reason) for reason, rule in rules.items())
+    broken = pl.concat([by_format, by_column], how="horizontal")
     reasons = [column.name for column in broken if column.any()]  # mostly none
     numbers = [pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons)]
     first = broken.select(pl.coalesce(numbers or pl.repeat(None, pl.len(), dtype=pl.UInt8))).to_series()

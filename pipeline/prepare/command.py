@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -67,9 +66,8 @@ def resolve_options(options: PreprocessOptions, explicit: frozenset[str]) -> tup
     """
 
     def pick_explicit(*sections: object) -> dict[str, Any]:
-        fields = (field.name for section in sections for field in dataclasses.fields(section))  # type: ignore[arg-type]
-        merged = {name: value for section in sections for name, value in vars(section).items()}
-        return {name: merged[name] for name in fields if name in explicit}
+        values = [item for section in sections for item in vars(section).items()]
+        return {name: value for name, value in values if name in explicit}
 
     command, like = options.command, options.reference.like
     of_source = pick_explicit(options.side_files, options.meds, options.table, options.synthetic)

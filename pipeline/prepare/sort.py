@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from pipeline.arrays import offsets_of
+from pipeline.dataset.lists import to_lists
 from pipeline.prepare.arrow_files import read_partition_slice, write_parquet, write_table
 from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
 from pipeline.prepare.event_filter import EventFilter, equals_previous
@@ -49,7 +49,7 @@ class Partition:
         return rows, _describe_patients(rows.patient_ids, known, self.split_rule), events
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class SortedPartition:
     """Counts and moments of a sorted partition.
 
@@ -96,15 +96,11 @@ def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> Sorted
     table, present = _tabulate_patients(patients, events.kept)
     table = table.replace_schema_metadata({"variables": json.dumps(rows.variables)})
     write_table(partition.work / "sorted" / f"{name}.arrow", table)
-    return SortedPartition(
-        train=_measure_train(rows, patients, events),
-        num_events=events.kept.height,
-        without_events=np.delete(patients[PATIENT_ID].to_numpy(), present).tolist(),
-        num_labels=int(patients["in_labels"].sum()),
-        num_split_by_hash=int(patients["by_hash"].sum()),
-        num_clipped=events.num_clipped,
-        rejects={reason: rejected.height for reason, rejected in events.rejected.items()},
-    )
+    without_events = np.delete(patients[PATIENT_ID].to_numpy(), present).tolist()
+    num_labels, num_by_hash = (int(patients[column].sum()) for column in ("in_labels", "by_hash"))
+    counts = {reason: rejected.height for reason, rejected in events.rejected.items()}
+    train, height = _measure_train(rows, patients, events), events.kept.height
+    return SortedPartition(train, height, without_events, num_labels, num_by_hash, events.num_clipped, counts)
 
 
 def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa.Table, Ints]:
@@ -228,11 +224,6 @@ def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule)
 def _reduce(function: np.ufunc, values: npt.NDArray[Any], starts: Ints) -> npt.NDArray[Any]:
     reduced: npt.NDArray[Any] = function.reduceat(values, starts) if len(starts) else values[:0]
     return reduced
-
-
-def to_lists(sizes: Ints, values: npt.NDArray[Any]) -> pa.Array:
-    """Return lists of the given sizes, one after the other in ``values``; NaN becomes null."""
-    return pa.ListArray.from_arrays(offsets_of(sizes).astype(np.int32), pa.array(values, from_pandas=True))
 
 
 def _tabulate_rejects(rows: PartitionRows, rejected: dict[str, pl.DataFrame]) -> pa.Table:

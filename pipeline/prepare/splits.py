@@ -40,9 +40,7 @@ class SplitRule(Section):
     A patient's split follows from its id alone: other patients, added or left out, move nobody.
     """
 
-    split_fractions: tuple[float, ...] = option(
-        FRACTIONS, "Fractions of patients in train,valid,test.", parse=parse_fractions
-    )
+    split_fractions: tuple[float, ...] = option(FRACTIONS, "Fractions of train,valid,test.", parse=parse_fractions)
     split_seed: int = option(0, "Random seed of the split.", minimum=-MAX_SEED - 1, maximum=MAX_SEED)
 
     def __post_init__(self) -> None:

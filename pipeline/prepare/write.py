@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.dataset.lists import to_lists
 from pipeline.dataset.manifest import ShardEntry
 from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA
 from pipeline.dataset.shards import write_shard
 from pipeline.prepare.arrow_files import read_table, write_table
-from pipeline.prepare.sort import Ints, to_lists
 from pipeline.schema import MOST, SPLITS, UNKNOWN_CODE
 
 
@@ -63,7 +63,7 @@ def write_partition(work: Path, partition: int, vocabulary: pa.Table, suffixes: 
     return WrittenPartition(shards, sum(entries[0].num_events for entries in shards.values()), dict(unknown))
 
 
-def _encode(rows: pa.Table, codes: Ints, vocabulary: pa.Table) -> pa.Table:
+def _encode(rows: pa.Table, codes: npt.NDArray[np.int32], vocabulary: pa.Table) -> pa.Table:
     """Return sorted rows as ``SHARD_SCHEMA``; ``codes`` [V] are those of the partition's variables."""
     code, value = codes[_flatten(rows, "code")], _flatten(rows, "value")
     if (code == UNKNOWN_CODE).any():  # their events stand where their names would

@@ -60,10 +60,12 @@ def open_source(path: Path, format_name: str, options: Mapping[str, Any]) -> Sou
     for name in options:
         if name not in known:
             raise UserError(f"--{name}: not used by --format {format_name}; leave it out")
+    # Workers may have other current folders.
+    options = {name: value.absolute() if isinstance(value, Path) else value for name, value in options.items()}
     if format_ is Synthetic:
         return format_(**options)
     if not path.exists() and not glob.has_magic(str(path)):
         raise UserError(f"{path}: no such file or folder")
     if format_ is not Table and not path.is_dir():
         raise UserError(f"{path}: not a folder; --format {format_name} reads one")
-    return format_(path=path.absolute(), **options)  # absolute: workers on other machines may have other folders
+    return format_(path=path.absolute(), **options)

@@ -144,8 +144,8 @@ class Source(SideFileOptions, ABC):
 
         A column ``subject``, where there is one, says whose hash decides the patient's split instead of its own.
         """
-        path = self.find_labels()
-        return None if path is None else (str(path), read_labels(path, self.label_column))
+        path, patient_column = self.find_labels(), getattr(self, "patient_column", None)
+        return None if path is None else (str(path), read_labels(path, self.label_column, patient_column))
 
     def read_splits(self) -> pl.DataFrame | None:
         """Return ``patient_id``, ``split``, a row a patient; None where a hash splits patients."""

@@ -25,7 +25,7 @@ from pipeline.prepare.sources.reading import (
     to_plain_column,
     to_utc,
 )
-from pipeline.prepare.sources.side_files import ID_COLUMNS, pick_column, read_labels, separator_of
+from pipeline.prepare.sources.side_files import ID_COLUMNS, pick_column, separator_of
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
@@ -37,9 +37,6 @@ TIME_COLUMNS: Final = ("time", "charttime", "timestamp")
 
 TIME: Final = "time"
 ORIGIN: Final = "origin"
-RAW_NAMES: Final = {TIME: MINUTE}
-"""Instants stand in the rows where minutes would, so that rejects show them as they came."""
-
 ISO_DATE: Final = r"^\d{4}-\d{2}-\d{2}"
 
 
@@ -102,10 +99,10 @@ class Table(Source, TableOptions):
                 others = f"{piece.files[0]} {', '.join(columns[0])}"
                 raise UserError(f"{path}: holds {', '.join(columns[-1])}, {others}; prepare alike files together")
             frame, first = _read_columns(path, list(dict.fromkeys(columns[-1].values())), piece)
-            series = {
-                RAW_NAMES.get(role, role): to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
-                for role, column in columns[-1].items()
-            }
+            series = {}
+            for role, column in columns[-1].items():
+                name = MINUTE if role == TIME else role  # where minutes would stand, so that rejects show times
+                series[name] = to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
             frames.append(number_rows(series, file=number, first=first))
         try:
             rows = pl.concat(frames, how="vertical_relaxed")
@@ -154,11 +151,6 @@ class Table(Source, TableOptions):
             found = f"the time column holds {column.dtype}, no dates"
             raise UserError(f"{self.path}: {found}; if it holds minutes, use --minute_column")
         return to_utc(column)
-
-    def read_labels(self) -> tuple[str, pl.DataFrame] | None:
-        if self.labels is None:
-            return None
-        return str(self.labels), read_labels(self.labels, self.label_column, self.patient_column)
 
 
 def _is_large_text(path: Path) -> bool:

@@ -215,6 +215,17 @@ def test_a_hostile_tar_is_refused_in_one_line(tmp_path: Path, table: pa.Table, h
     assert sorted(child.name for child in tmp_path.rglob("*")) == ["train", "x.tar"]
 
 
+def test_no_part_of_a_tar_is_read_as_a_whole(tmp_path: Path, table: pa.Table) -> None:
+    """Cut after any byte of the members, an odd part of a header too."""
+    entry = write_shard(table, tmp_path, "train/x.tar")
+    content = (tmp_path / entry.path).read_bytes()
+    size = len(content.rstrip(b"\0"))
+    for cut in {*range(0, size, 37), *range(0, 1024), size - 1}:
+        (tmp_path / entry.path).write_bytes(content[:cut])
+        with pytest.raises(UserError, match=r"train/x\.tar: "):
+            read_shard(tmp_path, entry, verify=False)
+
+
 def test_json_of_any_id_comes_back(tmp_path: Path) -> None:
     ids = ["../ü", 'a"b\n', "\x00", "日本", "a" * 1000]
     rows = shard_table(make_patients([[1]] * len(ids)))
