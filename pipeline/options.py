@@ -13,13 +13,15 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from pipeline.schema import UserError
 
 T = TypeVar("T")
+
+METAVARS: Final = {int: "N", float: "NUMBER", str: "NAME", Path: "PATH"}
 
 
 def option(
@@ -107,7 +109,8 @@ def parse_explicit_options(
     Raises:
         UserError: a flag is unknown, missing or has a bad value, or the file is not one of options.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    usage = f"{prog} {positional.upper() if positional else ''} [--OPTION VALUE …]".replace("  ", " ")
+    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="Read options from this file; flags win.")
     sections = get_type_hints(tree)
     for section in sections.values():
@@ -194,11 +197,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any], kind: Any, *, positional: bool) -> None:
-    default = "" if field.default in (None, "", (), dataclasses.MISSING) else f" Default: {_shown(field.default)}."
+    is_plain = field.default is False or field.default in (None, "", (), dataclasses.MISSING)
+    default = "" if is_plain else f" Default: {_shown(field.default)}."
     help_ = (field.metadata["help"] + default).replace("%", "%%")
     members = _members(kind)
-    settings: dict[str, Any] = {"help": help_, "metavar": field.metadata["metavar"]}
     choices = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+    metavar = field.metadata["metavar"] or (None if choices else METAVARS.get(members[0]))
+    settings: dict[str, Any] = {"help": help_, "metavar": metavar}
     if field.metadata["parse"] is not None:
         settings["type"] = _naming_errors(field.metadata["parse"])
     elif members == [bool]:

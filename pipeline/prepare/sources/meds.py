@@ -67,7 +67,7 @@ class MedsOptions(Section):
     labelled_only: bool = option(False, "Leave out subjects without a sample in --labels.")
     origin_code: str | None = option(None, "Code from which minutes count, instead of the first event but birth.")
     exclude_codes: tuple[str, ...] = option(EXCLUDE_CODES, "Regular expressions of codes to reject, or none.")
-    split_map: SplitMap = option(SPLIT_MAP, "NAME=SPLIT,… for names in subject_splits.parquet.", parse=parse_split_map)
+    split_map: SplitMap = option(SPLIT_MAP, "Splits of the names in subject_splits.parquet.", parse=parse_split_map)
 
     def __post_init__(self) -> None:
         super().__post_init__()
