@@ -87,7 +87,7 @@ def test_values_come_back_to_their_raw_scale(tmp_path: Path) -> None:
         (["in.csv", "--output", "out", "--split_seed", "x"], "--split_seed"),
         (
             ["in.csv", "--output", "out", "--outlier_action", "clip"],
-            "--outlier_action: says nothing without --outlier_std",
+            "--outlier_action: has no effect without --outlier_std",
         ),
         (["in.csv", "--output", "out", "--outlier_std", "0"], "--outlier_std must be above 0"),
         (["in.csv", "--output", "out", "--min_events", "0"], "--min_events"),
@@ -203,7 +203,7 @@ def test_options_come_from_a_file_too(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "holds a data set of other input or options" in capsys.readouterr().err
     (tmp_path / "options.yaml").write_text("rules: {outlier_action: clip}\n")
     assert run(*SYNTHETIC, "--output", tmp_path / "x", "--config", tmp_path / "options.yaml") == 2
-    assert "--outlier_action: says nothing without --outlier_std" in capsys.readouterr().err
+    assert "--outlier_action: has no effect without --outlier_std" in capsys.readouterr().err
     (tmp_path / "options.yaml").write_text("table: {value_column: x}\n")
     assert run(*SYNTHETIC, "--output", tmp_path / "x", "--config", tmp_path / "options.yaml") == 2
     assert "--value_column: not used by --format synthetic" in capsys.readouterr().err

@@ -113,8 +113,8 @@ class _Steps:
         parts = self.sort_partitions(partitions, limits)
         if num_labels and not any(part.num_labels for part in parts):
             raise UserError(f"{labels_from}: names no patient of the input; give the labels of these patients")
-        statistics_file = self.source.find_statistics() if self.options.reference is None else None
-        statistics = {} if statistics_file is None else read_statistics(statistics_file)
+        statistics_file = self.source.find_side_files().get("statistics")
+        statistics = read_statistics(statistics_file) if statistics_file and not self.options.reference else {}
         vocabulary = self.make_vocabulary(parts, statistics, limits)
         embedding_dim = self.write_embeddings(vocabulary)  # before the long work: it may refuse
         written = self.write_partitions(len(parts), vocabulary)
@@ -186,7 +186,7 @@ class _Steps:
         if self.options.reference is not None:
             self.options.reference.copy_embeddings(target)
             return self.options.reference.manifest.embedding_dim
-        path = self.source.find_embeddings()
+        path = self.source.find_side_files()["embeddings"]
         if path is None:
             return None
         vectors = read_embeddings(path, vocabulary["variable"].to_pylist())

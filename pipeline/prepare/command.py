@@ -77,7 +77,7 @@ def resolve_options(options: PreprocessOptions, explicit: frozenset[str]) -> tup
     shards = {**vars(options.shards), "pseudonyms": command.pseudonymize and Pseudonyms.read(command.pseudonymize)}
     if like is None:
         if "outlier_action" in explicit and "outlier_std" not in explicit:
-            raise UserError("--outlier_action: says nothing without --outlier_std; give both")
+            raise UserError("--outlier_action: has no effect without --outlier_std; give both")
         return source, BuildOptions(split_rule=options.split, rules=options.rules, **shards)
     for name in ("split_fractions", "split_seed", "embeddings"):
         if name in explicit:

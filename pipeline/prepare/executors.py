@@ -70,9 +70,7 @@ def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Execu
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
                 yield executor
     except BrokenExecutor:
-        advice = (
-            "run the same again with fewer --workers and it goes on, or start afresh with smaller --events_per_shard"
-        )
+        advice = "run the same again with fewer --workers, or start afresh with smaller --events_per_shard"
         raise ChildProcessError(f"a worker process was killed, most likely for want of memory; {advice}") from None
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import pyarrow as pa
 
@@ -15,6 +15,7 @@ from pipeline.dataset.tables import checked_file, read_vocabulary
 from pipeline.options import Section, option
 from pipeline.prepare.rules import Limits, Rules
 from pipeline.prepare.sources.source import Source
+from pipeline.prepare.splits import SplitName
 from pipeline.schema import EMBEDDINGS_FILE, UserError
 from pipeline.storage.files import sync
 from pipeline.storage.folder import Folder
@@ -28,7 +29,7 @@ class ReferenceOptions(Section):
     """A data set that new patients are compared with."""
 
     like: str | None = option(None, f"Use vocabulary, statistics and rules of a data directory (path or URL), {WHY}.")
-    like_split: Literal["train", "valid", "test"] = option("test", "Split of all patients, with --like.")
+    like_split: SplitName = option("test", "Split of all patients, with --like.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,12 +120,9 @@ def write_spill(
     }
     write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
     counts = np.bincount(patient, minlength=len(patient_ids)).astype(np.int64)
-    named = {
-        PATIENT_ID: pa.array(patient_ids, pa.string()).take(by_hash),
-        "hash": hashes[by_hash],
-        "num_events": counts,
-    }
-    write_table(folder / f"{number:05d}.patients.arrow", pa.table(named))
+    names = pa.array(patient_ids, pa.string()).take(by_hash)
+    table = pa.table({PATIENT_ID: names, "hash": hashes[by_hash], "num_events": counts})
+    write_table(folder / f"{number:05d}.patients.arrow", table)
 
 
 def _to_dictionary(positions: npt.NDArray[np.int32], texts: Sequence[str]) -> pa.DictionaryArray:

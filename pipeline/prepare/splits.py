@@ -6,13 +6,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.options import Section, option
 from pipeline.schema import SPLITS, UserError
+
+SplitName: TypeAlias = Literal["train", "valid", "test"]
 
 HASH_BITS: Final = 63
 MAX_SEED: Final = 2**63 - 1

@@ -27,6 +27,7 @@ from pipeline.prepare.sources.reading import (
 )
 from pipeline.prepare.sources.side_files import merge_labels, parse_labels, pick_column, read_frame
 from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
+from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
 
 SUBJECT_ID: Final = "subject_id"
@@ -39,8 +40,8 @@ BIRTH: Final = r"^MEDS_BIRTH(//|$)"
 EXCLUDE_CODES: Final = (r"^MEDS_DEATH(//|$)", r"(?i)(^|[/_ ])(death|died|deceased|discharge)([/_ ]|$)")
 """Codes that give an outcome away, or stand for the end of what is to be predicted."""
 
-SplitMap: TypeAlias = tuple[tuple[str, str], ...]
-SPLIT_MAP: Final = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
+SplitMap: TypeAlias = tuple[tuple[str, SplitName], ...]
+SPLIT_MAP: Final[SplitMap] = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
 
 
 def is_meds(path: Path) -> bool:
@@ -52,7 +53,7 @@ def is_meds(path: Path) -> bool:
         return False
 
 
-def parse_split_map(text: str) -> SplitMap:
+def parse_split_map(text: str) -> Any:
     """Return the pairs of ``NAME=SPLIT,…``; raise ValueError where it is none."""
     pairs = tuple((name, split) for name, _, split in (part.rpartition("=") for part in text.split(",")))
     if len({name for name, _ in pairs}) < len(pairs) or not {split for _, split in pairs} <= set(SPLITS):
@@ -68,11 +69,6 @@ class MedsOptions(Section):
     origin_code: str | None = option(None, "Code from which minutes count, instead of the first event but birth.")
     exclude_codes: tuple[str, ...] = option(EXCLUDE_CODES, "Regular expressions of codes to reject, or none.")
     split_map: SplitMap = option(SPLIT_MAP, "Splits of the names in subject_splits.parquet.", parse=parse_split_map)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not {split for _, split in self.split_map} <= set(SPLITS):
-            raise UserError(f"--split_map: a split is one of {', '.join(SPLITS)}; mend it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +101,9 @@ class Meds(Source, MedsOptions):
             raise UserError(f"{self.path}: no data/**/*.parquet here; name the folder that holds data and metadata")
         return {path.relative_to(self.path).as_posix(): path for path in files}
 
-    def find_metadata(self) -> dict[str, Path]:
+    def find_side_files(self) -> dict[str, Path | None]:
         paths = {name: self.path / "metadata" / f"{name}.parquet" for name in ("subject_splits", "codes")}
-        return {name: path for name, path in paths.items() if path.is_file()}
+        return super().find_side_files() | {name: path for name, path in paths.items() if path.is_file()}
 
     def pieces(self) -> list[Piece]:
         self._is_excluded(pl.Series([""]))  # a wrong expression is found before the work
@@ -186,7 +182,7 @@ class Meds(Source, MedsOptions):
         return str(self.labels), samples.select(PATIENT_ID, LABEL, pl.col(SUBJECT).cast(pl.String))
 
     def read_splits(self) -> pl.DataFrame | None:
-        path = self.find_metadata().get("subject_splits")
+        path = self.find_side_files().get("subject_splits")
         if path is None:
             return None
         frame = read_frame(path)
@@ -209,7 +205,7 @@ class Meds(Source, MedsOptions):
 
     def read_descriptions(self) -> dict[str, str]:
         """Return each code's descriptions, each once, in the order of ``codes.parquet``."""
-        path = self.find_metadata().get("codes")
+        path = self.find_side_files().get("codes")
         if path is None:
             return {}
         frame = read_frame(path)

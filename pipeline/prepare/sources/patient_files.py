@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -27,6 +27,8 @@ from pipeline.prepare.sources.reading import (
 from pipeline.prepare.sources.source import RawRows, Source, check_splits
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE, VARIABLE, UserError
 
+SIDE_FILES: Final = {"labels": "oc", "statistics": "stats", "embeddings": "cached"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PatientFiles(Source):
@@ -42,18 +44,13 @@ class PatientFiles(Source):
             )
         return {path.relative_to(self.path).as_posix(): path for path in files}
 
-    def _find_beside(self, name: str) -> Path | None:
+    def _find_side_file(self, name: str) -> Path | None:
         paths = (self.path / name, self.path.absolute().parent / name)
         return next((path for path in paths if path.is_file()), None)
 
-    def find_labels(self) -> Path | None:
-        return self.labels or self._find_beside("oc.csv")
-
-    def find_statistics(self) -> Path | None:
-        return self._find_beside("stats.csv")
-
-    def find_embeddings(self) -> Path | None:
-        return self.embeddings or self._find_beside("cached.csv")
+    def find_side_files(self) -> dict[str, Path | None]:
+        found = {role: self._find_side_file(f"{name}.csv") for role, name in SIDE_FILES.items()}
+        return found | {role: path for role, path in super().find_side_files().items() if path is not None}
 
     def pieces(self) -> list[Piece]:
         return group_files([(name, path.stat().st_size) for name, path in self.find_events().items()])

@@ -49,9 +49,10 @@ class PhysioNet2012(Source):
             raise UserError(f"{self.path}: no record files (<RecordID>.txt) here; name the folder that holds them")
         return records
 
-    def find_labels(self) -> Path | None:
-        if self.labels is not None:
-            return self.labels
+    def find_side_files(self) -> dict[str, Path | None]:
+        return super().find_side_files() | {"labels": self.labels or self._find_outcomes()}
+
+    def _find_outcomes(self) -> Path | None:
         for folder in (self.path, self.path.absolute().parent):
             outcomes = sorted(folder.glob("Outcomes-*.txt"))
             suffix = self.path.name.removeprefix("set-")

@@ -1,4 +1,4 @@
-"""Files beside the events: labels, statistics, embeddings."""
+"""Read the files that are no events: labels, statistics, embeddings."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class SideFileOptions(Section):
-    """Files beside the events."""
+    """Labels and embeddings, from files of their own."""
 
     labels: Path | None = option(None, "CSV or Parquet file of outcomes; for MEDS also a folder of label files.")
     label_column: str | None = option(None, "Column of the outcome in --labels.")
@@ -112,19 +112,13 @@ class Source(SideFileOptions, ABC):
     def read(self, piece: Piece) -> RawRows:
         """Read all rows of a piece."""
 
-    def find_labels(self) -> Path | None:
-        return self.labels
+    def find_side_files(self) -> dict[str, Path | None]:
+        """Return the other files that are read, by what they are read as.
 
-    def find_statistics(self) -> Path | None:
-        """Return a CSV file of ``variable``, ``mean``, ``std`` that replace those of the train split."""
-        return None
-
-    def find_embeddings(self) -> Path | None:
-        return self.embeddings
-
-    def find_metadata(self) -> dict[str, Path]:
-        """Return other files that are read, by a name that says what for."""
-        return {}
+        ``labels`` and ``embeddings`` are described by :class:`SideFileOptions`; ``statistics`` is a CSV file of
+        ``variable``, ``mean``, ``std`` that replace those of the train split.
+        """
+        return {"labels": self.labels, "embeddings": self.embeddings}
 
     def inputs(self) -> dict[str, Path]:
         """Return every file that is read, by what it is read as and its place in the input.
@@ -132,19 +126,15 @@ class Source(SideFileOptions, ABC):
         Both decide the output as the content of the file does: a file in another folder may be of another split.
         """
         events = {f"events/{name}": path for name, path in self.find_events().items()}
-        others = {
-            "labels": self.find_labels(), "statistics": self.find_statistics(), "embeddings": self.find_embeddings(),
-            **self.find_metadata(),
-        }  # fmt: skip
-        found = [(role, path) for role, path in others.items() if path is not None]
-        return events | {name: path for role, top in found for name, path in _list_files(role, top)}
+        others = [(role, path) for role, path in self.find_side_files().items() if path is not None]
+        return events | {name: path for role, top in others for name, path in _list_files(role, top)}
 
     def read_labels(self) -> tuple[str, pl.DataFrame] | None:
         """Return the labels' origin, and ``patient_id``, ``label``, a row a patient; None without labels.
 
         A column ``subject``, where there is one, says whose hash decides the patient's split instead of its own.
         """
-        path, patient_column = self.find_labels(), getattr(self, "patient_column", None)
+        path, patient_column = self.find_side_files()["labels"], getattr(self, "patient_column", None)
         return None if path is None else (str(path), read_labels(path, self.label_column, patient_column))
 
     def read_splits(self) -> pl.DataFrame | None:

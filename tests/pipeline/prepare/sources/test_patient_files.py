@@ -54,18 +54,19 @@ def test_files_of_all_splits(tmp_path: Path) -> None:
 
 def test_files_beside_the_folders_are_found(tmp_path: Path) -> None:
     source = write(tmp_path / "data", {"train/1.parquet": events()})
-    assert source.read_labels() is source.find_statistics() is source.find_embeddings() is None
+    assert source.read_labels() is None
+    assert set(source.find_side_files().values()) == {None}
     (tmp_path / "data" / "oc.csv").write_text("ts_id,in_hospital_mortality\n1.0,1\n2.0,0.0\n3,\n")
     (tmp_path / "data" / "stats.csv").write_text("variable,mean,std\n")
     (tmp_path / "cached.csv").write_text("Key,0\n")
     origin, labels = source.read_labels() or ("", pl.DataFrame())
     assert Path(origin).name == "oc.csv"
     assert labels.rows() == [("1", 1), ("2", 0), ("3", None)]
-    assert source.find_statistics() == tmp_path / "data" / "stats.csv"
-    assert source.find_embeddings() == tmp_path / "cached.csv"
+    assert source.find_side_files()["statistics"] == tmp_path / "data" / "stats.csv"
+    assert source.find_side_files()["embeddings"] == tmp_path / "cached.csv"
     assert len(source.inputs()) == 4
     given = PatientFiles(path=tmp_path / "data", embeddings=tmp_path / "other.csv")
-    assert given.find_embeddings() == tmp_path / "other.csv"
+    assert given.find_side_files()["embeddings"] == tmp_path / "other.csv"
 
 
 @pytest.mark.parametrize(
