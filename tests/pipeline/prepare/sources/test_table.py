@@ -90,7 +90,7 @@ def test_dates_become_minutes(tmp_path: Path, dtype: Any) -> None:
     frame.write_parquet(tmp_path / "1.parquet")
     assert [
         row[3] for row in kept_rows(Table(path=tmp_path))
-    ] == times  # from the first event: in pipeline.prepare.partition
+    ] == times  # from the first event: in pipeline.prepare.sort
     from_admission = Table(path=tmp_path, time_column="charttime", origin_column="admitted")
     assert [row[3] for row in kept_rows(from_admission)] == [0.0, 7.25]
     assert [row[:2] for row in only_rejects(from_admission)] == [("bad_minute", 3)]
