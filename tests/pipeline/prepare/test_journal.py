@@ -15,7 +15,7 @@ import pytest
 from pipeline.dataset.manifest import ShardEntry
 from pipeline.prepare.build import build
 from pipeline.prepare.executors import InlineExecutor
-from pipeline.prepare.journal import JOURNAL, Stage, StageRunner
+from pipeline.prepare.journal import JOURNAL, Stage, StageRunner, ignore_progress
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.publish import WORK
@@ -43,7 +43,7 @@ COUNT = Stage(name="count", task=count, result=Counted, size=lambda result: resu
 
 
 def run(work: Path, numbers: list[int], calls: list[int]) -> list[Counted]:
-    return StageRunner(InlineExecutor(), work, None).run(COUNT, [(number, calls) for number in numbers])
+    return StageRunner(InlineExecutor(), work, ignore_progress).run(COUNT, [(number, calls) for number in numbers])
 
 
 def test_what_is_in_the_journal_is_not_done_again(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_results_come_back_from_the_journal_to_the_last_bit(tmp_path: Path) -> N
 
         stage = Stage(name=kind.__name__, task=task, result=kind, size=lambda _: 0)
         for _ in range(2):
-            (back,) = StageRunner(InlineExecutor(), tmp_path, None).run(stage, [()])
+            (back,) = StageRunner(InlineExecutor(), tmp_path, ignore_progress).run(stage, [()])
         assert back is not found
         return back
 
