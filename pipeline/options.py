@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from pipeline.schema import UserError
 
 T = TypeVar("T")
@@ -146,6 +144,8 @@ def read_options(path: Path, sections: Mapping[str, Any]) -> dict[str, dict[str,
     Raises:
         UserError: the file cannot be read, or names a section or an option that there is not.
     """
+    import yaml  # noqa: PLC0415  # most command lines name no file
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

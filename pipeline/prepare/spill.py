@@ -111,12 +111,12 @@ def write_spill(
     if not minute.dtype.is_float():
         minute = minute.fill_null(STATIC_INSTANT)
     variables = kept[VARIABLE].unique().cast(pl.String).to_list()
-    columns: dict[str, pa.Array] = {
-        MINUTE: minute.to_arrow().take(order),
+    numbers = {name: kept[name] for name in (ROW, SET_INDEX) if name in kept.columns} | {MINUTE: minute}
+    columns = {name: pa.array(column.to_numpy()[order]) for name, column in numbers.items()}
+    columns |= {
         VARIABLE: _to_dictionary(_find_positions(kept[VARIABLE], variables)[order], variables),
         VALUE: kept[VALUE].to_arrow().take(order),
         FILE: _to_dictionary(kept[FILE].to_numpy()[order].astype(np.int32), files),
-        **{name: kept[name].to_arrow().take(order) for name in (ROW, SET_INDEX) if name in kept.columns},
     }
     write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
     counts = np.bincount(patient, minlength=len(patient_ids)).astype(np.int64)
