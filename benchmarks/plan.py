@@ -24,7 +24,8 @@ import polars as pl
 from benchmarks.machine import describe
 from pipeline.arrays import Ints
 from pipeline.loading.loader import make_loader
-from pipeline.prepare.build import BuildOptions, build
+from pipeline.prepare.build import build
+from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.reports.plan_table import SplitLengths
@@ -121,7 +122,11 @@ def main() -> None:
         rows = {"patient_id": np.arange(1_000_000), "minute": 0.0, "variable": "v", "value": 1.0}
         pl.DataFrame(rows).write_parquet(Path(folder) / "rows.parquet")
         data = Path(folder) / "data"
-        build(Table(path=Path(folder) / "rows.parquet"), data, BuildOptions(rule=SplitRule(fractions=(1.0, 0.0, 0.0))))
+        build(
+            Table(path=Path(folder) / "rows.parquet"),
+            data,
+            BuildOptions(split_rule=SplitRule(split_fractions=(1.0, 0.0, 0.0))),
+        )
         opened: list[Any] = []
         result["start_up_with_1_million_patients_seconds"] = seconds(
             lambda: opened.append(next(iter(make_loader(data, batch_size=16))))

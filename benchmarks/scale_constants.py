@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -29,40 +29,44 @@ import polars as pl
 from benchmarks.machine import describe
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tables import read_vocabulary
-from pipeline.prepare.build import EVENTS_PER_SHARD, BuildOptions, build, spill_piece
+from pipeline.prepare.build import build
+from pipeline.prepare.executors import ExecutionOptions
 from pipeline.prepare.journal import JOURNAL
+from pipeline.prepare.options import EVENTS_PER_SHARD, BuildOptions
 from pipeline.prepare.publish import WORK
-from pipeline.prepare.rules import Rules
-from pipeline.prepare.sources.source import LABEL, PIECE_BYTES, ROW_BYTES, Piece, RawRows, Source, number_rows
+from pipeline.prepare.sources.reading import LABEL, PIECE_BYTES, ROW_BYTES, Piece, number_rows
+from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.prepare.sources.table import Table
-from pipeline.prepare.spill import read_partition
+from pipeline.prepare.spill import read_partition, spill_piece
 from pipeline.prepare.splits import SplitRule
 from pipeline.reports.data_report import write_data_report
 from pipeline.schema import MANIFEST_FILE, MINUTE, PATIENT_ID, VALUE, VARIABLE
 from pipeline.storage.files import file_sha256
 
-ALL_TRAIN = SplitRule(fractions=(1.0, 0.0, 0.0))
+ALL_TRAIN = SplitRule(split_fractions=(1.0, 0.0, 0.0))
 Figures = dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Made(Source):
     """Labelled patients of ``num_events`` events, and ``num_bad`` rows more that are rejected; variables take turns."""
 
+    name: ClassVar[str] = "made"
+
+    path: Path = Path("made")
     num_patients: int
     num_events: int = 1
     num_variables: int = 1
     num_bad: int = 0
     patients_per_piece: int = 20_000
-    name: str = "made"
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         return {}
 
-    def inputs(self) -> list[Path]:
-        return []
+    def find_events(self) -> dict[str, Path]:
+        return {}
 
     def pieces(self) -> list[Piece]:
         starts = range(0, self.num_patients, self.patients_per_piece)
@@ -83,7 +87,7 @@ class Made(Source):
         }
         return RawRows(rows=number_rows(columns))
 
-    def labels(self) -> tuple[str, pl.DataFrame]:
+    def read_labels(self) -> tuple[str, pl.DataFrame]:
         names = [f"patient {number:09d}" for number in range(self.num_patients)]
         return "made", pl.DataFrame({PATIENT_ID: names, LABEL: np.zeros(self.num_patients, np.int8)})
 
@@ -109,8 +113,8 @@ def prepared(source: Source, events_per_shard: int, workers: int) -> Figures:
                 for folder in ("spills", "sorted", JOURNAL):
                     found[f"{folder}_bytes"] = max(found.get(f"{folder}_bytes", 0.0), disk(data / WORK / folder))
 
-        options = BuildOptions(rule=ALL_TRAIN, events_per_shard=events_per_shard)
-        summary = build(source, data, options, workers=workers, progress=progress)
+        options = BuildOptions(split_rule=ALL_TRAIN, events_per_shard=events_per_shard)
+        summary = build(source, data, options, execution=ExecutionOptions(workers=workers), progress=progress)
         manifest = Manifest.load(data)
         write_data_report(data)
         return found | {
@@ -129,7 +133,7 @@ def opened(num_variables: int, num_pieces: int) -> Figures:
         folder = work_folder(name)
         num_patients = PIECE_BYTES // ROW_BYTES // 40
         source = Made(num_patients=num_patients, num_events=40, num_variables=num_variables, patients_per_piece=1 << 30)
-        alone(spill_piece, source, source.pieces()[0], 0, ALL_TRAIN, Rules(), folder)
+        alone(spill_piece, source, source.pieces()[0], 0, BuildOptions(split_rule=ALL_TRAIN), folder)
         for part in ("events", "patients"):
             for number in range(1, num_pieces):
                 (folder / "spills" / f"{number:05d}.{part}.arrow").symlink_to(f"00000.{part}.arrow")
@@ -146,7 +150,7 @@ def gzipped(num_events: int) -> Figures:
         alone(write_events, path, num_events)
         source = Table(path=path)
         for number, piece in enumerate(source.pieces()):
-            spill_piece(source, piece, number, ALL_TRAIN, Rules(), path.parent)
+            spill_piece(source, piece, number, BuildOptions(split_rule=ALL_TRAIN), path.parent)
     return {"peak_bytes": own_peak()}
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from pipeline.prepare.build import EVENTS_PER_SHARD
-from pipeline.prepare.sources.source import PIECE_BYTES, ROW_BYTES
+from pipeline.prepare.options import EVENTS_PER_SHARD
+from pipeline.prepare.sources.reading import PIECE_BYTES, ROW_BYTES
 from pipeline.prepare.spill import BATCH_ROWS
 
 RESULTS: Final = Path(__file__).parent / "results"

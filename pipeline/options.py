@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pipeline.schema import UserError
 
 T = TypeVar("T")
+
+METAVARS: Final = {int: "N", float: "NUMBER", str: "NAME", Path: "PATH"}
 
 
 def option(
@@ -27,42 +28,70 @@ def option(
     *,
     minimum: float | None = None,
     maximum: float | None = None,
+    above: float | None = None,
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
     """Declare a field of a section that is a flag.
 
     Args:
-        default: the value where neither flag nor file gives one.
+        default: the value where neither flag nor file gives one; ``dict`` for an empty one; ``dataclasses.MISSING``
+            where one of them must.
         help: a sentence that can be read without its neighbours.
         minimum, maximum: the range of a number, both ends included.
+        above: a bound that a number must exceed.
         metavar: what ``--help`` shows for the value.
         parse: makes the value of the flag's text, where its type does not say how; raises ValueError for a bad one.
     """
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "metavar": metavar, "parse": parse}
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "metavar": metavar,
+        "parse": parse,
+    }
+    if default is dict:
+        return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_section(section: Any) -> None:
     """Raise UserError, naming the flag, unless every field of a section has its type and is in its range.
 
-    Sections call this in ``__post_init__``, so that a flag, a file and Python code are held to the same rules.
+    Sections call this in ``__post_init__``, by hand or as subclasses of :class:`Section`.
     """
     hints = get_type_hints(type(section))
     for field in dataclasses.fields(section):
         value, kind = getattr(section, field.name), hints[field.name]
         if not _is_of(value, kind):
             raise UserError(f"--{field.name} must be {_type_name(kind)}, not {value!r}")
-        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not ((low is None or value >= low) and (high is None or value <= high)):
-            bound = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise UserError(f"--{field.name} must be {bound}, not {value}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low, high, above = (field.metadata.get(name) for name in ("minimum", "maximum", "above"))
+            if above is not None and not above < value < math.inf:
+                raise UserError(f"--{field.name} must be above {above}, not {value}")
+            if not ((low is None or value >= low) and (high is None or value <= high)):
+                bound = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise UserError(f"--{field.name} must be {bound}, not {value}")
+
+
+class Section:
+    """Base of a section: a flag, a file and Python code are held to the same rules."""
+
+    def __post_init__(self) -> None:
+        check_section(self)
 
 
 def parse_options(
     tree: type[T], arguments: Sequence[str] | None, *, prog: str, description: str, positional: str | None = None
 ) -> T:
+    """Return the options of a command line; see :func:`parse_explicit_options`."""
+    return parse_explicit_options(tree, arguments, prog=prog, description=description, positional=positional)[0]
+
+
+def parse_explicit_options(
+    tree: type[T], arguments: Sequence[str] | None, *, prog: str, description: str, positional: str | None = None
+) -> tuple[T, frozenset[str]]:
     """Return the options of a command line, over those of ``--config FILE.yaml``, over the defaults.
 
     Args:
@@ -72,10 +101,14 @@ def parse_options(
         description: its first line of help.
         positional: the name of a field that is given without a flag.
 
+    Returns:
+        The tree, and the names of the options that the command line or the file sets, also where that is the default.
+
     Raises:
-        UserError: a flag is unknown, given twice over with a bad value, or the file is not one of options.
+        UserError: a flag is unknown, missing or has a bad value, or the file is not one of options.
     """
-    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
+    usage = f"{prog} {positional.upper() if positional else ''} [--OPTION VALUE …]".replace("  ", " ")
+    parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="Read options from this file; flags win.")
     sections = get_type_hints(tree)
     for section in sections.values():
@@ -84,22 +117,35 @@ def parse_options(
         hints = get_type_hints(section)
         for field in dataclasses.fields(section):
             _add_flag(group, field, hints[field.name], positional=field.name == positional)
-    given = vars(parser.parse_args(arguments))
-    config = given.pop("config")
+    flags = vars(parser.parse_args(arguments))
+    if positional is not None and flags[positional] is None:
+        del flags[positional]
+    config = flags.pop("config")
     saved = {} if config is None else read_options(config, sections)
-    built = {}
+    built: dict[str, Any] = {}
+    explicit: set[str] = set()
     for name, section in sections.items():
-        own = {field.name: given[field.name] for field in dataclasses.fields(section) if field.name in given}
-        built[name] = section(**{**saved.get(name, {}), **own})
-    return tree(**built)
+        values = saved.get(name, {})
+        values |= {field.name: flags[field.name] for field in dataclasses.fields(section) if field.name in flags}
+        for field in dataclasses.fields(section):
+            if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+                flag = field.metadata["metavar"] if field.name == positional else f"--{field.name}"
+                parser.error(f"the following arguments are required: {flag}")
+        built[name] = section(**values)
+        explicit |= values.keys()
+    return tree(**built), frozenset(explicit)
 
 
 def read_options(path: Path, sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the values of a YAML file of options, by section and field.
 
+    A list stands for a tuple, and text for whatever the flag would make of it.
+
     Raises:
         UserError: the file cannot be read, or names a section or an option that there is not.
     """
+    import yaml  # noqa: PLC0415  # most command lines name no file
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -111,10 +157,21 @@ def read_options(path: Path, sections: Mapping[str, Any]) -> dict[str, dict[str,
         unknown = [str(key) for key in values if key not in known] if known else ["*"]
         if unknown:
             raise UserError(f"--config {path}: there is no option {name}.{unknown[0]}; remove it from the file")
+        hints = get_type_hints(sections[name])
         for key, value in values.items():
-            if isinstance(value, list):  # YAML has no tuples
-                values[key] = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+            try:
+                values[key] = _from_yaml(value, known[key].metadata["parse"], _members(hints[key]))
+            except ValueError as error:
+                raise UserError(f"--config {path}: {name}.{key}: {error}") from None
     return content
+
+
+def _from_yaml(value: Any, parse: Callable[[str], Any] | None, kinds: Sequence[Any]) -> Any:
+    if isinstance(value, list):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if isinstance(value, str) and parse is not None:
+        return parse(value)
+    return Path(value) if isinstance(value, str) and Path in kinds else value
 
 
 def to_dict(tree: Any) -> dict[str, dict[str, Any]]:
@@ -142,25 +199,43 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any], kind: Any, *, positional: bool) -> None:
-    default = "" if field.default in (None, "", dataclasses.MISSING) else f" Default: {field.default}."
+    is_plain = field.default is False or field.default in (None, "", (), dataclasses.MISSING)
+    default = "" if is_plain else f" Default: {_shown(field.default)}."
     help_ = (field.metadata["help"] + default).replace("%", "%%")
-    if positional:
-        group.add_argument(field.name, metavar=field.metadata["metavar"], help=help_)
-        return
-    members = [member for member in get_args(kind) if member is not type(None)] if _is_union(kind) else [kind]
-    settings: dict[str, Any] = {"help": help_, "metavar": field.metadata["metavar"]}
+    members = _members(kind)
     choices = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+    metavar = field.metadata["metavar"] or (None if choices else METAVARS.get(members[0]))
+    settings: dict[str, Any] = {"help": help_, "metavar": metavar}
     if field.metadata["parse"] is not None:
         settings["type"] = _naming_errors(field.metadata["parse"])
     elif members == [bool]:
         settings = {"help": help_, "action": argparse.BooleanOptionalAction}
+    elif get_origin(kind) is tuple:
+        settings |= {"type": get_args(kind)[0], "nargs": "+", "action": _StoreTuple}
     elif choices and len(members) == 1:
         settings["choices"] = choices
     else:
         plain = next(member for member in members if get_origin(member) is not Literal)
         settings["type"] = lambda text: text if text in choices else plain(text)
         settings["type"].__name__ = plain.__name__  # argparse names it in errors
-    group.add_argument(f"--{field.name}", **settings)
+    if positional:
+        group.add_argument(field.name, nargs="?", default=None, **settings)  # argparse would parse SUPPRESS
+    else:
+        group.add_argument(f"--{field.name}", **settings)
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _shown(value: Any) -> str:
+    """Return a default as one would type it."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return (" " if all(isinstance(item, str) for item in value) else ",").join(
+        "=".join(item) if isinstance(item, tuple) else str(item) for item in value
+    )
 
 
 def _naming_errors(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -171,6 +246,11 @@ def _naming_errors(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parsed
+
+
+def _members(kind: Any) -> list[Any]:
+    """Return the types of a union other than None; of any other type the type itself."""
+    return [member for member in get_args(kind) if member is not type(None)] if _is_union(kind) else [kind]
 
 
 def _is_union(kind: Any) -> bool:
@@ -186,6 +266,10 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(kind) is tuple and isinstance(value, tuple):
+        kinds = get_args(kind)
+        items = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+        return len(items) == len(value) and all(map(_is_of, value, items))
     return isinstance(value, get_origin(kind) or kind) if kind is not Any else True
 
 
@@ -194,5 +278,12 @@ def _type_name(kind: Any) -> str:
         return " or ".join(_type_name(member) for member in get_args(kind) if member is not type(None))
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        tuple: "a list",
+    }
+    return names.get(get_origin(kind) or kind, getattr(kind, "__name__", str(kind)))

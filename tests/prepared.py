@@ -96,7 +96,7 @@ def expected(
             seen.add((patient, minute, variable, number))
             stays[patient][-math.inf if minute is None else math.floor(minute)].append((variable, number, minute))
 
-    split_of = {patient: (splits or {}).get(patient, SPLITS[rule.split([patient])[0]]) for patient in stays}
+    split_of = {patient: (splits or {}).get(patient, SPLITS[rule.assign_splits([patient])[0]]) for patient in stays}
     train = [stay for patient, stay in stays.items() if split_of[patient] == "train"]
     limited = _limit_outliers(stays, train, rules, rejects) if rules.outlier_std is not None else set()
     for patient, stay in list(stays.items()):

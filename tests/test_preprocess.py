@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import polars as pl
@@ -15,6 +17,9 @@ import preprocess
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import read_shard
 from pipeline.loading.loader import make_loader
+from pipeline.machine import usable_cores
+from pipeline.prepare.command import PreprocessOptions
+from pipeline.prepare.executors import ExecutionOptions
 from pipeline.schema import MANIFEST_FILE, SPLITS
 
 SYNTHETIC = ["synthetic", "--num_patients", "40", "--workers", "1"]
@@ -82,9 +87,9 @@ def test_values_come_back_to_their_raw_scale(tmp_path: Path) -> None:
         (["in.csv", "--output", "out", "--split_seed", "x"], "--split_seed"),
         (
             ["in.csv", "--output", "out", "--outlier_action", "clip"],
-            "--outlier_action: says nothing without --outlier_std",
+            "--outlier_action: has no effect without --outlier_std",
         ),
-        (["in.csv", "--output", "out", "--outlier_std", "0"], "--outlier_std: 0 is not above 0"),
+        (["in.csv", "--output", "out", "--outlier_std", "0"], "--outlier_std must be above 0"),
         (["in.csv", "--output", "out", "--min_events", "0"], "--min_events"),
         (["in.csv", "--output", "out", "--min_count", "999"], "--min_count 999: no variable has as many events"),
         (["in.csv", "--output", "out", "--aggregate", "sum"], "--aggregate: invalid choice: 'sum'"),
@@ -166,7 +171,7 @@ def test_a_full_disk_and_an_interrupt_are_one_line_and_the_same_command_goes_on(
             raise stop
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.prepare.partition.write_shard", fail)
+            patch.setattr("pipeline.prepare.write.write_shard", fail)
             assert run(*SYNTHETIC, "--output", output) == status
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert run(*SYNTHETIC, "--output", output) == 0
@@ -183,3 +188,34 @@ def test_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == f"preprocess.py: {tmp_path / 'missing'}: no such file or folder\n"
+
+
+def test_options_come_from_a_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "options.yaml").write_text(
+        f"command: {{input: synthetic, output: {tmp_path / 'file'}}}\n"
+        "synthetic: {num_patients: 40, seed: 3}\nsplit: {split_fractions: [0.5, 0.25, 0.25]}\nexecution: {workers: 1}\n"
+    )
+    assert run("--config", tmp_path / "options.yaml") == 0
+    flags = [*SYNTHETIC, "--seed", 3, "--split_fractions", "0.5,0.25,0.25"]
+    assert run(*flags, "--output", tmp_path / "flags") == 0
+    assert (tmp_path / "file" / MANIFEST_FILE).read_bytes() == (tmp_path / "flags" / MANIFEST_FILE).read_bytes()
+    assert run("--config", tmp_path / "options.yaml", "--seed", 4) == 2
+    assert "holds a data set of other input or options" in capsys.readouterr().err
+    (tmp_path / "options.yaml").write_text("rules: {outlier_action: clip}\n")
+    assert run(*SYNTHETIC, "--output", tmp_path / "x", "--config", tmp_path / "options.yaml") == 2
+    assert "--outlier_action: has no effect without --outlier_std" in capsys.readouterr().err
+    (tmp_path / "options.yaml").write_text("table: {value_column: x}\n")
+    assert run(*SYNTHETIC, "--output", tmp_path / "x", "--config", tmp_path / "options.yaml") == 2
+    assert "--value_column: not used by --format synthetic" in capsys.readouterr().err
+
+
+def test_each_line_of_help_is_a_sentence() -> None:
+    for section in get_type_hints(PreprocessOptions).values():
+        for field in dataclasses.fields(section):
+            text = field.metadata["help"]
+            assert text[0].isupper(), field.name
+            assert text.endswith("."), field.name
+
+
+def test_workers_are_the_cores_that_this_process_may_use() -> None:
+    assert ExecutionOptions().workers == usable_cores()

@@ -1,4 +1,4 @@
-"""Rows as they came -> canonical rows that are kept, and rejected rows with the reason.
+"""Turn rows as they came into canonical rows that are kept, and rejected rows with a reason.
 
 Every row goes to exactly one of the two.  No row is an error: a row that cannot be used is a reject.
 """
@@ -11,18 +11,19 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.prepare import names
-from pipeline.prepare.sources.source import FILE, ROW, RawRows, patient_ids
+from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW, to_patient_ids
+from pipeline.prepare.sources.source import RawRows
 from pipeline.schema import FLOAT32_MAX, MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 
 DUPLICATE: Final = "duplicate"
 NO_ORIGIN: Final = "no_origin"
-"""Reasons that are found later, by pipeline.prepare.partition: they take all rows of a patient together."""
+"""Reasons that pipeline.prepare.sort finds, because they need all rows of a patient together."""
 
 RESERVED_VARIABLES: Final = ("<padding>", "<unknown>")
-"""Names of the first two rows of the vocabulary."""
+"""Names of the first two rows of the vocabulary, which no variable may have."""
 
 NO_NUMBER: Final = ("", "na", "nan", "null")
-"""Texts, in any case, that say that an event has no number."""
+"""Texts, in upper or lower case, which say that an event has no number."""
 
 REJECTS_SCHEMA: Final = pa.schema(
     [
@@ -38,34 +39,28 @@ REJECTS_SCHEMA: Final = pa.schema(
 
 
 def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The rows to keep and the rows to reject.
+    """Return the rows to keep and the rows to reject.
 
     Returns:
-        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` names (see ``pipeline.prepare.names``), ``minute``
-        float64, or
-        ``Datetime("us")`` and null where static, ``variable`` names, ``value`` float32 and null where there is no
+        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` names (see ``pipeline.prepare.names``), ``minute`` float64,
+        or ``Datetime("us")`` and null where static, ``variable`` names, ``value`` float32 and null where there is no
         number, and ``set_index`` int64 where the input has it.
         Rejected: ``reason``, ``file``, ``row``, and the other columns as text, as they came.
     """
     rows = raw.rows
     set_columns = [SET_INDEX] if SET_INDEX in rows.columns else []
-    patient = names.encode(rows[PATIENT_ID], patient_ids)
+    patient = names.encode(rows[PATIENT_ID], to_patient_ids)
     variable = names.encode(rows[VARIABLE])
-    typed = rows.select(
-        FILE,
-        ROW,
-        patient,
-        (_number(rows, MINUTE) if raw.minute is None else raw.minute).alias(MINUTE),
-        variable,
-        _number(rows, VALUE).cast(pl.Float32).fill_nan(None),
-        *(_whole(rows, name) for name in set_columns),
-    )
+    minute = (_to_number(rows, MINUTE) if raw.minute is None else raw.minute).alias(MINUTE)
+    value = _to_number(rows, VALUE).cast(pl.Float32).fill_nan(None)
+    set_index = [_to_whole_number(rows, name) for name in set_columns]
+    typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index)
     minute, value = pl.col(MINUTE), pl.col(VALUE)
     instants = typed.schema[MINUTE].is_temporal()
     rules: dict[str, pl.Expr | pl.Series] = {
-        "no_patient": names.fits(patient, is_blank).fill_null(True),
-        "no_variable": names.fits(variable, is_blank).fill_null(True),
-        "reserved_variable": names.fits(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
+        "no_patient": names.test(patient, is_blank).fill_null(True),
+        "no_variable": names.test(variable, is_blank).fill_null(True),
+        "reserved_variable": names.test(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
         "bad_minute": (minute.is_null() & (not raw.static))
         if instants
         else minute.is_null() | ~(minute.abs() <= FLOAT32_MAX),
@@ -73,65 +68,47 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},
     }
-    broken = pl.concat(
-        [
-            rows.select(rule.alias(reason) for reason, rule in raw.rules),
-            typed.select(rule.alias(reason) for reason, rule in rules.items()),
-        ],
-        how="horizontal",
-    )
+    by_format = rows.select(rule.alias(reason) for reason, rule in raw.rules)
+    by_column = typed.select(rule.alias(reason) for reason, rule in rules.items())
+    broken = pl.concat([by_format, by_column], how="horizontal")
     reasons = [column.name for column in broken if column.any()]  # mostly none
-    first = broken.select(
-        pl.coalesce(
-            [pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons)]
-            or pl.repeat(None, pl.len(), dtype=pl.UInt8)
-        )
-    ).to_series()
+    numbers = [pl.when(reason).then(pl.lit(number, pl.UInt8)) for number, reason in enumerate(reasons)]
+    first = broken.select(pl.coalesce(numbers or pl.repeat(None, pl.len(), dtype=pl.UInt8))).to_series()
     kept = typed.filter(first.is_null()) if reasons else typed
-    kept = kept.with_columns(_one_zero(name) for name in (MINUTE, VALUE) if kept.schema[name].is_float())
-    rejected = rows.filter(first.is_not_null()).select(
-        pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls()),
-        FILE,
-        ROW,
-        pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String),
-    )
-    return kept, rejected
+    kept = kept.with_columns(_without_negative_zero(name) for name in (MINUTE, VALUE) if kept.schema[name].is_float())
+    reason = pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls())
+    return kept, rows.filter(first.is_not_null()).select(reason, FILE, ROW, AS_TEXT)
 
 
 def is_blank(name: pl.Series) -> pl.Series:
-    """[N] bool."""
+    """Return [N] bool, whether a name consists of blanks."""
     return name.str.strip_chars() == ""
 
 
-def _number(rows: pl.DataFrame, name: str) -> pl.Expr:
-    """Column ``name`` as float64; null where it holds no number, infinite where float64 cannot hold it."""
+def _to_number(rows: pl.DataFrame, name: str) -> pl.Expr:
+    """Return column ``name`` as float64; null where it holds no number, infinite where float64 cannot hold it."""
     column = pl.col(name)
     return (column.str.strip_chars() if rows.schema[name] == pl.String else column).cast(pl.Float64, strict=False)
 
 
-def _whole(rows: pl.DataFrame, name: str) -> pl.Expr:
-    """Column ``name`` as int64; null where it holds no whole number."""
+def _to_whole_number(rows: pl.DataFrame, name: str) -> pl.Expr:
+    """Return column ``name`` as int64; null where it holds no whole number."""
     if rows.schema[name].is_integer():
         return pl.col(name).cast(pl.Int64, strict=False)
-    number = _number(rows, name)
+    number = _to_number(rows, name)
     return pl.when(number == number.floor()).then(number).cast(pl.Int64, strict=False)
 
 
 def _has_number(rows: pl.DataFrame) -> pl.Expr:
-    """Whether the value means to be a number."""
+    """Return whether the value is meant to be a number."""
     value = pl.col(VALUE)
     if rows.schema[VALUE] == pl.String:
         return value.is_not_null() & ~value.str.strip_chars().str.to_lowercase().is_in(NO_NUMBER)
     return value.is_not_null() & value.is_not_nan() if rows.schema[VALUE].is_float() else value.is_not_null()
 
 
-def _one_zero(name: str) -> pl.Expr:
-    """-0.0 and 0.0 are one number, and rows that differ in it alone are duplicates."""
+def _without_negative_zero(name: str) -> pl.Expr:
+    """Return the column with 0.0 for -0.0: rows that differ in it alone are duplicates."""
     column = pl.col(name)
-    return (
-        pl.when(column == 0)
-        .then(pl.lit(0.0))
-        .otherwise(column)
-        .cast(pl.Float32 if name == VALUE else pl.Float64)
-        .alias(name)
-    )
+    zero_or_column = pl.when(column == 0).then(pl.lit(0.0)).otherwise(column)
+    return zero_or_column.cast(pl.Float32 if name == VALUE else pl.Float64).alias(name)

@@ -1,4 +1,4 @@
-"""What runs the tasks: this process, processes of this machine, or the workers of a Dask cluster.
+"""Run tasks in this process, in processes of this machine, or on the workers of a Dask cluster.
 
 All are a ``concurrent.futures.Executor``.  Tasks may be run twice and anywhere: they read and write files of a folder
 that every worker sees, and put each in place whole.
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -17,6 +18,8 @@ from typing import Final, ParamSpec, TypeVar
 
 import pyarrow as pa
 
+from pipeline.machine import usable_cores
+from pipeline.options import Section, option
 from pipeline.schema import UserError
 
 P = ParamSpec("P")
@@ -26,8 +29,19 @@ LOCAL: Final = "local"
 DASK: Final = "dask://"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExecutionOptions(Section):
+    """How the work is run; the output does not depend on it."""
+
+    executor: str = option(LOCAL, "Where tasks run: local, dask://HOST:PORT, or the file of a Dask scheduler.")
+    workers: int = option(usable_cores(), "Number of processes of --executor local.", minimum=1)
+
+
+ONE_PROCESS: Final = ExecutionOptions(workers=1)
+
+
 class InlineExecutor(Executor):
-    """Runs a task when it is submitted, in this process."""
+    """An executor that runs a task in this process when it is submitted."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
@@ -36,20 +50,19 @@ class InlineExecutor(Executor):
 
 
 @contextmanager
-def open_executor(name: str, workers: int) -> Iterator[Executor]:
-    """The executor of ``--executor name``.
+def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Executor]:
+    """Open the executor of ``--executor``, with at most ``max_workers`` local processes of one thread each.
 
-    Args:
-        name: ``local``; ``dask://HOST:PORT`` of a Dask scheduler, or the scheduler file that it wrote.
-        workers: processes of ``local``, each with one thread; one alone works here, with all threads.
+    One process alone is this one, with all threads.
 
     Raises:
         UserError: there is no such scheduler, or Dask is not installed.
         ChildProcessError: a worker was killed (on Dask: with the same task, as often as the scheduler allows).
     """
+    name, workers = options.executor, min(options.workers, max_workers)
     try:
         if name != LOCAL:
-            with _dask(name) as executor:
+            with _open_dask(name) as executor:
                 yield executor
         elif workers == 1:
             yield InlineExecutor()
@@ -57,20 +70,18 @@ def open_executor(name: str, workers: int) -> Iterator[Executor]:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as executor:
                 yield executor
     except BrokenExecutor:
-        raise ChildProcessError(
-            "a worker process was killed, most likely for want of memory; "
-            "run the same again with fewer --workers and it goes on, or start afresh with smaller --events_per_shard"
-        ) from None
+        advice = "run the same again with fewer --workers, or start afresh with smaller --events_per_shard"
+        raise ChildProcessError(f"a worker process was killed, most likely for want of memory; {advice}") from None
 
 
 def _start_worker() -> None:
-    """One thread to work with; and one that ends the process when its parent does, killed or not."""
+    """Limit the work to one thread, and start another that ends this process when its parent ends, killed or not."""
     os.environ["POLARS_MAX_THREADS"] = "1"  # read when Polars first works, not when it is imported
     pa.set_cpu_count(1)
-    Thread(target=_follow_parent, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -78,7 +89,7 @@ def _follow_parent() -> None:
 
 
 @contextmanager
-def _dask(name: str) -> Iterator[Executor]:
+def _open_dask(name: str) -> Iterator[Executor]:
     try:
         from distributed import Client, KilledWorker  # noqa: PLC0415  an optional extra, slow to import
     except ImportError:

@@ -1,4 +1,4 @@
-"""Splits, per-variable moments of the train split, and the vocabulary made of them."""
+"""Moments of each variable, computed in parts and merged exactly."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Moments:
-    """Of V variables: how many events, how many with a number, and the numbers' mean and summed squared deviations.
+    """Number of events, number of values, mean and summed squared deviations of V variables.
 
     Attributes:
         variables: V names.
-        count: [V] int64, events.
-        num_values: [V] int64, events with a number.
+        count: [V] int64, number of events.
+        num_values: [V] int64, number of events with a number.
         mean: [V] float64; 0 where there is no number.
-        squares: [V] float64, the sum of squared deviations from the mean.
+        squares: [V] float64, sum of squared deviations from the mean.
     """
 
     variables: list[str]
@@ -29,54 +29,45 @@ class Moments:
     squares: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, variables: list[str], variable: npt.NDArray[np.integer[Any]], value: npt.NDArray[np.float32]) -> Self:
-        """Of events: ``variable`` [E] positions in ``variables``, ``value`` [E] with NaN for no number.
+    def measure(
+        cls, variables: list[str], variable: npt.NDArray[np.integer[Any]], value: npt.NDArray[np.float32]
+    ) -> Self:
+        """Measure events: ``variable`` [E] positions in ``variables``, ``value`` [E] with NaN for no number.
 
         Sums of fewer than 2^29 equal float32 numbers are exact in float64: a constant has a variance of exactly 0.
         """
         size = len(variables)
-        number = ~np.isnan(value)
-        position, wide = variable[number], value[number].astype(np.float64)
+        is_number = ~np.isnan(value)
+        position, wide = variable[is_number], value[is_number].astype(np.float64)
         num_values = np.bincount(position, minlength=size)
         mean = np.bincount(position, wide, minlength=size) / np.maximum(num_values, 1)
         wide -= mean[position]
-        return cls(
-            variables=variables,
-            count=np.bincount(variable, minlength=size),
-            num_values=num_values,
-            mean=mean,
-            squares=np.bincount(position, wide**2, minlength=size).astype(np.float64),
-        )
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        return cls(
-            variables=content["variables"],
-            count=np.array(content["count"], np.int64),
-            num_values=np.array(content["num_values"], np.int64),
-            mean=np.array(content["mean"], np.float64),
-            squares=np.array(content["squares"], np.float64),
-        )
+        squares = np.bincount(position, wide**2, minlength=size).astype(np.float64)
+        return cls(variables, np.bincount(variable, minlength=size), num_values, mean, squares)
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
-        """Of all parts together, merged pairwise in their order (Chan, Golub and LeVeque 1983, eq. 2.1)."""
+        """Return the moments of all parts, merged pairwise in their order (Chan, Golub and LeVeque 1983, eq. 2.1)."""
         variables = sorted({variable for part in parts for variable in part.variables})
-        place = {variable: number for number, variable in enumerate(variables)}
+        position = {variable: number for number, variable in enumerate(variables)}
         count, num_values = np.zeros((2, len(variables)), dtype=np.int64)
         mean, squares = np.zeros((2, len(variables)))
         for part in parts:
-            at = np.array([place[variable] for variable in part.variables], dtype=np.intp)
+            at = np.array([position[variable] for variable in part.variables], dtype=np.intp)
             before, total = num_values[at], num_values[at] + part.num_values
-            share = part.num_values / np.maximum(total, 1)
+            weight = part.num_values / np.maximum(total, 1)
             delta = np.where(part.num_values > 0, part.mean - mean[at], 0.0)
-            squares[at] += part.squares + delta**2 * before * share
-            mean[at] += delta * share
+            squares[at] += part.squares + delta**2 * before * weight
+            mean[at] += delta * weight
             num_values[at] = total
             count[at] += part.count
-        return cls(variables=variables, count=count, num_values=num_values, mean=mean, squares=squares)
+        return cls(variables, count, num_values, mean, squares)
+
+    @property
+    def num_events(self) -> int:
+        return int(self.count.sum())
 
     @property
     def std(self) -> npt.NDArray[np.float64]:
-        """[V] population standard deviation."""
+        """Return [V] the population standard deviation."""
         return np.sqrt(self.squares / np.maximum(self.num_values, 1))

@@ -1,4 +1,4 @@
-"""Columns of names, such as patients and variables, as positions among the few names that there are.
+"""Store columns of names, such as patients and variables, as positions among the few distinct names.
 
 A table of events has millions of rows and thousands of names.  What is asked of a name (is it blank? is it a whole
 number with a fraction?) is asked once a name, and its answer gathered for the rows.  Such a column is a Polars
@@ -19,11 +19,11 @@ def _as_text(values: pl.Series) -> pl.Series:
 
 
 def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_text) -> pl.Series:
-    """A column of numbers or texts as names; null stays null.
+    """Return a column of numbers or texts [E] as names; null stays null.
 
     Args:
-        column: [E].
-        as_text: makes texts of distinct values; those whose texts are equal are one name.
+        column: the column.
+        as_text: makes texts of distinct values; values whose texts are equal are one name.
     """
     if isinstance(column.dtype, pl.Enum):
         return _gather(column.name, as_text(_names(column)), column.to_physical())
@@ -34,7 +34,7 @@ def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_te
 
 
 def from_dictionary(name: str, chunks: pa.ChunkedArray) -> pl.Series:
-    """A dictionary column of strings, as Parquet's own dictionaries give it.
+    """Return a dictionary column of strings, as Parquet reads it, as names.
 
     Raises:
         pa.ArrowInvalid: a name is no text.
@@ -45,14 +45,14 @@ def from_dictionary(name: str, chunks: pa.ChunkedArray) -> pl.Series:
 
 
 def concat(parts: Sequence[pl.Series]) -> pl.Series:
-    """Columns of names, one after the other."""
-    together = pl.Enum(pl.concat([_names(part) for part in parts]).unique(maintain_order=True))
-    return pl.concat([_names(part).cast(together).gather(part.to_physical()) for part in parts]).rename(parts[0].name)
+    """Join columns of names, one after the other."""
+    joined = pl.Enum(pl.concat([_names(part) for part in parts]).unique(maintain_order=True))
+    return pl.concat([_names(part).cast(joined).gather(part.to_physical()) for part in parts]).rename(parts[0].name)
 
 
-def fits(column: pl.Series, test: Callable[[pl.Series], pl.Series]) -> pl.Series:
-    """[E] bool, whether ``test`` holds of the row's name; null where there is none."""
-    return test(_names(column)).gather(column.to_physical())
+def test(column: pl.Series, predicate: Callable[[pl.Series], pl.Series]) -> pl.Series:
+    """Return [E] bool, whether ``predicate`` holds for the row's name; null where there is none."""
+    return predicate(_names(column)).gather(column.to_physical())
 
 
 def _names(column: pl.Series) -> pl.Series:
@@ -61,7 +61,7 @@ def _names(column: pl.Series) -> pl.Series:
 
 
 def _gather(name: str, texts: pl.Series, position: pl.Series) -> pl.Series:
-    """Row by row the text at ``position``; texts may repeat, and be null."""
+    """Return the text at ``position`` for each row; texts may repeat, and be null."""
     distinct = texts.drop_nulls().unique(maintain_order=True)
     return texts.cast(pl.Enum(distinct)).gather(position).rename(name)
 

@@ -1,9 +1,8 @@
-"""The output folder: one run at a time, nothing of others touched, complete or not there.
+"""Claim the output folder, and publish a data set in it: complete or absent, and nothing of others touched.
 
 A run stages everything in ``OUTPUT/.preprocess``.  One that is stopped leaves it there, and the next run on the same
-input and options goes on with it.  Publishing removes what an older data set's manifest names,
-moves the staged files out, and the manifest last.  Killed in between, the next run finds the staged manifest and ends
-the move.
+input and options goes on with it.  Publishing removes what the manifest of an older data set names, moves the staged
+files out, and the manifest last.  If it is killed in between, the next run finds the staged manifest and ends the move.
 """
 
 from __future__ import annotations
@@ -35,30 +34,30 @@ from pipeline.storage.files import file_sha256, remove_leftovers, sync, write_at
 WORK: Final = ".preprocess"
 LOCK_FILE: Final = "lock"
 RUN_FILE: Final = "run.json"
-"""In the work folder: of what input and options its content is."""
+"""File in the work folder that says of what input and options its content is."""
 
 FILES: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE, REJECTS_FILE, SUMMARY_FILE, REPORT_FILE)
 
 
 @contextmanager
-def output_folder(
-    output: Path, read_fingerprint: Callable[[], str], *, overwrite: bool, say: Callable[[str], None]
+def claim_output_folder(
+    output: Path, read_fingerprint: Callable[[], str], *, overwrite: bool, log: Callable[[str], None]
 ) -> Iterator[tuple[Path, str] | None]:
     """Claim ``output`` and give a work folder in it, whose ``data`` is published in the end.
 
-    The work folder holds what a stopped run of the same fingerprint left, and nothing else.  It is kept when the
-    body is stopped by the system (a full disk, a lost worker) or by hand; on any other error it is removed, and so is
-    the output folder if this made it.
+    The work folder holds what a stopped run of the same fingerprint left, and nothing else.  It stays when the body is
+    stopped by the system (a full disk, a lost worker) or by hand; on any other error it is removed, and so is the
+    output folder if this call made it.
 
     Args:
         output: the folder.
-        read_fingerprint: gives that of input and options, as in the manifest.  It may take hours, so it is called when
-            the folder is claimed, and everything that can be refused without it has been.
-        overwrite: replace a data set that is there.
-        say: told, in a line, when the work is not begun from nothing.
+        read_fingerprint: returns the fingerprint of input and options.  It may take hours, so it is called when the
+            folder is claimed, and everything that can be refused without it has been.
+        overwrite: whether to replace an existing data set.
+        log: receives a line when the work does not begin from nothing.
 
     Yields:
-        The work folder and the fingerprint; None where the data set of this fingerprint is there already.
+        The work folder and the fingerprint; None where the data set of this fingerprint exists already.
 
     Raises:
         UserError: it holds files that are no data set, a data set that may not be overwritten, or another run's work.
@@ -66,7 +65,7 @@ def output_folder(
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; name a folder with --output")
     work = output / WORK
-    made = not output.exists()
+    is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     with _lock(work):
         if (work / "data" / MANIFEST_FILE).exists():
@@ -74,15 +73,15 @@ def output_folder(
             _clear(work)
         keep = (work / RUN_FILE).exists()  # a run that is refused throws away nothing
         try:
-            there = _data_set_in(output)
+            existing = _load_manifest(output)
             fingerprint = read_fingerprint()
-            if there is not None and not overwrite:
-                _check_same(output, there, fingerprint)
-                say("the data set of this input and these options is here already; nothing to do")
+            if existing is not None and not overwrite:
+                _check_same(output, existing, fingerprint)
+                log("the data set of this input and these options is here already; nothing to do")
                 keep = False
                 yield None
                 return
-            _take_up(work, fingerprint, say)
+            _resume_or_clear(work, fingerprint, log)
             keep = False
             try:
                 yield work, fingerprint
@@ -96,13 +95,13 @@ def output_folder(
         finally:
             if not keep:
                 _remove(work)
-            if made and not any(output.iterdir()):
+            if is_new and not any(output.iterdir()):
                 output.rmdir()
 
 
 @contextmanager
 def _lock(work: Path) -> Iterator[None]:
-    """Hold the work folder; the system lets go of it when the process ends, however it ends."""
+    """Lock the work folder; the system unlocks it when the process ends, however it ends."""
     lock = work / LOCK_FILE
     if work.exists() and not lock.exists() and any(work.iterdir()):
         raise UserError(f"{work}: not made by preprocess.py; remove it, or name another --output")
@@ -111,18 +110,13 @@ def _lock(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{work.parent}: another preprocess.py is writing here; wait for it, or name another --output"
-            ) from None
+            problem = f"{work.parent}: another preprocess.py is writing here"
+            raise UserError(f"{problem}; wait for it, or name another --output") from None
         yield
 
 
-def _data_set_in(output: Path) -> Manifest | None:
-    """What the folder holds; None where it is empty.
-
-    Raises:
-        UserError: something else.
-    """
+def _load_manifest(output: Path) -> Manifest | None:
+    """Return the manifest of the data set in the folder, None where it is empty; raise UserError for anything else."""
     if (output / MANIFEST_FILE).exists():
         return Manifest.load(output)
     others = sorted(path.name for path in output.iterdir() if path.name != WORK)
@@ -132,37 +126,32 @@ def _data_set_in(output: Path) -> Manifest | None:
 
 
 def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
-    """Raise UserError unless the data set is that of ``fingerprint``, and all of it is there."""
+    """Raise UserError unless the data set has that fingerprint and is complete."""
     if manifest.fingerprint != fingerprint:
-        raise UserError(
-            f"{output}: holds a data set of other input or options; give --overwrite to replace it, "
-            "or name another --output"
-        )
-    bad = [entry.path for entry in manifest.all_shards() if not _has_size(output / entry.path, entry.num_bytes)]
-    bad += [name for name, sum_ in manifest.files.items() if not _has_sum(output / name, sum_)]
+        problem = f"{output}: holds a data set of other input or options"
+        raise UserError(f"{problem}; give --overwrite to replace it, or name another --output")
+    bad = [entry.path for entry in manifest.all_shards() if _size(output / entry.path) != entry.num_bytes]
+    files = ((name, output / name, sha256) for name, sha256 in manifest.files.items())
+    bad += [name for name, path, sha256 in files if _size(path) is None or file_sha256(path) != sha256]
     if bad:
-        path = output / bad[0]
-        raise UserError(f"{path}: missing, or not as it was written; give --overwrite to make the data set again")
+        problem = f"{output / bad[0]}: missing, or not as it was written"
+        raise UserError(f"{problem}; give --overwrite to make the data set again")
 
 
-def _has_size(path: Path, num_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == num_bytes
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
-def _has_sum(path: Path, sha256: str) -> bool:
-    return path.is_file() and file_sha256(path) == sha256
-
-
-def _take_up(work: Path, fingerprint: str, say: Callable[[str], None]) -> None:
-    """Leave in the work folder what a run of ``fingerprint`` can go on with."""
+def _resume_or_clear(work: Path, fingerprint: str, log: Callable[[str], None]) -> None:
+    """Leave in the work folder only what a run of this fingerprint can go on with."""
     run = work / RUN_FILE
     content = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint}).encode()
     if run.exists():
         if run.read_bytes() == content:
-            say("an earlier run was stopped; it goes on where it was")
+            log("an earlier run was stopped; it goes on where it was")
             remove_leftovers(work, below=True)
             return
-        say("an earlier run was stopped, but input or options are others now; beginning afresh")
+        log("an earlier run was stopped, but input or options are others now; beginning afresh")
     _clear(work)
     write_atomically(run, content)
 
@@ -177,47 +166,46 @@ def _clear(work: Path) -> None:
 
 
 def _remove(work: Path) -> None:
-    """The lock last: a folder with other files and no lock is not ours."""
+    """Remove the work folder, its lock last: a folder with other files and no lock is not ours."""
     _clear(work)
     (work / LOCK_FILE).unlink()
     with suppress(OSError):  # another run came in between, and locked it
         work.rmdir()
 
 
-def _names(data_set: Path) -> list[str]:
-    """Every file of a data set but its manifest."""
+def _list_files(data_set: Path) -> list[str]:
+    """Return the names of all files of a data set but its manifest."""
     return [*FILES, *(entry.path for entry in Manifest.load(data_set).all_shards())]
 
 
 def _refuse_collisions(work: Path, output: Path) -> None:
-    ours = set(_names(output)) if (output / MANIFEST_FILE).exists() else set()
-    for name in set(_names(work / "data")) - ours:
+    existing = set(_list_files(output)) if (output / MANIFEST_FILE).exists() else set()
+    for name in set(_list_files(work / "data")) - existing:
         if (output / name).exists():
-            raise UserError(
-                f"{output / name}: not made by preprocess.py, and in the way; move it, or name another --output"
-            )
+            problem = f"{output / name}: not made by preprocess.py, and in the way"
+            raise UserError(f"{problem}; move it, or name another --output")
 
 
 def _publish(work: Path, output: Path) -> None:
-    """Replace the data set in ``output`` by the staged one.  Each step can be repeated after a kill."""
-    stage, replaced = work / "data", work / "replaced"
+    """Replace the data set in ``output`` by the staged one; each step can be repeated after a kill."""
+    staged, replaced = work / "data", work / "replaced"
     (work / RUN_FILE).unlink(missing_ok=True)  # without its shards the rest is nothing to go on with
     if (output / MANIFEST_FILE).exists():
         replaced.mkdir(exist_ok=True)
         os.replace(output / MANIFEST_FILE, replaced / MANIFEST_FILE)
     if (replaced / MANIFEST_FILE).exists():
-        for name in _names(replaced):
+        for name in _list_files(replaced):
             (output / name).unlink(missing_ok=True)
         (replaced / MANIFEST_FILE).unlink()
-    for name in _names(stage):
-        if (stage / name).exists():
+    for name in _list_files(staged):
+        if (staged / name).exists():
             (output / name).parent.mkdir(exist_ok=True)
-            os.replace(stage / name, output / name)
+            os.replace(staged / name, output / name)
     for split in SPLITS:
         if (folder := output / split).is_dir():
             sync(folder)
             if not any(folder.iterdir()):
                 folder.rmdir()
     sync(output)
-    os.replace(stage / MANIFEST_FILE, output / MANIFEST_FILE)
+    os.replace(staged / MANIFEST_FILE, output / MANIFEST_FILE)
     sync(output)

@@ -1,6 +1,6 @@
-"""Kept rows on disk between the first two stages: a spill a piece, sorted by a hash of the patient.
+"""Spill the kept rows of a piece to disk, sorted by a hash of the patient; read the rows of a partition back.
 
-A partition is a range of hashes, so it is one run of rows in each spill, and partitions of any number can be cut from
+A partition is a range of hashes, so it is one run of rows in each spill, and any number of partitions can be cut from
 the same spills once the number of events is known.  Spills are uncompressed Arrow files of small record batches, and a
 partition reads those that hold its rows.  (Mapping them would cost no copy; but the system maps megabytes around each
 run of rows, from every spill, and memory would grow with the number of spills.)
@@ -20,18 +20,121 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import concatenate_ranges
-from pipeline.prepare.sources.source import FILE, ROW
-from pipeline.prepare.splits import HASH_BITS, SplitRule
+from pipeline.prepare.arrow_files import read_partition_slice, read_row_range, write_parquet, write_table
+from pipeline.prepare.clean import REJECTS_SCHEMA, clean, is_blank
+from pipeline.prepare.options import BuildOptions
+from pipeline.prepare.rules import apply_ranges
+from pipeline.prepare.sources.reading import FILE, ROW, Piece
+from pipeline.prepare.sources.source import Source
+from pipeline.prepare.splits import SplitRule
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
-from pipeline.storage.files import replace_atomically
 
-STATIC_INSTANT = np.iinfo(np.int64).min
-"""Stands for no instant at all: the event is static."""
+STATIC_INSTANT: Final = np.iinfo(np.int64).min
+"""Stands for the missing instant of a static event."""
 
 BATCH_ROWS: Final = 1 << 14
-"""Of a spill's record batches: half a MiB."""
+"""Rows of a spill's record batch: half a MiB."""
 
-TEXT = pa.dictionary(pa.int32(), pa.string())
+DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
+
+
+@dataclass(frozen=True, slots=True)
+class SpilledPiece:
+    """Counts of a spilled piece.
+
+    Attributes:
+        num_rows: rows read.
+        num_source_rows: rows of the files, fewer where one row serves several patients.
+        num_kept: rows spilled.
+        num_clipped: values that a rule changed.
+        rejects: the other rows, by reason.
+        columns: names and dtypes of the kept columns besides patients and variables.
+    """
+
+    num_rows: int
+    num_source_rows: int
+    num_kept: int
+    num_clipped: int
+    rejects: dict[str, int]
+    columns: dict[str, str]
+
+
+def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions, work: Path) -> SpilledPiece:
+    """Read and clean a piece; its kept rows go to ``spills/``, the others to ``rejects/``."""
+    pseudonyms, files = options.pseudonyms, list(piece.files)
+    raw = source.read(piece)
+    kept, rejected = clean(raw)
+    num_clipped = 0
+    if options.rules.ranges:
+        kept, outside, num_clipped = apply_ranges(kept, options.rules.ranges)
+        rejected = pl.concat([rejected, outside])
+    others = pl.Series(raw.patients, dtype=pl.String)
+    if pseudonyms is not None:  # files are often named like patients
+        kept, rejected = pseudonyms.hide_kept(kept), pseudonyms.hide_rejected(rejected)
+        others, files = pseudonyms.hide_names(others), [pseudonyms.hide(name) for name in files]
+    present = pl.concat([frame[PATIENT_ID].unique().cast(pl.String) for frame in (kept, rejected)]).drop_nulls()
+    patients = [*present.filter(~is_blank(present)), *others]
+    write_spill(work / "spills", number, kept, files, patients, options.split_rule)
+    if rejected.height:
+        names = pl.Series(files, dtype=pl.String).gather(rejected["file"]).alias("file")
+        table = rejected.with_columns(names).select(REJECTS_SCHEMA.names).to_arrow().cast(REJECTS_SCHEMA)
+        write_parquet(work / "rejects" / f"{number:05d}.parquet", REJECTS_SCHEMA, [table])
+    num_source_rows = raw.rows.height if raw.num_source_rows is None else raw.num_source_rows
+    rejects = dict(rejected["reason"].value_counts().iter_rows())
+    columns = {name: str(dtype) for name, dtype in kept.drop(PATIENT_ID, VARIABLE).schema.items()}
+    return SpilledPiece(raw.rows.height, num_source_rows, kept.height, num_clipped, rejects, columns)
+
+
+def write_spill(
+    folder: Path, number: int, kept: pl.DataFrame, files: Sequence[str], patients: Sequence[str], rule: SplitRule
+) -> None:
+    """Spill the kept rows of piece ``number``.
+
+    Args:
+        folder: the folder of spills.
+        number: number of the piece.
+        kept: rows as ``pipeline.prepare.clean.clean`` returns them.
+        files: names of the piece's files.
+        patients: every patient that the piece names, in any order, also those without a kept row.
+        rule: hashes the patients.
+    """
+    patient_ids = list(dict.fromkeys(patients))
+    hashes = rule.hash_patients(patient_ids)[0]
+    by_hash = np.argsort(hashes, kind="stable")
+    rank = np.empty(len(patient_ids), dtype=np.int32)
+    rank[by_hash] = np.arange(len(patient_ids))
+    patient = rank[_find_positions(kept[PATIENT_ID], patient_ids)]
+    start = np.flatnonzero(np.diff(patient, prepend=-1))  # rows of a patient mostly stand together
+    by_patient = np.argsort(patient[start], kind="stable")
+    order = concatenate_ranges(start[by_patient], np.diff(start, append=len(patient))[by_patient])
+    minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
+    if not minute.dtype.is_float():
+        minute = minute.fill_null(STATIC_INSTANT)
+    variables = kept[VARIABLE].unique().cast(pl.String).to_list()
+    numbers = {name: kept[name] for name in (ROW, SET_INDEX) if name in kept.columns} | {MINUTE: minute}
+    columns = {name: pa.array(column.to_numpy()[order]) for name, column in numbers.items()}
+    columns |= {
+        VARIABLE: _to_dictionary(_find_positions(kept[VARIABLE], variables)[order], variables),
+        VALUE: kept[VALUE].to_arrow().take(order),
+        FILE: _to_dictionary(kept[FILE].to_numpy()[order].astype(np.int32), files),
+    }
+    write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
+    counts = np.bincount(patient, minlength=len(patient_ids)).astype(np.int64)
+    names = pa.array(patient_ids, pa.string()).take(by_hash)
+    table = pa.table({PATIENT_ID: names, "hash": hashes[by_hash], "num_events": counts})
+    write_table(folder / f"{number:05d}.patients.arrow", table)
+
+
+def _to_dictionary(positions: npt.NDArray[np.int32], texts: Sequence[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(positions, pa.array(texts, pa.string()))
+
+
+def _find_positions(column: pl.Series, texts: list[str]) -> npt.NDArray[np.int32]:
+    """Return [E] the position of each name among ``texts``, which hold them all."""
+    assert isinstance(column.dtype, pl.Enum)
+    found = pc.index_in(column.dtype.categories.to_arrow().cast(pa.string()), value_set=pa.array(texts, pa.string()))
+    positions: npt.NDArray[np.int32] = found.fill_null(-1).to_numpy()  # a name without a kept row is never looked up
+    return positions[column.to_physical().to_numpy()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +142,7 @@ class PartitionRows:
     """The kept rows of a partition's patients, each patient's in the order of pieces and rows.
 
     Attributes:
-        patient_ids: P names in order, patients without a kept row included.
+        patient_ids: P names in order, also of patients without a kept row.
         variables: V names in order.
         patient: [E] int32, position in ``patient_ids``.
         variable: [E] int32, position in ``variables``.
@@ -53,118 +156,35 @@ class PartitionRows:
     table: pa.Table
 
 
-def write_spill(
-    folder: Path, number: int, kept: pl.DataFrame, files: Sequence[str], patients: Sequence[str], rule: SplitRule
-) -> None:
-    """Spill the kept rows of piece ``number``.
-
-    Args:
-        kept: as ``pipeline.prepare.clean.clean`` gives them.
-        files: names of the piece's files.
-        patients: every patient that the piece names, in any order, those without a kept row included.
-    """
-    patient_ids = list(dict.fromkeys(patients))
-    hashes = rule.hashes(patient_ids)[0]
-    by_hash = np.argsort(hashes, kind="stable")
-    rank = np.empty(len(patient_ids), dtype=np.int32)
-    rank[by_hash] = np.arange(len(patient_ids))
-    patient = rank[_positions(kept[PATIENT_ID], patient_ids)]
-    start = np.flatnonzero(np.diff(patient, prepend=-1))  # rows of a patient mostly stand together
-    by_patient = np.argsort(patient[start], kind="stable")
-    order = concatenate_ranges(start[by_patient], np.diff(start, append=len(patient))[by_patient])
-    minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
-    if not minute.dtype.is_float():
-        minute = minute.fill_null(STATIC_INSTANT)
-    variables = kept[VARIABLE].unique().cast(pl.String).to_list()
-    columns = {
-        MINUTE: pa.array(minute.to_numpy()[order]),
-        VARIABLE: pa.DictionaryArray.from_arrays(
-            _positions(kept[VARIABLE], variables)[order], pa.array(variables, pa.string())
-        ),
-        VALUE: kept[VALUE].to_arrow().take(order),
-        FILE: pa.DictionaryArray.from_arrays(
-            kept[FILE].to_numpy()[order].astype(np.int32), pa.array(files, pa.string())
-        ),
-        ROW: pa.array(kept[ROW].to_numpy()[order]),
-    }
-    if SET_INDEX in kept.columns:
-        columns[SET_INDEX] = pa.array(kept[SET_INDEX].to_numpy()[order])
-    write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
-    counts = np.bincount(patient, minlength=len(patient_ids))
-    named = {
-        PATIENT_ID: pa.array(patient_ids, pa.string()).take(by_hash),
-        "hash": hashes[by_hash],
-        "num_events": counts.astype(np.int64),
-    }
-    write_table(folder / f"{number:05d}.patients.arrow", pa.table(named))
-
-
-def _positions(column: pl.Series, texts: list[str]) -> npt.NDArray[np.int32]:
-    """[E] position of each name among ``texts``, which hold them all."""
-    assert isinstance(column.dtype, pl.Enum)
-    place = pc.index_in(column.dtype.categories.to_arrow().cast(pa.string()), value_set=pa.array(texts, pa.string()))
-    positions: npt.NDArray[np.int32] = place.fill_null(-1).to_numpy()  # a name without a kept row is never looked up
-    return positions[column.to_physical().to_numpy()]
-
-
 def read_partition(folder: Path, num_pieces: int, partition: int, num_partitions: int) -> PartitionRows:
-    """The rows of partition ``partition`` of ``num_partitions``, from the spills of all pieces."""
+    """Return the rows of partition ``partition`` of ``num_partitions``, from the spills of all pieces."""
     names: list[pa.Array] = []
     counts: list[npt.NDArray[np.int64]] = []
     events: list[pa.Table] = []
     for number in range(num_pieces):
-        patients, before = read_slice(folder / f"{number:05d}.patients.arrow", partition, num_partitions)
+        path = folder / f"{number:05d}.patients.arrow"
+        patients, previous = read_partition_slice(path, partition, num_partitions)
         names.append(patients[PATIENT_ID])
         counts.append(patients["num_events"].to_numpy())
-        start = int(before["num_events"].to_numpy().sum())
-        events.append(_read_rows(folder / f"{number:05d}.events.arrow", start, start + int(counts[-1].sum())))
-    variables = [part[VARIABLE].chunk(0) if part.num_rows else pa.array([], TEXT) for part in events]
-    patient_ids, places = _merge_names(names)
+        start = int(previous["num_events"].to_numpy().sum())
+        stop = start + int(counts[-1].sum())
+        events.append(read_row_range(folder / f"{number:05d}.events.arrow", start, stop, BATCH_ROWS))
+    variables = [part[VARIABLE].chunk(0) if part.num_rows else pa.array([], DICTIONARY) for part in events]
+    patient_ids, ranks = _merge_names(names)
     variable_names, codes = _merge_names([part.dictionary for part in variables])
     return PartitionRows(
         patient_ids=patient_ids,
         variables=variable_names,
-        patient=np.concatenate([np.repeat(place, count) for place, count in zip(places, counts, strict=True)]),
+        patient=np.concatenate([np.repeat(rank, count) for rank, count in zip(ranks, counts, strict=True)]),
         variable=np.concatenate([code[part.indices.to_numpy()] for code, part in zip(codes, variables, strict=True)]),
         table=pa.concat_tables(part.drop_columns(VARIABLE) for part in events).unify_dictionaries().combine_chunks(),
     )
 
 
 def _merge_names(parts: Sequence[pa.Array]) -> tuple[list[str], list[npt.NDArray[np.int32]]]:
-    """All names in order, without repeats, and the positions among them of each part's names."""
-    together = pa.chunked_array(parts, pa.string())
-    unique = together.unique()
+    """Return all distinct names in order, and the positions among them of each part's names."""
+    joined = pa.chunked_array(parts, pa.string())
+    unique = joined.unique()
     merged = unique.take(pc.array_sort_indices(unique))
-    position = pc.index_in(together, value_set=merged)  # one table of texts for all parts
+    position = pc.index_in(joined, value_set=merged)  # one table of texts for all parts
     return merged.to_pylist(), np.split(position.to_numpy(), np.cumsum([len(part) for part in parts])[:-1])
-
-
-def read_slice(path: Path, partition: int, num_partitions: int) -> tuple[pa.Table, pa.Table]:
-    """Of a table sorted by ``hash``: the rows of a partition, and the rows before it."""
-    table = read_table(path)
-    bounds = [-(-(number << HASH_BITS) // num_partitions) for number in (partition, partition + 1)]
-    start, stop = np.searchsorted(table["hash"].to_numpy(), np.array(bounds, dtype=np.uint64))
-    return table.slice(start, stop - start), table.slice(0, start)
-
-
-def _read_rows(path: Path, start: int, stop: int) -> pa.Table:
-    """Rows of an Arrow file of batches of ``BATCH_ROWS``; each column is one array."""
-    first = start // BATCH_ROWS
-    with pa.OSFile(str(path)) as file:
-        reader = pa.ipc.open_file(file)
-        batches = [reader.get_batch(number) for number in range(first, -(-stop // BATCH_ROWS))]
-    table = pa.Table.from_batches(batches, reader.schema).slice(start - first * BATCH_ROWS, stop - start)
-    # A part of a single batch is copied, or it would keep all of the batch in memory, times the number of spills.
-    return table.take(np.arange(stop - start)) if len(batches) == 1 else table.combine_chunks()
-
-
-def read_table(path: Path) -> pa.Table:
-    """An Arrow file, mapped: columns cost memory when they are touched."""
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
-def write_table(path: Path, table: pa.Table, max_rows: int | None = None) -> None:
-    """``table`` as one record batch, so that a column is one array; or as batches of ``max_rows``."""
-    with replace_atomically(path) as temporary, pa.ipc.new_file(temporary, table.schema) as file:
-        file.write_table(table.combine_chunks(), max_rows)

@@ -1,38 +1,67 @@
-"""Which split a patient belongs to."""
+"""Assign patients to splits by a hash of their id."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-HASH_BITS = 63
+from pipeline.options import Section, option
+from pipeline.schema import SPLITS, UserError
+
+SplitName: TypeAlias = Literal["train", "valid", "test"]
+
+HASH_BITS: Final = 63
+MAX_SEED: Final = 2**63 - 1
+FRACTIONS: Final = (0.64, 0.16, 0.20)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitRule:
-    """Where a patient goes, from its id alone: other patients, added or left out, move nobody.
+def parse_fractions(text: str) -> tuple[float, ...]:
+    """Return the numbers of ``F,F,F``; raise ValueError where they are no fractions or leave no patient for train."""
+    fractions = tuple(float(part) for part in text.split(","))
+    check_fractions(fractions)
+    if fractions[0] == 0:
+        raise ValueError(f"{text!r} leaves no patient for train")
+    return fractions
 
-    Attributes:
-        fractions: of patients in train, valid and test; they sum to 1.
+
+def check_fractions(fractions: tuple[float, ...]) -> None:
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
+        raise UserError(f"--split_fractions {','.join(map(str, fractions))}: not three fractions that sum to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRule(Section):
+    """Splits of patients for whom the input has none.
+
+    A patient's split follows from its id alone: other patients, added or left out, move nobody.
     """
 
-    fractions: tuple[float, float, float] = (0.64, 0.16, 0.20)
-    seed: int = 0
+    split_fractions: tuple[float, ...] = option(FRACTIONS, "Fractions of train,valid,test.", parse=parse_fractions)
+    split_seed: int = option(0, "Random seed of the split.", minimum=-MAX_SEED - 1, maximum=MAX_SEED)
 
-    def hashes(self, patient_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """Two independent hashes of each patient, of ``HASH_BITS`` bits: one to partition by, one to split by."""
-        key = self.seed.to_bytes(8, "little", signed=True)
-        digests = b"".join(
-            hashlib.blake2b(patient_id.encode(), digest_size=16, key=key).digest() for patient_id in patient_ids
-        )
-        pairs = np.frombuffer(digests, dtype="<u8").reshape(-1, 2) >> np.uint64(64 - HASH_BITS)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fractions(self.split_fractions)
+
+    @classmethod
+    def all_in(cls, split: str) -> SplitRule:
+        """Return the rule by which every patient goes to ``split``."""
+        return cls(split_fractions=tuple(float(name == split) for name in SPLITS))
+
+    def hash_patients(self, patient_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """Return two independent hashes of each patient, of ``HASH_BITS`` bits: one to partition, one to split by."""
+        key = self.split_seed.to_bytes(8, "little", signed=True)
+        digests = [hashlib.blake2b(name.encode(), digest_size=16, key=key).digest() for name in patient_ids]
+        pairs = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2) >> np.uint64(64 - HASH_BITS)
         return pairs[:, 0], pairs[:, 1]
 
-    def split(self, patient_ids: Sequence[str]) -> npt.NDArray[np.int8]:
-        """[P] position in ``SPLITS``."""
-        share = self.hashes(patient_ids)[1] / 2.0**HASH_BITS
-        return np.searchsorted(np.cumsum(self.fractions[:-1]), share, side="right").astype(np.int8)
+    def assign_splits(self, patient_ids: Sequence[str]) -> npt.NDArray[np.int8]:
+        """Return [P] the position of each patient's split in ``SPLITS``."""
+        fraction = self.hash_patients(patient_ids)[1] / 2.0**HASH_BITS
+        return np.searchsorted(np.cumsum(self.split_fractions[:-1]), fraction, side="right").astype(np.int8)

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 import polars as pl
 import pyarrow.parquet as pq
 
+from pipeline.options import Section, option
 from pipeline.prepare import names
-from pipeline.prepare.sources.side_files import parse_labels, pick_column, read_frame, unique_labels
-from pipeline.prepare.sources.source import (
+from pipeline.prepare.sources.reading import (
     LABEL,
     SPLIT,
     SUBJECT,
     UNREADABLE,
-    Origin,
     Piece,
-    RawRows,
-    Source,
-    check_splits,
-    file_pieces,
+    cut_files,
     number_rows,
-    parquet_columns,
-    plain_column,
     read_parquet,
-    utc,
+    read_parquet_columns,
+    to_plain_column,
+    to_utc,
 )
+from pipeline.prepare.sources.side_files import merge_labels, parse_labels, pick_column, read_frame
+from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
+from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
 
-COLUMNS: Final = ("subject_id", "time", "code")
+SUBJECT_ID: Final = "subject_id"
+COLUMNS: Final = (SUBJECT_ID, "time", "code")
 NUMERIC_VALUE: Final = "numeric_value"
 PREDICTION_TIME: Final = "prediction_time"
 LABEL_COLUMNS: Final = ("boolean_value",)
 
 BIRTH: Final = r"^MEDS_BIRTH(//|$)"
 EXCLUDE_CODES: Final = (r"^MEDS_DEATH(//|$)", r"(?i)(^|[/_ ])(death|died|deceased|discharge)([/_ ]|$)")
-"""They give an outcome away, or stand for the end of what is to be predicted."""
+"""Codes that give an outcome away, or stand for the end of what is to be predicted."""
 
-SPLIT_MAP: Final = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
+SplitMap: TypeAlias = tuple[tuple[str, SplitName], ...]
+SPLIT_MAP: Final[SplitMap] = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
 
 
 def is_meds(path: Path) -> bool:
-    """Whether the folder holds a file below ``data`` with MEDS's columns."""
+    """Return whether the folder holds a file below ``data`` with MEDS's columns."""
     first = min((path / "data").rglob("*.parquet"), default=None)
     try:
         return first is not None and set(COLUMNS) <= set(pq.read_schema(first).names)
@@ -51,81 +53,74 @@ def is_meds(path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Meds(Source):
+def parse_split_map(text: str) -> Any:
+    """Return the pairs of ``NAME=SPLIT,…``; raise ValueError where it is none."""
+    pairs = tuple((name, split) for name, _, split in (part.rpartition("=") for part in text.split(",")))
+    if len({name for name, _ in pairs}) < len(pairs) or not {split for _, split in pairs} <= set(SPLITS):
+        raise ValueError(f"{text!r} is not NAME=SPLIT,…, each name once, a split one of {', '.join(SPLITS)}")
+    return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedsOptions(Section):
+    """Options of --format meds."""
+
+    labelled_only: bool = option(False, "Leave out subjects without a sample in --labels.")
+    origin_code: str | None = option(None, "Code from which minutes count, instead of the first event but birth.")
+    exclude_codes: tuple[str, ...] = option(EXCLUDE_CODES, "Regular expressions of codes to reject, or none.")
+    split_map: SplitMap = option(SPLIT_MAP, "Splits of the names in subject_splits.parquet.", parse=parse_split_map)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meds(Source, MedsOptions):
     """The folder that holds ``data`` and ``metadata``.
 
-    A subject without samples in ``labels_file`` is one patient, named by its id.  A sample (a subject and a prediction
-    time) is a patient of its own, ``<subject>@<prediction time>``: the subject's events until then, that time included.
-
-    Attributes:
-        labels_file: a file, or a folder of files, in the label schema.
-        label_column: of the label; by default ``boolean_value``.
-        labelled_only: leave subjects without samples out.
-        origin_code: minutes count from its first event; else from the first event that is not birth.
-        exclude_codes: regular expressions; events whose code one of them is found in are rejects.
-        split_map: pairs of a name in ``subject_splits.parquet`` and a split.
+    A subject without samples in ``labels`` is one patient, named by its id.  A sample (a subject and a prediction time)
+    is a patient of its own, ``<subject>@<prediction time>``: the subject's events until then, that time included.
+    ``label_column`` is ``boolean_value`` where it is not named.
     """
 
-    events_decided_by: ClassVar[tuple[str, ...]] = ("origin_code", "exclude_codes")
-
-    path: Path
-    labels_file: Path | None = None
-    label_column: str | None = None
-    labelled_only: bool = False
-    origin_code: str | None = None
-    exclude_codes: tuple[str, ...] = EXCLUDE_CODES
-    split_map: tuple[tuple[str, str], ...] = SPLIT_MAP
-    embeddings_file: Path | None = None
-    name: str = "meds"
+    name: ClassVar[str] = "meds"
+    event_options: ClassVar[tuple[str, ...]] = ("origin_code", "exclude_codes")
 
     @property
-    def options(self) -> dict[str, object]:
-        names = ("label_column", "labelled_only", "origin_code", "exclude_codes")
-        return {**{name: getattr(self, name) for name in names}, "split_map": dict(self.split_map)}
+    def options(self) -> dict[str, Any]:
+        return super().options | {"split_map": dict(self.split_map), "exclude_codes": self._expressions}
+
+    @property
+    def _expressions(self) -> tuple[str, ...]:
+        return tuple(expression for expression in self.exclude_codes if expression != "none")
 
     @property
     def origin(self) -> Origin:
         return Origin(variable=self.origin_code, never=BIRTH)
 
-    def _files(self) -> list[Path]:
+    def find_events(self) -> dict[str, Path]:
         files = sorted((self.path / "data").rglob("*.parquet"))
         if not files:
             raise UserError(f"{self.path}: no data/**/*.parquet here; name the folder that holds data and metadata")
-        return files
+        return {path.relative_to(self.path).as_posix(): path for path in files}
 
-    def _metadata(self, name: str) -> Path | None:
-        path = self.path / "metadata" / name
-        return path if path.is_file() else None
-
-    def _label_files(self) -> list[Path]:
-        if self.labels_file is None or not self.labels_file.is_dir():
-            return [] if self.labels_file is None else [self.labels_file]
-        files = sorted(self.labels_file.rglob("*.parquet"))
-        if not files:
-            raise UserError(f"{self.labels_file}: no **/*.parquet here; name the label file, or the folder of a task")
-        return files
-
-    def inputs(self) -> list[Path]:
-        beside = (self._metadata("subject_splits.parquet"), self._metadata("codes.parquet"), self.embeddings_file)
-        return [*self._files(), *self._label_files(), *filter(None, beside)]
+    def find_side_files(self) -> dict[str, Path | None]:
+        paths = {name: self.path / "metadata" / f"{name}.parquet" for name in ("subject_splits", "codes")}
+        return super().find_side_files() | {name: path for name, path in paths.items() if path.is_file()}
 
     def pieces(self) -> list[Piece]:
         self._is_excluded(pl.Series([""]))  # a wrong expression is found before the work
-        return file_pieces([(path, path.relative_to(self.path).as_posix()) for path in self._files()])
+        return cut_files(self.find_events())
 
     def read(self, piece: Piece) -> RawRows:
         frames = [self._read_file(piece, number) for number in range(len(piece.files))]
         codes = names.concat([frame[VARIABLE] for frame in frames])
-        excluded = names.fits(codes, self._is_excluded).fill_null(False)
+        excluded = names.test(codes, self._is_excluded).fill_null(False)
         rows = pl.concat([frame.drop(VARIABLE) for frame in frames], how="vertical_relaxed")
         rows = rows.with_columns(codes, excluded.alias("excluded"))
         rules = [("excluded_code", pl.col("excluded"))]
         num_rows = rows.height
-        if self.labels_file is None:
+        if self.labels is None:
             rows = rows.with_columns(pl.col(SUBJECT).alias(PATIENT_ID))
         else:
-            rows = rows.join(self._samples(), on=SUBJECT, how="left", maintain_order="left")
+            rows = rows.join(self._read_samples(self.labels), on=SUBJECT, how="left", maintain_order="left")
             rows = rows.with_columns(pl.coalesce(PATIENT_ID, pl.col(SUBJECT).cast(pl.String)).alias(PATIENT_ID))
             rules.append(("after_prediction_time", pl.col(MINUTE) > pl.col(PREDICTION_TIME)))
             if self.labelled_only:
@@ -133,102 +128,88 @@ class Meds(Source):
         return RawRows(rows=rows, minute=pl.col(MINUTE), static=True, rules=tuple(rules), num_source_rows=num_rows)
 
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
-        """``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
+        """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
         path = self.path / piece.files[number]
-        columns = parquet_columns(path)
-        wanted = [pick_column(path, columns, name, (), "MEDS's names") for name in COLUMNS]
-        wanted += [NUMERIC_VALUE] * (NUMERIC_VALUE in columns)
-        frame, first = read_parquet(path, piece, wanted, of_names=("code",))
+        columns = read_parquet_columns(path)
+        _need_columns(path, columns, *COLUMNS)
+        wanted = [*COLUMNS, *([NUMERIC_VALUE] if NUMERIC_VALUE in columns else [])]
+        frame, first = read_parquet(path, piece, wanted, name_columns=("code",))
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
-        value = frame.get_column(NUMERIC_VALUE, default=no_value)
-        code = frame["code"]
-        return number_rows(
-            {
-                SUBJECT: _subjects(path, frame),
-                MINUTE: _instants(path, frame["time"]).rename(MINUTE),
-                VARIABLE: code if isinstance(code.dtype, pl.Enum) else names.encode(plain_column(path, "code", code)),
-                VALUE: _checked(path, value, value.dtype.is_numeric() or value.dtype == pl.Null).rename(VALUE),
-            },
-            file=number,
-            first=first,
-        )
+        code, value = frame["code"], frame.get_column(NUMERIC_VALUE, default=no_value)
+        is_encoded = isinstance(code.dtype, pl.Enum)
+        value = _check_type(path, value, value.dtype.is_numeric() or value.dtype == pl.Null)
+        variable = code if is_encoded else names.encode(to_plain_column(path, "code", code))
+        series = (_to_subjects(path, frame), _to_instants(path, frame["time"]), variable, value)
+        return number_rows(dict(zip((SUBJECT, MINUTE, VARIABLE, VALUE), series, strict=True)), file=number, first=first)
 
     def _is_excluded(self, codes: pl.Series) -> pl.Series:
-        """[N] bool, whether an expression of ``exclude_codes`` is found in a code."""
-        found = pl.Series([False]).new_from_index(0, len(codes))
-        for expression in self.exclude_codes:
+        """Return [N] bool, whether an expression of ``exclude_codes`` is found in a code."""
+        excluded = pl.Series([False]).new_from_index(0, len(codes))
+        for expression in self._expressions:
             try:
-                found |= codes.str.contains(expression).fill_null(False)
+                excluded |= codes.str.contains(expression).fill_null(False)
             except pl.exceptions.ComputeError as error:
                 raise UserError(f"--exclude_codes {expression}: no regular expression ({error}); mend it") from None
-        return found
+        return excluded
 
-    def _samples(self) -> pl.DataFrame:
-        """``subject``, ``prediction_time``, ``patient_id``, ``label``: a row a sample."""
-        assert self.labels_file is not None
-        files = [self._read_samples(path) for path in self._label_files()]
-        samples = pl.concat(files).with_columns(
-            pl.format("{}@{}", SUBJECT, pl.col(PREDICTION_TIME).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")).alias(PATIENT_ID)
-        )
-        labels = unique_labels(self.labels_file, samples[PATIENT_ID], samples[LABEL])
-        return samples.drop(LABEL).unique().join(labels, on=PATIENT_ID).sort(SUBJECT, PREDICTION_TIME)
+    def _read_samples(self, labels: Path) -> pl.DataFrame:
+        """Return ``subject``, ``prediction_time``, ``patient_id``, ``label``: a row a sample."""
+        files = sorted(labels.rglob("*.parquet")) if labels.is_dir() else [labels]
+        if not files:
+            raise UserError(f"{labels}: no **/*.parquet here; name the label file, or the folder of a task")
+        time = pl.col(PREDICTION_TIME).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")
+        samples = pl.concat(self._read_sample_file(path) for path in files)
+        samples = samples.with_columns(pl.format("{}@{}", SUBJECT, time).alias(PATIENT_ID))
+        merged = merge_labels(labels, samples[PATIENT_ID], samples[LABEL])
+        return samples.drop(LABEL).unique().join(merged, on=PATIENT_ID).sort(SUBJECT, PREDICTION_TIME)
 
-    def _read_samples(self, path: Path) -> pl.DataFrame:
+    def _read_sample_file(self, path: Path) -> pl.DataFrame:
         frame = read_frame(path)
-        for name in ("subject_id", PREDICTION_TIME):
-            pick_column(path, frame.columns, name, (), "MEDS's names")
+        _need_columns(path, frame.columns, SUBJECT_ID, PREDICTION_TIME)
+        for name in (SUBJECT_ID, PREDICTION_TIME):
             if frame[name].null_count():
                 row = frame[name].is_null().arg_true()[0] + 1
                 raise UserError(f"{path}: row {row} has no {name}; give one, or leave the row out")
         label = pick_column(path, frame.columns, self.label_column, LABEL_COLUMNS, "--label_column")
-        subjects = _subjects(path, frame)
-        return pl.DataFrame(
-            {
-                SUBJECT: subjects,
-                PREDICTION_TIME: _instants(path, frame[PREDICTION_TIME]),
-                LABEL: parse_labels(path, frame[label]),
-            }
-        )
+        times = _to_instants(path, frame[PREDICTION_TIME])
+        columns = {SUBJECT: _to_subjects(path, frame), PREDICTION_TIME: times, LABEL: parse_labels(path, frame[label])}
+        return pl.DataFrame(columns)
 
-    def labels(self) -> tuple[str, pl.DataFrame] | None:
-        if self.labels_file is None:
+    def read_labels(self) -> tuple[str, pl.DataFrame] | None:
+        if self.labels is None:
             return None
-        return str(self.labels_file), self._samples().select(PATIENT_ID, LABEL, pl.col(SUBJECT).cast(pl.String))
+        samples = self._read_samples(self.labels)
+        return str(self.labels), samples.select(PATIENT_ID, LABEL, pl.col(SUBJECT).cast(pl.String))
 
-    def splits(self) -> pl.DataFrame | None:
-        path = self._metadata("subject_splits.parquet")
+    def read_splits(self) -> pl.DataFrame | None:
+        path = self.find_side_files().get("subject_splits")
         if path is None:
             return None
         frame = read_frame(path)
-        for name in ("subject_id", SPLIT):
-            pick_column(path, frame.columns, name, (), "MEDS's names")
+        _need_columns(path, frame.columns, SUBJECT_ID, SPLIT)
         known = dict(self.split_map)
-        strange = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
-        if len(strange):
-            raise UserError(
-                f"{path}: row {strange[0] + 1} has split {frame[SPLIT][strange[0]]!r}, not one of "
-                f"{', '.join(known)}; say which is which: --split_map NAME=train,OTHER=test"
-            )
-        subjects = _subjects(path, frame)
+        unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
+        if len(unknown):
+            where, name = f"{path}: row {unknown[0] + 1}", frame[SPLIT][unknown[0]]
+            advice = "say which is which: --split_map NAME=train,OTHER=test"
+            raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
+        subjects = _to_subjects(path, frame)
         splits = frame[SPLIT].replace_strict(known)
-        given = {split: subjects.filter(splits == split).cast(pl.String).to_list() for split in SPLITS}
-        of_subjects = check_splits(given, path)
-        if self.labels_file is None:
+        patients = {split: subjects.filter(splits == split).cast(pl.String).to_list() for split in SPLITS}
+        of_subjects = check_splits(patients, path)
+        if self.labels is None:
             return of_subjects
-        samples = self._samples().select(PATIENT_ID, pl.col(SUBJECT).cast(pl.String))
+        samples = self._read_samples(self.labels).select(PATIENT_ID, pl.col(SUBJECT).cast(pl.String))
         of_samples = samples.join(of_subjects, left_on=SUBJECT, right_on=PATIENT_ID).select(PATIENT_ID, SPLIT)
         return pl.concat([of_subjects, of_samples])
 
-    def embeddings(self) -> Path | None:
-        return self.embeddings_file
-
-    def descriptions(self) -> dict[str, str]:
-        """A code's descriptions, each once, in the order of ``codes.parquet``."""
-        path = self._metadata("codes.parquet")
+    def read_descriptions(self) -> dict[str, str]:
+        """Return each code's descriptions, each once, in the order of ``codes.parquet``."""
+        path = self.find_side_files().get("codes")
         if path is None:
             return {}
         frame = read_frame(path)
-        pick_column(path, frame.columns, "code", (), "MEDS's names")
+        _need_columns(path, frame.columns, "code")
         if "description" not in frame.columns:
             return {}
         text = frame.select(pl.col("code", "description").cast(pl.String).str.strip_chars()).drop_nulls()
@@ -236,16 +217,21 @@ class Meds(Source):
         return dict(text.group_by("code").agg(pl.col("description").str.join("; ")).iter_rows())
 
 
-def _subjects(path: Path, frame: pl.DataFrame) -> pl.Series:
-    column = frame["subject_id"]
-    return _checked(path, column, column.dtype.is_integer()).cast(pl.Int64).rename(SUBJECT)
+def _need_columns(path: Path, columns: Iterable[str], *names_: str) -> None:
+    for name in names_:
+        pick_column(path, columns, name, (), "MEDS's names")
 
 
-def _instants(path: Path, column: pl.Series) -> pl.Series:
-    return utc(_checked(path, column, isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null)))
+def _to_subjects(path: Path, frame: pl.DataFrame) -> pl.Series:
+    column = frame[SUBJECT_ID]
+    return _check_type(path, column, column.dtype.is_integer()).cast(pl.Int64).rename(SUBJECT)
 
 
-def _checked(path: Path, column: pl.Series, fits: bool) -> pl.Series:
+def _to_instants(path: Path, column: pl.Series) -> pl.Series:
+    return to_utc(_check_type(path, column, isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null)))
+
+
+def _check_type(path: Path, column: pl.Series, fits: bool) -> pl.Series:
     if not fits:
         raise UserError(f"{path}: column {column.name!r} holds {column.dtype}, which MEDS does not; mend the file")
     return column

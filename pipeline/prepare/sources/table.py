@@ -6,27 +6,27 @@ import glob
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import polars as pl
 
-from pipeline.prepare.sources.csv_pieces import csv_pieces
-from pipeline.prepare.sources.side_files import ID_COLUMNS, pick_column, read_labels
-from pipeline.prepare.sources.source import (
+from pipeline.options import Section, option
+from pipeline.prepare.sources.csv_pieces import cut_csv
+from pipeline.prepare.sources.reading import (
     MICROSECONDS,
     PIECE_BYTES,
     Piece,
-    RawRows,
-    Source,
-    file_pieces,
+    cut_files,
     number_rows,
-    parquet_columns,
-    patient_ids,
-    plain_column,
     read_parquet,
-    unreadable,
-    utc,
+    read_parquet_columns,
+    reading,
+    to_patient_ids,
+    to_plain_column,
+    to_utc,
 )
+from pipeline.prepare.sources.side_files import ID_COLUMNS, pick_column, separator_of
+from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
 SUFFIXES: Final = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -37,9 +37,6 @@ TIME_COLUMNS: Final = ("time", "charttime", "timestamp")
 
 TIME: Final = "time"
 ORIGIN: Final = "origin"
-RAW_NAMES: Final = {TIME: MINUTE}
-"""Instants stand in the rows where minutes would, so that rejects show them as they came."""
-
 ISO_DATE: Final = r"^\d{4}-\d{2}-\d{2}"
 
 
@@ -47,33 +44,24 @@ def is_table(path: Path) -> bool:
     return path.name.endswith(SUFFIXES) and path.is_file()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table(Source):
-    """One file, all files of a folder and its folders, or a glob pattern; columns not named are found by usual names.
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(Section):
+    """Options of --format table; without them columns are found by their usual names."""
 
-    Attributes:
-        minute_column: minutes from the patient's time origin.
-        time_column: dates with time instead; minutes count from ``origin_column``, or from the patient's first event.
-        set_column: number of the set within the patient; left out, a set is a minute.
-    """
+    patient_column: str | None = option(None, "Column of the patient.")
+    minute_column: str | None = option(None, "Column of minutes since the patient's time origin.")
+    time_column: str | None = option(None, "Column of dates with time, used instead of minutes.")
+    origin_column: str | None = option(None, "Column of dates from which minutes count, instead of the first event.")
+    variable_column: str | None = option(None, "Column of the variable.")
+    value_column: str | None = option(None, "Column of the value.")
+    set_column: str | None = option(None, "Column of the set's number in the patient; else a set is a minute.")
 
-    path: Path
-    patient_column: str | None = None
-    minute_column: str | None = None
-    time_column: str | None = None
-    origin_column: str | None = None
-    variable_column: str | None = None
-    value_column: str | None = None
-    set_column: str | None = None
-    labels_file: Path | None = None
-    label_column: str | None = None
-    embeddings_file: Path | None = None
-    name: str = "table"
 
-    @property
-    def options(self) -> dict[str, object]:
-        names = ("patient", "minute", "time", "origin", "variable", "value", "set", "label")
-        return {f"{name}_column": getattr(self, f"{name}_column") for name in names}
+@dataclass(frozen=True, kw_only=True)
+class Table(Source, TableOptions):
+    """One file, all files of a folder and its folders, or the files of a glob pattern."""
+
+    name: ClassVar[str] = "table"
 
     @property
     def _base(self) -> Path:
@@ -83,82 +71,73 @@ class Table(Source):
             base = base.parent
         return base.parent if base.is_file() else base
 
-    def _files(self) -> list[Path]:
-        if self.path.is_dir():
-            found: Iterable[Path] = self.path.rglob("*")
-        elif self.path.exists():
-            if not is_table(self.path):
-                raise UserError(f"{self.path}: not a table; give {', '.join(SUFFIXES)}")
-            found = [self.path]
-        else:
+    def find_events(self) -> dict[str, Path]:
+        if self.path.is_file() and not is_table(self.path):
+            raise UserError(f"{self.path}: not a table; give {', '.join(SUFFIXES)}")
+        found: Iterable[Path] = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        if not self.path.exists():
             found = map(Path, glob.iglob(str(self.path), recursive=True))
-        others = {path.resolve() for path in (self.labels_file, self.embeddings_file) if path}
+        others = {path.resolve() for path in (self.labels, self.embeddings) if path}
         files = sorted(path for path in found if is_table(path) and path.resolve() not in others)
         if not files:
             raise UserError(f"{self.path}: no files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern")
-        return files
-
-    def inputs(self) -> list[Path]:
-        return [*self._files(), *filter(None, [self.labels_file, self.embeddings_file])]
+        return {path.relative_to(self._base).as_posix(): path for path in files}
 
     def pieces(self) -> list[Piece]:
-        names = {path: path.relative_to(self._base).as_posix() for path in self._files()}
-        large = [path for path in names if path.suffix in (".csv", ".tsv") and path.stat().st_size > PIECE_BYTES]
-        whole = file_pieces([(path, name) for path, name in names.items() if path not in large])
-        return whole + [piece for path in large for piece in csv_pieces(path, names[path])]
+        files = self.find_events()
+        large = {name: path for name, path in files.items() if _is_large_text(path)}
+        whole = cut_files({name: path for name, path in files.items() if name not in large})
+        return whole + [piece for name, path in large.items() for piece in cut_csv(path, name)]
 
     def read(self, piece: Piece) -> RawRows:
         columns: list[dict[str, str]] = []
         frames: list[pl.DataFrame] = []
         for number, name in enumerate(piece.files):
             path = self._base / name
-            columns.append(self._columns(path, _column_names(path)))
+            columns.append(self._pick_columns(path, _read_column_names(path)))
             if columns[-1].keys() != columns[0].keys():
-                raise UserError(
-                    f"{path}: holds {', '.join(columns[-1])}, {piece.files[0]} {', '.join(columns[0])}; "
-                    "prepare alike files together"
-                )
+                others = f"{piece.files[0]} {', '.join(columns[0])}"
+                raise UserError(f"{path}: holds {', '.join(columns[-1])}, {others}; prepare alike files together")
             frame, first = _read_columns(path, list(dict.fromkeys(columns[-1].values())), piece)
-            series = {
-                RAW_NAMES.get(role, role): plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
-                for role, column in columns[-1].items()
-            }
+            series = {}
+            for role, column in columns[-1].items():
+                name = MINUTE if role == TIME else role  # where minutes would stand, so that rejects show times
+                series[name] = to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
             frames.append(number_rows(series, file=number, first=first))
         try:
             rows = pl.concat(frames, how="vertical_relaxed")
         except pl.exceptions.PolarsError as error:
-            raise UserError(
-                f"{self._base}: {piece.files[0]} and others differ in dtype ({error}); make them alike"
-            ) from None
-        rows = rows.with_columns(patient_ids(rows[PATIENT_ID]))
+            which = f"{self._base}: {piece.files[0]} and others"
+            raise UserError(f"{which} differ in dtype ({error}); make them alike") from None
+        rows = rows.with_columns(to_patient_ids(rows[PATIENT_ID]))
         if TIME not in columns[0]:
             return RawRows(rows=rows)
-        instant = self._instants(rows[MINUTE])
-        if ORIGIN not in columns[0]:
-            return RawRows(rows=rows.with_columns(instant.alias(TIME)), minute=pl.col(TIME))
-        since = (instant - self._instants(rows[ORIGIN])).dt.total_microseconds() / MICROSECONDS
-        return RawRows(rows=rows.with_columns(since.alias(TIME)), minute=pl.col(TIME))
+        time = self._to_instants(rows[MINUTE])
+        if ORIGIN in columns[0]:
+            time = (time - self._to_instants(rows[ORIGIN])).dt.total_microseconds() / MICROSECONDS
+        return RawRows(rows=rows.with_columns(time.alias(TIME)), minute=pl.col(TIME))
 
-    def _columns(self, path: Path, names: list[str]) -> dict[str, str]:
-        """The file's columns by what they are."""
-        columns = {
-            PATIENT_ID: pick_column(path, names, self.patient_column, ID_COLUMNS, "--patient_column"),
-            VARIABLE: pick_column(path, names, self.variable_column, VARIABLE_COLUMNS, "--variable_column"),
-            VALUE: pick_column(path, names, self.value_column, VALUE_COLUMNS, "--value_column"),
-        }
+    def _pick_columns(self, path: Path, names: list[str]) -> dict[str, str]:
+        """Return the file's columns by their roles."""
+
+        def pick(flag: str, known: tuple[str, ...]) -> str:
+            return pick_column(path, names, getattr(self, flag), known, f"--{flag}")
+
+        columns = {PATIENT_ID: pick("patient_column", ID_COLUMNS), VARIABLE: pick("variable_column", VARIABLE_COLUMNS)}
+        columns[VALUE] = pick("value_column", VALUE_COLUMNS)
         if self.time_column or not (self.minute_column or any(name in names for name in MINUTE_COLUMNS)):
             known = () if self.time_column else (*MINUTE_COLUMNS, *TIME_COLUMNS)
             columns[TIME] = pick_column(path, names, self.time_column, known, "--minute_column or --time_column")
             if self.origin_column:
-                columns[ORIGIN] = pick_column(path, names, self.origin_column, (), "--origin_column")
+                columns[ORIGIN] = pick("origin_column", ())
         else:
-            columns[MINUTE] = pick_column(path, names, self.minute_column, MINUTE_COLUMNS, "--minute_column")
+            columns[MINUTE] = pick("minute_column", MINUTE_COLUMNS)
         if self.set_column or SET_INDEX in names:
-            columns[SET_INDEX] = pick_column(path, names, self.set_column, (SET_INDEX,), "--set_column")
+            columns[SET_INDEX] = pick("set_column", (SET_INDEX,))
         return columns
 
-    def _instants(self, column: pl.Series) -> pl.Series:
-        """``Datetime("us")`` in UTC; null where the column holds none.
+    def _to_instants(self, column: pl.Series) -> pl.Series:
+        """Return ``Datetime("us")`` in UTC; null where the column holds none.
 
         Text must be ISO 8601, so that no day passes for a month.
         """
@@ -169,52 +148,38 @@ class Table(Source):
                 return pl.Series([None] * len(text), dtype=pl.Datetime("us"))
             column = text.str.to_datetime(time_unit="us", strict=False)
         elif not isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null):
-            raise UserError(
-                f"{self.path}: the time column holds {column.dtype}, no dates; if it holds minutes, use --minute_column"
-            )
-        return utc(column)
-
-    def labels(self) -> tuple[str, pl.DataFrame] | None:
-        if self.labels_file is None:
-            return None
-        return str(self.labels_file), read_labels(self.labels_file, self.label_column, self.patient_column)
-
-    def embeddings(self) -> Path | None:
-        return self.embeddings_file
+            found = f"the time column holds {column.dtype}, no dates"
+            raise UserError(f"{self.path}: {found}; if it holds minutes, use --minute_column")
+        return to_utc(column)
 
 
-def _separator(path: Path) -> str:
-    return "\t" if ".tsv" in path.suffixes else ","
+def _is_large_text(path: Path) -> bool:
+    return path.suffix in (".csv", ".tsv") and path.stat().st_size > PIECE_BYTES
 
 
-def _column_names(path: Path) -> list[str]:
+def _read_column_names(path: Path) -> list[str]:
     if path.suffix == ".parquet":
-        return parquet_columns(path)
-    try:
-        return pl.read_csv(path, n_rows=0, infer_schema=False, separator=_separator(path), glob=False).columns
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise unreadable(path, error) from None
+        return read_parquet_columns(path)
+    with reading(path):
+        return pl.read_csv(path, n_rows=0, infer_schema=False, separator=separator_of(path), glob=False).columns
 
 
 def _read_columns(path: Path, columns: list[str], piece: Piece) -> tuple[pl.DataFrame, int]:
     if path.suffix == ".parquet":
         return read_parquet(path, piece, columns)
-    separator = _separator(path)
-    try:
+    separator = separator_of(path)
+    with reading(path):
         if not piece.stop:
-            frame = pl.read_csv(path, columns=columns, infer_schema=False, separator=separator, glob=False)
-        else:
-            names = _column_names(path)
-            place = {str(names.index(column)): column for column in columns}
-            content = _read_range(path, piece, separator.join(map(str, range(len(names)))))
-            frame = pl.read_csv(content, columns=list(place), infer_schema=False, separator=separator).rename(place)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise unreadable(path, error) from None
-    return frame, piece.first_row
+            return pl.read_csv(path, columns=columns, infer_schema=False, separator=separator, glob=False), 1
+        names = _read_column_names(path)
+        position = {str(names.index(column)): column for column in columns}
+        content = _read_range(path, piece, separator.join(map(str, range(len(names)))))
+        frame = pl.read_csv(content, columns=list(position), infer_schema=False, separator=separator)
+        return frame.rename(position), piece.first_row
 
 
 def _read_range(path: Path, piece: Piece, header: str) -> bytes:
-    """The rows of a range of bytes, below ``header`` instead of the file's own."""
+    """Return the rows of a range of bytes, below ``header`` instead of the file's own header."""
     with path.open("rb") as file:
         file.seek(piece.start)
         if not piece.start:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import io
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -80,19 +83,40 @@ def test_headers_are_those_of_tarfile_and_of_numpy(tmp_path: Path, table: pa.Tab
     with tarfile.open(tmp_path / "a.tar") as tar:
         members = tar.getmembers()
     assert [member.name for member in members[:4]] == [
-        "a-0000000.json", "a-0000000.sets.npy", "a-0000000.events.npy", "a-0000001.json",
+        "a-0000000.events.npy", "a-0000000.json", "a-0000000.sets.npy", "a-0000001.events.npy",
     ]  # fmt: skip
     for member in members:
         assert (member.uid, member.gid, member.mtime, member.uname, member.mode) == (0, 0, 0, "", 0o644)
         plain = tarfile.TarInfo(member.name)
         plain.size = member.size
-        assert tars._header(member.name.encode(), member.size) == plain.tobuf(tarfile.USTAR_FORMAT)
+        header = (tmp_path / "a.tar").read_bytes()[member.offset : member.offset + 512]
+        assert header == plain.tobuf(tarfile.USTAR_FORMAT)
     for dtype in (SETS, EVENTS):
         for size in (0, 1, 12_345, 123_456_789):
             written = io.BytesIO()
             np.save(written, np.empty(min(size, 12_345), dtype))
             assert tars._npy(np.zeros(min(size, 12_345), dtype))[:128] == written.getvalue()[:128]
             assert len(tars._npy_header(dtype, size)) == 128
+
+
+def test_the_members_of_a_sample_may_have_another_order(tmp_path: Path, table: pa.Table) -> None:
+    """As data sets have that were written before, or by other programs."""
+    write_tar(table, tmp_path / "a.tar", "a")
+    order = (1, 2, 0, 4, 5, 3, 6, 7, 8)
+    (tmp_path / "a.tar").write_bytes(reordered(order)((tmp_path / "a.tar").read_bytes()))
+    assert read_tar(tmp_path / "a.tar").cast(SHARD_SCHEMA).equals(table)
+
+
+def test_parquet_needs_no_webdataset(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['webdataset'] = None\n"
+        "from pathlib import Path\n"
+        "from pipeline.loading.loader import make_loader\n"
+        "print(len(list(make_loader(Path(sys.argv[1]), split='train', batch_size=4))))\n"
+    )
+    data = write_data_dir(tmp_path, {"train": make_patients([[1]] * 8), "valid": [], "test": []})
+    done = subprocess.run([sys.executable, "-c", program, data], capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
 
 
 def test_plain_webdataset_reads_it(tmp_path: Path) -> None:
@@ -127,6 +151,20 @@ def member(number: int, content: bytes, name: str | None = None) -> Callable[[by
     return harm
 
 
+def reordered(order: tuple[int, ...]) -> Callable[[bytes], bytes]:
+    """Writes the members of these positions alone, in this order."""
+
+    def harm(tar: bytes) -> bytes:
+        out = io.BytesIO()
+        with tarfile.open(fileobj=io.BytesIO(tar)) as old, tarfile.open(fileobj=out, mode="w") as new:
+            members = old.getmembers()
+            for place in order:
+                new.addfile(members[place], old.extractfile(members[place]))
+        return out.getvalue()
+
+    return harm
+
+
 def pickled() -> bytes:
     written = io.BytesIO()
     np.save(written, np.array([{"a": 1}], dtype=object), allow_pickle=True)
@@ -139,25 +177,30 @@ def pickled() -> bytes:
         lambda tar: b"",
         lambda tar: b"no tar",
         lambda tar: tar[:700],
-        lambda tar: tar[:-1024],
+        lambda tar: tar[: -(-len(tar.rstrip(b"\0")) // 512) * 512],  # no blocks that end it
+        lambda tar: tar[:156] + b"S" + tar[157:],  # sparse: it may claim any size
+        gzip.compress,
+        reordered((0, 1, 3, 2)),
+        reordered((0, 1, 2, 3, 4)),
+        reordered((0, 1, 1)),
         lambda tar: tar[:124] + b"77777777777\0" + tar[136:],  # 8 GiB
         lambda tar: tar[:124] + b"-0000000001\0" + tar[136:],
         lambda tar: tar[:124] + b"xxxxxxxxxxx\0" + tar[136:],
-        member(0, b"{}"),
-        member(0, b"{},{}"),
-        member(0, b"1"),
-        member(0, b"[" * 100_000),
-        member(0, b'{"patient_id": 7, "label": 0}'),
-        member(0, b'{"patient_id": null, "label": 0}'),
-        member(0, b'{"patient_id": "p", "label": 7000}'),
-        member(0, b'{"patient_id": "p", "label": 0}', "../../etc/x-0000000.json"),
-        member(0, b'{"patient_id": "p", "label": 0}', "y-0000001.json"),
-        member(1, b""),
-        member(1, pickled()),
+        member(1, b"{}"),
+        member(1, b"{},{}"),
+        member(1, b"1"),
+        member(1, b"[" * 100_000),
+        member(1, b'{"patient_id": 7, "label": 0}'),
+        member(1, b'{"patient_id": null, "label": 0}'),
+        member(1, b'{"patient_id": "p", "label": 7000}'),
+        member(1, b'{"patient_id": "p", "label": 0}', "../../etc/x-0000000.json"),
+        member(1, b'{"patient_id": "p", "label": 0}', "y-0000001.json"),
+        member(2, b""),
         member(2, pickled()),
-        member(2, tars._npy(np.zeros(2, EVENTS)) + b"more"),
-        member(2, tars._npy_header(EVENTS, 10**9)),
-        member(2, tars._npy(np.zeros(2, EVENTS))),
+        member(0, pickled()),
+        member(0, tars._npy(np.zeros(2, EVENTS)) + b"more"),
+        member(0, tars._npy_header(EVENTS, 10**9)),
+        member(0, tars._npy(np.zeros(2, EVENTS))),
     ],
 )  # fmt: skip
 def test_a_hostile_tar_is_refused_in_one_line(tmp_path: Path, table: pa.Table, harm: Callable[[bytes], bytes]) -> None:
@@ -170,6 +213,17 @@ def test_a_hostile_tar_is_refused_in_one_line(tmp_path: Path, table: pa.Table, h
     with pytest.raises(UserError, match=r"checksum differs|has \d+ bytes, the manifest says"):
         read_shard(tmp_path, entry)
     assert sorted(child.name for child in tmp_path.rglob("*")) == ["train", "x.tar"]
+
+
+def test_no_part_of_a_tar_is_read_as_a_whole(tmp_path: Path, table: pa.Table) -> None:
+    """Cut after any byte of the members, an odd part of a header too."""
+    entry = write_shard(table, tmp_path, "train/x.tar")
+    content = (tmp_path / entry.path).read_bytes()
+    size = len(content.rstrip(b"\0"))
+    for cut in {*range(0, size, 37), *range(0, 1024), size - 1}:
+        (tmp_path / entry.path).write_bytes(content[:cut])
+        with pytest.raises(UserError, match=r"train/x\.tar: "):
+            read_shard(tmp_path, entry, verify=False)
 
 
 def test_json_of_any_id_comes_back(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.dataset.shards import read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
-from pipeline.prepare.build import BuildOptions, build
-from pipeline.prepare.partition import sort_order
-from pipeline.prepare.publish import WORK, output_folder
+from pipeline.prepare.build import build
+from pipeline.prepare.executors import ExecutionOptions
+from pipeline.prepare.options import BuildOptions
+from pipeline.prepare.publish import WORK, claim_output_folder
+from pipeline.prepare.sort import sort_order
 from pipeline.prepare.sources.patient_files import PatientFiles
 from pipeline.prepare.sources.physionet2012 import PhysioNet2012
 from pipeline.prepare.sources.synthetic import Synthetic
@@ -33,8 +35,8 @@ from pipeline.prepare.splits import SplitRule
 from pipeline.schema import MANIFEST_FILE, SPLITS, UserError
 from tests.prepared import Row, assert_same, expected, read_prepared
 
-HALVES = BuildOptions(rule=SplitRule(fractions=(0.5, 0.25, 0.25)), events_per_shard=7)
-ALL_TRAIN = BuildOptions(rule=SplitRule(fractions=(1.0, 0.0, 0.0)))
+HALVES = BuildOptions(split_rule=SplitRule(split_fractions=(0.5, 0.25, 0.25)), events_per_shard=7)
+ALL_TRAIN = BuildOptions(split_rule=SplitRule(split_fractions=(1.0, 0.0, 0.0)))
 
 messy_rows = st.lists(
     st.tuples(
@@ -62,14 +64,14 @@ def shard_bytes(directory: Path) -> dict[str, bytes]:
 @settings(max_examples=60)
 @given(messy_rows, st.dictionaries(st.sampled_from("abcx"), st.sampled_from([0, 1, None])))
 def test_messy_rows_become_what_the_naive_reference_says(rows: list[Row], labels: dict[str, int | None]) -> None:
-    naive = expected(rows, HALVES.rule, labels)
+    naive = expected(rows, HALVES.split_rule, labels)
     known = {patient for patient, *_ in rows}
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.parquet", rows)
         schema = {"patient_id": pl.String, "label": pl.Int8}
         pl.DataFrame(list(labels.items()), schema=schema, orient="row").write_csv(folder / "labels.csv")
-        source = Table(path=folder / "rows.parquet", labels_file=folder / "labels.csv")
+        source = Table(path=folder / "rows.parquet", labels=folder / "labels.csv")
         output = folder / "label=7"  # no column of any shard, whatever a reader makes of such a name
         if (labels and not known & labels.keys()) or not any(count for _, count, *_ in naive.vocabulary):
             with pytest.raises(UserError, match=r"labels\.csv|train split"):
@@ -110,9 +112,9 @@ def icu_rows(num_patients: int) -> list[Row]:
 def test_partitions_are_sorted_shards_that_together_hold_every_patient(tmp_path: Path) -> None:
     rows = icu_rows(60)
     write_rows(tmp_path / "rows.parquet", rows)
-    options = BuildOptions(rule=HALVES.rule, events_per_shard=200)
+    options = BuildOptions(split_rule=HALVES.split_rule, events_per_shard=200)
     build(Table(path=tmp_path / "rows.parquet"), tmp_path / "out", options)
-    naive = expected(rows, HALVES.rule, {})
+    naive = expected(rows, HALVES.split_rule, {})
     prepared = read_prepared(tmp_path / "out")
     assert len(Manifest.load(tmp_path / "out").splits["train"]) > 5
     for patients in (*prepared.patients.values(), *naive.patients.values()):
@@ -143,7 +145,7 @@ def test_partitions_are_sorted_shards_that_together_hold_every_patient(tmp_path:
 
 def test_the_output_does_not_depend_on_processes_or_on_the_order_of_rows_and_files(tmp_path: Path) -> None:
     rows = icu_rows(40)
-    options = BuildOptions(rule=HALVES.rule, events_per_shard=1000)
+    options = BuildOptions(split_rule=HALVES.split_rule, events_per_shard=1000)
     outputs = {}
     for name, order, num_files, workers in (
         ("a", rows, 1, 1),
@@ -153,7 +155,9 @@ def test_the_output_does_not_depend_on_processes_or_on_the_order_of_rows_and_fil
         (tmp_path / name).mkdir()
         for number in range(num_files):
             write_rows(tmp_path / name / f"{number}.parquet", order[number::num_files])
-        build(Table(path=tmp_path / name), tmp_path / f"out_{name}", options, workers=workers)
+        build(
+            Table(path=tmp_path / name), tmp_path / f"out_{name}", options, execution=ExecutionOptions(workers=workers)
+        )
         outputs[name] = shard_bytes(tmp_path / f"out_{name}")
     for name in "bc":  # all but the rejects' rows, and the manifest's fingerprint of the input
         for path in outputs["a"].keys() - {"rejects.parquet", MANIFEST_FILE}:
@@ -173,7 +177,7 @@ def test_the_output_is_the_same_for_one_process_and_for_two(tmp_path: Path, monk
     options = BuildOptions(events_per_shard=5000)
     summaries = [
         build(source, tmp_path / "one", options, progress=progress),
-        build(source, tmp_path / "two", options, workers=2),
+        build(source, tmp_path / "two", options, execution=ExecutionOptions(workers=2)),
     ]
     assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two")
     measured = {"seconds", "events_per_second", "peak_rss_bytes", "sha256"}
@@ -215,9 +219,10 @@ def test_tars_and_parquet_hold_the_same_shards(tmp_path: Path) -> None:
 
 
 def test_a_variable_that_train_does_not_know_keeps_its_raw_value_under_the_unknown_code(tmp_path: Path) -> None:
-    rule = HALVES.rule
+    rule = HALVES.split_rule
     by_split = {
-        split: next(name for name in map(str, range(99)) if SPLITS[rule.split([name])[0]] == split) for split in SPLITS
+        split: next(name for name in map(str, range(99)) if SPLITS[rule.assign_splits([name])[0]] == split)
+        for split in SPLITS
     }
     rows: list[Row] = [
         (name, 0.0, "known", value) for name, value in zip(by_split.values(), (2.0, 4.0, 6.0), strict=True)
@@ -290,7 +295,7 @@ def test_minutes_of_dates_count_from_the_patient_s_first_event_in_any_file(tmp_p
 
 
 def test_pieces_must_be_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.prepare.sources.source.PIECE_BYTES", 1)
+    monkeypatch.setattr("pipeline.prepare.sources.reading.PIECE_BYTES", 1)
     frame = pl.DataFrame({"patient_id": ["p"], "minute": [0.0], "variable": ["a"], "value": [1.0]})
     frame.write_parquet(tmp_path / "1.parquet")
     frame.with_columns(set_index=0).write_parquet(tmp_path / "2.parquet")
@@ -318,7 +323,7 @@ def test_embeddings_and_statistics_of_one_s_own(tmp_path: Path) -> None:
 def test_a_failing_run_leaves_nothing(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", icu_rows(5))
     (tmp_path / "cached.csv").write_text("Key,0\nv0,1\n")
-    source = Table(path=tmp_path / "rows.parquet", embeddings_file=tmp_path / "cached.csv")
+    source = Table(path=tmp_path / "rows.parquet", embeddings=tmp_path / "cached.csv")
     with pytest.raises(UserError, match=r"cached\.csv: no vector for variable 'v1'"):
         build(source, tmp_path / "out", ALL_TRAIN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cached.csv", "rows.parquet"]
@@ -363,7 +368,7 @@ def test_a_folder_is_refused_before_the_input_is_looked_at(tmp_path: Path) -> No
             build(NeverLookedAt(), tmp_path / name.split("/")[0], ALL_TRAIN, overwrite=True)
     with (
         pytest.raises(UserError, match=r"another preprocess\.py is writing here"),
-        output_folder(tmp_path / "busy", lambda: "first", overwrite=False, say=print),
+        claim_output_folder(tmp_path / "busy", lambda: "first", overwrite=False, log=print),
     ):
         build(NeverLookedAt(), tmp_path / "busy", ALL_TRAIN)
 
@@ -384,12 +389,12 @@ class DiesWhenRead(Synthetic):
 def test_a_killed_worker_is_named_and_what_was_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 1})
     with pytest.raises(ChildProcessError, match="worker process was killed"):
-        build(DiesWhenRead(num_patients=2), tmp_path / "out", ALL_TRAIN, workers=2)
+        build(DiesWhenRead(num_patients=2), tmp_path / "out", ALL_TRAIN, execution=ExecutionOptions(workers=2))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [WORK]
 
 
 def test_set_a(tmp_path: Path, set_a_dir: Path, outcomes_a: Path) -> None:
-    source = PhysioNet2012(path=set_a_dir, labels_file=outcomes_a)
+    source = PhysioNet2012(path=set_a_dir, labels=outcomes_a)
     summary = build(source, tmp_path / "out", BuildOptions())
     assert summary["events_in"] == 1_678_892
     assert summary["events_written"] == 1_672_669

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from pipeline.prepare.clean import REJECTS_SCHEMA, clean
-from pipeline.prepare.sources.source import RawRows, number_rows
+from pipeline.prepare.sources.reading import number_rows
+from pipeline.prepare.sources.source import RawRows
 
 GOOD: dict[str, Any] = {"patient_id": "p", "minute": 1.0, "variable": "HR", "value": 80.0}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import preprocess
-from pipeline.prepare.executors import open_executor
+from pipeline.prepare.executors import ExecutionOptions, open_executor
 from pipeline.schema import UserError
 from tests.pipeline.prepare.test_build import shard_bytes
 
@@ -94,10 +94,10 @@ def test_dask_workers_write_the_bytes_of_one_process_also_when_one_is_killed(
 def test_a_scheduler_that_is_not_there_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "0.2s")
     program = (
-        "from pipeline.prepare.executors import open_executor\n"
+        "from pipeline.prepare.executors import ExecutionOptions, open_executor\n"
         "from pipeline.schema import UserError\n"
         "try:\n"
-        f"    open_executor({name!r}, 1).__enter__()\n"
+        f"    open_executor(ExecutionOptions(executor={name!r}), 1).__enter__()\n"
         "except UserError as error:\n"
         "    print(error)\n"
     )
@@ -108,7 +108,8 @@ def test_a_scheduler_that_is_not_there_is_one_line(name: str, monkeypatch: pytes
 
 def test_dask_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(UserError, match="needs Dask; pip install"), open_executor("dask://127.0.0.1:1", 1):
+    options = ExecutionOptions(executor="dask://127.0.0.1:1")
+    with pytest.raises(UserError, match="needs Dask; pip install"), open_executor(options, 1):
         pass
 
 
@@ -121,10 +122,10 @@ def sleep_and_tell(file: Path) -> None:
 
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from pipeline.prepare.executors import open_executor\n"
+        "import sys; from pathlib import Path; from pipeline.prepare.executors import ExecutionOptions, open_executor\n"
         "from tests.pipeline.prepare.test_executors import sleep_and_tell\n"
         "if __name__ == '__main__':\n"
-        "    with open_executor('local', 2) as executor:\n"
+        "    with open_executor(ExecutionOptions(workers=2), 2) as executor:\n"
         "        executor.submit(sleep_and_tell, Path(sys.argv[1])).result()\n"
     )
     told = tmp_path / "pid"

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 
 from pipeline.dataset.manifest import ShardEntry
-from pipeline.prepare.build import BuildOptions, build
+from pipeline.prepare.build import build
 from pipeline.prepare.executors import InlineExecutor
-from pipeline.prepare.journal import JOURNAL, Stages
+from pipeline.prepare.journal import JOURNAL, Stage, StageRunner, ignore_progress
 from pipeline.prepare.moments import Moments
-from pipeline.prepare.partition import SortedPartition, WrittenPartition
+from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.publish import WORK
 from pipeline.prepare.rules import Rules
+from pipeline.prepare.sort import SortedPartition
 from pipeline.prepare.sources.synthetic import Synthetic
+from pipeline.prepare.write import WrittenPartition
 from tests.pipeline.prepare.test_build import shard_bytes
 from tests.pipeline.prepare.test_executors import PATIENTS, ROOT, TRIAL
 
@@ -37,10 +39,11 @@ def count(number: int, calls: list[int]) -> Counted:
     return Counted(number)
 
 
+COUNT = Stage(name="count", task=count, result=Counted, size=lambda result: result.number)
+
+
 def run(work: Path, numbers: list[int], calls: list[int]) -> list[Counted]:
-    stages = Stages(InlineExecutor(), work, None)
-    tasks = [(number, calls) for number in numbers]
-    return stages("count", count, tasks, from_json=lambda fields: Counted(**fields), size=lambda found: found.number)
+    return StageRunner(InlineExecutor(), work, ignore_progress).run(COUNT, [(number, calls) for number in numbers])
 
 
 def test_what_is_in_the_journal_is_not_done_again(tmp_path: Path) -> None:
@@ -61,15 +64,13 @@ def test_progress_counts_what_an_earlier_run_has_done(tmp_path: Path) -> None:
     def progress(stage: str, *, done: int, total: int, rows: int) -> None:
         seen.append((stage, done, total, rows))
 
-    stages = Stages(InlineExecutor(), tmp_path, progress)
-    tasks: list[tuple[int, list[int]]] = [(number, []) for number in (5, 6, 7)]
-    stages("count", count, tasks, from_json=lambda fields: Counted(**fields), size=lambda found: found.number)
+    StageRunner(InlineExecutor(), tmp_path, progress).run(COUNT, [(number, []) for number in (5, 6, 7)])
     assert seen == [("count", 2, 3, 11), ("count", 3, 3, 18)]
 
 
 def test_results_come_back_from_the_journal_to_the_last_bit(tmp_path: Path) -> None:
     variables = ["a", "ü\n"]
-    moments = Moments.of(variables, np.array([0, 0, 1]), np.array([0.1, 1e30, np.nan], np.float32))
+    moments = Moments.measure(variables, np.array([0, 0, 1]), np.array([0.1, 1e30, np.nan], np.float32))
     plain: dict[str, Any] = {name: 3 for name in SortedPartition.__slots__ if name != "train"}
     sorted_ = SortedPartition(train=moments, **(plain | {"without_events": ["p"], "rejects": {"duplicate": 1}}))
     entry = ShardEntry(path="train/0.tar", num_patients=1, num_sets=2, num_events=3, num_bytes=4, sha256="5")
@@ -79,10 +80,9 @@ def test_results_come_back_from_the_journal_to_the_last_bit(tmp_path: Path) -> N
         def task() -> Any:
             return found
 
-        stages = Stages(InlineExecutor(), tmp_path, None)
-        arguments: list[tuple[()]] = [()]
+        stage = Stage(name=kind.__name__, task=task, result=kind, size=lambda _: 0)
         for _ in range(2):
-            (back,) = stages(kind.__name__, task, arguments, from_json=kind.from_json, size=lambda _: 0)
+            (back,) = StageRunner(InlineExecutor(), tmp_path, ignore_progress).run(stage, [()])
         assert back is not found
         return back
 
@@ -126,14 +126,14 @@ def test_killed_again_and_again_the_output_is_that_of_a_run_left_alone(tmp_path:
 @pytest.mark.parametrize(
     ("stopped_in", "lost"),
     [
-        ("write_partition", "sorted/00001.arrow"),
-        ("write_partition", "journal/read/000001.json"),
-        ("write_partition", "journal/measure/000000.json"),
-        ("write_partition", "journal/sort/000001.json"),
-        ("_finish", "index/*-00001.arrow"),
-        ("_finish", "data/train/00001.parquet"),
-        ("_finish", "journal/sort/000000.json"),
-        ("_finish", "journal/write/000001.json"),
+        ("build.write_partition", "sorted/00001.arrow"),
+        ("build.write_partition", "journal/read/000001.json"),
+        ("build.write_partition", "journal/measure/000000.json"),
+        ("build.write_partition", "journal/sort/000001.json"),
+        ("summary.Results.join_tables", "index/*-00001.arrow"),
+        ("summary.Results.join_tables", "data/train/00001.parquet"),
+        ("summary.Results.join_tables", "journal/sort/000000.json"),
+        ("summary.Results.join_tables", "journal/write/000001.json"),
     ],
 )
 def test_what_was_used_up_is_made_again_where_it_is_needed(
@@ -148,7 +148,7 @@ def test_what_was_used_up_is_made_again_where_it_is_needed(
         raise OSError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"pipeline.prepare.build.{stopped_in}", stop)
+        patch.setattr(f"pipeline.prepare.{stopped_in}", stop)
         with pytest.raises(OSError, match="stopped"):
             build(source, tmp_path / "out", options)
     assert not (tmp_path / "out" / WORK / "spills").exists()

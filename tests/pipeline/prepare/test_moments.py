@@ -16,7 +16,7 @@ events = st.lists(st.tuples(st.integers(0, 2), st.floats(-1e6, 1e6, width=32) | 
 
 def moments(part: Events, names: list[str] = NAMES) -> Moments:
     variable = np.array([variable for variable, _ in part], dtype=np.int32)
-    return Moments.of(names, variable, np.array([value for _, value in part], dtype=np.float32))
+    return Moments.measure(names, variable, np.array([value for _, value in part], dtype=np.float32))
 
 
 @given(st.lists(events, min_size=1, max_size=5))
@@ -100,24 +100,24 @@ def test_the_fingerprint_tells_vocabularies_apart() -> None:
 
 def test_splits_follow_the_fractions_and_the_id_alone() -> None:
     names = [f"patient {number}" for number in range(20_000)]
-    rule = SplitRule(fractions=(0.5, 0.2, 0.3))
-    splits = rule.split(names)
+    rule = SplitRule(split_fractions=(0.5, 0.2, 0.3))
+    splits = rule.assign_splits(names)
     assert np.bincount(splits) / len(names) == pytest.approx([0.5, 0.2, 0.3], abs=0.015)
-    assert rule.split(names[::-3]).tolist() == splits[::-3].tolist()
-    assert SplitRule(fractions=(0.5, 0.2, 0.3), seed=1).split(names).tolist() != splits.tolist()
-    assert set(SplitRule(fractions=(0.5, 0.0, 0.5)).split(names).tolist()) == {0, 2}
-    assert set(SplitRule(fractions=(1.0, 0.0, 0.0)).split(names).tolist()) == {0}
+    assert rule.assign_splits(names[::-3]).tolist() == splits[::-3].tolist()
+    assert SplitRule(split_fractions=(0.5, 0.2, 0.3), split_seed=1).assign_splits(names).tolist() != splits.tolist()
+    assert set(SplitRule(split_fractions=(0.5, 0.0, 0.5)).assign_splits(names).tolist()) == {0, 2}
+    assert set(SplitRule(split_fractions=(1.0, 0.0, 0.0)).assign_splits(names).tolist()) == {0}
 
 
 def test_the_split_says_nothing_of_the_partition() -> None:
     names = [f"{number}" for number in range(20_000)]
-    by_partition, by_split = SplitRule().hashes(names)
+    by_partition, by_split = SplitRule().hash_patients(names)
     assert abs(np.corrcoef(by_partition.astype(float), by_split.astype(float))[0, 1]) < 0.03
 
 
 def test_splits_are_the_same_for_ever() -> None:
     """Data sets prepared by an earlier version must be extended by a later one."""
-    assert SplitRule().split([str(number) for number in range(16)]).tolist() == [
+    assert SplitRule().assign_splits([str(number) for number in range(16)]).tolist() == [
         1,
         1,
         1,

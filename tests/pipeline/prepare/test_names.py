@@ -24,7 +24,7 @@ def test_names_are_the_texts_of_their_rows(values: list[str | None]) -> None:
     assert encoded.cast(pl.String).to_list() == values
     again = names.encode(encoded, upper)  # equal texts are one name
     assert again.cast(pl.String).to_list() == upper(column).to_list()
-    assert names.fits(encoded, lambda name: name == "a").to_list() == (column == "a").to_list()
+    assert names.test(encoded, lambda name: name == "a").to_list() == (column == "a").to_list()
 
 
 @pytest.mark.parametrize(

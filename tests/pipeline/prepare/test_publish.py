@@ -12,7 +12,7 @@ import pytest
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import read_shard
 from pipeline.prepare import publish
-from pipeline.prepare.publish import WORK, output_folder
+from pipeline.prepare.publish import WORK, claim_output_folder
 from pipeline.schema import MANIFEST_FILE, UserError
 from tests.data_dirs import make_patients, write_data_dir
 
@@ -28,7 +28,7 @@ def write(folder: Path, num_patients: int) -> None:
 @contextmanager
 def folder(output: Path, fingerprint: str, *, overwrite: bool = False) -> Iterator[Path]:
     """The work folder, where there is something to do."""
-    with output_folder(output, lambda: fingerprint, overwrite=overwrite, say=said.append) as claimed:
+    with claim_output_folder(output, lambda: fingerprint, overwrite=overwrite, log=said.append) as claimed:
         assert claimed is not None
         assert claimed[1] == fingerprint
         yield claimed[0]
@@ -69,7 +69,7 @@ def test_a_data_set_is_replaced_only_when_told(tmp_path: Path) -> None:
 
 
 def is_there(output: Path, num_patients: int) -> bool:
-    with output_folder(output, lambda: f"of {num_patients}", overwrite=False, say=said.append) as claimed:
+    with claim_output_folder(output, lambda: f"of {num_patients}", overwrite=False, log=said.append) as claimed:
         return claimed is None
 
 

@@ -13,17 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.prepare.build import BuildOptions, build
+from pipeline.prepare.build import build
+from pipeline.prepare.event_filter import EventFilter
 from pipeline.prepare.moments import Moments
-from pipeline.prepare.rules import ACTIONS, AGGREGATES, Range, Rules, Sieve, outlier_limits
-from pipeline.prepare.sources.side_files import read_ranges
+from pipeline.prepare.options import BuildOptions
+from pipeline.prepare.rules import ACTIONS, AGGREGATES, Range, Rules, compute_outlier_limits, read_ranges
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import UserError
 from tests.prepared import Row, assert_same, expected, read_prepared
 
-HALVES = SplitRule(fractions=(0.5, 0.25, 0.25))
-ALL_TRAIN = SplitRule(fractions=(1.0, 0.0, 0.0))
+HALVES = SplitRule(split_fractions=(0.5, 0.25, 0.25))
+ALL_TRAIN = SplitRule(split_fractions=(1.0, 0.0, 0.0))
 
 rows = st.lists(
     st.tuples(
@@ -65,7 +66,7 @@ def prepare(rows: list[Row], folder: Path, options: BuildOptions) -> dict[str, A
 @given(rows, rules)
 def test_rules_do_what_the_naive_reference_says(rows: list[Row], rules: Rules) -> None:
     naive = expected(rows, HALVES, {}, rules=rules)
-    options = BuildOptions(rule=HALVES, rules=rules, events_per_shard=10**6)
+    options = BuildOptions(split_rule=HALVES, rules=rules, events_per_shard=10**6)
     with TemporaryDirectory() as name:
         if len(naive.vocabulary) == 2 or not naive.patients["train"]:
             with pytest.raises(UserError, match="train split"):
@@ -81,7 +82,7 @@ def test_rules_do_what_the_naive_reference_says(rows: list[Row], rules: Rules) -
 
 def hand(rules: Rules, tmp_path: Path, rows: list[Row]) -> tuple[list[Any], dict[str, Any], list[dict[str, Any]]]:
     """Sets of the one patient with raw values, the summary, and the vocabulary."""
-    summary = prepare(rows, tmp_path, BuildOptions(rule=ALL_TRAIN, rules=rules))
+    summary = prepare(rows, tmp_path, BuildOptions(split_rule=ALL_TRAIN, rules=rules))
     vocabulary = pl.read_parquet(tmp_path / "out" / "vocabulary.parquet").to_dicts()
     ((_, _, sets),) = read_prepared(tmp_path / "out").patients["train"]
     raw = [
@@ -172,15 +173,15 @@ def test_short_patients_and_rare_variables(tmp_path: Path) -> None:
 
 
 def test_limits_are_of_variables_that_vary() -> None:
-    train = Moments.of(["a", "b", "c"], np.array([0, 0, 1, 2]), np.array([1, 3, 5, np.nan], np.float32))
-    assert outlier_limits(train, Rules(outlier_std=2.0)) == {"a": (0.0, 4.0)}
-    assert outlier_limits(train, Rules()) == {}
+    train = Moments.measure(["a", "b", "c"], np.array([0, 0, 1, 2]), np.array([1, 3, 5, np.nan], np.float32))
+    assert compute_outlier_limits(train, Rules(outlier_std=2.0)) == {"a": (0.0, 4.0)}
+    assert compute_outlier_limits(train, Rules()) == {}
 
 
 def test_nothing_to_sift() -> None:
     schema = {"patient": pl.Int32, "set": pl.Float64, "variable": pl.Int32, "value": pl.Float32, "minute": pl.Float64}
-    sieve = Sieve(pl.DataFrame(schema=schema))
-    sieve.limit([], {"a": (0, 1)}, "clip")
-    sieve.aggregate("mean")
-    sieve.drop_short(3)
-    assert sieve.kept.height == sieve.num_clipped == len(sieve.rejected) == 0
+    events = EventFilter(pl.DataFrame(schema=schema))
+    events.limit([], {"a": (0, 1)}, "clip")
+    events.aggregate("mean")
+    events.drop_short(3)
+    assert events.kept.height == events.num_clipped == len(events.rejected) == 0

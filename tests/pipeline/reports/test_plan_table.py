@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.arrays import offsets_of
+from pipeline.arrays import offsets_from_sizes
 from pipeline.reports.plan_table import SplitLengths, main
 from pipeline.sampling.plan import EpochPlan
 from pipeline.sampling.quality import (
@@ -23,7 +23,7 @@ from tests.data_dirs import Patient, in_stored_order
 
 def plan_of(*batches: list[int]) -> EpochPlan:
     order = np.array([patient for batch in batches for patient in batch], dtype=np.int64)
-    return EpochPlan(order=order, batch_offsets=offsets_of(np.array([len(batch) for batch in batches])))
+    return EpochPlan(order=order, batch_offsets=offsets_from_sizes(np.array([len(batch) for batch in batches])))
 
 
 def test_padding_waste_by_hand() -> None:

@@ -48,7 +48,7 @@ def test_every_format_can_be_asked_for_by_name(tmp_path: Path) -> None:
         ("missing", "auto", {}, "missing: no such file or folder"),
         ("missing", "physionet2012", {}, "missing: no such file or folder"),
         ("file", "patient_files", {}, "file: not a folder"),
-        (".", "synthetic", {"labels_file": Path("x")}, "--labels: not used by --format synthetic"),
+        (".", "synthetic", {"labels": Path("x")}, "--labels: not used by --format synthetic"),
         (".", "table", {"profile": "icu"}, "--profile: not used by --format table"),
     ],
 )

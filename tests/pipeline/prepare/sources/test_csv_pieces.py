@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.prepare.sources import csv_pieces as module
 from pipeline.prepare.sources import table as table_module
-from pipeline.prepare.sources.csv_pieces import csv_pieces
-from pipeline.prepare.sources.source import FILE, ROW, Piece
+from pipeline.prepare.sources.csv_pieces import cut_csv
+from pipeline.prepare.sources.reading import FILE, ROW, Piece
 from pipeline.prepare.sources.table import Table
 
 cells = st.sampled_from(["", "1", "a,b", 'say "x"', "two\nlines", '"', "\n", '\n"\n', "ü" * 20])
@@ -52,7 +52,7 @@ def test_a_cut_is_after_a_row_and_not_within_quotes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "PIECE_BYTES", 4)
     monkeypatch.setattr(module, "BLOCK_BYTES", 4)
     (tmp_path / "a.csv").write_bytes(b'a,b\n1,"\n\n\n\n\n"\n2,3\n')
-    assert csv_pieces(tmp_path / "a.csv", "a.csv") == [
+    assert cut_csv(tmp_path / "a.csv", "a.csv") == [
         Piece(files=("a.csv",), start=0, stop=4),
         Piece(files=("a.csv",), start=4, stop=14, first_row=1),
         Piece(files=("a.csv",), start=14, stop=18, first_row=2),

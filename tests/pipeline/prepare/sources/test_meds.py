@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import read_shard
 from pipeline.loading.loader import make_loader
-from pipeline.prepare.build import BuildOptions, build
+from pipeline.prepare.build import build
+from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.sources.auto import detect_format
 from pipeline.prepare.sources.meds import EXCLUDE_CODES, Meds
 from pipeline.prepare.splits import SplitRule
@@ -30,8 +31,8 @@ from tests.prepared import Row, assert_same, expected, read_prepared
 
 BIRTH = datetime(1931, 4, 5)
 ADMISSION = datetime(2019, 12, 31, 23, 59, 59, 999_999)
-ALL_TRAIN = BuildOptions(rule=SplitRule(fractions=(1.0, 0.0, 0.0)))
-HALVES = BuildOptions(rule=SplitRule(fractions=(0.5, 0.25, 0.25)), events_per_shard=9)
+ALL_TRAIN = BuildOptions(split_rule=SplitRule(split_fractions=(1.0, 0.0, 0.0)))
+HALVES = BuildOptions(split_rule=SplitRule(split_fractions=(0.5, 0.25, 0.25)), events_per_shard=9)
 
 Event = tuple[int | None, datetime | None, str | None, float | None]
 Sample = tuple[int, datetime, bool]
@@ -149,7 +150,7 @@ def test_the_static_set_has_the_minute_of_the_next_set_in_a_batch(root: Path, tm
 
 
 def test_the_static_set_is_the_same_from_a_tar(root: Path, tmp_path: Path) -> None:
-    build(Meds(path=root), tmp_path / "out", BuildOptions(rule=ALL_TRAIN.rule, shard_format="both"))
+    build(Meds(path=root), tmp_path / "out", BuildOptions(split_rule=ALL_TRAIN.split_rule, shard_format="both"))
     manifest = Manifest.load(tmp_path / "out")
     parquet, tar = (read_shard(tmp_path / "out", shards["train"][0]) for shards in (manifest.splits, manifest.tars))
     assert parquet.minute.tolist() == tar.minute.tolist()
@@ -224,7 +225,7 @@ def test_samples_end_with_their_prediction_time_and_share_a_split(root: Path, tm
     samples: list[Sample] = [(1, at(0.5), False), (1, at(61), True), (1, at(-60), True), (7, at(0), True)]
     write_samples(task, samples, "held_out/0")
     write_samples(task, samples[:2], "again")  # the same samples twice
-    summary = build(Meds(path=root, labels_file=task), tmp_path / "out", ALL_TRAIN)
+    summary = build(Meds(path=root, labels=task), tmp_path / "out", ALL_TRAIN)
     first, second, third = (f"1@{time.isoformat()}" for _, time, _ in samples[:3])
     found = stays(tmp_path / "out")
     assert {patient: [minute for minute, _ in sets][2:] for patient, sets in found.items()} == {
@@ -238,7 +239,7 @@ def test_samples_end_with_their_prediction_time_and_share_a_split(root: Path, tm
     assert summary["events_in"] == 3 * 8 + 1
     assert summary["rejects"] == {"after_prediction_time": 1 + 3, "excluded_code": 3 * 2}
 
-    only = build(Meds(path=root, labels_file=task, labelled_only=True), tmp_path / "only", ALL_TRAIN)
+    only = build(Meds(path=root, labels=task, labelled_only=True), tmp_path / "only", ALL_TRAIN)
     assert stays(tmp_path / "only").keys() == {first, second, third}
     assert only["rejects"]["no_sample"] == 1
 
@@ -248,7 +249,7 @@ def test_given_splits_hold_for_all_samples_of_a_subject(tmp_path: Path) -> None:
     write_events(root, [(subject, at(0), "HR", 1.0) for subject in range(8)])
     write_splits(root, {0: "train", 1: "train", 2: "tuning", 3: "held_out", 4: "train", 5: "train", 6: "tuning"})
     write_samples(tmp_path, [(subject, at(minute), True) for subject in (0, 2, 3) for minute in (1, 2)], "task")
-    summary = build(Meds(path=root, labels_file=task), tmp_path / "out", ALL_TRAIN)
+    summary = build(Meds(path=root, labels=task), tmp_path / "out", ALL_TRAIN)
     found = {
         split: {name.partition("@")[0] for name, *_ in patients}
         for split, patients in read_prepared(tmp_path / "out").patients.items()
@@ -319,8 +320,10 @@ def test_messy_events_become_what_the_naive_reference_says(
         times.setdefault(subject, []).append(time)
     rows, rejects, subject_of = rows_of(events, times)
     labels: dict[str, int | None] = {f"{subject}@{time.isoformat()}": int(y) for (subject, time), y in samples.items()}
-    splits = {patient: SPLITS[HALVES.rule.split([str(subject)])[0]] for patient, subject in subject_of.items()}
-    naive = expected(rows, HALVES.rule, labels, splits=splits, static=True)
+    splits = {
+        patient: SPLITS[HALVES.split_rule.assign_splits([str(subject)])[0]] for patient, subject in subject_of.items()
+    }
+    naive = expected(rows, HALVES.split_rule, labels, splits=splits, static=True)
     naive.rejects.update(rejects)
     with TemporaryDirectory() as name:
         root, output = Path(name, "in"), Path(name, "out")
@@ -329,7 +332,7 @@ def test_messy_events_become_what_the_naive_reference_says(
                 write_events(root, part, str(number))
         if samples:
             write_samples(root / "task", [(*sample, label) for sample, label in samples.items()])
-        source = Meds(path=root, labels_file=root / "task" if samples else None)
+        source = Meds(path=root, labels=root / "task" if samples else None)
         nobody = bool(samples) and not labels.keys() & subject_of.keys()
         if nobody or not any(count for _, count, *_ in naive.vocabulary):
             with pytest.raises(UserError, match=r"task: names no patient|train split"):
@@ -369,14 +372,14 @@ def test_a_large_file_is_read_by_row_groups(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "in" / "data" / "train" / "0.parquet"
     pq.write_table(pq.read_table(path), path, row_group_size=37)
     build(Meds(path=tmp_path / "in"), tmp_path / "whole", ALL_TRAIN)
-    monkeypatch.setattr("pipeline.prepare.sources.source.PIECE_BYTES", 1000)
+    monkeypatch.setattr("pipeline.prepare.sources.reading.PIECE_BYTES", 1000)
     assert len(Meds(path=tmp_path / "in").pieces()) > 5
     build(Meds(path=tmp_path / "in"), tmp_path / "parts", ALL_TRAIN)
     for name in ("train/00000.parquet", "index.parquet", "vocabulary.parquet"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-TASK = {"labels_file": "task"}
+TASK = {"labels": "task"}
 
 
 @pytest.mark.parametrize(
@@ -407,8 +410,8 @@ def test_what_cannot_be_used_is_named(
 ) -> None:
     write_events(tmp_path, [(1, at(0), "HR", 1.0)])
     write(pa.table(table), tmp_path / f"{file}.parquet")
-    if "labels_file" in options:
-        options = {"labels_file": tmp_path / "task"}
+    if "labels" in options:
+        options = {"labels": tmp_path / "task"}
     with pytest.raises(UserError, match=message):
         build(Meds(path=tmp_path, **options), tmp_path / "out", ALL_TRAIN)
     assert not (tmp_path / "out").exists()
@@ -417,6 +420,6 @@ def test_what_cannot_be_used_is_named(
 def test_labels_of_another_column(root: Path, tmp_path: Path) -> None:
     table = pa.table({"subject_id": [1], "prediction_time": [at(1)], "integer_value": [1]})
     write(table, tmp_path / "task.parquet")
-    source = Meds(path=root, labels_file=tmp_path / "task.parquet", label_column="integer_value")
+    source = Meds(path=root, labels=tmp_path / "task.parquet", label_column="integer_value")
     build(source, tmp_path / "out", ALL_TRAIN)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["splits"]["train"]["positive"] == 1

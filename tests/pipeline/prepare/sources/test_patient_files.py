@@ -47,25 +47,26 @@ def test_files_of_all_splits(tmp_path: Path) -> None:
     ]
     assert rejected.select("reason", "row", "patient_id", "value").rows() == [("bad_value", 2, "a b", "x")]
     assert set(raw.patients) == {"200001", "200002", "200003", "a b"}
-    splits = source.splits()
+    splits = source.read_splits()
     assert splits is not None
     assert dict(splits.iter_rows()) == {"200001": "train", "200002": "train", "a b": "valid", "200003": "test"}
 
 
 def test_files_beside_the_folders_are_found(tmp_path: Path) -> None:
     source = write(tmp_path / "data", {"train/1.parquet": events()})
-    assert source.labels() is source.statistics() is source.embeddings() is None
+    assert source.read_labels() is None
+    assert set(source.find_side_files().values()) == {None}
     (tmp_path / "data" / "oc.csv").write_text("ts_id,in_hospital_mortality\n1.0,1\n2.0,0.0\n3,\n")
     (tmp_path / "data" / "stats.csv").write_text("variable,mean,std\n")
     (tmp_path / "cached.csv").write_text("Key,0\n")
-    origin, labels = source.labels() or ("", pl.DataFrame())
+    origin, labels = source.read_labels() or ("", pl.DataFrame())
     assert Path(origin).name == "oc.csv"
     assert labels.rows() == [("1", 1), ("2", 0), ("3", None)]
-    assert source.statistics() == tmp_path / "data" / "stats.csv"
-    assert source.embeddings() == tmp_path / "cached.csv"
+    assert source.find_side_files()["statistics"] == tmp_path / "data" / "stats.csv"
+    assert source.find_side_files()["embeddings"] == tmp_path / "cached.csv"
     assert len(source.inputs()) == 4
-    given = PatientFiles(path=tmp_path / "data", embeddings_file=tmp_path / "other.csv")
-    assert given.embeddings() == tmp_path / "other.csv"
+    given = PatientFiles(path=tmp_path / "data", embeddings=tmp_path / "other.csv")
+    assert given.find_side_files()["embeddings"] == tmp_path / "other.csv"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, files: dict[str, dict[str,
 
     def read_all() -> None:
         for piece in source.pieces():
-            source.splits()
+            source.read_splits()
             source.read(piece)
 
     with pytest.raises(UserError, match=message):

@@ -73,18 +73,18 @@ def test_a_first_row_of_fewer_fields_is_a_row_like_others(tmp_path: Path, first:
 
 def test_outcomes_are_found_in_the_folder_or_beside_it(tmp_path: Path) -> None:
     source = write(tmp_path / "set-b", r1=HEADER)
-    assert source.labels() is None
+    assert source.read_labels() is None
     header = "RecordID,SAPS-I,In-hospital_death\n"
     (tmp_path / "Outcomes-a.txt").write_text(header + "1,6,0\n")
     (tmp_path / "Outcomes-b.txt").write_text(header + "1,6,1\n2,-1,0\n3,4,-1\n")
-    origin, labels = source.labels() or ("", pl.DataFrame())
+    origin, labels = source.read_labels() or ("", pl.DataFrame())
     assert Path(origin).name == "Outcomes-b.txt"  # of several, that of set-b
     assert labels.rows() == [("1", 1), ("2", 0), ("3", None)]
     (tmp_path / "set-b" / "Outcomes-c.txt").write_text(header + "1,6,0\n")
-    assert (source.labels() or ("",))[0].endswith("Outcomes-c.txt")
+    assert (source.read_labels() or ("",))[0].endswith("Outcomes-c.txt")
     other = write(tmp_path / "records", r1=HEADER)
     with pytest.raises(UserError, match=r"2 files Outcomes-\*\.txt.*--labels"):
-        other.labels()
+        other.read_labels()
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_dates_become_minutes(tmp_path: Path, dtype: Any) -> None:
     frame.write_parquet(tmp_path / "1.parquet")
     assert [
         row[3] for row in kept_rows(Table(path=tmp_path))
-    ] == times  # from the first event: in pipeline.prepare.partition
+    ] == times  # from the first event: in pipeline.prepare.sort
     from_admission = Table(path=tmp_path, time_column="charttime", origin_column="admitted")
     assert [row[3] for row in kept_rows(from_admission)] == [0.0, 7.25]
     assert [row[:2] for row in only_rejects(from_admission)] == [("bad_minute", 3)]
@@ -106,7 +106,7 @@ def test_text_that_is_no_iso_date_is_a_reject(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.prepare.sources.source.PIECE_BYTES", 4000)
+    monkeypatch.setattr("pipeline.prepare.sources.reading.PIECE_BYTES", 4000)
     frame = pl.DataFrame(
         {"patient_id": ["a"] * 1000, "minute": range(1000), "variable": ["HR"] * 1000, "value": [1.0] * 1000}
     )
@@ -122,9 +122,9 @@ def test_labels_use_the_patient_column_or_a_usual_one(tmp_path: Path) -> None:
     (tmp_path / "1.csv").write_text(CSV.replace("patient_id", "stay"))
     for header in ("stay", "ts_id"):
         (tmp_path / "labels.csv").write_text(f"{header},died\n1.0,true\n2,False\n")
-        source = Table(path=tmp_path, patient_column="stay", labels_file=tmp_path / "labels.csv", label_column="died")
-        assert [path.name for path in source.inputs()] == ["1.csv", "labels.csv"]  # the labels are no events
-        _, labels = source.labels() or ("", pl.DataFrame())
+        source = Table(path=tmp_path, patient_column="stay", labels=tmp_path / "labels.csv", label_column="died")
+        assert list(source.inputs()) == ["events/1.csv", "labels/labels.csv"]  # the labels are no events
+        _, labels = source.read_labels() or ("", pl.DataFrame())
         assert labels.rows() == [("1", 1), ("2", 0)]
 
 

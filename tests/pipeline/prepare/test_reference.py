@@ -16,8 +16,9 @@ import pytest
 import preprocess
 from pipeline.dataset.manifest import Manifest
 from pipeline.loading.loader import make_loader
-from pipeline.prepare.build import BuildOptions, build
-from pipeline.prepare.like import Like, all_in
+from pipeline.prepare.build import build
+from pipeline.prepare.options import BuildOptions
+from pipeline.prepare.reference import ReferenceDataSet
 from pipeline.prepare.rules import Range, Rules
 from pipeline.prepare.sources.patient_files import PatientFiles
 from pipeline.prepare.sources.table import Table
@@ -33,7 +34,7 @@ RULES = Rules(
     min_events=4,
     min_count=85,
 )
-OPTIONS = BuildOptions(rule=SplitRule(fractions=(0.5, 0.2, 0.3)), rules=RULES)
+OPTIONS = BuildOptions(split_rule=SplitRule(split_fractions=(0.5, 0.2, 0.3)), rules=RULES)
 
 
 def some_rows(num_rows: int = 4000) -> pl.DataFrame:
@@ -55,15 +56,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("like")
     some_rows().write_parquet(folder / "rows.parquet")
     (folder / "cached.csv").write_text("Key,0,1\n" + "".join(f"v{number},{number},1\n" for number in range(12)))
-    build(Table(path=folder / "rows.parquet", embeddings_file=folder / "cached.csv"), folder / "data", OPTIONS)
+    build(Table(path=folder / "rows.parquet", embeddings=folder / "cached.csv"), folder / "data", OPTIONS)
     return folder / "data"
 
 
 def prepare(rows: pl.DataFrame, folder: Path, data: Path, split: str = "test") -> dict[str, Any]:
     rows.write_parquet(folder / "new.parquet")
-    like = Like.open(data)
-    options = BuildOptions(rule=all_in(split), rules=like.rules({}), like=like)
-    return build(like.source(Table(path=folder / "new.parquet"), {}), folder / "new", options)
+    like = ReferenceDataSet.open(data)
+    options = BuildOptions(split_rule=SplitRule.all_in(split), rules=like.rules({}), reference=like)
+    return build(like.adapt_source(Table(path=folder / "new.parquet"), {}), folder / "new", options)
 
 
 def test_patients_become_what_they_are_in_the_data_set_itself(tmp_path: Path, data: Path) -> None:
@@ -117,8 +118,8 @@ def test_given_splits_and_statistics_do_not_count(tmp_path: Path, data: Path) ->
         frame = pl.DataFrame({"variable": ["v2"] * 5, "value": [9.0, 1, 2, 3, 4], "minute": range(5)})
         frame.write_parquet(tmp_path / "in" / split / f"{split}.parquet")
     (tmp_path / "in" / "stats.csv").write_text("variable,mean,std\nv2,100,1\n")
-    like = Like.open(data)
-    options = BuildOptions(rule=all_in("train"), rules=like.rules({}), like=like)
+    like = ReferenceDataSet.open(data)
+    options = BuildOptions(split_rule=SplitRule.all_in("train"), rules=like.rules({}), reference=like)
     summary = build(PatientFiles(path=tmp_path / "in"), tmp_path / "new", options)
     assert summary["splits"]["train"]["patients"] == 3
     assert summary["variables_with_given_statistics"] == 0
@@ -167,7 +168,7 @@ def test_a_damaged_data_set_is_no_measure(tmp_path: Path, data: Path) -> None:
     for name in ("manifest.json", "vocabulary.parquet"):
         (tmp_path / name).write_bytes((data / name).read_bytes())
     with pytest.raises(UserError, match=r"embeddings\.npy: is missing"):
-        Like.open(tmp_path)
+        ReferenceDataSet.open(tmp_path)
 
 
 def test_what_meds_events_are_comes_from_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,52 @@
+"""The options that, with the source, decide the content of a data directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from pipeline.options import Section, option
+from pipeline.prepare.pseudonyms import Pseudonyms
+from pipeline.prepare.reference import ReferenceDataSet
+from pipeline.prepare.rules import Rules
+from pipeline.prepare.sources.source import Source
+from pipeline.prepare.splits import SplitRule
+
+EVENTS_PER_SHARD: Final = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(Section):
+    """The shards that are written."""
+
+    events_per_shard: int = option(EVENTS_PER_SHARD, "Approximate number of events per shard.", minimum=1)
+    shard_format: Literal["parquet", "webdataset", "both"] = option("parquet", "File format of the shards.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(ShardOptions):
+    """What decides the output besides the source.
+
+    Attributes:
+        split_rule: how patients are split where the source does not say.
+        rules: which events count.
+        pseudonyms: what replaces patients' ids, if anything.
+        reference: the data set whose vocabulary and statistics replace those of the source, splits included.
+    """
+
+    split_rule: SplitRule = field(default_factory=SplitRule)
+    rules: Rules = field(default_factory=Rules)
+    pseudonyms: Pseudonyms | None = None
+    reference: ReferenceDataSet | None = None
+
+    def describe(self, source: Source) -> dict[str, Any]:
+        """Return everything that decides the output besides the input's files, as the manifest holds it."""
+        return {
+            "format": source.name,
+            **source.options,
+            **vars(self.split_rule),
+            **self.rules.options,
+            **{name: getattr(self, name) for name in ("events_per_shard", "shard_format")},
+            "pseudonym_key": self.pseudonyms and self.pseudonyms.fingerprint,
+            "like": self.reference and self.reference.manifest.fingerprint,
+        }

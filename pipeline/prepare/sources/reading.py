@@ -1,0 +1,186 @@
+"""Read columns of input files without losing a row, and cut files into pieces of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.prepare import names
+from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
+
+FILE: Final = "file"  # uint32, number of the file within its piece
+ROW: Final = "row"  # int64, data row of the file, from 1; header lines do not count
+LABEL: Final = "label"  # int8: 0, 1, or null = unlabelled
+SPLIT: Final = "split"  # string, one of SPLITS
+SUBJECT: Final = "subject"  # string, the person, where one person is several patients
+
+AS_TEXT: Final = pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
+"""The columns that rejects show as text."""
+
+MICROSECONDS: Final = 60e6
+"""Microseconds of a minute."""
+
+PIECE_BYTES: Final = 1 << 26
+"""Approximate bytes of input in a piece: two or three million events, some hundred MiB while they are worked on."""
+
+ROW_BYTES: Final = 24
+"""Approximate bytes of a row of text."""
+
+UNREADABLE: Final = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError)
+"""What reading a damaged file can raise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A unit of input for one task: a few small files, or a part of a large one.
+
+    Attributes:
+        files: names relative to the input, as rejects give them.
+        start: first of the file's parts (row groups, bytes, or synthetic patients); 0 where files are read whole.
+        stop: one past the last part.
+        first_row: number of the first data row of a range of bytes.
+    """
+
+    files: tuple[str, ...]
+    start: int = 0
+    stop: int = 0
+    first_row: int = 1
+
+
+@contextmanager
+def reading(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """Raise UserError, in one line, for what reading a damaged file raises, and for exceptions of type ``others``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (*UNREADABLE, *others) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read ({reason}); give a whole, valid file, or leave it out") from None
+
+
+def number_rows(columns: dict[str, pl.Series], *, file: int = 0, first: int = 1) -> pl.DataFrame:
+    """Return the columns of one file with the columns ``file`` and ``row`` before them."""
+    frame = pl.DataFrame(columns)
+    row = pl.int_range(first, first + pl.len(), dtype=pl.Int64).alias(ROW)
+    return frame.select(pl.lit(file, dtype=pl.UInt32).alias(FILE), row, *columns)
+
+
+def to_plain_column(path: Path, name: str, column: pl.Series, *, instants: bool = False) -> pl.Series:
+    """Return a column of numbers, text or (if ``instants``) dates; categories become text.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    dtype = column.dtype
+    if isinstance(dtype, pl.Categorical | pl.Enum):
+        return column.cast(pl.String)
+    is_date = instants and dtype in (pl.Datetime, pl.Date)
+    if dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null) or is_date:
+        return column
+    raise UserError(f"{path}: column {name!r} holds {dtype}; it must hold numbers or text, or dates as --time_column")
+
+
+def to_utc(column: pl.Series) -> pl.Series:
+    """Return dates, with or without time and zone, as ``Datetime("us")`` in UTC."""
+    if isinstance(column.dtype, pl.Datetime) and column.dtype.time_zone is not None:
+        column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    return column.cast(pl.Datetime("us"))
+
+
+def to_patient_ids(column: pl.Series) -> pl.Series:
+    """Return patient ids as text; whole numbers lose their fraction: ``200001.0`` is patient 200001."""
+    if column.dtype.is_float():
+        whole = column.cast(pl.Int64, strict=False)
+        column = whole.cast(pl.String).zip_with((whole == column).fill_null(False), column.cast(pl.String))
+    text = column.cast(pl.String)
+    if text.str.ends_with(".0").any():
+        text = text.str.replace(r"^([+-]?\d+)\.0$", "${1}")
+    return text.alias(PATIENT_ID)
+
+
+def group_files(sizes: Sequence[tuple[str, int]]) -> list[Piece]:
+    """Return pieces of whole files, about ``PIECE_BYTES`` each, in the order of ``sizes``, (name, bytes) of each."""
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes:
+        if not groups or total + size > PIECE_BYTES:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return [Piece(files=tuple(group)) for group in groups]
+
+
+def cut_files(files: dict[str, Path]) -> list[Piece]:
+    """Return pieces of files by their names: small files together, large Parquet files by row groups.
+
+    Parquet is counted by its rows: packed, they may take a byte each or fifty.
+    """
+    whole: list[tuple[str, int]] = []
+    parts: list[Piece] = []
+    for name, path in files.items():
+        if path.suffix != ".parquet":
+            whole.append((name, path.stat().st_size))
+            continue
+        with reading(path):
+            metadata = pq.read_metadata(path)
+        if metadata.num_rows * ROW_BYTES <= PIECE_BYTES:
+            whole.append((name, metadata.num_rows * ROW_BYTES))
+            continue
+        start = num_bytes = 0
+        for group in range(metadata.num_row_groups):
+            num_bytes += metadata.row_group(group).num_rows * ROW_BYTES
+            if num_bytes >= PIECE_BYTES or group + 1 == metadata.num_row_groups:
+                parts.append(Piece(files=(name,), start=start, stop=group + 1))
+                start, num_bytes = group + 1, 0
+    return group_files(whole) + parts
+
+
+def read_parquet_columns(path: Path) -> list[str]:
+    """Return the names of a Parquet file's columns; raise UserError where it is none."""
+    with reading(path):
+        return list(pq.read_schema(path).names)
+
+
+def read_parquet(
+    path: Path, piece: Piece, columns: list[str], name_columns: Sequence[str] = ()
+) -> tuple[pl.DataFrame, int]:
+    """Return columns of one Parquet file of a piece, and the number of its first row, from 1.
+
+    Args:
+        path: the file.
+        piece: says which row groups.
+        columns: which columns.
+        name_columns: columns of repeated texts, read as names (``pipeline.prepare.names``) in a sixth of the time.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with reading(path, KeyError):  # a column of names that is nested
+        with pq.ParquetFile(path, read_dictionary=name_columns) as file:
+            groups = range(piece.start, piece.stop) if piece.stop else range(file.num_row_groups)
+            num_before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+            table = file.read_row_groups(groups, columns=columns)
+        encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
+        series = [names.from_dictionary(name, table[name]) for name in encoded]
+        return to_frame(table.drop_columns(encoded)).with_columns(series), 1 + num_before
+
+
+def to_frame(table: pa.Table) -> pl.DataFrame:
+    """Return the columns without metadata, after checking their text: Polars takes both on trust, and panics.
+
+    Raises:
+        pa.ArrowException, pl.exceptions.PolarsError: they are damaged, or of a type that Polars does not have.
+    """
+    table.validate(full=True)
+    frame = pl.from_arrow(pa.Table.from_arrays(table.columns, names=table.column_names))
+    assert isinstance(frame, pl.DataFrame)
+    return frame

@@ -1,0 +1,167 @@
+"""Join what the tasks wrote to index, vocabulary, rejects, summary and manifest."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SUFFIXES
+from pipeline.machine import peak_rss_bytes
+from pipeline.prepare.arrow_files import read_table, write_parquet
+from pipeline.prepare.clean import REJECTS_SCHEMA
+from pipeline.prepare.sort import SortedPartition
+from pipeline.prepare.spill import SpilledPiece
+from pipeline.prepare.vocabulary import vocabulary_fingerprint
+from pipeline.prepare.write import WrittenPartition
+from pipeline.schema import (
+    EMBEDDINGS_FILE,
+    FIRST_CODE,
+    INDEX_FILE,
+    REJECTS_FILE,
+    SPLITS,
+    VOCABULARY_FILE,
+    UserError,
+)
+from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
+
+READ_BY_TRAINING: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE)
+
+MAX_NAMED_PATIENTS: Final = 100
+"""Maximum number of patients without events that the summary names."""
+MAX_NAMED_VARIABLES: Final = 100
+"""Maximum number of unknown variables that the summary names, the most frequent first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The results of all stages.
+
+    Attributes:
+        spilled: those of each piece.
+        parts: those of sorting each partition.
+        written: those of writing each partition.
+        vocabulary: the vocabulary; ``VOCABULARY_SCHEMA``.
+        statistics: mean and std by variable, where the input gives some.
+        embedding_dim: width of the embeddings, None without.
+        labels_from: where labels come from, None without.
+        num_labels: number of patients that have a row of labels.
+    """
+
+    spilled: Sequence[SpilledPiece]
+    parts: Sequence[SortedPartition]
+    written: Sequence[WrittenPartition]
+    vocabulary: pa.Table
+    statistics: Mapping[str, tuple[float, float]]
+    embedding_dim: int | None
+    labels_from: str | None
+    num_labels: int
+
+    def join_tables(self, work: Path) -> dict[str, Any]:
+        """Write index, vocabulary and rejects to ``data``; return counts of what is in the shards."""
+        data = work / "data"
+        written = list(enumerate(self.written))
+        indexes = {
+            split: [work / "index" / f"{split}-{number:05d}.arrow" for number, part in written if split in part.shards]
+            for split in SPLITS
+        }
+        write_parquet(data / INDEX_FILE, INDEX_SCHEMA, map(read_table, chain.from_iterable(indexes.values())))
+        write_parquet(data / VOCABULARY_FILE, self.vocabulary.schema, [self.vocabulary])
+        rejects = [path for name in ("rejects", "late_rejects") for path in sorted((work / name).glob("*.parquet"))]
+        write_parquet(data / REJECTS_FILE, REJECTS_SCHEMA, (pq.ParquetFile(path).read() for path in rejects))
+        counts = {}
+        for split in SPLITS:
+            entries = [part.shards[split][0] for part in self.written if split in part.shards]
+            labels = [read_table(path)["label"] for path in indexes[split]]
+            counts[split] = {name: _sum(entries, f"num_{name}") for name in ("patients", "sets", "events")}
+            counts[split]["labelled"] = sum(len(label) - label.null_count for label in labels)
+            counts[split]["positive"] = sum(pc.sum(label, min_count=0).as_py() for label in labels)
+        totals = {name: sum(counts[split][name] for split in SPLITS) for name in counts["train"]}
+        return {
+            "patients": totals["patients"],
+            "sets": totals["sets"],
+            "events_written": totals["events"],
+            "unlabelled_patients": totals["patients"] - totals["labelled"],
+            "splits": counts,
+            "shards": sum(len(entries) for part in self.written for entries in part.shards.values()),
+        }
+
+    def summarise(self, counts: Mapping[str, Any], options: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Return the summary, of the counts of :meth:`join_tables` and the options of the manifest."""
+        events_in = _sum(self.spilled, "num_rows")
+        rejected = [*(piece.rejects for piece in self.spilled), *(part.rejects for part in self.parts)]
+        rejects = sum(map(Counter, rejected), Counter[str]())
+        assert events_in == counts["events_written"] + rejects.total(), "every row is written or rejected"
+        unknown = sum((Counter(part.unknown) for part in self.written), Counter[str]())
+        without_events = sorted(patient for part in self.parts for patient in part.without_events)
+        variables = self.vocabulary["variable"].to_pylist()
+        return {
+            **counts,
+            "source_rows": _sum(self.spilled, "num_source_rows"),
+            "events_in": events_in,
+            "rejects": dict(sorted(rejects.items())),
+            "clipped": {"out_of_range": _sum(self.spilled, "num_clipped"), "outlier": _sum(self.parts, "num_clipped")},
+            "ranges_of_unknown_variables": sorted(options["ranges"].keys() - set(variables)),
+            "unknown_variable_events": unknown.total(),
+            "unknown_variables": dict(unknown.most_common(MAX_NAMED_VARIABLES)),
+            "patients_without_events": len(without_events),
+            "patients_without_events_first": without_events[:MAX_NAMED_PATIENTS],
+            "patients_split_by_hash": 0 if options["like"] else _sum(self.parts, "num_split_by_hash"),
+            "labels_without_patient": self.num_labels - _sum(self.parts, "num_labels"),
+            "variables": len(variables) - FIRST_CODE,
+            "variables_with_given_statistics": sum(name in self.statistics for name in variables),
+            "format": options["format"],
+            "labels_from": self.labels_from and Path(self.labels_from).name,
+            "seconds": round(seconds, 3),
+            "events_per_second": round(events_in / seconds),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def write_manifest(self, data: Path, options: dict[str, Any], fingerprint: str) -> None:
+        """Write the manifest of the data directory ``data``, whose other files are complete."""
+        splits, *tars = (
+            {split: [part.shards[split][number] for part in self.written if split in part.shards] for split in SPLITS}
+            for number in range(len(SHARD_SUFFIXES[options["shard_format"]]))
+        )
+        files = {name: file_sha256(data / name) for name in READ_BY_TRAINING if (data / name).exists()}
+        Manifest(
+            splits=splits,
+            tars=tars[0] if tars else {},
+            files=files,
+            vocabulary_fingerprint=vocabulary_fingerprint(self.vocabulary),
+            num_codes=self.vocabulary.num_rows,
+            embedding_dim=self.embedding_dim,
+            options=options,
+            fingerprint=fingerprint,
+        ).save(data)
+
+
+def _sum(results: Sequence[object], name: str) -> int:
+    return sum(getattr(result, name) for result in results)
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write a summary with a checksum, and return it as it is written."""
+    summary = seal(summary)
+    write_atomically(path, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+    return summary
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the summary in the file ``path``; raise UserError where it is missing or damaged."""
+    advice = "give --overwrite to make the data set again"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: missing, or not as it was written; {advice}") from None
+    unseal(summary, path, advice)
+    return summary
