@@ -57,6 +57,7 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index)
     minute, value = pl.col(MINUTE), pl.col(VALUE)
     instants = typed.schema[MINUTE].is_temporal()
+    is_bad_minute = minute.is_null() | ~(minute.abs() <= FLOAT32_MAX)
     rules: dict[str, pl.Expr | pl.Series] = {
         "no_patient": names.test(patient, is_blank).fill_null(True),
         "no_variable": names.test(variable, is_blank).fill_null(True),

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.loading.batch import PatientBatch
+from pipeline.loading.place import BatchPlace, GlobalBatch, StepCounts
 from tests.model.helpers import random_batch, select
-from training.augment import drop_events
+from training.augment import count_after_dropout, drop_events
 
 SIZES = [[1, 4, 2], [7], [3, 3, 3, 3], [1], [2, 9]]
 
@@ -49,3 +53,19 @@ def test_a_patient_keeps_its_first_event() -> None:
 def test_a_rate_of_nothing_changes_nothing() -> None:
     batch = random_batch(SIZES)
     assert drop_events(batch, 0.0, seed=0, step=0) is batch
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=9), st.integers(0, 3))
+def test_counts_after_dropout_are_those_of_the_batch_with_sets_that_vanish(sizes: list[list[int]], step: int) -> None:
+    """As every rank computes them of the global batch, from ids and lengths alone."""
+    batch = random_batch(sizes)
+    counts = StepCounts(num_patients=len(sizes), num_labelled=5, num_sets=batch.num_sets, num_events=batch.num_events)
+    whole = GlobalBatch(
+        patient_id=batch.patient_id,
+        num_sets=np.array([len(sets) for sets in sizes], np.int64),
+        set_size=np.array([size for sets in sizes for size in sets], np.int64),
+    )
+    place = BatchPlace(epoch=0, cursor=0, step=step, counts=counts, global_batch=lambda: whole)
+    dropped = drop_events(batch, 0.5, seed=7, step=step)
+    found = count_after_dropout(place, 0.5, seed=7)
+    assert (found.num_events, found.num_sets, found.num_labelled) == (dropped.num_events, dropped.num_sets, 5)

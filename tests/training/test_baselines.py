@@ -9,7 +9,7 @@ import torch
 
 from pipeline.loading.batch import PatientBatch
 from tests.model.helpers import NUM_CODES, random_batch
-from training.baselines import SUMMARIES, baselines, summaries
+from training.baselines import SUMMARIES, fit_baselines, summaries
 
 
 def test_summaries_by_hand() -> None:
@@ -39,7 +39,7 @@ def test_what_the_summaries_say_is_found() -> None:
     batch = random_batch(sets)
     shift = torch.repeat_interleave(batch.label * 6.0, batch.events_per_patient)
     told = dataclasses.replace(batch, value=batch.value + shift)
-    found = baselines([told], [told], NUM_CODES)
+    found = fit_baselines([told], [told], NUM_CODES)
     for metrics in found.values():
         assert metrics is not None
         assert metrics["auroc"] > 0.95
@@ -47,5 +47,5 @@ def test_what_the_summaries_say_is_found() -> None:
 
 def test_one_outcome_alone_fits_nothing() -> None:
     batch = random_batch([[2], [3]], labels=[1, 1])
-    assert baselines([batch], [batch], NUM_CODES) == {"trees": None, "logistic_regression": None}
-    assert baselines([], [], NUM_CODES) == {"trees": None, "logistic_regression": None}
+    assert fit_baselines([batch], [batch], NUM_CODES) == {"trees": None, "logistic_regression": None}
+    assert fit_baselines([], [], NUM_CODES) == {"trees": None, "logistic_regression": None}

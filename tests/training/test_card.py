@@ -2,74 +2,28 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-import torch
-
 from model.config import SeqSetVAEConfig
-from model.prepared import PreparedBatch
-from pipeline.loading.batch import PatientBatch
-from tests.model.helpers import random_batch, tiny_model
-from training.card import METRICS, by_length, first_hours, model_card, reconstruction_sums
-from training.options import TrainOptions
-
-
-def test_first_hours_count_from_the_first_set() -> None:
-    """Sets at minutes 60, 420 and 421 of one patient, at 0 of another: six hours end with minute 420."""
-    batch = PatientBatch(
-        code=torch.tensor([2, 3, 4, 5, 6]),
-        value=torch.zeros(5),
-        has_value=torch.ones(5, dtype=torch.bool),
-        set_offsets=torch.tensor([0, 2, 3, 4, 5]),
-        minute=torch.tensor([60.0, 420.0, 421.0, 0.0]),
-        patient_offsets=torch.tensor([0, 3, 4]),
-        label=torch.tensor([0, 1]),
-        patient_id=["a", "b"],
-    )
-    early = first_hours(batch, 6)
-    assert early.code.tolist() == [2, 3, 4, 6]
-    assert early.minute.tolist() == [60.0, 420.0, 0.0]
-    assert early.patient_offsets.tolist() == [0, 2, 3]
-
-
-def test_buckets_by_hand() -> None:
-    """Lengths 1…8 in four buckets of two; the longest are ranked the wrong way, an unlabelled patient is left out."""
-    label = np.array([0, 1, 0, 1, 0, 1, 0, 1, -1])
-    probability = np.array([0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.9, 0.1, 0.5])
-    found = by_length(label, probability, np.array([1, 2, 3, 4, 5, 6, 7, 8, 100]))
-    assert list(found) == ["1 to 2 events", "3 to 4 events", "5 to 6 events", "7 to 8 events"]
-    assert [bucket["auroc"] for bucket in found.values()] == [1.0, 1.0, 1.0, 0.0]
-    assert [(bucket["patients"], bucket["positive"]) for bucket in found.values()] == [(2, 1)] * 4
-
-
-def test_means_reconstruct_what_lies_at_the_mean() -> None:
-    batch = random_batch([[3, 1], [2]])
-    model = tiny_model().eval()
-    batch = PatientBatch(
-        **{**{name: getattr(batch, name) for name in PatientBatch.__slots__}, "value": batch.value * 0}
-    )
-    output = model(PreparedBatch.build(batch))
-    ours, at_mean = reconstruction_sums(model, batch, output).tolist()
-    assert ours > 1e-3
-    assert abs(at_mean) < 1e-4
+from model.losses import LossOptions
+from training.card import METRICS, write_model_card
+from training.data import DataOptions
+from training.options import RunOptions, TrainOptions
 
 
 def test_the_model_card_says_what_was_measured_and_what_was_not() -> None:
     config = SeqSetVAEConfig.preset("small", num_codes=43)
-    options = TrainOptions(data_dir="-", output_dir="-", positive_weight=4.0)
+    options = TrainOptions(
+        data=DataOptions(data_dir="-"), run=RunOptions(output_dir="-"), loss=LossOptions(pos_weight=4.0)
+    )
     metrics: dict[str, float | None] = dict.fromkeys(METRICS, 0.5) | {f"{name}_low": 0.4 for name in METRICS}
     metrics |= {f"{name}_high": 0.625 for name in METRICS}
-    test = {**metrics, "brier": None, "num_labelled": 12, "num_positive": 3, "active_units_2": 60}
+    test = {**metrics, "brier": None, "num_labelled": 12, "num_positive": 3, "active_units": 60}
     summary = {"steps": 1000, "seconds": 61.4, "best": {"epoch": 2}, "test": test}
-    text = model_card(config, options, {"train": 5000, "test": 12}, summary)
+    text = write_model_card(config, options, {"train": 5000, "test": 12}, summary)
     assert "5,000 train, 12 test patients" in text
     assert "| AUROC | 0.500 | 0.400 to 0.625 |" in text
     assert "Brier" not in text  # undefined
     assert "Active units 60 of 64" in text
-    assert "`--positive_weight 4.0` shifts them" in text
-    assert "Not tested" in model_card(config, options, {"train": 5000}, {**summary, "test": None})
-    pretrain = dataclasses.replace(options, objective="pretrain")
-    assert "probabilities mean nothing" in model_card(config, pretrain, {"train": 5000}, summary)
-
-
-def test_lengths_of_no_labelled_patient() -> None:
-    assert by_length(np.array([-1, -1]), np.array([0.5, 0.5]), np.array([3, 4])) == {}
+    assert "`--pos_weight 4.0` shifts them" in text
+    assert "Not tested" in write_model_card(config, options, {"train": 5000}, {**summary, "test": None})
+    pretrain = dataclasses.replace(options, loss=LossOptions(objective="pretrain"))
+    assert "outcome head was not trained" in write_model_card(config, pretrain, {"train": 5000}, summary)

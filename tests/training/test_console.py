@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from training.console import EpochBar, memory_file, metrics_log
+from training.console import EpochBar, memory_file, open_metrics_log
 from training.metrics import Throughput
 from training.parallel import World
 
@@ -20,12 +20,12 @@ def test_the_bar_shows_the_rate_of_all_ranks(monkeypatch: pytest.MonkeyPatch) ->
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, color_system=None, width=160)
     monkeypatch.setattr("training.console.console", terminal)
-    throughput = Throughput(num_patients=6, num_events=90, event_cells=100, waited=1.0, step_seconds=1.0)
+    throughput = Throughput(num_patients=6, num_events=90, event_cells=100, waited=1.0, seconds=2.0)
     with EpochBar(World(0, 2, CPU), 3) as bar:
         bar.begin(0, 4, 0)
         bar.advance(throughput)
         bar.bar.refresh()
-        bar.end({"auroc": None, "auprc": 0.5, "loss": 1.0}, better=True)
+        bar.end(0, {"auroc": None, "auprc": 0.5, "loss": 1.0}, improved=True)
         bar.begin(1, 4, 0)
     shown = screen.getvalue()
     assert "6.0 patients/s, padding 10.0%" in shown
@@ -33,10 +33,10 @@ def test_the_bar_shows_the_rate_of_all_ranks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_only_the_first_rank_writes_the_log(tmp_path: Path) -> None:
-    with metrics_log(tmp_path, World(1, 2, CPU), 0) as log:
+    with open_metrics_log(tmp_path, World(1, 2, CPU), 0) as log:
         log("train", step=1)
     assert not list(tmp_path.iterdir())
     assert memory_file(tmp_path, World(1, 2, CPU)).name == "memory_rank1.csv"
-    with metrics_log(tmp_path, World(0, 2, CPU), 0) as log:
+    with open_metrics_log(tmp_path, World(0, 2, CPU), 0) as log:
         log("train", step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'

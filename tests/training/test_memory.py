@@ -14,7 +14,7 @@ from pipeline.loading.batch import PatientBatch
 from pipeline.sampling.cost import CostModel
 from pipeline.schema import UserError
 from tests.model.helpers import random_batch
-from training.memory import StepMemory, amounts, fit, halved, is_out_of_memory, peak_of
+from training.memory import StepMemory, count_amounts, fit_peaks, halve, is_out_of_memory, measure_peak
 
 CPU = torch.device("cpu")
 SETS = [[1, 3], [2], [4, 1, 1], [5], [1, 1]]
@@ -27,20 +27,20 @@ def test_peak_is_the_most_held_at_any_moment() -> None:
         for _ in range(3):
             kept[:] = [torch.empty(1000, dtype=torch.float32)]  # the next is there before this one goes
 
-    assert peak_of(step, CPU) == 8000
+    assert measure_peak(step, CPU) == 8000
 
 
 def test_fit_finds_the_weights_of_which_peaks_are_made() -> None:
     rng = np.random.default_rng(0)
     rows = np.column_stack([rng.integers(1, 900, (12, 4)), np.ones(12)]).astype(float)
-    cost = fit(rows, rows @ [3.0, 50.0, 0.5, 700.0, 9000.0])
+    cost = fit_peaks(rows, rows @ [3.0, 50.0, 0.5, 700.0, 9000.0])
     found = [cost.event, cost.set, cost.set_squared, cost.patient, cost.batch]
     assert found == pytest.approx([3.0, 50.0, 0.5, 700.0, 9000.0])
 
 
 def test_fit_has_no_weight_below_nothing() -> None:
     rows = np.array([[1.0, 5, 25, 1, 1], [2, 3, 9, 1, 1], [3, 2, 4, 1, 1], [4, 1, 1, 1, 1]])
-    cost = fit(rows, rows[:, 0] * 10 - rows[:, 1] + 4)
+    cost = fit_peaks(rows, rows[:, 0] * 10 - rows[:, 1] + 4)
     assert min(cost.event, cost.set, cost.set_squared, cost.patient, cost.batch) >= 0
 
 
@@ -48,7 +48,7 @@ def test_amounts_are_those_that_the_plan_counts() -> None:
     batch, cost = random_batch(SETS), CostModel(event=2, set=3, set_squared=0.5, patient=7, batch=11)
     planned = cost.predict(batch.events_per_patient.numpy(), batch.sets_per_patient.numpy()).sum() + cost.batch
     weights = [cost.event, cost.set, cost.set_squared, cost.patient, cost.batch]
-    assert np.dot(amounts(batch), weights) == pytest.approx(planned)
+    assert np.dot(count_amounts(batch), weights) == pytest.approx(planned)
 
 
 def same(one: PatientBatch, other: PatientBatch) -> bool:
@@ -60,8 +60,8 @@ def same(one: PatientBatch, other: PatientBatch) -> bool:
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), min_size=1, max_size=9), st.floats(1, 400))
 def test_parts_are_the_batch_and_each_fits_or_is_one_patient(sets: list[list[int]], limit: float) -> None:
     batch = random_batch(sets)
-    memory = StepMemory(peak=CostModel(batch=5), step_bytes=limit + 5, batch_size=1)
-    parts = memory.parts(batch)
+    memory = StepMemory(peak=CostModel(batch=5), step_bytes=limit + 5, batch_bytes=1, batch_size=1)
+    parts = memory.split(batch)
     assert [name for part in parts for name in part.patient_id] == batch.patient_id
     assert torch.equal(torch.cat([part.code for part in parts]), batch.code)
     start = 0
@@ -73,14 +73,16 @@ def test_parts_are_the_batch_and_each_fits_or_is_one_patient(sets: list[list[int
 
 def test_halves_by_hand() -> None:
     batch = random_batch(SETS)
-    once = halved([batch])
+    once = halve(batch)
     assert [part.num_patients for part in once] == [3, 2]
-    assert [part.num_patients for part in halved(once)] == [2, 1, 1, 1]
-    assert same(halved(once)[3], batch.between(4, 5))
+    twice = [half for part in once for half in halve(part)]
+    assert [part.num_patients for part in twice] == [2, 1, 1, 1]
+    assert same(twice[3], batch.between(4, 5))
+    assert len(halve(twice[3])) == 1
 
 
 def test_saved_is_loaded_and_damage_is_named(tmp_path: Path) -> None:
-    memory = StepMemory(peak=CostModel(event=1.5), step_bytes=1e9, batch_size=32)
+    memory = StepMemory(peak=CostModel(event=1.5), step_bytes=1e9, batch_bytes=2e9, batch_size=32)
     memory.save(path := tmp_path / "run" / "memory_model.json")
     assert StepMemory.load(path) == memory
     path.write_text('{"peak": {"events": 1}}')

@@ -16,8 +16,9 @@ import torch
 
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UserError
-from training.metrics import JsonLines, Throughput
+from training.metrics import BatchAmounts, JsonLines, Throughput
 from training.monitor import MEMORY_COLUMNS, MemoryMonitor
+from training.parallel import World
 
 MEBIBYTE = 1 << 20
 HOLD = f"import sys; held = b'x' * (64 * {MEBIBYTE}); print('held', flush=True); sys.stdin.read()"
@@ -166,8 +167,8 @@ def batch_of(*patients: list[int]) -> PatientBatch:
 
 def test_throughput_by_hand() -> None:
     throughput = Throughput()
-    throughput.add(batch_of([4], [2]), waited=1.0, step_seconds=2.0)
-    throughput.add(batch_of([5, 3, 2]), waited=0.0, step_seconds=1.0)
+    throughput.add(BatchAmounts.of(batch_of([4], [2])), seconds=3.0, waited=1.0)
+    throughput.add(BatchAmounts.of(batch_of([5, 3, 2])), seconds=1.0, waited=0.0)
     expected = {
         "patients_per_second": 3 / 4,
         "events_per_second": 16 / 4,
@@ -177,25 +178,20 @@ def test_throughput_by_hand() -> None:
     }
     assert throughput.rates() == expected
     throughput = Throughput()
-    throughput.add(batch_of([2, 1, 1], [2]), waited=0.0, step_seconds=1.0, pad_to=10)
+    throughput.add(BatchAmounts.of(batch_of([2, 1, 1], [2]), pad_to=10), seconds=1.0, waited=0.0)
     assert throughput.rates()["event_padding_waste"] == 14 / 20
     throughput = Throughput()
-    throughput.add(batch_of([2, 1, 1], [2]), waited=0.0, step_seconds=1.0)
+    throughput.add(BatchAmounts.of(batch_of([2, 1, 1], [2])), seconds=1.0, waited=0.0)
     assert throughput.rates()["set_padding_waste"] == 2 / 6
 
 
-def test_throughput_of_a_job_counts_all_ranks() -> None:
+def test_throughput_of_all_ranks_counts_once_however_often_it_is_combined() -> None:
     first, second = Throughput(), Throughput()
-    first.add(batch_of([4], [2]), waited=1.0, step_seconds=2.0)
-    second.add(batch_of([3]), waited=0.0, step_seconds=3.0)
-    rates = Throughput.of_job([first, second]).rates()
-    assert rates["patients_per_second"] == 3 / 3
-    assert rates["events_per_second"] == 9 / 3
-    assert rates["data_wait_fraction"] == 0.5 / 3
-    assert rates["event_padding_waste"] == (8 + 3 - 9) / 11
-
-
-def test_throughput_of_nothing_is_zero() -> None:
-    throughput = Throughput()
-    throughput.add(batch_of(), waited=0.0, step_seconds=0.0)
-    assert set(throughput.rates().values()) == {0.0}
+    first.add(BatchAmounts.of(batch_of([4], [2])), seconds=3.0, waited=1.0)
+    second.add(BatchAmounts.of(batch_of([5])), seconds=3.0, waited=0.0)
+    ranks = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
+    together = Throughput.combine([first, second])
+    assert (together.num_steps, together.num_patients, together.num_events) == (1, 3, 11)
+    assert (together.seconds, together.waited) == (3.0, 0.5)
+    assert Throughput.combine([together.share(world) for world in ranks]) == together
+    assert Throughput().rates()["patients_per_second"] == 0

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from model.losses import LossOptions
+from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
-from tests.model.helpers import random_batch, run_model, tiny_model
-from training.profiling import PARTS, PartTimes, StepProfiler, lines, part_times, tabulate
+from tests.model.helpers import random_batch, tiny_model
+from training.profiling import PARTS, PartTimes, StepProfiler, count_flops, format_table, tabulate, time_parts
 
 
 def event(name: str, start: float, end: float, *kernels: float, on: DeviceType = DeviceType.CPU) -> Any:
@@ -32,7 +34,7 @@ LABELS = [event("encoder", 10, 30), event("backward", 50, 90), event("encoder", 
 
 
 def test_on_a_cpu_a_part_takes_the_time_between_its_ends() -> None:
-    times = part_times([event("aten::mm", 11, 19), *reversed(LABELS)])
+    times = time_parts([event("aten::mm", 11, 19), *reversed(LABELS)])
     assert times.device is None
     assert times.host["encoder"] == pytest.approx(40e-6)
     assert times.host["backward"] == pytest.approx(100e-6)
@@ -50,7 +52,7 @@ def test_on_a_gpu_a_part_takes_its_kernels_whoever_launched_them_and_whenever_th
         event("aten::add", 40, 41, 1000.0),  # in no part
         event("gemm", 100, 290, on=gpu),
     ]
-    times = part_times(events[1:])
+    times = time_parts(events[1:])
     assert times.device is not None
     assert times.device["encoder"] == pytest.approx(75e-6)
     assert times.device["backward"] == pytest.approx(90e-6)
@@ -67,15 +69,15 @@ def test_table_by_hand() -> None:
 
 @pytest.fixture(autouse=True)
 def no_wait_for_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.profiling.matrix_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr("training.profiling.measure_matrix_rate", lambda dtype, device: 1e11)
 
 
 def run_steps(path: Path, model: SeqSetVAE, steps: int, done: int) -> StepProfiler:
-    batch = random_batch([[1, 3], [2]])
-    with StepProfiler(path, model.config, torch.device("cpu"), torch.float32, steps=steps) as profiler:
+    batch = PreparedBatch.build(random_batch([[1, 3], [2]]))
+    with StepProfiler(path, model.eval(), LossOptions(), torch.float32, steps=steps) as profiler:
         for _ in range(done):
-            run_model(model, batch).logits.sum().backward()
-            profiler.step(batch)
+            model(batch).logits.sum().backward()
+            profiler.step([batch])
     return profiler
 
 
@@ -88,7 +90,7 @@ def test_steps_are_recorded(tmp_path: Path, steps: int, recorded: int, timed: in
         names = [entry["name"] for entry in json.load(file)["traceEvents"]]
     assert names.count("encoder") == names.count("head") == recorded
     assert {path.name for path in tmp_path.iterdir()} == {"trace.json.gz"}
-    assert len(lines(table)) == 1 + len(PARTS) + 2 + 3
+    assert len(format_table(table)) == 1 + len(PARTS) + 2 + 3
     assert 0 < table["parts"]["encoder"]["milliseconds"] < table["parts"]["step"]["milliseconds"]
 
 
@@ -100,3 +102,15 @@ def test_a_run_that_ends_early_leaves_no_trace(tmp_path: Path) -> None:
 def test_one_step_is_too_few(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--profile"):
         run_steps(tmp_path / "trace.json.gz", tiny_model(), 1, 0)
+
+
+def test_operations_of_a_step_are_counted_by_part_and_by_hand() -> None:
+    """The decoder's last layer alone takes 2 · rows · width² operations; backward takes twice the forward pass at most."""
+    model, batch = tiny_model(), random_batch([[4, 4], [4]])
+    prepared = PreparedBatch.build(batch, seed=0)
+    joint, supervised = (count_flops(model, prepared, LossOptions(objective=name)) for name in ("joint", "supervised"))
+    assert joint["decoder"] > 2 * 12 * model.config.width**2
+    assert supervised["decoder"] == 0
+    assert supervised["encoder"] == joint["encoder"] > 0
+    forward = sum(flops for name, flops in joint.items() if name != "backward")
+    assert forward < joint["backward"] <= 2.5 * forward
