@@ -64,6 +64,5 @@ def test_systems_without_affinity_and_cgroups_have_all_cores(tmp_path: Path, mon
 
 def test_this_machine_has_a_core_and_memory() -> None:
     assert 1 <= usable_cores() <= 16
-    before = peak_rss_bytes()
     release_free_memory()
-    assert peak_rss_bytes() >= before > 1 << 20
+    assert peak_rss_bytes() > 1 << 20
