@@ -27,13 +27,12 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path
 
 
 def _read_quotas(cgroups: Path, line: str) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, of the cgroup that a line of ``/proc/self/cgroup`` names and of those above it."""
+    """Yield the CPU quotas, in cores, of the cgroup that a line of the membership names and of those above it."""
     _, controllers, path = line.split(":", 2)
     if controllers and "cpu" not in controllers.split(","):
         return
-    root, files = (
-        (cgroups / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else (cgroups, ("cpu.max",))
-    )
+    root = cgroups / "cpu" if controllers else cgroups
+    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
     folder = root / path.lstrip("/")
     # A container may see its own cgroup as the root, whatever the path says: a folder that is missing has no quota.
     for place in (folder, *folder.parents):
