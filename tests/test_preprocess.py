@@ -21,6 +21,7 @@ from pipeline.machine import usable_cores
 from pipeline.prepare.command import PreprocessOptions
 from pipeline.prepare.executors import ExecutionOptions
 from pipeline.schema import MANIFEST_FILE, SPLITS
+from tests.pipeline.prepare.test_publish import state
 
 SYNTHETIC = ["synthetic", "--num_patients", "40", "--workers", "1"]
 CSV = "patient_id,minute,variable,value\n" + "".join(f"p{number},0,HR,{number}\n" for number in range(30))
@@ -142,11 +143,11 @@ def test_a_second_run_does_nothing_and_another_needs_overwrite(
     output = tmp_path / "data"
     assert run(*SYNTHETIC, "--output", output) == 0
     first = (output / MANIFEST_FILE).read_bytes()
-    before = (output / MANIFEST_FILE).stat()
+    before = state(output / MANIFEST_FILE)
     (output / "report.html").rename(output / f".report.html.{'0' * 32}.tmp")  # as a kill leaves it
     assert run(*SYNTHETIC, "--output", output) == 0
     assert "is here already; nothing to do" in capsys.readouterr().err
-    assert (output / MANIFEST_FILE).stat() == before
+    assert state(output / MANIFEST_FILE) == before
     assert (output / "report.html").exists()
     assert not list(output.glob(".*"))
     assert run(*SYNTHETIC, "--output", output, "--seed", 2) == 2
