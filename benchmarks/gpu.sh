@@ -40,7 +40,7 @@ GPU_DRIVER=$(timeout 10 nvidia-smi --query-gpu=driver_version --format=csv,nohea
 GPU_COMMIT=${GPU_COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
 export GPU_CARD GPU_DRIVER GPU_COMMIT
 # Small operations on a CPU that others use too are far slower on several threads than on one.
-[ -z "$GPU_CARD" ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+[ -z "$GPU_CARD" ] && [ ! -e /dev/nvidia0 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 name=$(printf %s "${GPU_CARD:-cpu}" | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-')
 out=${out:-$PWD/benchmarks/results/gpu-$name-$(date -u +%F)}
@@ -89,11 +89,11 @@ if [ -z "$data" ]; then
         tail -n 3 "$scratch/data.log"
 fi
 
-part checks 85
+part checks 95
 part speed 135
 part launches 45
-part prefetch 55
-part training 65
+part prefetch 50
+part training 60
 part loop 25
 
 echo

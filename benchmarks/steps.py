@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from model.losses import LossCounts, chamfer_sums, cross_entropy_sum, kl_sum
 from model.outcome import VariableLayout
 from model.ragged import SetLayout
 from model.seqsetvae import ModelInput, SeqSetVAE
+from model.seqsetvae import losses as compute_losses
 from model.sequence import SequenceLayout
 from model.set_vae import Posterior
 from pipeline.dataset.manifest import Manifest
@@ -36,6 +37,9 @@ from training.flops import step_flops
 from training.metrics import read_json_lines
 from training.options import TrainOptions
 from training.parallel import World
+
+Batch: TypeAlias = PatientBatch
+"""What the loader yields and a step takes."""
 
 Preset = Literal["small", "reference"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -104,7 +108,7 @@ NUM_SYNTHETIC_CODES = 43
 
 def endless_batches(
     data_dir: Path | str, batch_size: int, *, device: str = "cpu", prefetch: int = 4
-) -> Iterator[PatientBatch]:
+) -> Iterator[Batch]:
     """Yield the training batches of a data directory, epoch after epoch, through the loader."""
     pinned = torch.device(device).type == "cuda"
     loader = make_loader(
@@ -168,7 +172,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.world.device.type, init_scale=1024)
         self.number = 0
 
-    def step(self, batch: PatientBatch, precision: Precision = "fp32") -> Tensor:
+    def step(self, batch: Batch, precision: Precision = "fp32") -> Tensor:
         """Make one training step on a batch on the CPU and return its loss, on the device, without waiting for it."""
         options = replace(self.options, precision=precision)
         seen = drop_events(batch, options.event_dropout, seed=0, step=self.number)
@@ -211,7 +215,9 @@ def outputs_and_gradients(
     scale = 1024.0 if precision == "fp16" else 1.0
     with train.autocast(options, World(0, 1, torch.device(device))):
         output = model(prepared, seed=0 if noise else None, step=5)
-        losses = train.losses(output, prepared.batch.label, options.loss_weights(), counts_of(batch), beta=options.beta)
+        losses = compute_losses(
+            output, prepared.batch.label, options.loss_weights(), counts_of(batch), beta=options.beta
+        )
     (losses.total * scale).backward()
     posteriors = {
         f"{name}_{level}": getattr(posterior, name)

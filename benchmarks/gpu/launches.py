@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.results import PartOptions, Result
 from benchmarks.gpu.speed import wait
-from benchmarks.steps import PatientBatch, Precision, Preset, Stepper, endless_batches, num_codes
+from benchmarks.steps import Batch, Precision, Preset, Stepper, endless_batches, num_codes
 
 BATCH_SIZE = 16
 WARM_UP_STEPS, TIMED_STEPS, RECORDED_STEPS = 3, 10, 3
@@ -46,7 +46,7 @@ def main() -> None:
         result.append("rows", row | measure(stepper, batches, precision, quick=options.quick))
 
 
-def measure(stepper: Stepper, batches: Sequence[PatientBatch], precision: Precision, *, quick: bool) -> dict[str, Any]:
+def measure(stepper: Stepper, batches: Sequence[Batch], precision: Precision, *, quick: bool) -> dict[str, Any]:
     """Return what :func:`summarise` finds in a trace of some steps, and the time of a step that is not recorded."""
     on_gpu = stepper.world.device.type == "cuda"
     warm_up, timed, recorded = (1, 1, 1) if quick else (WARM_UP_STEPS, TIMED_STEPS, RECORDED_STEPS)

@@ -89,8 +89,9 @@ class Result:
 def describe_machine() -> dict[str, Any]:
     """Return card, driver, date, versions and commit, as ``gpu.sh`` and this process know them."""
     torch = sys.modules.get("torch")
+    seen = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else "none"
     return {
-        "card": os.environ.get("GPU_CARD") or "none",
+        "card": os.environ.get("GPU_CARD") or seen,
         "driver": os.environ.get("GPU_DRIVER") or "none",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": _processor(),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ ENDED_WELL = (0, 128 + signal.SIGTERM)
 
 
 def run_training(
-    flags: dict[str, object], run_dir: Path, seconds: float, *, max_lines: int | None = None
+    flags: Mapping[str, object], run_dir: Path, seconds: float, *, max_lines: int | None = None
 ) -> dict[str, Any]:
     """Run ``train.py`` for at most ``seconds``, then stop it with SIGTERM, after which it saves and ends.
 

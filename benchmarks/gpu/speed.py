@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.results import PartOptions, Result
-from benchmarks.steps import PRECISIONS, PatientBatch, Precision, Preset, Stepper, endless_batches, num_codes
+from benchmarks.steps import PRECISIONS, Batch, Precision, Preset, Stepper, endless_batches, num_codes
 
 PRESETS: tuple[Preset, ...] = ("reference", "small")
 SIZES = (16, 1, 256, 64, 4, 8)
@@ -47,16 +47,20 @@ def main() -> None:
                 row |= measure(stepper, endless_batches(options.data_dir, size, device=device), precision, seconds)
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
+            except RuntimeError as error:  # such as a kernel that fails at one size; the other sizes still count
+                row["note"] = f"failed: {str(error).splitlines()[0][:200]}"
             stepper.optimizer.zero_grad(set_to_none=True)
             free_memory()
             result.append("rows", row)
             cells_left -= 1
         del stepper
         free_memory()
+    if any(str(row.get("note", "")).startswith("failed") for row in result.content["rows"]):
+        raise SystemExit("some sizes failed")
 
 
 def measure(
-    stepper: Stepper, batches: Iterator[PatientBatch], precision: Precision, seconds: float
+    stepper: Stepper, batches: Iterator[Batch], precision: Precision, seconds: float
 ) -> dict[str, float | int | None]:
     """Return the speed of as many steps as take about ``seconds`` together, and the peak memory of the GPU.
 

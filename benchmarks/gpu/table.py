@@ -102,7 +102,7 @@ def show_speed(content: Content) -> Iterator[str]:
         for precision in ("fp32", "bf16"):
             row = cells.get((preset, size, precision), {})
             if "steps_per_second" not in row:
-                line += f"{row.get('note', NOT_MEASURED):>47}"
+                line += f"{row.get('note', NOT_MEASURED)[:45]:>47}"
                 continue
             alone = cells.get((preset, 1, precision), {}).get("patients_per_second")
             ratio = f"{row['patients_per_second'] / alone:.2f}" if alone else NOT_MEASURED

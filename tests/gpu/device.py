@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ DEVICE = os.environ.get("GPU_TESTS_DEVICE") or ("cuda" if torch.cuda.is_availabl
 on_gpu = DEVICE == "cuda"
 
 
-def gpu_test(function):
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def gpu_test(function: Test) -> Test:
     """Mark a test as one that needs a GPU."""
     return pytest.mark.gpu(pytest.mark.skipif(not DEVICE, reason="no GPU here")(function))
