@@ -73,7 +73,7 @@ part() { # NAME SECONDS
     fi
     echo "$1: at most $limit s ..."
     limited "$limit" "$scratch/$1.log" "$python" -m "benchmarks.gpu.$1" "$out/$1.json" \
-        --data_dir "$data" --seconds "$limit" ${quick[@]+"${quick[@]}"}
+        --data_dir "$data" --ends_at $(($(date +%s) + limit)) ${quick[@]+"${quick[@]}"}
     code=$?
     timeout 10 "$python" -m benchmarks.gpu.results "$out/$1.json" --part "$1" --exit_code "$code" \
         --seconds $((SECONDS - started)) --limit "$limit" --log "$scratch/$1.log"

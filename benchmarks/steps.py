@@ -49,9 +49,6 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 # Share of sets that have 1, 2, … 16 events, in PhysioNet 2012 set A.
 SET_SIZES = np.array([69, 39, 59, 88, 192, 212, 145, 87, 48, 33, 10, 4, 2, 2, 4, 6]) / 1000
 
-ALONE = World(0, 1, torch.device("cpu"))
-
-
 # ------------------------------------------------------------------------------------------------ batches
 
 
@@ -215,9 +212,8 @@ def outputs_and_gradients(
     scale = 1024.0 if precision == "fp16" else 1.0
     with train.autocast(options, World(0, 1, torch.device(device))):
         output = model(prepared, seed=0 if noise else None, step=5)
-        losses = compute_losses(
-            output, prepared.batch.label, options.loss_weights(), counts_of(batch), beta=options.beta
-        )
+        label, counts = prepared.batch.label, counts_of(batch)
+        losses = compute_losses(output, label, options.loss_weights(), counts, beta=options.beta)
     (losses.total * scale).backward()
     posteriors = {
         f"{name}_{level}": getattr(posterior, name)
@@ -228,9 +224,7 @@ def outputs_and_gradients(
     parts = {name: getattr(losses, name) for name in ("total", "reconstruction", "kl", "classification")}
     gradients = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
     groups = {"outputs": outputs, "losses": parts, "gradients": gradients}
-    return {
-        kind: {name: value.detach().float().cpu() for name, value in group.items()} for kind, group in groups.items()
-    }
+    return {kind: {name: t.detach().float().cpu() for name, t in group.items()} for kind, group in groups.items()}
 
 
 def loss_of_loop(model: SeqSetVAE, batch: PatientBatch, *, device: str = "cpu") -> Tensor:
@@ -240,6 +234,7 @@ def loss_of_loop(model: SeqSetVAE, batch: PatientBatch, *, device: str = "cpu") 
     patient alone goes through the transformer and the head, as implementations with a batch size of one do it.
     """
     weights = TrainOptions(data_dir="-", output_dir="-").loss_weights()
+    factors = torch.tensor([weights.direction, weights.magnitude, weights.squared], device=device)
     counts, total = counts_of(batch), torch.zeros((), device=device)
     for index in range(batch.num_patients):
         patient = batch.between(index, index + 1)
@@ -263,10 +258,8 @@ def loss_of_loop(model: SeqSetVAE, batch: PatientBatch, *, device: str = "cpu") 
         distances = torch.zeros((), device=device)
         for position, (layout, target) in enumerate(zip(layouts, events, strict=True)):
             decoded = model.decoder(context[position : position + 1], layout)
-            direction, magnitude, squared = chamfer_sums(target.detach(), decoded, layout)
-            distances = (
-                distances + weights.direction * direction + weights.magnitude * magnitude + weights.squared * squared
-            )
+            sums = torch.stack(chamfer_sums(target.detach(), decoded, layout))
+            distances = distances + (sums * factors).sum()
         sets, variables = SetLayout.build(patient.set_offsets).to(device), VariableLayout.build(patient).to(device)
         flat = torch.cat([rows[:size] for rows, size in zip(events, sizes, strict=True)])  # padding rows come last
         logits = model.head(

@@ -30,7 +30,7 @@ def main() -> None:
     }
     compared = PREFETCH[-1:] if options.quick else PREFETCH
     for number, prefetch in enumerate(compared):
-        left = options.seconds - result.elapsed - SECONDS_TO_STOP
+        left = options.seconds_left - SECONDS_TO_STOP
         with tempfile.TemporaryDirectory() as folder:
             run = run_training(
                 {**flags, "prefetch": prefetch},

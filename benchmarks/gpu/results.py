@@ -32,21 +32,25 @@ class PartOptions:
     Attributes:
         output: JSON file that the part writes.
         data_dir: Data directory to measure on.
-        seconds: Time limit of the part; what it starts must have ended by then.
+        ends_at: Time at which the part is cut off, in seconds since 1970.
         quick: Whether sizes and times are cut down, so that the whole script takes less than a minute on a CPU.
     """
 
     output: Path
     data_dir: Path
-    seconds: float
+    ends_at: float
     quick: bool
+
+    @property
+    def seconds_left(self) -> float:
+        return self.ends_at - time.time()
 
     @classmethod
     def parse(cls, description: str | None, arguments: list[str] | None = None) -> Self:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("output", type=Path, help="JSON file to write")
         parser.add_argument("--data_dir", type=Path, required=True, help="data directory made by preprocess.py")
-        parser.add_argument("--seconds", type=float, default=120.0, help="time limit of this part")
+        parser.add_argument("--ends_at", type=float, default=time.time() + 120, help="when to have ended, Unix time")
         parser.add_argument("--quick", action="store_true", help="cut sizes and times down")
         return cls(**vars(parser.parse_args(arguments)))
 
@@ -61,7 +65,6 @@ class Result:
 
     def __init__(self, path: Path, part: str) -> None:
         self.path = path
-        self._started = time.monotonic()
         self.content: dict[str, Any] = {"part": part, "state": "unfinished", **describe_machine()}
         self.write()
 
@@ -74,11 +77,6 @@ class Result:
         """Add a row to the list ``name``, and write."""
         self.content.setdefault(name, []).append(row)
         self.write()
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the part began."""
-        return time.monotonic() - self._started
 
     def write(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")

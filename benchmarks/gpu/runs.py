@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 SKIPPED_LINES = 2
 """Lines of ``metrics.jsonl`` at the start of a run whose steps are still warming up."""
 
-SECONDS_TO_STOP = 10.0
+SECONDS_TO_STOP = 12.0
+"""Time from the signal to the end of a part: the run saves and ends in 10 s, or is killed."""
 
 
 ENDED_WELL = (0, 128 + signal.SIGTERM)
@@ -55,7 +56,7 @@ def run_training(
         if stopped_by is not None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(SECONDS_TO_STOP)
+            process.wait(SECONDS_TO_STOP - 2)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

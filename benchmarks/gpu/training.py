@@ -25,7 +25,7 @@ def main() -> None:
         "log_steps": 1 if options.quick else 10,
     }
     with tempfile.TemporaryDirectory() as folder:
-        run = run_training(flags, Path(folder) / "run", options.seconds - result.elapsed - SECONDS_TO_STOP)
+        run = run_training(flags, Path(folder) / "run", options.seconds_left - SECONDS_TO_STOP)
     result.update(**run)
     if run["exit_code"] not in ENDED_WELL:
         raise SystemExit("train.py failed")
