@@ -39,7 +39,7 @@ def run_training(
 
     Returns:
         ``flags``, ``exit_code``, ``stopped_by`` (why it was stopped, or None), ``wall_seconds``, ``printed`` (the last
-        lines), medians of ``patients_per_second`` and ``data_wait_fraction`` over the log lines after the first,
+        lines), ``steps`` (as logged), medians of ``patients_per_second`` and ``data_wait_fraction`` over the log lines after the first,
         ``valid`` (metrics of the last validation) and ``summary``; what the run did not come to is None or empty.
     """
     command = [sys.executable, "train.py", "--output_dir", str(run_dir)]
@@ -74,6 +74,7 @@ def run_training(
         "stopped_by": stopped_by,
         "wall_seconds": time.monotonic() - started,
         "printed": printed[-5:],
+        "steps": run["train"][-1]["step"] if run["train"] else None,
         **medians,
         "valid": run["valid"][-1] if run["valid"] else None,
         "summary": run["summary"],

@@ -144,7 +144,7 @@ def show_training(content: Content) -> Iterator[str]:
     yield f"{asked}{ending(content)}"
     test = summary.get("test") or {}
     quality = f"validation AUROC {number(valid.get('auroc'), 4)}, test AUROC {number(test.get('auroc'), 4)}"
-    steps, peak = summary.get("steps", valid.get("step")), summary.get("peak_cuda_bytes")
+    steps, peak = summary.get("steps", content["steps"]), summary.get("peak_cuda_bytes")
     figures = f"{number(content['patients_per_second'])} patients/s, {number(steps, 0)} steps"
     yield f"{figures}, {content['wall_seconds']:.1f} s in all, peak GPU {gigabytes(peak)}"
     yield quality
