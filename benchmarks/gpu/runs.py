@@ -39,8 +39,9 @@ def run_training(
 
     Returns:
         ``flags``, ``exit_code``, ``stopped_by`` (why it was stopped, or None), ``wall_seconds``, ``printed`` (the last
-        lines), ``steps`` (as logged), medians of ``patients_per_second`` and ``data_wait_fraction`` over the log lines after the first,
-        ``valid`` (metrics of the last validation) and ``summary``; what the run did not come to is None or empty.
+        lines), ``steps`` (as logged), medians of ``patients_per_second`` and ``data_wait_fraction`` over the log lines
+        after the first, ``valid`` (metrics of the last validation) and ``summary``; what the run did not come to is
+        None or empty.
     """
     command = [sys.executable, "train.py", "--output_dir", str(run_dir)]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
