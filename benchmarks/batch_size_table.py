@@ -10,24 +10,20 @@ padding is that of the padded layout, for batches travel ragged.  With ``--outpu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import train
+from benchmarks.gpu.speed import wait
 from benchmarks.machine import describe
-from pipeline.dataset.manifest import Manifest
+from benchmarks.steps import Stepper, endless_batches, num_codes, padding_waste_of
 from pipeline.machine import peak_rss_bytes
-from pipeline.sampling.quality import padding_waste
-from training.augment import drop_events
-from training.options import parse_options
-from training.parallel import World, choose_device
 
 ROOT = Path(__file__).parent.parent
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -67,44 +63,32 @@ def main() -> None:
 
 
 def one_size(options: argparse.Namespace) -> dict[str, Any]:
-    """A row of the table, measured in this process."""
+    """Measure a row of the table in this process."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    world = World(0, 1, choose_device("auto", 0))
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--data_dir", options.data_dir, "--output_dir", folder, "--batch_size", str(options.one)]
-        given = parse_options([*flags, "--preset", options.preset, "--precision", options.precision])
-        data = train.agree_on_data(given, Manifest.load(train.data_folder(given)), world, "train")
-        training = train.Training(given, data, world)
-        training.model.train()
-        plan, num_events = training.loader.plan, training.loader._group.num_events
-        patients = events = step = 0
-        started = time.perf_counter()
-        while patients < options.patients:
-            for batch, counts, _ in train.timed(training.loader):
-                if step == WARM_UP:
-                    wait(world)
-                    started, patients, events = time.perf_counter(), 0, 0
-                seen = drop_events(batch, given.event_dropout, seed=0, step=step)
-                training.step(seen, train.kept(counts, given))
-                patients, events, step = patients + batch.num_patients, events + batch.num_events, step + 1
-                if step > WARM_UP and patients >= options.patients:
-                    break
-        wait(world)
-        seconds = time.perf_counter() - started
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    stepper = Stepper(options.preset, num_codes(options.data_dir), device=device)
+    batches = endless_batches(options.data_dir, options.one, device=device)
+    for batch in itertools.islice(batches, WARM_UP):
+        stepper.step(batch, options.precision)
+    wait(on_gpu)
+    steps = patients = events = 0
+    started = time.perf_counter()
+    while patients < options.patients:
+        batch = next(batches)
+        stepper.step(batch, options.precision)
+        steps, patients, events = steps + 1, patients + batch.num_patients, events + batch.num_events
+    wait(on_gpu)
+    seconds = time.perf_counter() - started
     return {
         "patients_per_second": patients / seconds,
         "events_per_second": events / seconds,
-        "milliseconds_a_step": 1e3 * seconds / (step - WARM_UP),
+        "milliseconds_a_step": 1e3 * seconds / steps,
         "peak_rss_bytes": peak_rss_bytes(),
-        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None,
-        "padding_waste": padding_waste(plan, num_events),
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "padding_waste": padding_waste_of(options.data_dir, options.one),
     }
-
-
-def wait(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def markdown(result: dict[str, Any]) -> str:

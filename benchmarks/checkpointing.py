@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.machine import describe, publish
-from benchmarks.train_step import invented
+from benchmarks.steps import invented
 from model.config import SeqSetVAEConfig
 from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.checkpointing import step
 from benchmarks.machine import describe, publish
-from benchmarks.train_step import invented
+from benchmarks.steps import invented
 from model.config import SeqSetVAEConfig
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE

@@ -79,6 +79,7 @@ def write_data_dir(
     shard_size: int = 5,
     suffix: str = ".parquet",
     dealt: bool = False,
+    num_codes: int = NUM_CODES,
 ) -> Path:
     """Write a complete data directory; each split's patients stand in order of ``num_events``, or, ``dealt``, only
     those of a shard, and shards are alike, as partitions by a hash are.
@@ -97,7 +98,7 @@ def write_data_dir(
             index_rows += [_index_row(split, path, position, patient) for position, patient in enumerate(shard)]
     pq.write_table(pa.Table.from_pylist(index_rows, INDEX_SCHEMA), directory / INDEX_FILE)
     vocabulary = [
-        {"code": code, "variable": f"v{code}", "count": 1, "mean": 0.0, "std": 1.0} for code in range(NUM_CODES)
+        {"code": code, "variable": f"v{code}", "count": 1, "mean": 0.0, "std": 1.0} for code in range(num_codes)
     ]
     pq.write_table(pa.Table.from_pylist(vocabulary, VOCABULARY_SCHEMA), directory / VOCABULARY_FILE)
     files = {name: file_sha256(directory / name) for name in (INDEX_FILE, VOCABULARY_FILE)}
@@ -105,7 +106,7 @@ def write_data_dir(
         splits=entries,
         files=files,
         vocabulary_fingerprint=files[VOCABULARY_FILE],
-        num_codes=NUM_CODES,
+        num_codes=num_codes,
         embedding_dim=None,
         options={},
         fingerprint=hashlib.sha256("".join(files.values()).encode()).hexdigest(),
