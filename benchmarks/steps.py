@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from training.flops import step_flops
 
 import train
 from model.config import SeqSetVAEConfig
@@ -33,7 +34,6 @@ from pipeline.sampling.quality import padding_waste
 from pipeline.schema import FIRST_CODE
 from tests.data_dirs import Patient, write_data_dir
 from training.augment import drop_events
-from training.flops import step_flops
 from training.metrics import read_json_lines
 from training.options import TrainOptions
 from training.parallel import World
