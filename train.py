@@ -351,7 +351,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
             log("event", step=progress["step"], event="quarantine", **patients)
         profiler = stack.enter_context(step_profiler(training))
         while loader.epoch < options.max_epochs and stop is None:
-            epoch, interval, sums = loader.epoch, Throughput(), LossSums(model.config.levels, world.device)
+            epoch, interval, sums = loader.epoch, Throughput(), LossSums(world.device)
             bar.begin(epoch, len(loader), loader.cursor)
             model.train()
             for batch, counts, waited in timed(loader):
@@ -398,7 +398,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
             memory.mark("checkpoint")
             bar.end(metrics, better)
             if metrics["collapsed"]:
-                active = metrics[f"active_units_{model.config.levels}"]
+                active = metrics["active_units"]
                 say(world, f"warning: the posterior has collapsed, {active} of {model.config.width} units are active")
                 stop = "collapse" if options.stop_on_collapse else None
             if options.patience and progress["epochs_since_best"] >= options.patience:
@@ -689,8 +689,8 @@ def validate(
         The metrics, and the predictions ``patient_id, label (null = unlabelled), probability``; the same on every rank.
     """
     model.eval()
-    sums = LossSums(model.config.levels, world.device)
-    gauges = CollapseGauges(model.config.levels, model.config.width, world.device)
+    sums = LossSums(world.device)
+    gauges = CollapseGauges(model.config.width, world.device)
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
     ids: list[str] = []
     labels, probabilities = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)]
@@ -701,7 +701,7 @@ def validate(
             output = model(given)
             losses = compute_losses(output, given.batch.label, options.loss_options(), one, beta=options.beta)
             sums.add(losses, None)
-        gauges.update(output.posteriors)
+        gauges.update(output.posterior)
         ids += batch.patient_id
         labels.append(batch.label)
         probabilities.append(output.probability.cpu())
@@ -724,12 +724,11 @@ def validate(
         classification = weights.effective_classification_weight * metrics["classification"]
         metrics["loss"] = weights.effective_vae_weight * vae + classification
     metrics["auroc"], metrics["auprc"] = auroc_auprc(label, probability)
-    levels = gauges.compute()
-    for number, gauge in enumerate(levels, start=1):
-        metrics[f"kl_level_{number}"] = gauge.kl
-        metrics[f"active_units_{number}"] = gauge.active_units
-        metrics[f"mean_posterior_variance_{number}"] = gauge.mean_posterior_variance
-    metrics["collapsed"] = num_sets > 0 and is_collapsed(levels, options.least_active_units)
+    gauge = gauges.compute()
+    metrics["kl_without_free_bits"] = gauge.kl
+    metrics["active_units"] = gauge.active_units
+    metrics["mean_posterior_variance"] = gauge.mean_posterior_variance
+    metrics["collapsed"] = num_sets > 0 and is_collapsed(gauge, options.least_active_units)
     table = pa.table(
         {
             "patient_id": pa.array([name for share in shares for name in share[0]], pa.string()),
@@ -811,7 +810,7 @@ def card(model: SeqSetVAE, split: str, options: TrainOptions, data: Data, world:
             probability.append(torch.stack([output.probability.cpu().double() for output in outputs], dim=1))
             num_events += counts.num_events
             if latents is not None:
-                latents.write_table(latent_rows(batch, outputs[0].posteriors[-1]))
+                latents.write_table(latent_rows(batch, outputs[0].posterior))
     shares = world.gather((torch.cat(label), torch.cat(number), torch.cat(probability)))
     labels, numbers, probabilities = (torch.cat(parts).numpy() for parts in zip(*shares, strict=True))
     ours, at_mean = (world.sum(errors) / max(num_events, 1)).tolist()

@@ -374,7 +374,7 @@ def test_the_head_is_fine_tuned_on_a_pretrained_model(data: Path, tmp_path: Path
         assert not fixed or torch.equal(after, given[name]), name
     moved = [name for name, after in weights(tmp_path / "head").items() if not torch.equal(after, given[name])]
     assert "head.ensemble.0.output.weight" in moved
-    assert not torch.equal(weights(tmp_path / "all")["encoder.heads.1.weight"], given["encoder.heads.1.weight"])
+    assert not torch.equal(weights(tmp_path / "all")["encoder.posterior.weight"], given["encoder.posterior.weight"])
 
 
 def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def model_card(
                 lines.append(
                     f"| {title} | {test[name]:.3f} | {test[f'{name}_low']:.3f} to {test[f'{name}_high']:.3f} |"
                 )
-        lines += ["", f"Active units {test[f'active_units_{config.levels}']} of {config.width}."]
+        lines += ["", f"Active units {test['active_units']} of {config.width}."]
         if options.objective == "pretrain":
             lines.append("The outcome head was not trained; its probabilities mean nothing.")
     lines += [

@@ -24,15 +24,14 @@ console = Console(stderr=True, highlight=False)
 class LossSums:
     """Losses gathered on the device; it is waited for when they are read, not at each step."""
 
-    def __init__(self, levels: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.names = ["loss", "reconstruction", "kl", "classification", "grad_norm"]
-        self.names += [f"kl_level_{number + 1}" for number in range(levels)]
         self.values = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.steps = 0
 
     def add(self, loss: Losses, grad_norm: Tensor | None) -> None:
         parts = [loss.total.detach(), loss.reconstruction, loss.kl, loss.classification]
-        parts += [loss.total.new_zeros(()) if grad_norm is None else grad_norm, *loss.kl_levels]
+        parts += [loss.total.new_zeros(()) if grad_norm is None else grad_norm]
         self.values += torch.stack([part.double() for part in parts])
         self.steps += 1
 

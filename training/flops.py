@@ -29,7 +29,7 @@ def step_flops(batch: PatientBatch, config: SeqSetVAEConfig) -> dict[str, float]
     largest = int(sizes_S.max()) if sets else 0
 
     table = config.num_codes * config.embedding_dim * width * (2 if config.event_form == "additive" else 1)
-    encoder = config.levels * (_isab(sizes_S, config) + 2 * sets * square)
+    encoder = config.levels * _isab(sizes_S, config) + 2 * sets * square
 
     seeds = float(largest * width * 2 * hidden)
     decoder = float(2 * sets * width * 2 * hidden + events * width * (4 * hidden + width))

@@ -58,7 +58,7 @@ def test_the_model_card_says_what_was_measured_and_what_was_not() -> None:
     options = TrainOptions(data_dir="-", output_dir="-", positive_weight=4.0)
     metrics: dict[str, float | None] = dict.fromkeys(METRICS, 0.5) | {f"{name}_low": 0.4 for name in METRICS}
     metrics |= {f"{name}_high": 0.625 for name in METRICS}
-    test = {**metrics, "brier": None, "num_labelled": 12, "num_positive": 3, "active_units_2": 60}
+    test = {**metrics, "brier": None, "num_labelled": 12, "num_positive": 3, "active_units": 60}
     summary = {"steps": 1000, "seconds": 61.4, "best": {"epoch": 2}, "test": test}
     text = model_card(config, options, {"train": 5000, "test": 12}, summary)
     assert "5,000 train, 12 test patients" in text
