@@ -10,7 +10,6 @@ heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -98,14 +97,12 @@ class Losses:
         total: the scalar that is differentiated.
         reconstruction, kl, classification: its parts before they are weighted, without gradient; 0 for a part that was
             not computed.
-        kl_levels: [levels], KL divergence of a set without free bits, without gradient.
     """
 
     total: Tensor
     reconstruction: Tensor
     kl: Tensor
     classification: Tensor
-    kl_levels: Tensor
 
     def __add__(self, other: Losses) -> Losses:
         """Add the losses of two parts of a batch."""
@@ -139,7 +136,7 @@ def compute_losses(
         direction, magnitude, squared = chamfer_sums(output.events, output.decoded, output.sets)
         error = DIRECTION_WEIGHT * direction + MAGNITUDE_WEIGHT * magnitude + SQUARED_WEIGHT * squared
         reconstruction = error / max(counts.num_events, 1)
-        kl = kl_sum(output.posteriors, options.free_bits) / max(counts.num_sets, 1)
+        kl = kl_sum(output.posterior, options.free_bits) / max(counts.num_sets, 1)
         total = options.effective_vae_weight * (reconstruction + beta * kl)
     if output.logits is not None:
         heads = output.logits.shape[1]
@@ -147,14 +144,11 @@ def compute_losses(
         entropy = cross_entropy_sum(output.logits.flatten(0, 1), labels, options.pos_weight)
         classification = entropy / heads / max(counts.num_labelled, 1)
         total = total + options.effective_classification_weight * classification
-    with torch.no_grad():
-        levels = torch.stack([kl_per_dimension(p).sum() for p in output.posteriors]) / max(counts.num_sets, 1)
     return Losses(
         total=total,
         reconstruction=reconstruction.detach(),
         kl=kl.detach(),
         classification=classification.detach(),
-        kl_levels=levels,
     )
 
 
@@ -271,13 +265,13 @@ def kl_per_dimension(posterior: Posterior) -> Tensor:
     return 0.5 * (logvar.exp() + mu.square() - 1 - logvar)
 
 
-def kl_sum(posteriors: Sequence[Posterior], free_bits: float) -> Tensor:
-    """Return the sum over levels, sets and dimensions, each dimension of each set counting at least ``free_bits``.
+def kl_sum(posterior: Posterior, free_bits: float) -> Tensor:
+    """Return the sum over sets and dimensions, each dimension of each set counting at least ``free_bits``.
 
     The floor is that of single sets, not of a batch's mean as in Kingma et al. 2016 (§C.8), so that the loss of a
     patient does not depend on who shares its batch.
     """
-    return torch.stack([kl_per_dimension(p).clamp_min(free_bits).sum() for p in posteriors]).sum()
+    return kl_per_dimension(posterior).clamp_min(free_bits).sum()
 
 
 def cross_entropy_sum(logits_B2: Tensor, label_B: Tensor, pos_weight: float = 1.0) -> Tensor:

@@ -29,7 +29,7 @@ class SeqSetVAEOutput:
     """The output of one forward pass.
 
     Attributes:
-        posteriors: [S, D] each, of every level, in the batch's order of sets; the last is the set's.
+        posterior: of the latents, [S, D] each, in the batch's order of sets.
         context: [S, D], the output h of the transformer.
         logits: [B, K, 2] of the ensemble heads; None if there was no classification.
         events: [R, D], the encoded events, which are to be reconstructed; without gradient.
@@ -37,7 +37,7 @@ class SeqSetVAEOutput:
         sets: the layout of the slots.
     """
 
-    posteriors: list[Posterior]
+    posterior: Posterior
     context: Tensor
     logits: Tensor | None
     events: Tensor
@@ -95,13 +95,11 @@ class SeqSetVAE(nn.Module):
         with record_function("encoder"):
             event = sets.event_of_slot
             events_RD = self.events(batch.code[event], batch.value[event], batch.has_value[event])
-            posteriors = [
-                Posterior(p.mu[sets.set_rank], p.logvar[sets.set_rank])
-                for p in self.encoder(events_RD, sets, checkpointed=checkpointed)
-            ]
-            z_SD = posteriors[-1].mu
+            sorted_posterior = self.encoder(events_RD, sets, checkpointed=checkpointed)
+            posterior = Posterior(*(x_SD[sets.set_rank] for x_SD in sorted_posterior))
+            z_SD = posterior.mu
             if noise is not None:
-                z_SD = z_SD + (posteriors[-1].logvar / 2).exp() * noise.set.normal(_SAMPLE_SALT, z_SD.shape[1])
+                z_SD = z_SD + (posterior.logvar / 2).exp() * noise.set.normal(_SAMPLE_SALT, z_SD.shape[1])
         with record_function("transformer"):
             set_noise = None if noise is None else noise.set
             context_SD = self.transformer(z_SD, batch.minute, sequences, set_noise, checkpointed=checkpointed)
@@ -112,7 +110,7 @@ class SeqSetVAE(nn.Module):
             with record_function("head"):
                 logits_BK2 = self.head(prepared, events_RD, context_SD, z_SD, noise)
         return SeqSetVAEOutput(
-            posteriors=posteriors,
+            posterior=posterior,
             context=context_SD,
             logits=logits_BK2,
             events=events_RD.detach(),

@@ -43,15 +43,8 @@ def run_block(block: Callable[..., Tensor], *arguments: object, checkpointed: bo
     return block(*arguments)
 
 
-def _posterior_head(width: int) -> nn.Linear:
-    head = nn.Linear(width, 2 * width)
-    # A posterior as wide as the prior would drown the young mean in noise; it begins at a tenth of that width.
-    nn.init.constant_(head.bias[width:], 2 * math.log(0.1))
-    return head
-
-
 class SetEncoder(nn.Module):
-    """Encode sets by levels of ``x + ISAB(x)`` over the events of a set; the mean over them gives a posterior."""
+    """Encode sets by levels of ``x + ISAB(x)`` over the events of a set; the mean over them gives the posterior."""
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
@@ -59,21 +52,21 @@ class SetEncoder(nn.Module):
             ISAB(config.width, config.heads, config.set_feed_forward, config.inducing_points)
             for _ in range(config.levels)
         )
-        self.heads = nn.ModuleList(_posterior_head(config.width) for _ in range(config.levels))
+        self.posterior = nn.Linear(config.width, 2 * config.width)
+        # A posterior as wide as the prior would drown the young mean in noise; it begins at a tenth of that width.
+        nn.init.constant_(self.posterior.bias[config.width :], 2 * math.log(0.1))
         self.max_logvar = config.max_logvar
         # Events are unit vectors; the inducing rows they meet are layer-normed, of norm sqrt(width).
         self.scale = math.sqrt(config.width)
 
-    def forward(self, events_RD: Tensor, layout: SetLayout, *, checkpointed: bool = False) -> list[Posterior]:
-        """Return the posterior of every level, sets in the layout's sorted order."""
-        posteriors = []
+    def forward(self, events_RD: Tensor, layout: SetLayout, *, checkpointed: bool = False) -> Posterior:
+        """Return the posterior, sets in the layout's sorted order."""
         x_RD = events_RD * self.scale
-        for block, head in zip(self.blocks, self.heads, strict=True):
+        for block in self.blocks:
             x_RD = x_RD + run_block(block, x_RD, layout, checkpointed=checkpointed)
-            with torch.autocast(x_RD.device.type, enabled=False):
-                mu, logvar = head(layout.mean(x_RD.float())).chunk(2, dim=1)
-                posteriors.append(Posterior(mu, logvar.clamp(-self.max_logvar, self.max_logvar)))
-        return posteriors
+        with torch.autocast(x_RD.device.type, enabled=False):
+            mu, logvar = self.posterior(layout.mean(x_RD.float())).chunk(2, dim=1)
+            return Posterior(mu, logvar.clamp(-self.max_logvar, self.max_logvar))
 
 
 LONGEST_POSITION_PERIOD = 100.0

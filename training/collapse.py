@@ -1,16 +1,14 @@
 """Gauges of posterior collapse: a posterior that has become the prior tells the rest of the model nothing.
 
 Active units are those of Burda et al. 2016 (arXiv:1509.00519, §5): the variance over the data of the posterior *mean*
-exceeds 0.01.  The posterior's variance says something else and is given beside it.
+exceeds 0.01.  The variance of the posterior says something else and is reported separately.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from model.losses import kl_per_dimension
 from model.set_vae import Posterior
@@ -19,14 +17,14 @@ ACTIVE_VARIANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LevelGauge:
-    """One level's state over some data.
+class LatentGauge:
+    """The state of the posterior over some data.
 
     Attributes:
-        kl: nats a set, without free bits.
-        active_units: dimensions whose posterior mean varies over sets by more than 0.01.
-        mean_posterior_variance: over sets and dimensions; 1 is the prior's.
-        num_units: dimensions in all.
+        kl: KL divergence of a set in nats, without free bits.
+        active_units: number of dimensions whose posterior mean has a variance over sets above 0.01.
+        mean_posterior_variance: mean over sets and dimensions; that of the prior is 1.
+        num_units: number of dimensions.
     """
 
     kl: float
@@ -36,45 +34,35 @@ class LevelGauge:
 
 
 class CollapseGauges:
-    """Gathers sums over batches, in float64 on the device, without waiting for it.
+    """Gather sums over batches in float64 on the device, without waiting for it.
 
     Args:
-        levels: levels of the encoder.
-        width: dimensions of each.
+        width: number of dimensions of the latent.
+        device: the device of the posteriors.
     """
 
-    def __init__(self, levels: int, width: int, device: torch.device) -> None:
-        # mu, mu², variance, KL for every level and dimension, and the count of sets in the last row.
-        self.sums = torch.zeros(levels * 4 + 1, width, dtype=torch.float64, device=device)
+    def __init__(self, width: int, device: torch.device) -> None:
+        # mu, mu², variance and KL of every dimension, and the number of sets.
+        self.sums = torch.zeros(5, width, dtype=torch.float64, device=device)
 
-    def update(self, posteriors: Sequence[Posterior]) -> None:
-        rows: list[Tensor] = []
-        for posterior in posteriors:
-            mu = posterior.mu.double()
-            parts = (mu, mu.square(), posterior.logvar.double().exp(), kl_per_dimension(posterior).double())
-            rows += [part.sum(0) for part in parts]
-        rows.append(torch.full_like(rows[0], posteriors[0].mu.shape[0]))
-        self.sums += torch.stack(rows)
+    def update(self, posterior: Posterior) -> None:
+        mu = posterior.mu.double()
+        parts = (mu, mu.square(), posterior.logvar.double().exp(), kl_per_dimension(posterior).double())
+        self.sums += torch.stack([*(part.sum(0) for part in parts), torch.full_like(self.sums[0], len(mu))])
 
-    def compute(self) -> list[LevelGauge]:
-        """The gauges of every level; reads ``sums``, which ranks may have added up before."""
-        count = self.sums[-1, 0].clamp_min(1)
-        gauges = []
-        for mu, square, variance, kl in self.sums[:-1].view(-1, 4, self.sums.shape[1]).unbind():
-            over_data = square / count - (mu / count).square()
-            gauges.append(
-                LevelGauge(
-                    kl=float(kl.sum() / count),
-                    active_units=int((over_data > ACTIVE_VARIANCE).sum()),
-                    mean_posterior_variance=float((variance / count).mean()),
-                    num_units=self.sums.shape[1],
-                )
-            )
-        return gauges
+    def compute(self) -> LatentGauge:
+        """Return the gauge of ``sums``, which ranks may have added up before."""
+        mu, square, variance, kl, count = self.sums
+        count = count.clamp_min(1)
+        variance_of_mean = square / count - (mu / count).square()
+        return LatentGauge(
+            kl=float((kl / count).sum()),
+            active_units=int((variance_of_mean > ACTIVE_VARIANCE).sum()),
+            mean_posterior_variance=float((variance / count).mean()),
+            num_units=self.sums.shape[1],
+        )
 
 
-def is_collapsed(gauges: Sequence[LevelGauge], least_active: float) -> bool:
-    """Whether fewer than ``least_active`` of the units are active in the deepest level, the one that stands for the
-    set.
-    """
-    return gauges[-1].active_units < least_active * gauges[-1].num_units
+def is_collapsed(gauge: LatentGauge, min_active_units: float) -> bool:
+    """Return whether less than the fraction ``min_active_units`` of the units is active."""
+    return gauge.active_units < min_active_units * gauge.num_units

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from model.attention import ISAB, MAB
 from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, LossOptions
 from model.seqsetvae import SeqSetVAE
+from model.sequence import TimeEncoding
 from model.set_vae import LONGEST_POSITION_PERIOD, sinusoids
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UNKNOWN_CODE
@@ -53,10 +54,19 @@ def event(model: SeqSetVAE, code: int, value: float, has_value: bool) -> Tensor:
     return direction + (math.asinh(value) * s / s.norm() if number else encoder.no_number)
 
 
+def time_encoding(module: TimeEncoding, minutes: Tensor) -> Tensor:
+    """[S] -> [S, D], with periods from half an hour to twenty years in equal ratios, by Python's own sines."""
+    rows = []
+    for hours in (minute / 60 for minute in minutes.tolist()):
+        angles = [2 * math.pi * hours / (0.5 * (2 * 24 * 365.25 * 20) ** (number / 15)) for number in range(16)]
+        rows.append([*map(math.sin, angles), *map(math.cos, angles), math.asinh(hours)])
+    return module.project(torch.tensor(rows))
+
+
 @dataclass
 class PatientResult:
-    mu: list[Tensor]  # of each level, [sets, D]
-    logvar: list[Tensor]
+    mu: Tensor  # [sets, D]
+    logvar: Tensor
     context: Tensor
     logits: Tensor
     direction: Tensor
@@ -75,20 +85,19 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
                 [event(model, int(batch.code[i]), float(batch.value[i]), bool(batch.has_value[i])) for i in events]
             )
         )
-    mu: list[list[Tensor]] = [[] for _ in model.encoder.blocks]
-    logvar: list[list[Tensor]] = [[] for _ in model.encoder.blocks]
+    mu, logvar = [], []
     for x in sets:
         x = x * math.sqrt(width)
-        for level, (block, head) in enumerate(zip(model.encoder.blocks, model.encoder.heads, strict=True)):
+        for block in model.encoder.blocks:
             x = x + isab(block, x)
-            both = head(x.mean(0))
-            mu[level].append(both[:width])
-            logvar[level].append(both[width:].clamp(-10, 10))
-    z = torch.stack(mu[-1])
+        both = model.encoder.posterior(x.mean(0))
+        mu.append(both[:width])
+        logvar.append(both[width:].clamp(-10, 10))
+    z = torch.stack(mu)
 
     minute = batch.minute[int(batch.patient_offsets[b]) : int(batch.patient_offsets[b + 1])]
     transformer = model.transformer
-    x = transformer.norm_input(z + sinusoids(torch.arange(len(sets)), width) + transformer.time(minute))
+    x = transformer.norm_input(z + sinusoids(torch.arange(len(sets)), width) + time_encoding(transformer.time, minute))
     for layer in transformer.layers:
         normed = layer.norm_attention(x)
         rows = []
@@ -126,9 +135,7 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
         for target, h in zip(sets, context, strict=True)
     ]
     direction, magnitude, squared = (torch.stack(part).sum() for part in zip(*distances, strict=True))
-    return PatientResult(
-        [torch.stack(m) for m in mu], [torch.stack(v) for v in logvar], context, logits, direction, magnitude, squared
-    )
+    return PatientResult(z, torch.stack(logvar), context, logits, direction, magnitude, squared)
 
 
 def encode_features(model: SeqSetVAE, code: int, features: list[float]) -> Tensor:
@@ -231,10 +238,9 @@ def total_loss(model: SeqSetVAE, batch: PatientBatch, options: LossOptions, beta
     ).sum()
     kl = torch.zeros(())
     for result in results:
-        for mu, logvar in zip(result.mu, result.logvar, strict=True):
-            for m, v in zip(mu, logvar, strict=True):
-                for d in range(len(m)):
-                    kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(options.free_bits)
+        for m, v in zip(result.mu, result.logvar, strict=True):
+            for d in range(len(m)):
+                kl = kl + (0.5 * (v[d].exp() + m[d] ** 2 - 1 - v[d])).clamp_min(options.free_bits)
     labelled = [(r.logits, int(label)) for r, label in zip(results, batch.label, strict=True) if label >= 0]
     crossed = torch.stack([-torch.log_softmax(logits, 1)[:, label].mean() for logits, label in labelled]).sum()
     return options.effective_vae_weight * (

@@ -38,11 +38,8 @@ def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool) -
         expected = reference.patient(model, batch, b)
         own = slice(first, first + len(SETS[b]))
         first += len(SETS[b])
-        for level in range(2):
-            torch.testing.assert_close(output.posteriors[level].mu[own], expected.mu[level], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(
-                output.posteriors[level].logvar[own], expected.logvar[level], atol=1e-5, rtol=1e-5
-            )
+        torch.testing.assert_close(output.posterior.mu[own], expected.mu, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.posterior.logvar[own], expected.logvar, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.context[own], expected.context, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.logits[b], expected.logits, atol=1e-5, rtol=1e-5)
     found = compute_losses(output, batch.label, OPTIONS, counts_of(batch), beta=0.07).total
@@ -71,7 +68,7 @@ def test_a_patient_is_the_same_alone_and_in_any_batch(seed: int | None, order: l
         own = slice(first, first + len(SETS[b]))
         torch.testing.assert_close(together.logits[position : position + 1], alone.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.context[own], alone.context, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(together.posteriors[-1].mu[own], alone.posteriors[-1].mu, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.posterior.mu[own], alone.posterior.mu, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [None, 7])

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sequence import MIN_FILL, SequenceLayout
+from model.sequence import MIN_FILL, SequenceLayout, TimeEncoding
 
 
 def layout_of(num_sets: list[int]) -> SequenceLayout:
@@ -37,3 +40,26 @@ def test_every_set_has_a_cell_of_its_own_in_its_patient_s_row(num_sets: list[int
             row = starts.index(cells[0])
             assert cells == list(range(cells[0], cells[0] + size))
             assert MIN_FILL * widths[row] < size <= widths[row]
+
+
+TWENTY_YEARS = 20 * 365.25 * 24 * 60
+
+
+@given(st.lists(st.floats(-TWENTY_YEARS, TWENTY_YEARS, width=32), min_size=1, max_size=20))
+def test_time_is_encoded_exactly_for_twenty_years(minutes: list[float]) -> None:
+    """Against Python's own sines, whose angles are reduced exactly; fractions of minutes included."""
+    sines, cosines = TimeEncoding(8).sinusoids(torch.tensor(minutes))
+    longest = 24 * 365.25 * 20
+    for row, minute in enumerate(minutes):
+        for number in range(16):
+            period = 0.5 * (longest / 0.5) ** (number / 15)  # hours
+            angle = 2 * math.pi * math.fmod(minute / 60, period) / period
+            assert sines[row, number].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert cosines[row, number].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_time_encoding_of_a_late_minute_by_hand() -> None:
+    """Eight years and 7.5 minutes are a whole number of half hours and a quarter of one."""
+    sines, cosines = TimeEncoding(8).sinusoids(torch.tensor([0.4 * TWENTY_YEARS + 7.5]))
+    assert sines[0, 0].item() == pytest.approx(1.0, abs=1e-6)
+    assert cosines[0, 0].item() == pytest.approx(0.0, abs=1e-6)

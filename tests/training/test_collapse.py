@@ -10,9 +10,9 @@ from training.collapse import CollapseGauges, is_collapsed
 
 
 def gauge(*posteriors: Posterior) -> CollapseGauges:
-    gauges = CollapseGauges(1, posteriors[0].mu.shape[1], torch.device("cpu"))
+    gauges = CollapseGauges(posteriors[0].mu.shape[1], torch.device("cpu"))
     for posterior in posteriors:
-        gauges.update([posterior])
+        gauges.update(posterior)
     return gauges
 
 
@@ -21,8 +21,8 @@ def test_by_hand_and_over_batches() -> None:
     it."""
     mu = torch.tensor([[0.0, 3.0, 0.0999], [1.0, 3.0, -0.0999]])
     logvar = torch.full((2, 3), math.log(0.5))
-    together = gauge(Posterior(mu, logvar)).compute()[0]
-    apart = gauge(Posterior(mu[:1], logvar[:1]), Posterior(mu[1:], logvar[1:])).compute()[0]
+    together = gauge(Posterior(mu, logvar)).compute()
+    apart = gauge(Posterior(mu[:1], logvar[:1]), Posterior(mu[1:], logvar[1:])).compute()
     assert together == apart
     assert together.active_units == 1
     assert together.mean_posterior_variance == pytest.approx(0.5)
@@ -38,4 +38,4 @@ def test_a_posterior_equal_to_the_prior_is_collapsed_and_a_spread_one_is_not() -
 
 
 def test_posterior_variance_alone_does_not_make_a_unit_active() -> None:
-    assert gauge(Posterior(torch.zeros(10, 4), torch.full((10, 4), -5.0))).compute()[0].active_units == 0
+    assert gauge(Posterior(torch.zeros(10, 4), torch.full((10, 4), -5.0))).compute().active_units == 0
