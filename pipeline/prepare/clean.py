@@ -62,9 +62,7 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
         "no_patient": names.test(patient, is_blank).fill_null(True),
         "no_variable": names.test(variable, is_blank).fill_null(True),
         "reserved_variable": names.test(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
-        "bad_minute": (minute.is_null() & (not raw.static))
-        if instants
-        else minute.is_null() | ~(minute.abs() <= FLOAT32_MAX),
+        "bad_minute": minute.is_null() & (not raw.static) if instants else is_bad_minute,
         "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},

@@ -105,7 +105,7 @@ def test_one_step_is_too_few(tmp_path: Path) -> None:
 
 
 def test_operations_of_a_step_are_counted_by_part_and_by_hand() -> None:
-    """The decoder's last layer alone takes 2 · rows · width² operations; backward takes twice the forward pass at most."""
+    """The decoder's last layer alone takes 2 · rows · width² operations; backward about twice the forward pass."""
     model, batch = tiny_model(), random_batch([[4, 4], [4]])
     prepared = PreparedBatch.build(batch, seed=0)
     joint, supervised = (count_flops(model, prepared, LossOptions(objective=name)) for name in ("joint", "supervised"))
