@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import SeqSetVAEConfig
+from model.precision import full_precision
 from pipeline.schema import PADDING_CODE, UNKNOWN_CODE
 
 
@@ -53,7 +54,7 @@ class EventEncoder(nn.Module):
         reconstruction.
         """
         number = has_number(code, has_value)
-        with torch.autocast(code.device.type, enabled=False):
+        with full_precision(code.device):
             direction = F.normalize(self.variable(self.embedding), dim=1)[code]
             if self.event_form == "product":
                 return direction * (value * number)[:, None]

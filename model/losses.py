@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.precision import full_precision
 from model.ragged import SetLayout
 from model.seqsetvae import SeqSetVAEOutput
 from model.set_vae import Posterior
@@ -179,7 +180,7 @@ def chamfer_sums(target_RD: Tensor, output_RD: Tensor, layout: SetLayout) -> tup
     """
     sums = target_RD.new_zeros(3, dtype=torch.float32)
     if layout.classes:
-        with torch.autocast(target_RD.device.type, enabled=False):
+        with full_precision(target_RD.device):
             target, output = (_measure(x.float(), layout.mask) for x in (target_RD, output_RD))
             to_output, to_target = _find_nearest(target, output, layout)
             sums = _sum_distances(target, output, *to_output) + _sum_distances(output, target, *to_target)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.precision import full_precision
+
 
 def attention_pool(values_ND: Tensor, score_N: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:
     """Return [num_segments, D] float32, the mean of the values of each segment, weighted by the softmax of its scores.
@@ -15,7 +17,7 @@ def attention_pool(values_ND: Tensor, score_N: Tensor, segment_N: Tensor, num_se
         segment_N: int64, the segment of each row.
         num_segments: the number of segments.
     """
-    with torch.autocast(values_ND.device.type, enabled=False):
+    with full_precision(values_ND.device):
         values_ND, score_N = values_ND.float(), score_N.float()
         maximum = score_N.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment_N, score_N.detach(), "amax")
         weight_N = (score_N - maximum[segment_N]).exp()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import ISAB
 from model.config import SeqSetVAEConfig
 from model.feed_forward import FeedForward
+from model.precision import full_precision
 from model.ragged import SetLayout
 
 
@@ -64,7 +65,7 @@ class SetEncoder(nn.Module):
         x_RD = events_RD * self.scale
         for block in self.blocks:
             x_RD = x_RD + run_block(block, x_RD, layout, checkpointed=checkpointed)
-        with torch.autocast(x_RD.device.type, enabled=False):
+        with full_precision(x_RD.device):
             mu, logvar = self.posterior(layout.mean(x_RD.float())).chunk(2, dim=1)
             return Posterior(mu, logvar.clamp(-self.max_logvar, self.max_logvar))
 

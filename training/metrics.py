@@ -20,6 +20,7 @@ from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 from training.parallel import World
+from training.progress import Progress
 
 Scalar: TypeAlias = str | int | float | bool | None
 
@@ -181,6 +182,44 @@ class Throughput:
             "event_padding_waste": _ratio(self.event_cells - self.num_events, self.event_cells),
             "set_padding_waste": _ratio(self.set_cells - self.num_sets, self.set_cells),
         }
+
+
+class Meters:
+    """What all ranks measure since the last line of the log, and since the run began.
+
+    Args:
+        world: this process among the ranks.
+        progress: where a resumed run had got to.
+    """
+
+    def __init__(self, world: World, progress: Progress) -> None:
+        self._world = world
+        self.interval = Throughput(**progress.interval).share(world)
+        self.totals = Throughput(**progress.totals).share(world)
+        self.sums = LossSums(world.device, progress.loss_sums if world.is_main else None)
+
+    def add(self, amounts: BatchAmounts, losses: Losses, grad_norm: Tensor, *, seconds: float, waited: float) -> None:
+        """Count one step of this rank."""
+        for throughput in (self.interval, self.totals):
+            throughput.add(amounts, seconds=seconds, waited=waited)
+        self.sums.add(losses, grad_norm)
+
+    def end_interval(self) -> tuple[Throughput, dict[str, float]]:
+        """Return throughput and mean losses of all ranks since the last call, and begin anew."""
+        interval = Throughput.combine(self._world.gather(self.interval))
+        sums = self.sums.combine(self._world)
+        means = {name: total / max(interval.num_steps, 1) for name, total in sums.items()}
+        means["grad_norm"] /= self._world.size  # every rank has the same
+        self.interval, self.sums = Throughput(), LossSums(self._world.device)
+        return interval, means
+
+    def store(self, progress: Progress) -> None:
+        """Put what all ranks have measured into ``progress``; the first rank then holds it for all."""
+        ranks = self._world.gather((self.interval, self.totals))
+        interval, totals = (Throughput.combine(meters) for meters in zip(*ranks, strict=True))
+        self.interval, self.totals = interval.share(self._world), totals.share(self._world)
+        progress.interval, progress.totals = dataclasses.asdict(interval), dataclasses.asdict(totals)
+        progress.loss_sums = self.sums.combine(self._world)
 
 
 def _ratio(part: float, whole: float) -> float:

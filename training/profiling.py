@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from model.prepared import PreparedBatch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.losses import LossOptions
+from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 
@@ -37,7 +37,7 @@ def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) ->
     They are counted by PyTorch's own counter while the step runs on the ``meta`` device: products of matrices alone,
     a multiplication and an addition each, rows of padding included.
     """
-    on_meta, batch = copy.deepcopy(model).to("meta").train(), prepared.to("meta")
+    on_meta, batch = copy.deepcopy(model).to("meta").eval(), prepared.to("meta")
     on_meta.gradient_checkpointing = False
     with FlopCounterMode(display=False) as counter:
         output = on_meta(batch, reconstruct=loss.learns_sets, classify=loss.learns_outcome)

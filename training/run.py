@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from training.console import EpochBar, StopSignal, log_main, memory_file, open_m
 from training.data import DataSet, ReadyBatch
 from training.evaluation import Evaluator
 from training.memory import StepMemory
-from training.metrics import LossSums, Throughput
+from training.metrics import Meters, Throughput
 from training.monitor import MemoryMonitor
 from training.options import TrainOptions
 from training.parallel import Agreement, World
@@ -86,14 +86,9 @@ class Run:
             memory=memory,
             check_stop=self.check_stop,
         )
-        progress = state.progress
-        self._totals = Throughput(**progress.totals).share(world)
-        self._interval = Throughput(**progress.interval).share(world)
-        self._sums = LossSums(world.device, progress.loss_sums if world.is_main else None)
-        self._began = time.perf_counter() - progress.seconds
+        self._meters = Meters(world, state.progress)
+        self._began = time.perf_counter() - state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()
-
-    # ------------------------------------------------------------------------------------------ begin and end
 
     def __enter__(self) -> Self:
         self._open_directory()
@@ -165,8 +160,6 @@ class Run:
         """Wall time spent, over all resumed parts of the run."""
         return time.perf_counter() - self._began
 
-    # ------------------------------------------------------------------------------------------ steps
-
     def begin_epoch(self) -> None:
         """Show the bar, and let the clock of the next step begin."""
         loader = self.state.loader
@@ -186,13 +179,11 @@ class Run:
         now, step, options = time.perf_counter(), self.state.progress.step, self.options.run
         waited, seconds = self._step_started - self._step_ended, now - self._step_ended
         self._step_ended = now
-        for meter in (self._interval, self._totals):
-            meter.add(ready.amounts, seconds=seconds, waited=waited)
-        self._sums.add(losses, grad_norm)
+        self._meters.add(ready.amounts, losses, grad_norm, seconds=seconds, waited=waited)
         self.profiler.step(ready.parts)
         if step == 1:
             self.monitor.mark("first step")
-        self.bar.advance(self._interval)
+        self.bar.advance(self._meters.interval)
         if step % options.log_steps == 0:
             self.log_interval()
         saved = bool(options.checkpoint_steps) and step % options.checkpoint_steps == 0
@@ -216,37 +207,31 @@ class Run:
         Raises:
             UserError: losses or gradients are not finite.
         """
-        progress = self.state.progress
-        interval = Throughput.combine(self.world.gather(self._interval))
+        step, optimisation = self.state.progress.step, self.options.optimisation
+        interval, means = self._meters.end_interval()
         if not interval.num_steps:
             return
-        sums = self._sums.combine(self.world)
-        means = {name: value / interval.num_steps for name, value in sums.items()}
-        means["grad_norm"] /= self.world.size
         # With fp16 the scaler leaves out steps whose gradients overflow.
-        watched = sums["loss"] + (0.0 if self.options.optimisation.precision == "fp16" else sums["grad_norm"])
-        if not abs(watched) < float("inf"):
+        watched = means["loss"] + (0.0 if optimisation.precision == "fp16" else means["grad_norm"])
+        if not math.isfinite(watched):
             self.state.check_finite(last_loss=watched)
         loss = self.options.loss
         unused = [] if loss.learns_sets else ["reconstruction", "kl"]
         unused += [] if loss.learns_outcome else ["classification"]
         line = {
-            "step": progress.step,
+            "step": step,
             "epoch": self.bar.epoch,
             "seconds": self.seconds,
             **{name: value for name, value in means.items() if name not in unused},
             **interval.rates(),
-            "learning_rate": learning_rate_at(self.options.optimisation, progress.step - 1, self.settings.total_steps),
-            "beta": beta_at(loss, progress.step - 1),
+            "learning_rate": learning_rate_at(optimisation, step - 1, self.settings.total_steps),
+            "beta": beta_at(loss, step - 1),
             "rss_bytes": psutil.Process().memory_info().rss,
         }
         self.log("train", **line)
-        self._interval, self._sums = Throughput(), LossSums(self.world.device)
         release_free_memory()
         if self.options.run.verbose:
             log_main(self.world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-
-    # ------------------------------------------------------------------------------------------ checkpoints
 
     def save_last(self) -> None:
         """Save ``last.pt``; all ranks take part, the first writes.
@@ -255,15 +240,10 @@ class Run:
             UserError: losses or weights are not finite.
         """
         progress = self.state.progress
-        sums = self._sums.combine(self.world)
-        ranks = self.world.gather((self._interval, self._totals))
-        interval, totals = (Throughput.combine(meters) for meters in zip(*ranks, strict=True))
-        self._interval, self._totals = interval.share(self.world), totals.share(self.world)
-        progress.interval, progress.loss_sums = dataclasses.asdict(interval), sums
-        progress.totals = dataclasses.asdict(totals)
+        self._meters.store(progress)
         progress.seconds = self.seconds
         progress.peak_rss_bytes = max(progress.peak_rss_bytes, peak_rss_bytes())
-        self.state.check_finite(last_loss=sums["loss"])
+        self.state.check_finite(last_loss=progress.loss_sums["loss"])
         self._save("last")
         self.monitor.mark("checkpoint")
         release_free_memory()

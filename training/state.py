@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from pipeline.dataset.tables import load_embeddings
 from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UserError
 from training.data import DataSet
+from training.progress import Progress
 from training.schedule import OptimisationOptions, parameter_groups
 
 ADAM_EPS = 1e-6
@@ -23,35 +24,6 @@ ADAM_EPS = 1e-6
 
 FIRST_SCALE = 1024
 """First scale of fp16 losses: the usual 65,536 overflows, and so wastes, the first steps, for losses are sums."""
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """How far a run has come; plain numbers, the same on every rank.
-
-    Attributes:
-        step: optimiser steps done.
-        epochs_validated: epochs whose validation is done; one less than the epochs done while it is still to come.
-        epochs_since_best: validated epochs since the best one.
-        collapsed: whether the posterior had collapsed at the last validation.
-        seconds: wall time spent, over all resumed parts of the run.
-        threads: of each process's CPU operations, as the run began with.
-        peak_rss_bytes: most memory of one process so far.
-        totals: throughput of all steps so far, of all ranks, as a dictionary.
-        interval: throughput since the last line of the log, of all ranks, as a dictionary.
-        loss_sums: sums of losses since then, of all ranks; empty = none.
-    """
-
-    step: int = 0
-    epochs_validated: int = 0
-    epochs_since_best: int = 0
-    collapsed: bool = False
-    seconds: float = 0.0
-    threads: int = 0
-    peak_rss_bytes: int = 0
-    totals: dict[str, Any] = field(default_factory=dict)
-    interval: dict[str, Any] = field(default_factory=dict)
-    loss_sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
-from model.prepared import PreparedBatch
 
 from model.losses import LossCounts, LossOptions, compute_losses
+from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from pipeline.loading.loader import PatientLoader
-from pipeline.schema import UserError
+from pipeline.schema import UNLABELLED, UserError
 from training.collapse import CollapseGauges, is_collapsed
 from training.data import BatchPreparer, ReadyBatch
 from training.memory import halve, is_out_of_memory
@@ -77,54 +78,69 @@ def validate(
         UserError: the model's outputs are not finite.
     """
     model.eval()
-    sums = LossSums(world.device)
-    gauges = CollapseGauges(model.config.width, world.device)
+    sums, gauges = LossSums(world.device), CollapseGauges(model.config.width, world.device)
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
-    ids: list[str] = []
-    labels, probabilities = [np.zeros(0, np.int64)], [np.zeros(0)]
-    num_events = num_sets = num_labelled = 0
+    counts = dict.fromkeys(("num_events", "num_sets", "num_labelled"), 0)
+    predictions = [predictions_of([], np.zeros(0, np.int64), np.zeros(0))]
     for ready in loader:
         check_stop()
         for prepared, output in forward_in_parts(model, ready, world, optimisation, loss):
             with optimisation.autocast(world.device):
                 sums.add(compute_losses(output, prepared.batch.label, loss, one, beta=loss.beta))
             gauges.update(output.posterior)
-            ids += prepared.batch.patient_id
-            labels.append(prepared.batch.label.cpu().numpy())
-            absent = np.full(prepared.batch.num_patients, np.nan)
-            probabilities.append(output.probability.double().cpu().numpy() if loss.learns_outcome else absent)
-        num_events, num_sets = num_events + ready.counts.num_events, num_sets + ready.counts.num_sets
-        num_labelled += ready.counts.num_labelled
+            batch = prepared.batch
+            absent = torch.full((batch.num_patients,), torch.nan)
+            probability = output.probability if loss.learns_outcome else absent
+            predictions.append(
+                predictions_of(batch.patient_id, batch.label.cpu().numpy(), probability.double().cpu().numpy())
+            )
+        counts = {name: number + getattr(ready.counts, name) for name, number in counts.items()}
     world.sum(gauges.sums)
-    answers = world.gather((ids, np.concatenate(labels), np.concatenate(probabilities)))
-    label, probability = (np.concatenate([answer[column] for answer in answers]) for column in (1, 2))
+    table = pa.concat_tables([part for rank in world.gather(predictions) for part in rank]).sort_by("patient_id")
     totals = sums.combine(world)
-    if not all(np.isfinite(list(totals.values()))) or (loss.learns_outcome and not np.isfinite(probability).all()):
+    finite = np.isfinite([*totals.values(), *table["probability"].drop_null().to_numpy()]).all()
+    if not finite or (loss.learns_outcome and table["probability"].null_count):
         raise UserError("the model's outputs are not finite: its training has diverged; use an earlier checkpoint")
-
-    metrics: dict[str, Any] = {
-        "loss": None,
-        "reconstruction": totals["reconstruction"] / max(num_events, 1) if loss.learns_sets else None,
-        "kl": totals["kl"] / max(num_sets, 1) if loss.learns_sets else None,
-        "classification": totals["classification"] / max(num_labelled, 1) if loss.learns_outcome else None,
-    }
-    if num_sets:
-        sets = (metrics["reconstruction"] or 0.0) + loss.beta * (metrics["kl"] or 0.0)
-        outcome = metrics["classification"] or 0.0
-        metrics["loss"] = loss.effective_vae_weight * sets + loss.effective_classification_weight * outcome
-    ranked = rank_predictions(label, probability) if loss.learns_outcome else (None, None)
-    metrics["auroc"], metrics["auprc"] = ranked
     gauge = gauges.compute()
-    metrics["active_units"], metrics["mean_posterior_variance"] = gauge.active_units, gauge.mean_posterior_variance
-    metrics["collapsed"] = num_sets > 0 and is_collapsed(gauge, min_active_units)
-    table = pa.table(
-        {
-            "patient_id": pa.array([name for answer in answers for name in answer[0]], pa.string()),
-            "label": pa.array(label, pa.int8(), mask=label < 0),
-            "probability": pa.array(probability, pa.float64(), mask=np.isnan(probability)),
-        }
-    )
-    return metrics, table.sort_by("patient_id")
+    return {
+        **mean_losses(totals, counts, loss),
+        **rank_table(table),
+        "active_units": gauge.active_units,
+        "mean_posterior_variance": gauge.mean_posterior_variance,
+        "collapsed": counts["num_sets"] > 0 and is_collapsed(gauge, min_active_units),
+    }, table
+
+
+def predictions_of(patient_id: list[str], label: npt.NDArray[np.int64], probability: npt.NDArray[Any]) -> pa.Table:
+    """Return a table of predictions; a label of -1 and a probability that is not a number become null."""
+    columns = {
+        "patient_id": pa.array(patient_id, pa.string()),
+        "label": pa.array(label, pa.int8(), mask=label < 0),
+        "probability": pa.array(probability, pa.float64(), mask=np.isnan(probability)),
+    }
+    return pa.table(columns)
+
+
+def rank_table(predictions: pa.Table) -> dict[str, float | None]:
+    """Return AUROC and AUPRC of a table of predictions; None where they are undefined."""
+    if predictions["probability"].null_count:
+        return {"auroc": None, "auprc": None}
+    label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
+    auroc, auprc = rank_predictions(label, predictions["probability"].to_numpy())
+    return {"auroc": auroc, "auprc": auprc}
+
+
+def mean_losses(totals: dict[str, float], counts: dict[str, int], loss: LossOptions) -> dict[str, float | None]:
+    """Return the loss and its parts, each sum divided by its count; None for parts that the objective does not use."""
+    divisors = {"reconstruction": "num_events", "kl": "num_sets", "classification": "num_labelled"}
+    means = {name: totals[name] / max(counts[count], 1) for name, count in divisors.items()}
+    total = loss.effective_vae_weight * (means["reconstruction"] + loss.beta * means["kl"])
+    total += loss.effective_classification_weight * means["classification"]
+    used = {"reconstruction": loss.learns_sets, "kl": loss.learns_sets, "classification": loss.learns_outcome}
+    return {
+        "loss": total if counts["num_sets"] else None,
+        **{name: mean if used[name] else None for name, mean in means.items()},
+    }
 
 
 def is_better(metrics: dict[str, Any], best: dict[str, Any] | None, name: str) -> bool:

@@ -20,12 +20,15 @@ def checkpoint(model: SeqSetVAE) -> Checkpoint:
     return Checkpoint(
         config=model.config.to_dict(),
         vocabulary_fingerprint="v",
-        model=model.state_dict(),
-        averaged=model.state_dict(),
-        optimizer={},
-        scaler={},
-        loader={"epoch": 1},
-        progress={"step": 3},
+        options={},
+        state={
+            "model": model.state_dict(),
+            "ema_model": model.state_dict(),
+            "optimizer": {},
+            "scaler": {},
+            "loader": {"epoch": 1},
+            "progress": {"step": 3},
+        },
     )
 
 
@@ -47,7 +50,7 @@ def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new" / "last.pt"
     checkpoint(model).save(path)
     again = Checkpoint.load(path)
-    assert again.progress == {"step": 3}
+    assert again.step == 3
     batch = random_batch([[2, 3], [1]])
     assert torch.equal(again.build_model(path, "v").eval()(batch).logits, model.eval()(batch).logits)
     assert os.listdir(path.parent) == ["last.pt"]
