@@ -146,10 +146,7 @@ def compute_losses(
         classification = entropy / heads / max(counts.num_labelled, 1)
         total = total + options.effective_classification_weight * classification
     return Losses(
-        total=total,
-        reconstruction=reconstruction.detach(),
-        kl=kl.detach(),
-        classification=classification.detach(),
+        total=total, reconstruction=reconstruction.detach(), kl=kl.detach(), classification=classification.detach()
     )
 
 

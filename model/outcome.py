@@ -83,13 +83,8 @@ class VariableAxis(nn.Module):
         x_RD = F.gelu(self.event(events_RD * self.scale) + context_SD[sets.set_of_slot])
         score_RH = self.score(x_RD).float().masked_fill(~sets.mask[:, None], -torch.inf)
         heads, pair_R = x_RD.chunk(score_RH.shape[1], dim=1), variables.pair[sets.event_of_slot]
-        pooled_VD = torch.cat(
-            [
-                attention_pool(values, score, pair_R, len(variables.code))
-                for values, score in zip(heads, score_RH.unbind(1), strict=True)
-            ],
-            dim=1,
-        )
+        parts = zip(heads, score_RH.unbind(1), strict=True)
+        pooled_VD = torch.cat([attention_pool(x, score, pair_R, len(variables.code)) for x, score in parts], dim=1)
         projected_VD = (features_VF[:, None] @ self.features[variables.code])[:, 0]
         pooled_VD = pooled_VD + F.pad(projected_VD, (0, pooled_VD.shape[1] - projected_VD.shape[1]))
         pooled_VD = self.norm(pooled_VD + self.variable(variables.code))
@@ -179,10 +174,9 @@ class OutcomeHead(nn.Module):
             axis_BD = self.variables(prepared, events_RD, context_SD, features_VF, noise)
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
-        logits = [
-            head(pooled_BD, features_VF, variables, noise, ENSEMBLE_SALT + 2 * number)
-            for number, head in enumerate(self.ensemble)
-        ]
+        salts = range(ENSEMBLE_SALT, ENSEMBLE_SALT + 2 * len(self.ensemble), 2)
+        heads = zip(self.ensemble, salts, strict=True)
+        logits = [head(pooled_BD, features_VF, variables, noise, salt) for head, salt in heads]
         return torch.stack(logits, dim=1)
 
     def encode_features(self, features_VF: Tensor, code_V: Tensor) -> Tensor:
