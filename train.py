@@ -37,7 +37,7 @@ from training.parallel import World, choose_threads, run
 from training.profiling import format_table
 from training.report import write_run_report
 from training.run import Run, Stopped
-from training.step import train_step, wrap_for_ranks
+from training.step import train_step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +74,6 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     if job.resumed and job.stop_reason and is_summary_of(summary, state.progress.step):
         log_main(world, f"{job.directory}: this run is finished ({job.stop_reason}); nothing to do, {summary} has it")
         return 0
-    model = wrap_for_ranks(state.model, world)
     with job:
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         threads = f"{state.progress.threads} threads each"
@@ -84,7 +83,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
         try:
             while job.stop_reason is None:
                 if state.progress.epochs_validated == state.loader.epoch:  # else its steps are done already
-                    train_epoch(model, job)
+                    train_epoch(job)
                     job.save_last()
                 job.monitor.mark("validation")
                 metrics, _ = job.evaluator.validate(state.ema_model, job.evaluator.open_loader("valid"))
@@ -99,7 +98,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     return 0
 
 
-def train_epoch(model: torch.nn.Module, job: Run) -> None:
+def train_epoch(job: Run) -> None:
     """Train from the loader's position to the end of its epoch."""
     state = job.state
     state.model.train()
@@ -111,7 +110,7 @@ def train_epoch(model: torch.nn.Module, job: Run) -> None:
         if ready is None:
             return
         job.begin_step()
-        losses, grad_norm = train_step(model, state, ready, job.settings)
+        losses, grad_norm = train_step(state, ready, job.settings)
         job.end_step(ready, losses, grad_norm)
 
 

@@ -55,7 +55,7 @@ def same_threads() -> Iterator[None]:
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
     out = tmp_path_factory.mktemp("run") / "deep" / "er"
-    assert run(data, out) == 0
+    assert run(data, out, report=True) == 0
     return out
 
 
@@ -281,7 +281,7 @@ def test_profile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("training.profiling.measure_matrix_rate", lambda dtype, device: 1e11)
-    assert run(data, tmp_path, "--profile") == 0
+    assert run(data, tmp_path, "--profile", report=True) == 0
     assert_same(weights(tmp_path), weights(finished))
     profile = json.loads((tmp_path / "summary.json").read_text())["profile"]
     assert profile["recorded_steps"] == 4  # of the five steps of an epoch

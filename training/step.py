@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model.prepared import PreparedBatch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed as dist
 from torch.profiler import record_function
 
 from model.losses import LossCounts, Losses, LossOptions, beta_at, compute_losses
+from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from training.console import log_main
@@ -54,27 +53,13 @@ def select_trained(model: SeqSetVAE, loss: LossOptions, optimisation: Optimisati
         parameter.requires_grad_(trained and not frozen_table)
 
 
-def wrap_for_ranks(model: SeqSetVAE, world: World) -> torch.nn.Module:
-    """Return what a step calls: the model, or with several ranks the model whose gradients are averaged over them.
-
-    A rank that got no patients, or only sets of one event, uses a part of the parameters; the others take its share of
-    those gradients as zero.
-    """
-    if world.size == 1:
-        return model
-    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
-
-
-def train_step(
-    model: torch.nn.Module, state: TrainState, ready: ReadyBatch, settings: StepSettings
-) -> tuple[Losses, Tensor]:
+def train_step(state: TrainState, ready: ReadyBatch, settings: StepSettings) -> tuple[Losses, Tensor]:
     """Make one step; return this rank's share of the losses and the norm of the gradient, both on the device.
 
     A batch that does not fit the memory is taken again in smaller parts.  Losses are sums over patients and noise is a
     patient's own, so the gradient is that of the whole.
 
     Args:
-        model: as :func:`wrap_for_ranks` gives it.
         state: of the run; its model, EMA, optimiser, scaler and progress move on.
         ready: this rank's share of the global batch.
         settings: the rest.
@@ -87,13 +72,14 @@ def train_step(
     while losses is None:
         state.optimizer.zero_grad(set_to_none=True)
         try:
-            losses = accumulate_gradients(model, parts, ready.counts, state, settings)
+            losses = accumulate_gradients(parts, ready.counts, state, settings)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         if losses is None:  # outside of the handler nothing holds what the failed part had
             parts = smaller_parts(parts, step, settings)
     with record_function("optimiser"):
+        sum_gradients([*state.model.parameters()], settings.world)
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), optimisation.gradient_clip or math.inf)
         state.scaler.step(state.optimizer)
@@ -104,28 +90,41 @@ def train_step(
 
 
 def accumulate_gradients(
-    model: torch.nn.Module, parts: list[PreparedBatch], counts: LossCounts, state: TrainState, settings: StepSettings
+    parts: list[PreparedBatch], counts: LossCounts, state: TrainState, settings: StepSettings
 ) -> Losses:
     """Add up the gradients of a batch part by part; return the sum of the losses, without a graph."""
-    world, total = settings.world, None
-    for number, part in enumerate(parts, start=1):
+    total = None
+    for part in parts:
         with record_function("copy"):
-            prepared = part.to(world.device)
-        # Ranks wait for one another in a backward pass that ends with a sum over all: the last part's.
-        waits = isinstance(model, DistributedDataParallel) and number < len(parts)
-        with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-            losses = forward_losses(model, prepared, counts, settings, state.progress.step)
-            with record_function("backward"):
-                # Losses are shares of a sum, and ranks' gradients are averaged.
-                state.scaler.scale(losses.total * world.size).backward()
+            prepared = part.to(settings.world.device)
+        losses = forward_losses(state.model, prepared, counts, settings, state.progress.step)
+        with record_function("backward"):
+            state.scaler.scale(losses.total).backward()
         losses = dataclasses.replace(losses, total=losses.total.detach())
         total = losses if total is None else total + losses
     assert total is not None
     return total
 
 
+def sum_gradients(parameters: list[torch.nn.Parameter], world: World) -> None:
+    """Add up gradients over ranks, in one message; losses are shares of a sum, so gradients are too.
+
+    A rank that got no patients, or only sets of one event, has no gradient of some parameters and adds nothing to
+    theirs.  A parameter without a gradient on any rank stays without one, as on a single device.
+    """
+    if world.size == 1:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    dist.all_reduce(used, dist.ReduceOp.MAX, group=world.control)
+    shared = [parameter for parameter, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in shared])
+    pieces = world.sum(flat).split([parameter.numel() for parameter in shared])
+    for parameter, piece in zip(shared, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter)
+
+
 def forward_losses(
-    model: torch.nn.Module, prepared: PreparedBatch, counts: LossCounts, settings: StepSettings, step: int
+    model: SeqSetVAE, prepared: PreparedBatch, counts: LossCounts, settings: StepSettings, step: int
 ) -> Losses:
     """Return the losses of a training step on one part of a batch; what the objective does not use is not computed."""
     loss = settings.loss

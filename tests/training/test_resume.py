@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,10 +41,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def short_runs() -> Iterator[None]:
+    """Few resamples, and the number of threads of this process as it was."""
     before = torch.get_num_threads()
-    yield
+    with mock.patch("training.quality.NUM_RESAMPLES", 20):
+        yield
     torch.set_num_threads(before)
 
 
