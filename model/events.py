@@ -1,4 +1,4 @@
-"""The vector that stands for an event, made of its variable and its value (design §7.1)."""
+"""The vector that stands for an event, made of its variable and its value (docs/model.md §1)."""
 
 from __future__ import annotations
 

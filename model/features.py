@@ -1,4 +1,4 @@
-"""Summary features: the course of each variable of a patient in a few numbers, such as a tree would be given.
+"""Summary features: a few numbers for each variable of a patient, such as a tree would be given.
 
 Attention pools events softly; a minimum, a last value or a number of values is hard to express that way, and easy to
 count.

@@ -1,4 +1,4 @@
-"""Losses as sums over events, sets and patients, to be divided by counts of the whole job (design §7.5).
+"""Losses as sums over events, sets and patients, to be divided by counts of the whole job (docs/model.md §6).
 
 Nothing here is a mean: a mean over a batch would weight a patient by who shares its batch, a mean over a rank by how
 many ranks there are.  Each sum is divided by the number of events, sets or labelled patients of the *global* batch.

@@ -1,12 +1,12 @@
-"""The outcome head: it pools the sets of a patient over time and, beside them, its variables (design §7.5).
+"""The outcome head: pools the sets of a patient over time and also its variables (docs/model.md §5).
 
 Over time, softmax of h·z weights the contexts of sets.  Across time, the events of each variable are pooled with the
-context of their sets and joined by summary features of the variable's course (:mod:`model.features`), and the variables
-of a patient attend to one another: the course of a variable is then one vector, as it is one group of features to a
-tree (compare the Bi-Axial Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same
-features reach the last layers by a shorter way too, a dense layer over the features of all variables, which learns in
-few steps.  The last layers are an ensemble (compare TabM, arXiv:2410.24210): each ensemble head is trained on its own,
-their mean probability predicts.
+context of their sets and joined by the variable's summary features (:mod:`model.features`), and the variables of a
+patient attend to one another: a variable is then one vector, as it is one group of features to a tree (compare the
+Bi-Axial Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same features reach the
+last layers by a shorter way too, a dense layer over the features of all variables, which learns in few steps.  The
+last layers are an ensemble (compare TabM, arXiv:2410.24210): each ensemble head is trained on its own, their mean
+probability predicts.
 
 Shape suffixes: B patients, S sets, R slots of the set layout, V (patient, variable) pairs that occur, C codes, D width,
 F features, K ensemble heads.

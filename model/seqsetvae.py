@@ -52,7 +52,7 @@ class SeqSetVAEOutput:
 
 
 class SeqSetVAE(nn.Module):
-    """The model of design §7.
+    """The model that docs/model.md describes.
 
     In training mode the posterior is sampled and dropout applied, by the noise of the prepared batch; in evaluation
     mode latents are the means and there is no noise.

@@ -1,4 +1,4 @@
-"""The causal transformer over the sets of a patient (design §7.3), without work on padded patients.
+"""The causal transformer over the sets of a patient (docs/model.md §3), without work on padded patients.
 
 Dense layers run over the flat sets of all patients.  Only attention needs rectangles: patients with similar numbers of
 sets share one, so that one long history does not widen the rows of the others; with padding on the right and a causal

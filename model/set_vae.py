@@ -1,4 +1,4 @@
-"""The set VAE: an encoder of the events of a set to a latent, and a decoder back (design §7.2 and §7.4).
+"""The set VAE: an encoder of the events of a set to a latent, and a decoder back (docs/model.md §2 and §4).
 
 Shape suffixes: R slots of a set layout, S sets, D width.
 """

@@ -1,4 +1,4 @@
-"""The model's mathematics once more, written from design §7 with plain loops over patients, sets and events.
+"""The model's mathematics once more, written from docs/model.md with plain loops over patients, sets and events.
 
 Slow and literal on purpose: whatever the fast code folds, groups or pads must agree with this.
 """

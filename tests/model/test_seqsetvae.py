@@ -1,4 +1,4 @@
-"""The whole model: against the naive reference, and the invariances that design §7.6 promises."""
+"""The whole model: against the naive reference, and the invariances that docs/model.md promises."""
 
 from __future__ import annotations
 
