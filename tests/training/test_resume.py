@@ -256,6 +256,7 @@ def test_refused_commands_change_no_file(data: Path, tmp_path: Path, capsys: pyt
     other = write_tiny_data(tmp_path / "other")
     (other / "train" / "00000.parquet").write_bytes(b"damaged")
     before = read_folder(out)
+    capsys.readouterr()
     for source, *flags in (
         (data, "--max_memory", "64GB"),
         (data, "--max_memory", "32GB", "--resume"),
