@@ -21,7 +21,6 @@ from torch.profiler import record_function
 
 from model.losses import LossOptions
 from pipeline.dataset.manifest import Manifest
-from pipeline.machine import limit_heap
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
@@ -43,7 +42,6 @@ from training.step import train_step
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 = done, 2 = something the user can mend, 128 + n = stopped by signal n."""
     os.umask(os.umask(PRIVATE_UMASK) | PRIVATE_UMASK)
-    limit_heap()
     try:
         options = parse_train_options(arguments)
         manifest = Manifest.load(options.data.open_folder())

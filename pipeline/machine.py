@@ -62,20 +62,3 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def limit_heap() -> None:
-    """Keep large blocks out of the C heap (glibc only), so that memory does not grow with the number of batches.
-
-    glibc moves the size from which blocks are mapped on their own up to that of the largest block freed so far; after
-    that tensors of all sizes lie in one heap, whose gaps fit none of the next batch.  A fixed size stops that.
-    """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if tune is not None:
-        tune(_M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
-
-
-_M_MMAP_THRESHOLD = -3
-"""As ``malloc.h`` has it."""
-
-HEAP_BLOCK_BYTES = 1 << 20

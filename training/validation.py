@@ -14,6 +14,7 @@ from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from pipeline.loading.loader import PatientLoader
+from pipeline.machine import release_free_memory
 from pipeline.schema import UNLABELLED, UserError
 from training.collapse import CollapseGauges, is_collapsed
 from training.data import BatchPreparer, ReadyBatch
@@ -33,6 +34,7 @@ def forward_in_parts(
 ) -> Iterator[tuple[PreparedBatch, SeqSetVAEOutput]]:
     """Yield each part of a batch, on the device, with the model's output; a part for which memory ends is halved."""
     waiting = [*reversed(ready.parts)]
+    release_free_memory()  # batches in order of length leave gaps that fit none of the next
     while waiting:
         part, output = waiting.pop(), None
         try:
