@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe, publish
-from benchmarks.steps import invented
+from benchmarks.synthetic import invented
 from model.config import SeqSetVAEConfig
 from model.losses import LossCounts, Losses, beta_at, compute_losses
 from model.prepared import PreparedBatch

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from benchmarks.baselines import of_data
 from benchmarks.machine import describe
 from benchmarks.study import mean_sd, prepared, train
-from training.evaluation import auroc_auprc
+from training.quality import rank_predictions
 
 ROOT = Path(__file__).parent.parent
 Scores = dict[str, list[float]]  # AUROC, AUPRC
@@ -77,7 +77,7 @@ def one_split(options: argparse.Namespace, number: int) -> Scores:
 
 
 def score(label: np.ndarray, probability: np.ndarray) -> list[float]:
-    values = auroc_auprc(label, probability)
+    values = rank_predictions(label, probability)
     assert None not in values, "a test split has both outcomes"
     return [float(value) for value in values if value is not None]
 

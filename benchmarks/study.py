@@ -30,7 +30,7 @@ PRETRAINED = "pretrained on the same stays, then the default"
 VARIANTS: dict[str, list[str]] = {
     DEFAULT: [],
     "random batches": ["--no-bucketing"],
-    "no weight averaging": ["--weight_averaging", "0"],
+    "no EMA": ["--ema_decay", "0"],
     "no event dropout": ["--event_dropout", "0"],
     "no VAE losses (supervised)": ["--objective", "supervised"],
     "VAE losses weigh 0.01": ["--vae_weight", "0.01"],

@@ -208,7 +208,7 @@ class ReadyBatch:
 
     Attributes:
         parts: the share as prepared batches that fit the memory one after another; mostly one.
-        batch: the share before event dropout, on the CPU.
+        batch: the share after event dropout, on the CPU.
         counts: of the global batch after event dropout: what losses are divided by.
         amounts: of the share before event dropout: what throughput counts.
     """

@@ -110,7 +110,7 @@ def accumulate_gradients(
     world, total = settings.world, None
     for number, part in enumerate(parts, start=1):
         with record_function("copy"):
-            prepared = part.to(world.device)
+            prepared = part.to(world.device, non_blocking=True)
         # Ranks wait for one another in a backward pass that ends with a sum over all: the last part's.
         waits = isinstance(model, DistributedDataParallel) and number < len(parts)
         with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
