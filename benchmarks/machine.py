@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from pipeline.machine import usable_cores
 
 
 def describe() -> dict[str, object]:
@@ -23,7 +24,7 @@ def describe() -> dict[str, object]:
         model = names[0] if names else model
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} cores, {model}"
+        "hardware": f"{usable_cores()} cores, {model}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -22,6 +22,7 @@ from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline import PatientBatch, PatientLoader, make_loader
 from pipeline.dataset.manifest import Manifest
+from training.augment import drop_events
 from training.checkpoint import Checkpoint
 from training.data import BatchPreparer, DataOptions, ReadyBatch
 from training.metrics import BatchAmounts, read_json_lines
@@ -57,10 +58,11 @@ def endless_batches(
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def prepare(batch: PatientBatch) -> Batch:
-    """Prepare a batch on the CPU for the first training step, with noise and without event dropout."""
-    parts = [BatchPreparer(seed=0).prepare(batch, 0)]
-    return ReadyBatch(parts=parts, batch=batch, counts=count_batch(batch), amounts=BatchAmounts.of(batch))
+def prepare(batch: PatientBatch, step: int = 0, *, event_dropout: float = 0.0) -> Batch:
+    """Prepare a batch that no loader has made for training step ``step``, on the CPU."""
+    seen = drop_events(batch, event_dropout, seed=0, step=step)
+    parts = [BatchPreparer(seed=0).prepare(seen, step)]
+    return ReadyBatch(parts=parts, batch=seen, counts=count_batch(seen), amounts=BatchAmounts.of(batch))
 
 
 def padding_waste_of(data_dir: Path | str, batch_size: int) -> float:
