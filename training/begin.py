@@ -114,8 +114,8 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
     best = Checkpoint.load(path)
     if best.metrics is None or best.step > saved.step:
         raise UserError(
-            f"{path}: saved at step {best.step}, after last.pt (step {saved.step}); put the best checkpoint back, or "
-            "start anew"
+            f"{path}: not the best checkpoint of this run (saved at step {best.step}, last.pt at step {saved.step}); "
+            "put the best checkpoint back, or start anew"
         )
     return best.metrics
 

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model.prepared import PreparedBatch
-
 from model.losses import LossCounts
+from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import check_shards
 from pipeline.loading.batch import PatientBatch

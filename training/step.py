@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model.prepared import PreparedBatch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from model.losses import LossCounts, Losses, LossOptions, beta_at, compute_losses
+from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from training.console import log_main

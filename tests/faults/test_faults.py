@@ -188,9 +188,9 @@ def test_preprocess_killed_at_random_moments(workers: str, tried: Tried) -> None
 
 
 def test_a_little_training_killed(tried: Tried) -> None:
-    command = [sys.executable, "-m", "tests.faults.kill_training", "--kills", "2", "--ranks", "2"]
+    command = [sys.executable, "-m", "tests.faults.kill_training", "--kills", "4", "--ranks", "2"]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    tried("kills of training, 2 rank(s)", 2)
+    tried("kills of training, 2 rank(s)", 4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
