@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 import shutil
@@ -240,11 +241,21 @@ def test_the_best_checkpoint_is_the_one_that_was_best(
     prepared: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run_dir / "whole", tmp_path / "run")
-    shutil.copy(run_dir / "stopped" / "checkpoints" / "last.pt", tmp_path / "run" / "checkpoints" / "best.pt")
-    assert run(prepared[0], tmp_path / "run", "--resume") == 2
-    assert (
-        "best.pt: not the best checkpoint of this run (saved at step 5, last.pt at step 10)" in capsys.readouterr().err
-    )
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    right = Checkpoint.load(best)
+    assert right.metrics is not None
+    other_epoch = dataclasses.replace(right, metrics={**right.metrics, "epoch": 1 - right.metrics["epoch"]})
+    for wrong in (
+        Checkpoint.load(run_dir / "stopped" / "checkpoints" / "last.pt"),
+        Checkpoint.load(run_dir / "seed1" / "checkpoints" / "best.pt"),
+        other_epoch,
+    ):
+        wrong.save(best)
+        assert run(prepared[0], tmp_path / "run", "--resume") == 2
+        message = f"{best}: not the best checkpoint of this run (saved at step {wrong.step}, last.pt at step 8)"
+        assert message in capsys.readouterr().err
+    right.save(best)
+    assert run(prepared[0], tmp_path / "run", "--resume") == 0
 
 
 def test_a_report_is_made_of_what_is_whole(run_dir: Path, tmp_path: Path, tried: Tried) -> None:
