@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,3 +38,9 @@ def publish(result: Mapping[str, object], output: Path | None) -> None:
     print(text)
     if output:
         output.write_text(text + "\n")
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments before ``--``, and the flags of another program after it."""
+    before = list(itertools.takewhile(lambda word: word != "--", arguments))
+    return before, list(arguments[len(before) + 1 :])

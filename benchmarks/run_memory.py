@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import describe, publish
+from benchmarks.machine import describe, publish, split_flags
 from benchmarks.steps import read_run
 
 ROOT = Path(__file__).parent.parent
@@ -30,16 +30,16 @@ def main() -> None:
     parser.add_argument("--preset", choices=("small", "reference"), default="small")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("flags", nargs="*", help="further flags of train.py, after --")
-    options = parser.parse_args()
-    flags = ["--data_dir", options.data_dir, "--preset", options.preset, "--max_epochs", str(options.epochs)]
+    arguments, flags = split_flags(sys.argv[1:])
+    options = parser.parse_args(arguments)
+    training = ["--data_dir", options.data_dir, "--preset", options.preset, "--max_epochs", str(options.epochs)]
     with tempfile.TemporaryDirectory() as folder:
-        rows, peak = watch([*flags, *options.flags], Path(folder) / "run")
+        rows, peak = watch([*training, *flags], Path(folder) / "run")
         seconds = read_run(Path(folder) / "run")["summary"]["seconds"]
     result = {
         **describe(),
         "preset": options.preset,
-        "train_flags": options.flags,
+        "train_flags": flags,
         "seconds": seconds,
         "epochs": rows,
         "peak_mib": round(peak, 1),
