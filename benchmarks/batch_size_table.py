@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.gpu.speed import wait
 from benchmarks.machine import describe
-from benchmarks.steps import Stepper, endless_batches, num_codes, padding_waste_of
+from benchmarks.steps import Stepper, endless_batches, new_model, num_codes, padding_waste_of
 from pipeline.machine import peak_rss_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def one_size(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    stepper = Stepper(options.preset, num_codes(options.data_dir), options.precision, device=device)
+    stepper = Stepper(new_model(options.preset, num_codes(options.data_dir)), options.precision, device=device)
     batches = endless_batches(options.data_dir, options.one, device=device)
     for batch in itertools.islice(batches, WARM_UP):
         stepper.step(batch)

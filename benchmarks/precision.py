@@ -12,17 +12,20 @@ loss by a fixed 1,024, at which a training run begins.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.machine import describe, publish
-from benchmarks.steps import EVENT_DROPOUT, Batch, Precision, Preset, Stepper, endless_batches, prepare
+from benchmarks.steps import EVENT_DROPOUT, Batch, Precision, Stepper, endless_batches, new_model, prepare
 from benchmarks.synthetic import invented
 from model.losses import Losses
+from model.seqsetvae import SeqSetVAE
 from training.schedule import learning_rate_at
 from training.step import accumulate_gradients
 
@@ -32,8 +35,8 @@ PARTS = ("total", "reconstruction", "kl", "classification")
 class Run:
     """One precision's model and optimiser."""
 
-    def __init__(self, preset: Preset, codes: int, precision: Precision, steps: int) -> None:
-        stepper = Stepper(preset, codes, precision)
+    def __init__(self, model: SeqSetVAE, precision: Precision, steps: int, **optimisation: Any) -> None:
+        stepper = Stepper(copy.deepcopy(model).train(), precision, **optimisation)
         self.model, self.state, self.settings, self.steps = stepper.model, stepper.state, stepper.settings, steps
 
     def gradients(self, ready: Batch, step: int) -> tuple[Losses, Tensor]:
@@ -74,16 +77,16 @@ def main() -> None:
         "data": "PhysioNet 2012 set A" if options.data_dir else "invented",
         "steps": options.steps,
     }
+    model = new_model(options.preset, max(int(ready.batch.code.max()) for ready in batches) + 1)
     for precision in options.precisions:
-        result[precision] = compare(options.preset, precision, batches)
+        result[precision] = compare(model, precision, batches)
     publish(result, options.output)
 
 
-def compare(preset: Preset, precision: Precision, batches: list[Batch]) -> dict[str, object]:
+def compare(model: SeqSetVAE, precision: Precision, batches: list[Batch], **optimisation: Any) -> dict[str, object]:
     """Return the deviations of ``precision`` over the batches, one training step each."""
-    codes = max(int(ready.batch.code.max()) for ready in batches) + 1
-    all_precisions: tuple[Precision, ...] = ("fp32", precision, precision)
-    exact, rough, free = (Run(preset, codes, name, len(batches)) for name in all_precisions)
+    precisions: tuple[Precision, ...] = ("fp32", precision, precision)
+    exact, rough, free = (Run(model, name, len(batches), **optimisation) for name in precisions)
     names = [*PARTS, "gradient", "gradient_cosine_distance", "free_total"]
     deviations: dict[str, list[float]] = {name: [] for name in names}
     for step, batch in enumerate(batches):

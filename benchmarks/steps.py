@@ -97,32 +97,29 @@ class Stepper:
     """The state of a run, without its files, which makes the training steps of ``train.py``.
 
     Args:
-        preset: Widths of the model.
-        codes: Rows of the vocabulary.
+        model: What is trained; it is moved to the device.
         precision: Of matrix products.
         device: Where the steps are computed.
-        checkpointing: Whether activations are computed again rather than kept.
+        optimisation: Other options of the optimisation.
     """
 
     def __init__(
         self,
-        preset: Preset,
-        codes: int,
+        model: SeqSetVAE,
         precision: Precision = "fp32",
         *,
         device: str = "cpu",
-        checkpointing: bool = False,
+        **optimisation: Any,
     ) -> None:
         self.world = World(0, 1, choose_device(device, 0))
         self.settings = StepSettings(
             loss=LossOptions(),
-            optimisation=OptimisationOptions(precision=precision),
+            optimisation=OptimisationOptions(precision=precision, **optimisation),
             world=self.world,
             total_steps=10_000,
             preparer=BatchPreparer(seed=0),
         )
-        self.model = new_model(preset, codes).to(self.world.device)
-        self.model.gradient_checkpointing = checkpointing
+        self.model = model.to(self.world.device)
         select_trained(self.model, self.settings.loss, self.settings.optimisation)
         no_loader = cast(PatientLoader, None)  # the loader of a state is for its checkpoints alone
         self.state = build_state(self.model, no_loader, self.settings.optimisation)

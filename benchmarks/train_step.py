@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe, publish
-from benchmarks.steps import PRECISIONS, Stepper, endless_batches, flops_of, prepare
+from benchmarks.steps import PRECISIONS, Stepper, endless_batches, flops_of, new_model, prepare
 from benchmarks.synthetic import invented
 from model.losses import LossOptions
 from tests.model import reference
@@ -39,7 +39,7 @@ def main() -> None:
         stream = endless_batches(options.data_dir, options.batch_size, event_dropout=0.0)
         batches = list(itertools.islice(stream, options.steps))
     codes = max(int(ready.batch.code.max()) for ready in batches) + 1
-    steppers = {precision: Stepper(options.preset, codes, precision) for precision in PRECISIONS}
+    steppers = {precision: Stepper(new_model(options.preset, codes), precision) for precision in PRECISIONS}
     rate = measure_matrix_rate(torch.float32)
     patients = sum(ready.amounts.num_patients for ready in batches)
     flops = sum(flops_of(ready.batch, steppers["fp32"].model) for ready in batches)

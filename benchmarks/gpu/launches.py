@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.results import PartOptions, Result
 from benchmarks.gpu.speed import wait
-from benchmarks.steps import Batch, Precision, Preset, Stepper, endless_batches, num_codes
+from benchmarks.steps import Batch, Precision, Preset, Stepper, endless_batches, new_model, num_codes
 
 BATCH_SIZE = 16
 WARM_UP_STEPS, TIMED_STEPS, RECORDED_STEPS = 3, 10, 3
@@ -41,7 +41,7 @@ def main() -> None:
         ("bf16", "small"), ("bf16", "reference"), ("fp32", "small"), ("fp32", "reference")
     ]  # fmt: skip
     for precision, preset in cells[:1] if options.quick else cells:
-        stepper = Stepper(preset, num_codes(options.data_dir), precision, device=device)
+        stepper = Stepper(new_model(preset, num_codes(options.data_dir)), precision, device=device)
         row = {"preset": preset, "precision": precision}
         result.append("rows", row | measure(stepper, batches))
 

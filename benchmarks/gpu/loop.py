@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu.results import PartOptions, Result
 from benchmarks.gpu.speed import measure, wait
 from benchmarks.set_loop import loss_of_loop
-from benchmarks.steps import Preset, Stepper, endless_batches, num_codes
+from benchmarks.steps import Preset, Stepper, endless_batches, new_model, num_codes
 
 BATCH_SIZE = 16
 SECONDS = 3.0
@@ -25,7 +25,7 @@ def main() -> None:
     result.update(device=device, batch_size=size, precision="fp32", rows=[])
     presets: tuple[Preset, ...] = ("small",) if options.quick else ("small", "reference")
     for preset in presets:
-        stepper = Stepper(preset, num_codes(options.data_dir), device=device)
+        stepper = Stepper(new_model(preset, num_codes(options.data_dir)), device=device)
         batch = measure(stepper, endless_batches(options.data_dir, size, device=device), seconds)
         loop = measure_loop(preset, options.data_dir, device, seconds)
         row: dict[str, Any] = {"preset": preset, "batch_patients_per_second": batch["patients_per_second"], **loop}
@@ -35,7 +35,7 @@ def main() -> None:
 
 def measure_loop(preset: Preset, data_dir: Path, device: str, seconds: float) -> dict[str, float]:
     """Return the rate of training steps on one patient each, set by set, after one step to warm up."""
-    stepper = Stepper(preset, num_codes(data_dir), device=device)
+    stepper = Stepper(new_model(preset, num_codes(data_dir)), device=device)
     batches = endless_batches(data_dir, 1, event_dropout=0.0)
     patients, started = -1, time.perf_counter()
     while patients < 1 or time.perf_counter() - started < seconds:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.results import PartOptions, Result
-from benchmarks.steps import PRECISIONS, Batch, Preset, Stepper, endless_batches, num_codes
+from benchmarks.steps import PRECISIONS, Batch, Preset, Stepper, endless_batches, new_model, num_codes
 
 PRESETS: tuple[Preset, ...] = ("small", "reference")
 SIZES = (16, 1, 256, 64, 4, 8)
@@ -42,7 +42,7 @@ def main() -> None:
                 continue
             # Warm-up and loading get the other half of the time that is left.
             seconds = 0.0 if options.quick else min(3.0, options.seconds_left / cells_left / 2)
-            stepper = Stepper(preset, codes, precision, device=device)
+            stepper = Stepper(new_model(preset, codes), precision, device=device)
             try:
                 row |= measure(stepper, endless_batches(options.data_dir, size, device=device), seconds)
             except torch.OutOfMemoryError:

@@ -27,7 +27,7 @@ def test_the_loop_over_sets_has_the_loss_and_gradient_of_the_batch() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_steps_learn(precision: str, tmp_path: Path) -> None:
     data = write_synthetic_data(tmp_path / "data", num_patients=20, sets=4)
-    stepper = Stepper("small", num_codes(data), precision)
+    stepper = Stepper(new_model("small", num_codes(data)), precision)
     batch = next(endless_batches(data, 8, event_dropout=0.0))
     losses = [float(stepper.step(batch)) for _ in range(8)]
     assert losses[-1] < losses[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.steps import Precision, Stepper, endless_batches, num_codes
+from benchmarks.steps import Precision, Stepper, endless_batches, new_model, num_codes
 from benchmarks.synthetic import write_synthetic_data
 from tests.gpu.device import DEVICE, gpu_test, on_gpu
 
@@ -21,7 +21,8 @@ WARM_UP_STEPS, CHECKED_STEPS = 3, 3
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_launching_thread_never_waits(precision: Precision, checkpointing: bool, tmp_path: Path) -> None:
     data = write_synthetic_data(tmp_path / "data", num_patients=40, sets=12)
-    stepper = Stepper("small", num_codes(data), precision, device=DEVICE, checkpointing=checkpointing)
+    stepper = Stepper(new_model("small", num_codes(data)), precision, device=DEVICE)
+    stepper.model.gradient_checkpointing = checkpointing
     batches = endless_batches(data, 8, device=DEVICE)
     losses = [stepper.step(next(batches)) for _ in range(WARM_UP_STEPS)]
     if on_gpu:
@@ -39,7 +40,7 @@ def test_the_launching_thread_never_waits(precision: Precision, checkpointing: b
 @gpu_test
 def test_memory_does_not_grow(tmp_path: Path) -> None:
     data = write_synthetic_data(tmp_path / "data", num_patients=40, sets=12)
-    stepper = Stepper("small", num_codes(data), "bf16", device=DEVICE)
+    stepper = Stepper(new_model("small", num_codes(data)), "bf16", device=DEVICE)
     held = []
     for batch in itertools.islice(endless_batches(data, 8, device=DEVICE), 12):
         stepper.step(batch)
