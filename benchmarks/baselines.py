@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.machine import describe, publish
 from pipeline.loading.loader import make_loader
-from training.baselines import baselines
+from training.baselines import fit_baselines
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
 
 def of_data(data: Path) -> dict[str, Any]:
     train, test = (make_loader(data, split=split, batch_size=64, shuffle=False) for split in ("train", "test"))
-    return baselines(train, test, train.manifest.num_codes)
+    return fit_baselines(train, test, train.manifest.num_codes)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.gpu.speed import wait
 from benchmarks.machine import describe
-from benchmarks.steps import Stepper, endless_batches, num_codes, padding_waste_of
+from benchmarks.steps import Stepper, endless_batches, new_model, num_codes, padding_waste_of
 from pipeline.machine import peak_rss_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -68,17 +68,17 @@ def one_size(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    stepper = Stepper(options.preset, num_codes(options.data_dir), device=device)
+    stepper = Stepper(new_model(options.preset, num_codes(options.data_dir)), options.precision, device=device)
     batches = endless_batches(options.data_dir, options.one, device=device)
     for batch in itertools.islice(batches, WARM_UP):
-        stepper.step(batch, options.precision)
+        stepper.step(batch)
     wait(on_gpu)
     steps = patients = events = 0
     started = time.perf_counter()
     while patients < options.patients:
         batch = next(batches)
-        stepper.step(batch, options.precision)
-        steps, patients, events = steps + 1, patients + batch.num_patients, events + batch.num_events
+        stepper.step(batch)
+        steps, patients, events = steps + 1, patients + batch.amounts.num_patients, events + batch.amounts.num_events
     wait(on_gpu)
     seconds = time.perf_counter() - started
     return {

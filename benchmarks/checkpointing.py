@@ -20,9 +20,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.machine import describe, publish
-from benchmarks.steps import invented
+from benchmarks.steps import count_batch
+from benchmarks.synthetic import invented
 from model.config import SeqSetVAEConfig
-from model.losses import LossCounts, LossOptions, compute_losses
+from model.losses import LossOptions, compute_losses
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
@@ -80,9 +81,8 @@ def compare(batch: PatientBatch, preset: str, rounds: int) -> dict[str, object]:
 def step(model: SeqSetVAE, given: PreparedBatch) -> None:
     """Forward and backward pass with noise; gradients add up in place."""
     batch = given.batch
-    counts = LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=batch.num_patients)
     with record_function("forward"):
-        total = compute_losses(model(given), batch.label, LossOptions(), counts, beta=0.1).total
+        total = compute_losses(model(given), batch.label, LossOptions(), count_batch(batch), beta=0.1).total
     total.backward()
 
 

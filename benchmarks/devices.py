@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe, publish
+from pipeline.machine import usable_cores
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    most = gpus or cores
-    ways = {f"{most} devices": (most, None)}
+    cores, gpus = usable_cores(), torch.cuda.device_count()
+    devices = gpus or cores
+    ways: dict[str, tuple[int, int | None]] = {f"{devices} devices": (devices, None)}
     if gpus:
         ways = {"1 device": (1, None), **ways}
     else:
@@ -55,12 +55,12 @@ def main() -> None:
 
 def patients_per_second(options: argparse.Namespace, devices: int, threads: int | None) -> float:
     """Of an epoch, all devices together, without start-up and validation."""
-    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--data_dir", options.data_dir, "--output_dir", folder, "--max_epochs", "1", "--devices", str(devices)]
         flags += ["--preset", options.preset, "--batch_size", str(options.batch_size)]
+        flags += [] if threads is None else ["--threads", str(threads)]
         command = [sys.executable, "train.py", *flags]
-        subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         return float(json.loads((Path(folder) / "summary.json").read_text())["patients_per_second"])
 
 

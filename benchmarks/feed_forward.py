@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from benchmarks.machine import describe, publish
 from model import feed_forward
 from model.feed_forward import FeedForward
-from training.profiling import matrix_rate
+from training.profiling import measure_matrix_rate
 
 ROWS, WIDTH, HIDDEN = 18_000, 256, 512  # a batch of 16 intensive-care stays at the reference preset
 
@@ -39,7 +39,7 @@ def main() -> None:
         block(x).backward(weight)
 
     result: dict[str, object] = {**describe(), "rows": ROWS, "width": WIDTH, "hidden": HIDDEN}
-    result["float32_matrix_gflops"] = round(matrix_rate(torch.float32) / 1e9, 1)
+    result["float32_matrix_gflops"] = round(measure_matrix_rate(torch.float32) / 1e9, 1)
     result["whole_gflops"] = round(flops / seconds(whole) / 1e9, 1)
     for rows in (512, 1024, 2048, 4096):
         feed_forward.PIECE_ROWS = rows

@@ -24,7 +24,7 @@ from scipy.optimize import nnls
 
 from benchmarks.checkpointing import step
 from benchmarks.machine import describe, publish
-from benchmarks.steps import invented
+from benchmarks.synthetic import invented
 from model.config import SeqSetVAEConfig
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE

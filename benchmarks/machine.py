@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
-import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from pipeline.machine import usable_cores
 
 
 def describe() -> dict[str, object]:
@@ -23,7 +25,7 @@ def describe() -> dict[str, object]:
         model = names[0] if names else model
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} cores, {model}"
+        "hardware": f"{usable_cores()} cores, {model}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -36,3 +38,9 @@ def publish(result: Mapping[str, object], output: Path | None) -> None:
     print(text)
     if output:
         output.write_text(text + "\n")
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments before ``--``, and the flags of another program after it."""
+    before = list(itertools.takewhile(lambda word: word != "--", arguments))
+    return before, list(arguments[len(before) + 1 :])

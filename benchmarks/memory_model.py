@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.checkpointing import step
 from benchmarks.machine import describe, publish
-from benchmarks.steps import invented
+from benchmarks.synthetic import invented
 from model.config import SeqSetVAEConfig
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import make_loader
-from training.memory import amounts, fit, peak_of
+from training.memory import count_amounts, fit_peaks, measure_peak
 
 NUM_COMPARED = 20
 
@@ -55,12 +55,12 @@ def main() -> None:
 
     def measured(of: list[PatientBatch]) -> np.ndarray:
         steps = [functools.partial(step, model, PreparedBatch.build(batch, seed=0)) for batch in of]
-        return np.array([peak_of(one, torch.device("cpu")) for one in steps], dtype=np.float64)
+        return np.array([measure_peak(one, torch.device("cpu")) for one in steps], dtype=np.float64)
 
     fitted, compared = batches(options.data_dir, 1, num_codes), batches(options.data_dir, 2, num_codes)
     compared = [compared[at] for at in np.random.default_rng(0).permutation(len(compared))[:NUM_COMPARED]]
-    weights = fit(np.array([amounts(batch) for batch in fitted]), measured(fitted))
-    predicted, found = np.array([amounts(batch) for batch in compared]) @ astuple(weights), measured(compared)
+    weights = fit_peaks(np.array([count_amounts(batch) for batch in fitted]), measured(fitted))
+    predicted, found = np.array([count_amounts(batch) for batch in compared]) @ astuple(weights), measured(compared)
     errors = predicted / found - 1
     result = {
         **describe(),

@@ -1,6 +1,6 @@
 """Small changes to a file, one at a time: does a test fail for each?
 
-    python -m benchmarks.mutants pipeline/loading/batch.py tests/pipeline/loading/test_batch.py [--output FILE.json]
+    python -m benchmarks.mutants model/losses.py tests/model/test_losses.py [--most 60] [--output FILE.json]
 
 A mutant has one comparison, operator, number or boolean word changed.  Each is tried in a fork of this process, which
 has imported what is slow; a mutant that takes ten times as long as the file itself counts as found.

@@ -15,59 +15,48 @@ import argparse
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.machine import describe, publish
-from benchmarks.steps import invented
-from model.config import SeqSetVAEConfig
-from model.losses import LossCounts, Losses, beta_at, compute_losses
-from model.prepared import PreparedBatch
+from benchmarks.steps import EVENT_DROPOUT, Batch, Precision, Stepper, endless_batches, new_model, prepare
+from benchmarks.synthetic import invented
+from model.losses import Losses
 from model.seqsetvae import SeqSetVAE
-from pipeline.loading.batch import PatientBatch
-from pipeline.loading.loader import make_loader
-from train import learning_rate, parameter_groups
-from training.augment import drop_events
-from training.options import TrainOptions
+from training.schedule import learning_rate_at
+from training.step import accumulate_gradients
 
-SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1024.0}
 PARTS = ("total", "reconstruction", "kl", "classification")
 
 
 class Run:
     """One precision's model and optimiser."""
 
-    def __init__(self, model: SeqSetVAE, dtype: torch.dtype, options: TrainOptions, steps: int) -> None:
-        self.model, self.dtype, self.options, self.steps = copy.deepcopy(model), dtype, options, steps
-        groups = parameter_groups(self.model, options)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, eps=1e-6, fused=True)
+    def __init__(self, model: SeqSetVAE, precision: Precision, steps: int, **optimisation: Any) -> None:
+        stepper = Stepper(copy.deepcopy(model).train(), precision, **optimisation)
+        self.model, self.state, self.settings, self.steps = stepper.model, stepper.state, stepper.settings, steps
 
-    def gradients(self, batch: PatientBatch, step: int) -> tuple[Losses, Tensor]:
-        """Losses, and the gradient as one vector; both stay with the model for :meth:`update`."""
-        options, scale = self.options, SCALE[self.dtype]
-        counts = LossCounts(
-            num_events=batch.num_events,
-            num_sets=batch.num_sets,
-            num_labelled=int((batch.label >= 0).sum()),
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model(PreparedBatch.build(batch, seed=options.seed, step=step))
-            weights = options.loss_options()
-            found = compute_losses(output, batch.label, weights, counts, beta=beta_at(weights, step))
-        (found.total * scale).backward()
+    def gradients(self, ready: Batch, step: int) -> tuple[Losses, Tensor]:
+        """Return the losses, and the gradient as one vector; both stay with the model for :meth:`update`."""
+        self.state.progress.step = step
+        self.state.optimizer.zero_grad(set_to_none=True)
+        losses = accumulate_gradients(self.model, ready.parts, ready.counts, self.state, self.settings)
+        gradients = []
         for parameter in self.model.parameters():
             assert parameter.grad is not None
-            parameter.grad /= scale
-        return found, torch.cat([parameter.grad.flatten() for parameter in self.model.parameters()])
+            parameter.grad /= self.state.scaler.get_scale()
+            gradients.append(parameter.grad.flatten())
+        return losses, torch.cat(gradients)
 
     def update(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * learning_rate(self.options, step, self.steps)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
-        self.optimizer.step()
+        optimisation = self.settings.optimisation
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate_at(optimisation, step, self.steps)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimisation.gradient_clip)
+        self.state.optimizer.step()
 
 
 def main() -> None:
@@ -77,39 +66,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp16"), default=["bf16", "fp16"])
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
-    options = TrainOptions(data_dir="-", output_dir="-", preset=given.preset)
-    batches = [
-        drop_events(batch, options.event_dropout, seed=options.seed, step=step)
-        for step, batch in enumerate(batches_of(given.data_dir, given.steps))
-    ]
-    torch.manual_seed(0)
-    num_codes = max(int(batch.code.max()) for batch in batches) + 1
-    model = SeqSetVAE(SeqSetVAEConfig.preset(options.preset, num_codes=num_codes, dropout=options.dropout))
+    options = parser.parse_args()
+    if options.data_dir:
+        batches = list(itertools.islice(endless_batches(options.data_dir, 16), options.steps))
+    else:
+        batches = [prepare(invented(16, step), step, event_dropout=EVENT_DROPOUT) for step in range(options.steps)]
     result: dict[str, object] = {
         **describe(),
-        "preset": given.preset,
-        "data": "PhysioNet 2012 set A" if given.data_dir else "invented",
-        "steps": given.steps,
+        "preset": options.preset,
+        "data": "PhysioNet 2012 set A" if options.data_dir else "invented",
+        "steps": options.steps,
     }
-    for name in given.precisions:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        result[name] = compare(model, dtype, batches, options)
-    publish(result, given.output)
+    model = new_model(options.preset, max(int(ready.batch.code.max()) for ready in batches) + 1)
+    for precision in options.precisions:
+        result[precision] = compare(model, precision, batches)
+    publish(result, options.output)
 
 
-def batches_of(data_dir: str | None, steps: int) -> list[PatientBatch]:
-    if data_dir is None:
-        return [invented(16, step) for step in range(steps)]
-    loader = make_loader(data_dir, split="train", batch_size=16, seed=0)
-    return list(itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), steps))
-
-
-def compare(
-    model: SeqSetVAE, dtype: torch.dtype, batches: list[PatientBatch], options: TrainOptions
-) -> dict[str, object]:
-    """Deviations of ``dtype`` over the batches, one training step each."""
-    exact, rough, free = (Run(model, of, options, len(batches)) for of in (torch.float32, dtype, dtype))
+def compare(model: SeqSetVAE, precision: Precision, batches: list[Batch], **optimisation: Any) -> dict[str, object]:
+    """Return the deviations of ``precision`` over the batches, one training step each."""
+    precisions: tuple[Precision, ...] = ("fp32", precision, precision)
+    exact, rough, free = (Run(model, name, len(batches), **optimisation) for name in precisions)
     names = [*PARTS, "gradient", "gradient_cosine_distance", "free_total"]
     deviations: dict[str, list[float]] = {name: [] for name in names}
     for step, batch in enumerate(batches):

@@ -10,7 +10,9 @@ count in each.  With ``--output`` a plot is written beside the JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,11 +44,10 @@ def resident(process: psutil.Process) -> int:
 
 def disk(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # removed while it was looked at
-            continue
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # removed while it was looked at
+                total += os.stat(os.path.join(directory, name)).st_size
     return total
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.baselines import of_data
-from benchmarks.machine import describe
+from benchmarks.machine import describe, split_flags
 from benchmarks.study import mean_sd, prepared, train
-from training.evaluation import auroc_auprc
+from training.quality import rank_predictions
 
 ROOT = Path(__file__).parent.parent
 Scores = dict[str, list[float]]  # AUROC, AUPRC
@@ -33,8 +34,8 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
-    parser.add_argument("flags", nargs="*", help="of train.py")
-    options = parser.parse_args()
+    arguments, flags = split_flags(sys.argv[1:])
+    options = parser.parse_args(arguments, argparse.Namespace(flags=flags))
     splits = [one_split(options, number) for number in range(options.splits)]
     names = [name for name in splits[0] if all(name in split for split in splits)]
     result = {
@@ -77,7 +78,7 @@ def one_split(options: argparse.Namespace, number: int) -> Scores:
 
 
 def score(label: np.ndarray, probability: np.ndarray) -> list[float]:
-    values = auroc_auprc(label, probability)
+    values = rank_predictions(label, probability)
     assert None not in values, "a test split has both outcomes"
     return [float(value) for value in values if value is not None]
 

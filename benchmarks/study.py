@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from pipeline.machine import usable_cores
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = "the default"
@@ -30,7 +31,7 @@ PRETRAINED = "pretrained on the same stays, then the default"
 VARIANTS: dict[str, list[str]] = {
     DEFAULT: [],
     "random batches": ["--no-bucketing"],
-    "no weight averaging": ["--ema_decay", "0"],
+    "no EMA of the weights": ["--ema_decay", "0"],
     "no event dropout": ["--event_dropout", "0"],
     "no VAE losses (supervised)": ["--objective", "supervised"],
     "VAE losses weigh 0.01": ["--vae_weight", "0.01"],
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, nargs="+", default=[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")
+    parser.add_argument("--jobs", type=int, default=usable_cores(), help="trainings at a time, of one thread each")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "study.json")
     options = parser.parse_args()
     for split in options.splits:

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe, publish
-from benchmarks.steps import PRECISIONS, Stepper, endless_batches, flops_of, invented
-from model.losses import LossWeights
+from benchmarks.steps import PRECISIONS, Stepper, endless_batches, flops_of, new_model, prepare
+from benchmarks.synthetic import invented
+from model.losses import LossOptions
 from tests.model import reference
-from training.profiling import matrix_rate
+from training.profiling import measure_matrix_rate
 
 
 def main() -> None:
@@ -33,13 +34,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
-    batches = [invented(options.batch_size, seed) for seed in range(options.steps)]
+    batches = [prepare(invented(options.batch_size, seed)) for seed in range(options.steps)]
     if options.data_dir:
-        batches = list(itertools.islice(endless_batches(options.data_dir, options.batch_size), options.steps))
-    stepper = Stepper(options.preset, max(int(b.code.max()) for b in batches) + 1, event_dropout=0.0)
-    rate = matrix_rate(torch.float32)
-    patients = sum(b.num_patients for b in batches)
-    flops = sum(flops_of(batch, stepper.model) for batch in batches)
+        stream = endless_batches(options.data_dir, options.batch_size, event_dropout=0.0)
+        batches = list(itertools.islice(stream, options.steps))
+    codes = max(int(ready.batch.code.max()) for ready in batches) + 1
+    steppers = {precision: Stepper(new_model(options.preset, codes), precision) for precision in PRECISIONS}
+    rate = measure_matrix_rate(torch.float32)
+    patients = sum(ready.amounts.num_patients for ready in batches)
+    flops = sum(flops_of(ready.batch, steppers["fp32"].model) for ready in batches)
     result: dict[str, object] = {
         **describe(),
         "preset": options.preset,
@@ -48,16 +51,16 @@ def main() -> None:
         "float32_matrix_gflops": round(rate / 1e9, 1),
         "gflop_per_patient": round(flops / patients / 1e9, 2),
     }
-    for precision in PRECISIONS:
-        seconds = time_median(lambda precision=precision: [stepper.step(batch, precision) for batch in batches])
+    for precision, stepper in steppers.items():
+        seconds = time_median(lambda step=stepper.step: [step(ready) for ready in batches])
         result[f"{precision}_patients_per_second"] = round(patients / seconds, 2)
         if precision == "fp32":
             result["fp32_share_of_matrix_rate"] = round(flops / seconds / rate, 3)
     if options.loop:
-        one = batches[0]
+        one, model = batches[0].batch, steppers["fp32"].model.eval()
         started = time.perf_counter()
-        stepper.model.zero_grad()
-        reference.total_loss(stepper.model, one, LossWeights(), 0.1).backward()
+        model.zero_grad()
+        reference.total_loss(model, one, LossOptions(), 0.1).backward()
         loop = one.num_patients / (time.perf_counter() - started)
         result["loop_over_sets_patients_per_second"] = round(loop, 3)
         result["times_the_loop"] = round(float(str(result["fp32_patients_per_second"])) / loop, 1)

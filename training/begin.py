@@ -106,16 +106,20 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
     """Return the metrics of ``best.pt``; None where no epoch has been validated.
 
     Raises:
-        UserError: it is missing, or of a step that the run has not reached.
+        UserError: it is missing, of another run, or of another epoch than the run knows its best one to be.
     """
     path = directory / "checkpoints" / "best.pt"
     if saved is None or not (path.exists() or saved.state["progress"]["epochs_validated"]):
         return None
-    best = Checkpoint.load(path)
-    if best.metrics is None or best.step > saved.step:
+    best, progress = Checkpoint.load(path), saved.state["progress"]
+    validated = progress["epochs_validated"]
+    # A run that was killed before it noted a new best epoch is about to validate that epoch again.
+    epochs = (validated - 1 - progress["epochs_since_best"], validated)
+    same_run = best.state["loader"]["settings"] == saved.state["loader"]["settings"] and best.step <= saved.step
+    if not same_run or best.metrics is None or best.metrics["epoch"] not in epochs:
         raise UserError(
-            f"{path}: saved at step {best.step}, after last.pt (step {saved.step}); put the best checkpoint back, or "
-            "start anew"
+            f"{path}: not the best checkpoint of this run (saved at step {best.step}, last.pt at step {saved.step}); "
+            "put the best checkpoint back, or start anew"
         )
     return best.metrics
 

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model.prepared import PreparedBatch
-
 from model.losses import LossCounts
+from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import check_shards
 from pipeline.loading.batch import PatientBatch
@@ -208,7 +207,7 @@ class ReadyBatch:
 
     Attributes:
         parts: the share as prepared batches that fit the memory one after another; mostly one.
-        batch: the share before event dropout, on the CPU.
+        batch: the share after event dropout, on the CPU.
         counts: of the global batch after event dropout: what losses are divided by.
         amounts: of the share before event dropout: what throughput counts.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
-from model.prepared import PreparedBatch
 
+from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest
 from pipeline.machine import peak_rss_bytes
 from training.data import agree_on_data

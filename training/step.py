@@ -96,7 +96,7 @@ def accumulate_gradients(
     total = None
     for part in parts:
         with record_function("copy"):
-            prepared = part.to(settings.world.device)
+            prepared = part.to(settings.world.device, non_blocking=True)
         losses = forward_losses(state.model, prepared, counts, settings, state.progress.step)
         with record_function("backward"):
             state.scaler.scale(losses.total).backward()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.steps import write_synthetic_data
+from benchmarks.synthetic import write_synthetic_data
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.results import PartOptions, Result
 from benchmarks.gpu.speed import wait
-from benchmarks.steps import Batch, Precision, Preset, Stepper, endless_batches, num_codes
+from benchmarks.steps import Batch, Precision, Preset, Stepper, endless_batches, new_model, num_codes
 
 BATCH_SIZE = 16
 WARM_UP_STEPS, TIMED_STEPS, RECORDED_STEPS = 3, 10, 3
@@ -41,28 +41,28 @@ def main() -> None:
         ("bf16", "small"), ("bf16", "reference"), ("fp32", "small"), ("fp32", "reference")
     ]  # fmt: skip
     for precision, preset in cells[:1] if options.quick else cells:
-        stepper = Stepper(preset, num_codes(options.data_dir), device=device)
+        stepper = Stepper(new_model(preset, num_codes(options.data_dir)), precision, device=device)
         row = {"preset": preset, "precision": precision}
-        result.append("rows", row | measure(stepper, batches, precision))
+        result.append("rows", row | measure(stepper, batches))
 
 
-def measure(stepper: Stepper, batches: Sequence[Batch], precision: Precision) -> dict[str, Any]:
+def measure(stepper: Stepper, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return what :func:`summarise` finds in a trace of some steps, and the time of a step that is not recorded."""
     on_gpu = stepper.world.device.type == "cuda"
     warm_up, timed, recorded = (WARM_UP_STEPS, TIMED_STEPS, RECORDED_STEPS) if on_gpu else (1, 1, 1)
     cycle = itertools.cycle(batches)
     for batch in itertools.islice(cycle, warm_up):
-        stepper.step(batch, precision)
+        stepper.step(batch)
     wait(on_gpu)
     started = time.perf_counter()
     for batch in itertools.islice(cycle, timed):
-        stepper.step(batch, precision)
+        stepper.step(batch)
     wait(on_gpu)
     seconds = (time.perf_counter() - started) / timed
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         for batch in itertools.islice(cycle, recorded):
-            stepper.step(batch, precision)
+            stepper.step(batch)
         wait(on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

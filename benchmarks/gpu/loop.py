@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.gpu.results import PartOptions, Result
 from benchmarks.gpu.speed import measure, wait
-from benchmarks.steps import Preset, Stepper, endless_batches, loss_of_loop, num_codes
+from benchmarks.set_loop import loss_of_loop
+from benchmarks.steps import Preset, Stepper, endless_batches, new_model, num_codes
 
 BATCH_SIZE = 16
 SECONDS = 3.0
@@ -24,8 +25,8 @@ def main() -> None:
     result.update(device=device, batch_size=size, precision="fp32", rows=[])
     presets: tuple[Preset, ...] = ("small",) if options.quick else ("small", "reference")
     for preset in presets:
-        stepper = Stepper(preset, num_codes(options.data_dir), device=device)
-        batch = measure(stepper, endless_batches(options.data_dir, size, device=device), "fp32", seconds)
+        stepper = Stepper(new_model(preset, num_codes(options.data_dir)), device=device)
+        batch = measure(stepper, endless_batches(options.data_dir, size, device=device), seconds)
         loop = measure_loop(preset, options.data_dir, device, seconds)
         row: dict[str, Any] = {"preset": preset, "batch_patients_per_second": batch["patients_per_second"], **loop}
         row["times_the_loop"] = row["batch_patients_per_second"] / row["loop_patients_per_second"]
@@ -34,14 +35,14 @@ def main() -> None:
 
 def measure_loop(preset: Preset, data_dir: Path, device: str, seconds: float) -> dict[str, float]:
     """Return the rate of training steps on one patient each, set by set, after one step to warm up."""
-    stepper = Stepper(preset, num_codes(data_dir), device=device, event_dropout=0.0)
-    batches = endless_batches(data_dir, 1, device=device)
+    stepper = Stepper(new_model(preset, num_codes(data_dir)), device=device)
+    batches = endless_batches(data_dir, 1, event_dropout=0.0)
     patients, started = -1, time.perf_counter()
     while patients < 1 or time.perf_counter() - started < seconds:
-        stepper.optimizer.zero_grad(set_to_none=True)
-        loss_of_loop(stepper.model, next(batches), device=device).backward()
+        stepper.state.optimizer.zero_grad(set_to_none=True)
+        loss_of_loop(stepper.model, next(batches).batch, device=device).backward()
         torch.nn.utils.clip_grad_norm_(stepper.model.parameters(), 1.0)
-        stepper.optimizer.step()
+        stepper.state.optimizer.step()
         wait(device == "cuda")
         patients += 1
         if patients == 0:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.results import PartOptions, Result
-from benchmarks.steps import PRECISIONS, Batch, Precision, Preset, Stepper, endless_batches, num_codes
+from benchmarks.steps import PRECISIONS, Batch, Preset, Stepper, endless_batches, new_model, num_codes
 
 PRESETS: tuple[Preset, ...] = ("small", "reference")
 SIZES = (16, 1, 256, 64, 4, 8)
@@ -35,7 +35,6 @@ def main() -> None:
     result.update(device=device, rows=[])
     cells_left = len(PRESETS) * len(PRECISIONS) * sum(size <= max_size for size in SIZES)
     for preset in PRESETS:
-        stepper = Stepper(preset, codes, device=device)
         for size, precision in itertools.product(SIZES, PRECISIONS):
             row: dict[str, Any] = {"preset": preset, "precision": precision, "batch_size": size}
             if size > max_size:
@@ -43,25 +42,22 @@ def main() -> None:
                 continue
             # Warm-up and loading get the other half of the time that is left.
             seconds = 0.0 if options.quick else min(3.0, options.seconds_left / cells_left / 2)
+            stepper = Stepper(new_model(preset, codes), precision, device=device)
             try:
-                row |= measure(stepper, endless_batches(options.data_dir, size, device=device), precision, seconds)
+                row |= measure(stepper, endless_batches(options.data_dir, size, device=device), seconds)
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
             except RuntimeError as error:  # such as a kernel that fails at one size; the other sizes still count
                 row["note"] = f"failed: {str(error).splitlines()[0][:200]}"
-            stepper.optimizer.zero_grad(set_to_none=True)
+            del stepper
             free_memory()
             result.append("rows", row)
             cells_left -= 1
-        del stepper
-        free_memory()
     if any(str(row.get("note", "")).startswith("failed") for row in result.content["rows"]):
         raise SystemExit("some sizes failed")
 
 
-def measure(
-    stepper: Stepper, batches: Iterator[Batch], precision: Precision, seconds: float
-) -> dict[str, float | int | None]:
+def measure(stepper: Stepper, batches: Iterator[Batch], seconds: float) -> dict[str, float | int | None]:
     """Return the speed of as many steps as take about ``seconds`` together, and the peak memory of the GPU.
 
     With 0 seconds there is one step to warm up and one that counts.
@@ -72,15 +68,15 @@ def measure(
     step_seconds = 0.0
     for batch in itertools.islice(batches, WARM_UP_STEPS if on_gpu else 1):
         started = time.perf_counter()
-        stepper.step(batch, precision)
+        stepper.step(batch)
         wait(on_gpu)
         step_seconds = time.perf_counter() - started  # of the last one: the first take longer than later ones do
     steps = min(max(round(seconds / step_seconds), 3 if seconds else 1), MAX_STEPS)
     patients = events = 0
     started = time.perf_counter()
     for batch in itertools.islice(batches, steps):
-        stepper.step(batch, precision)
-        patients, events = patients + batch.num_patients, events + batch.num_events
+        stepper.step(batch)
+        patients, events = patients + batch.amounts.num_patients, events + batch.amounts.num_events
     wait(on_gpu)
     elapsed = time.perf_counter() - started
     return {

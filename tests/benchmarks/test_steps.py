@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.steps import (
-    Stepper,
-    endless_batches,
-    invented,
-    loss_of_loop,
-    new_model,
-    num_codes,
-    outputs_and_gradients,
-    write_synthetic_data,
-)
+from benchmarks.set_loop import loss_of_loop
+from benchmarks.steps import Stepper, endless_batches, new_model, num_codes, outputs_and_gradients
+from benchmarks.synthetic import invented, write_synthetic_data
 
 
 def test_the_loop_over_sets_has_the_loss_and_gradient_of_the_batch() -> None:
@@ -34,11 +27,11 @@ def test_the_loop_over_sets_has_the_loss_and_gradient_of_the_batch() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_steps_learn(precision: str, tmp_path: Path) -> None:
     data = write_synthetic_data(tmp_path / "data", num_patients=20, sets=4)
-    stepper = Stepper("small", num_codes(data), event_dropout=0.0)
-    batch = next(endless_batches(data, 8))
-    losses = [float(stepper.step(batch, precision)) for _ in range(8)]
+    stepper = Stepper(new_model("small", num_codes(data)), precision)
+    batch = next(endless_batches(data, 8, event_dropout=0.0))
+    losses = [float(stepper.step(batch)) for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert stepper.number == 8
+    assert stepper.state.progress.step == 8
 
 
 def test_synthetic_data_is_the_same_for_the_same_seed(tmp_path: Path) -> None:

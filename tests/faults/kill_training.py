@@ -1,14 +1,17 @@
-"""SIGKILL at random moments of training, resumed each time: weights must be those of a run left alone, to the bit.
+"""SIGKILL at random moments of training, resumed each time: the end must be that of a run left alone, to the bit.
 
-    python -m tests.faults.kill_training [--kills 50] [--ranks 1]
+    python -m tests.faults.kill_training [--kills 50] [--ranks 1] [--seed 0]
 
-This process imports everything and forks the ranks, so that a start costs no seconds.  Of two ranks one is killed,
-and the other must end by itself within 30 seconds.  Prints JSON.
+A run is killed after a random time, or by itself at a random call inside validation, while a file is saved, or in the
+first step after it began or was resumed.  Weights of ``last.pt`` and ``best.pt`` and ``summary.json`` without its
+timings are compared.  This process imports everything and forks the ranks, so that a start costs no seconds.  Of two
+ranks one is killed, and the other must end by itself within 30 seconds.  Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -18,7 +21,10 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure  # imported here, not in each fork
 import sklearn.calibration
@@ -26,18 +32,65 @@ import sklearn.metrics
 import torch
 
 import train
+import training.step
+import training.validation
 from tests.data_dirs import make_patients, write_data_dir
+from tests.training.runs import assert_same, read_summary, untimed, weights
 from training.checkpoint import Checkpoint
 
 FLAGS = [
     f"--{word}" for word in ["max_epochs=3", "batch_size=6", "warmup_steps=3", "beta_warmup_steps=10", "log_steps=1"]
 ]
-LONGEST_WAIT = 30.0
+MAX_WAIT = 30.0
+"""Seconds within which the other ranks end after one was killed."""
+
 IMPORTED = (matplotlib.figure, sklearn.calibration, sklearn.metrics)
 
 
-def start(data: Path, out: Path, ranks: int) -> list[int]:
-    """Fork the ranks, as torchrun would start them; their process ids."""
+@dataclass(frozen=True)
+class Moment:
+    """A call at which a process kills itself: the ``number``-th of ``owner.name``, before it or after it."""
+
+    owner: Any
+    name: str
+    number: int
+    after: bool
+
+    def arm(self) -> None:
+        """Replace the function by one that kills this process at the moment."""
+        function, calls = getattr(self.owner, self.name), 0
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            number = calls
+            if number == self.number and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if number == self.number and self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(self.owner, self.name, counting)
+
+
+MOMENTS: dict[str, tuple[list[tuple[Any, str]], int]] = {
+    "validation": ([(training.validation, "compute_losses"), (training.validation, "rank_table")], 3),
+    "saving": ([(os, "fsync"), (os, "replace")], 20),
+    "first step": ([(training.step, "forward_losses"), (training.step, "update_ema"), (train, "train_step")], 1),
+}
+"""Functions that a process dies in, and the most calls that it makes of them before, by the kind of the moment."""
+
+ANY_TIME = "any time"
+
+
+def draw_moment(kind: str, rng: random.Random) -> Moment:
+    functions, max_number = MOMENTS[kind]
+    return Moment(*rng.choice(functions), number=rng.randint(1, max_number), after=rng.random() < 0.5)
+
+
+def start(data: Path, out: Path, ranks: int, *, victim: int = 0, moment: Moment | None = None) -> list[int]:
+    """Fork the ranks, as torchrun would start them; return their process ids.  Rank ``victim`` dies at ``moment``."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     children = []
@@ -46,23 +99,25 @@ def start(data: Path, out: Path, ranks: int) -> list[int]:
         if child:
             children.append(child)
             continue
-        if ranks > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
-        given = ["--data_dir", str(data), "--output_dir", str(out), *FLAGS, "--checkpoint_steps", "1", "--resume"]
         code = 1
         try:
-            code = train.main([*given, "--device", "cpu"])
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 1)
+            os.dup2(nothing, 2)
+            if moment is not None and rank == victim:
+                moment.arm()
+            flags = ["--data_dir", str(data), "--output_dir", str(out), *FLAGS, "--checkpoint_steps", "1", "--resume"]
+            code = train.main([*flags, "--device", "cpu"])
         finally:
             os._exit(code)
     return children
 
 
 def wait(child: int, seconds: float) -> int | None:
-    """Its exit status; None while it runs after so many seconds."""
+    """Return the exit status of a process; None while it runs after so many seconds."""
     end = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -78,13 +133,34 @@ def finish(children: list[int]) -> None:
         assert wait(child, 120) == 0
 
 
-def same(left: Path, right: Path) -> bool:
-    mine, theirs = (Checkpoint.load(out / "checkpoints" / "last.pt") for out in (left, right))
-    for name in ("model", "averaged"):
-        ours, others = getattr(mine, name), getattr(theirs, name)
-        if ours.keys() != others.keys() or not all(torch.equal(ours[key], others[key]) for key in ours):
-            return False
-    return mine.progress["step"] == theirs.progress["step"]
+def check_same(out: Path, whole: Path) -> None:
+    """Assert that two runs have the same weights, and the same summary but for its timings."""
+    for name in ("last", "best"):
+        steps = [Checkpoint.load(folder / "checkpoints" / f"{name}.pt").step for folder in (out, whole)]
+        assert steps[0] == steps[1], name
+        for model in ("model", "ema_model"):
+            assert_same(weights(out, name, model), weights(whole, name, model))
+    assert untimed(read_summary(out)) == untimed(read_summary(whole))
+
+
+def run_until_killed(data: Path, out: Path, ranks: int, kind: str, rng: random.Random, seconds: float) -> bool:
+    """Start the run, to be killed at a moment of this kind; return whether it was killed, or else ended by itself."""
+    victim = 0 if kind == "saving" else rng.randrange(ranks)
+    moment = None if kind == ANY_TIME else draw_moment(kind, rng)
+    children = start(data, out, ranks, victim=victim, moment=moment)
+    status = wait(children[victim], rng.uniform(0, seconds) if moment is None else 120)
+    if status is None:
+        assert moment is None, f"it neither ended nor was killed: {moment}"
+        os.kill(children[victim], signal.SIGKILL)
+        status = wait(children[victim], 10)  # one that had just ended keeps its own
+    others = [child for rank, child in enumerate(children) if rank != victim]
+    if status == 0:
+        finish(others)
+        return False
+    assert status == -signal.SIGKILL, status
+    for other in others:
+        assert wait(other, MAX_WAIT) is not None, "a rank hangs after another was killed"
+    return True
 
 
 def main() -> None:
@@ -92,47 +168,34 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    rng, base = random.Random(given.seed), Path(tempfile.mkdtemp())
+    options = parser.parse_args()
+    rng, base = random.Random(options.seed), Path(tempfile.mkdtemp())
     torch.set_num_threads(1)
     splits = {
         name: make_patients([[1 + (7 * i + k) % 11 for k in range(1 + i % 6)] for i in range(count)], prefix=name)
         for name, count in {"train": 48, "valid": 8, "test": 8}.items()
     }
-    data = write_data_dir(base / "data", splits)
+    data, whole, out = write_data_dir(base / "data", splits), base / "whole", base / "run1"
     began = time.monotonic()
-    finish(start(data, base / "whole", given.ranks))
+    finish(start(data, whole, options.ranks))
     seconds = time.monotonic() - began
-    kills, runs, longest, resumed = 0, 1, 0.0, 0
-    out = base / "run1"
-    while kills < given.kills:
-        children = start(data, out, given.ranks)
-        rng.shuffle(children)
-        status = wait(children[0], rng.uniform(0, seconds))
-        if status is None:
-            os.kill(children[0], signal.SIGKILL)
-            status = wait(children[0], 10)  # one that had just ended keeps its own
-        if status == -signal.SIGKILL:
-            kills += 1
+    kills, runs, resumed, kinds = Counter[str](), 1, 0, itertools.cycle([*MOMENTS, ANY_TIME])
+    while kills.total() < options.kills:
+        kind = next(kinds)
+        if run_until_killed(data, out, options.ranks, kind, rng, seconds):
+            kills[kind] += 1
             last = out / "checkpoints" / "last.pt"
             if last.exists():
                 Checkpoint.load(last)
                 resumed += 1
-            for other in children[1:]:
-                killed = time.monotonic()
-                assert wait(other, LONGEST_WAIT) is not None, "a rank hangs after another was killed"
-                longest = max(longest, time.monotonic() - killed)
-            continue
-        assert status == 0, status
-        finish(children[1:])
-        assert same(out, base / "whole"), f"other weights after {kills} kills"
-        runs, out = runs + 1, base / f"run{runs + 1}"
-    finish(start(data, out, given.ranks))
-    assert same(out, base / "whole"), "other weights"
+        else:
+            check_same(out, whole)
+            runs, out = runs + 1, base / f"run{runs + 1}"
+    finish(start(data, out, options.ranks))
+    check_same(out, whole)
     shutil.rmtree(base)
-    counts = {"kills": kills, "with_a_checkpoint": resumed, "runs_compared": runs, "bit_identical": True}
-    times = {"seconds_of_a_whole_run": round(seconds, 2), "others_ended_within_seconds": round(longest, 2)}
-    print(json.dumps({"ranks": given.ranks, **counts, **times}))
+    counts = {"kills": dict(kills), "with_a_checkpoint": resumed, "runs_compared": runs, "bit_identical": True}
+    print(json.dumps({"ranks": options.ranks, **counts, "seconds_of_a_whole_run": round(seconds, 2)}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 import shutil
@@ -23,7 +24,9 @@ from pipeline.reports.data_report import write_data_report
 from pipeline.schema import REPORT_FILE, SPLITS, SUMMARY_FILE, UserError
 from tests.faults.conftest import cases
 from tests.faults.harm import KINDS, harm
+from tests.training.runs import untimed
 from training.checkpoint import Checkpoint
+from training.run import Run
 
 Tried = Callable[[str, int], None]
 
@@ -153,16 +156,16 @@ def run_dir(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     """A run of two epochs that was stopped in the middle of the second, as ``stopped``; the whole, as ``whole``."""
     torch.set_num_threads(1)
     base = tmp_path_factory.mktemp("runs")
-    save, copies = train.Training.save, []
+    save, copies = Run.save_last, []
 
-    def kept(training: train.Training, *names: str) -> None:
-        save(training, *names)
-        if training.progress["step"] == 5:
+    def save_and_copy(job: Run) -> None:
+        save(job)
+        if job.state.progress.step == 5:
             copies.append(shutil.copytree(base / "whole", base / "stopped", dirs_exist_ok=True))
 
     flags = ["--checkpoint_steps", "1", "--profile_memory"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Training, "save", kept)
+        patch.setattr(Run, "save_last", save_and_copy)
         assert run(prepared[0], base / "whole", *flags) == 0
     assert copies
     assert run(prepared[0], base / "seed1", *flags, "--seed", "1") == 0
@@ -175,14 +178,18 @@ def run(data: Path, out: Path, *flags: str) -> int:
 
 def state_of(path: Path) -> str:
     loaded = Checkpoint.load(path)
-    digest = hashlib.sha256(repr((loaded.config, loaded.loader, loaded.vocabulary_fingerprint)).encode())
-    for part in (loaded.model, loaded.averaged):
+    state = loaded.state
+    digest = hashlib.sha256(repr((loaded.config, state["loader"], loaded.vocabulary_fingerprint)).encode())
+    for part in (state["model"], state["ema_model"]):
         for name, tensor in sorted(part.items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
-    for _, values in sorted(loaded.optimizer["state"].items()):
+    for _, values in sorted(state["optimizer"]["state"].items()):
         for name, value in sorted(values.items()):
             digest.update(name.encode() + value.numpy().tobytes())
-    digest.update(repr({name: value for name, value in loaded.progress.items() if name != "seconds"}).encode())
+    progress = untimed(state["progress"])
+    for name in ("totals", "interval"):
+        progress[name] = {key: number for key, number in progress[name].items() if key not in ("seconds", "waited")}
+    digest.update(repr(progress).encode())
     return digest.hexdigest()
 
 
@@ -234,9 +241,21 @@ def test_the_best_checkpoint_is_the_one_that_was_best(
     prepared: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run_dir / "whole", tmp_path / "run")
-    shutil.copy(run_dir / "stopped" / "checkpoints" / "last.pt", tmp_path / "run" / "checkpoints" / "best.pt")
-    assert run(prepared[0], tmp_path / "run", "--resume") == 2
-    assert "best.pt: saved at step 5, the best was at step" in capsys.readouterr().err
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    right = Checkpoint.load(best)
+    assert right.metrics is not None
+    other_epoch = dataclasses.replace(right, metrics={**right.metrics, "epoch": 1 - right.metrics["epoch"]})
+    for wrong in (
+        Checkpoint.load(run_dir / "stopped" / "checkpoints" / "last.pt"),
+        Checkpoint.load(run_dir / "seed1" / "checkpoints" / "best.pt"),
+        other_epoch,
+    ):
+        wrong.save(best)
+        assert run(prepared[0], tmp_path / "run", "--resume") == 2
+        message = f"{best}: not the best checkpoint of this run (saved at step {wrong.step}, last.pt at step 8)"
+        assert message in capsys.readouterr().err
+    right.save(best)
+    assert run(prepared[0], tmp_path / "run", "--resume") == 0
 
 
 def test_a_report_is_made_of_what_is_whole(run_dir: Path, tmp_path: Path, tried: Tried) -> None:

@@ -136,7 +136,7 @@ def test_a_small_file_system_of_its_own(tmp_path: Path, tried: Tried) -> None:
 
 def test_too_little_memory(data: Path, tmp_path: Path, tried: Tried) -> None:
     flags = ["--data_dir", data, "--batch_size=26", "--preset=reference", "--max_epochs=1", "--log_steps=1"]
-    status, line = run("RLIMIT_AS", 60 << 20, "train", *flags, "--output_dir", tmp_path / "run")
+    status, line = run("RLIMIT_AS", 250 << 20, "train", *flags, "--output_dir", tmp_path / "run")
     assert status == 2
     assert line.startswith("train.py: out of memory")
     tried("too little memory", 1)
@@ -188,9 +188,9 @@ def test_preprocess_killed_at_random_moments(workers: str, tried: Tried) -> None
 
 
 def test_a_little_training_killed(tried: Tried) -> None:
-    command = [sys.executable, "-m", "tests.faults.kill_training", "--kills", "2", "--ranks", "2"]
+    command = [sys.executable, "-m", "tests.faults.kill_training", "--kills", "4", "--ranks", "2"]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    tried("kills of training, 2 rank(s)", 2)
+    tried("kills of training, 2 rank(s)", 4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.steps import Precision, Preset, invented, new_model, outputs_and_gradients
+from benchmarks.steps import Precision, Preset, new_model, outputs_and_gradients
+from benchmarks.synthetic import invented
 from tests.gpu.device import DEVICE, gpu_test, on_gpu
 
 Results = dict[str, dict[str, Tensor]]

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.steps import read_run, read_weights, write_synthetic_data
+from benchmarks.steps import read_run, read_weights
+from benchmarks.synthetic import write_synthetic_data
 from tests.gpu.device import DEVICE, gpu_test, on_gpu
 
 ROOT = Path(__file__).parents[2]

@@ -9,18 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.precision import compare
+from benchmarks.steps import Precision, prepare
 from model.losses import LossOptions, compute_losses
 from tests.model.helpers import counts_of, random_batch, run_model, tiny_model
-from training.options import TrainOptions
 
 SETS = [[1, 3, 2, 1, 9], [5], [2, 2, 12, 1, 1, 1, 4], [1], [11, 3]]
 
 
-@pytest.mark.parametrize(("dtype", "loss", "gradient"), [(torch.bfloat16, 0.01, 0.2), (torch.float16, 0.001, 0.03)])
-def test_losses_and_gradients_are_near_those_of_float32(dtype: torch.dtype, loss: float, gradient: float) -> None:
+@pytest.mark.parametrize(("precision", "loss", "gradient"), [("bf16", 0.01, 0.2), ("fp16", 0.001, 0.03)])
+def test_losses_and_gradients_are_near_those_of_float32(precision: Precision, loss: float, gradient: float) -> None:
     """docs/model.md states the bounds."""
-    options = TrainOptions(data_dir="-", output_dir="-", warmup_steps=0)
-    found: Any = compare(tiny_model(), dtype, [random_batch(SETS, seed=seed) for seed in range(4)], options)
+    batches = [prepare(random_batch(SETS, seed=seed), seed) for seed in range(4)]
+    found: Any = compare(tiny_model(), precision, batches, warmup_steps=0)
     for name in ("total", "reconstruction", "kl", "classification"):
         assert 0 < found[name]["largest"] < loss, name
     assert 0 < found["free_total"]["largest"] < 3 * loss  # on weights of its own, from which deviations are carried on
