@@ -43,7 +43,7 @@ class Run:
         """Return the losses, and the gradient as one vector; both stay with the model for :meth:`update`."""
         self.state.progress.step = step
         self.state.optimizer.zero_grad(set_to_none=True)
-        losses = accumulate_gradients(self.model, ready.parts, ready.counts, self.state, self.settings)
+        losses = accumulate_gradients(ready.parts, ready.counts, self.state, self.settings)
         gradients = []
         for parameter in self.model.parameters():
             assert parameter.grad is not None

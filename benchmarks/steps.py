@@ -30,7 +30,7 @@ from training.parallel import World, choose_device
 from training.profiling import count_flops
 from training.schedule import OptimisationOptions
 from training.state import build_state
-from training.step import StepSettings, select_trained, train_step, wrap_for_ranks
+from training.step import StepSettings, select_trained, train_step
 
 Batch = ReadyBatch
 """What the loader yields and a step takes."""
@@ -123,11 +123,10 @@ class Stepper:
         select_trained(self.model, self.settings.loss, self.settings.optimisation)
         no_loader = cast(PatientLoader, None)  # the loader of a state is for its checkpoints alone
         self.state = build_state(self.model, no_loader, self.settings.optimisation)
-        self._wrapped = wrap_for_ranks(self.model, self.world)
 
     def step(self, batch: Batch) -> Tensor:
         """Make one training step and return its loss, on the device, without waiting for it."""
-        losses, _ = train_step(self._wrapped, self.state, batch, self.settings)
+        losses, _ = train_step(self.state, batch, self.settings)
         return losses.total
 
 
