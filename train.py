@@ -71,6 +71,8 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
     state, summary = job.state, job.directory / "summary.json"
     if job.resumed and job.stop_reason and is_summary_of(summary, state.progress.step):
         log_main(world, f"{job.directory}: this run is finished ({job.stop_reason}); nothing to do, {summary} has it")
+        if world.is_main and not (job.directory / "report.html").exists():  # it was killed right before
+            write_run_report(job.directory)
         return 0
     with job:
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
