@@ -25,7 +25,8 @@ from pipeline.dataset.manifest import Manifest
 from training.augment import drop_events
 from training.checkpoint import Checkpoint
 from training.data import BatchPreparer, DataOptions, ReadyBatch
-from training.metrics import BatchAmounts, read_json_lines
+from training.json_lines import read_json_lines
+from training.metrics import BatchAmounts
 from training.parallel import World, choose_device
 from training.profiling import count_flops
 from training.schedule import OptimisationOptions

@@ -392,8 +392,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--evaluate", str(no_checkpoint)], "x.pt"),
         (["--data_dir", str(data), "--output_dir", str(finished)], "--resume"),
         (
-            ["--data_dir", str(data), "--output_dir", str(finished), "--resume", "--preset", "reference"],
-            "another model",
+            ["--data_dir", str(data), "--output_dir", str(finished), *QUICK, "--resume", "--preset", "reference"],
+            "--preset reference cannot be combined",
         ),
         (["--data_dir", str(data), "--output_dir", str(finished), "--resume", "--batch_size", "3"], "batch_size"),
         (["--data_dir", str(data), "--output_dir", str(tmp_path / "o"), "--max_events", "1"], "--max_events"),

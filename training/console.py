@@ -12,7 +12,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from training.metrics import JsonLines, Throughput
+from training.json_lines import JsonLines
+from training.metrics import Throughput
 from training.parallel import World
 
 console = Console(stderr=True, highlight=False)

@@ -1,90 +1,19 @@
-"""What a run measures of its steps: sums of losses and throughput; and the lines of ``metrics.jsonl``."""
+"""What a run measures of its steps: sums of losses, and throughput."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from model.losses import Losses
 from pipeline.loading.batch import PatientBatch
-from pipeline.schema import UserError
-from pipeline.storage.files import write_atomically
 from training.parallel import World
 from training.progress import Progress
-
-Scalar: TypeAlias = str | int | float | bool | None
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a :class:`JsonLines` file, without a last line that is being written or was cut short.
-
-    Raises:
-        UserError: another line is not a JSON object.
-    """
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object; move the file away")
-        records.append(record)
-    return records
-
-
-class JsonLines:
-    """An append-only file of one flat JSON object a line, each flushed as it is written.
-
-    Args:
-        path: the file; made where it is missing.
-        resume_step: step of the checkpoint from which a run goes on: lines of later steps are dropped, for the run
-            writes them again.  A last line that a crash cut short is dropped in any case.
-
-    Raises:
-        UserError: as :func:`read_json_lines`.
-    """
-
-    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        if path.exists():
-            limit = math.inf if resume_step is None else resume_step
-            kept = [json.dumps(record) + "\n" for record in read_json_lines(path) if record.get("step", 0) <= limit]
-            write_atomically(path, "".join(kept).encode())
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Scalar]) -> None:
-        """Append ``record``; a number that is not finite becomes null, for JSON has no other word for it."""
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Wait until all is on the disk, and close."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class LossSums:

@@ -174,6 +174,9 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
         except ChildFailedError as failed:
             if note.exists():
                 raise UserError(note.read_text("utf-8")) from None
+            codes = [failure.exitcode for failure in failed.failures.values() if failure.exitcode > 128]
+            if codes:
+                return int(codes[0])
             killed = [rank for rank, failure in failed.failures.items() if failure.exitcode < 0]
             if not killed:
                 raise
@@ -188,10 +191,13 @@ def _join_with_note(worker: Callable[[World], int], device: str, note: Path) -> 
 
     def noting(world: World) -> int:
         try:
-            return worker(world)
+            code = worker(world)
         except (UserError, OSError) as error:
             write_atomically(note, str(error).encode())
-            sys.exit(2)
+            code = 2
+        if code:  # a value that is returned would wait for a launcher that may be ending itself
+            sys.exit(code)
+        return 0
 
     return _join(noting, device)
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.options import OneLineParser
 from pipeline.reports.page import draw_figure, figure_label, flatten, is_finite, read_object, write_page
 from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, SUMMARY_FILE, UserError
-from training.metrics import read_json_lines
+from training.json_lines import read_json_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,8 @@ import torch
 
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UserError
-from training.metrics import BatchAmounts, JsonLines, Throughput
+from training.json_lines import JsonLines
+from training.metrics import BatchAmounts, Throughput
 from training.monitor import MEMORY_COLUMNS, MemoryMonitor
 from training.parallel import World
 
