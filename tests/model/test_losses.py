@@ -26,7 +26,7 @@ from model.ragged import SetLayout
 from model.set_vae import Posterior
 from tests.model import reference
 from tests.model.helpers import counts_of, random_batch, tiny_model
-from training.memory import peak_of
+from training.memory import measure_peak
 
 
 def test_chamfer_by_hand() -> None:
@@ -99,7 +99,7 @@ def test_a_set_of_five_thousand_events_trains_in_memory_that_grows_with_its_size
     def step() -> None:
         compute_losses(model(prepared), batch.label, LossOptions(), counts_of(batch), beta=0.1).total.backward()
 
-    assert peak_of(step, torch.device("cpu")) < 50e6
+    assert measure_peak(step, torch.device("cpu")) < 50e6
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
