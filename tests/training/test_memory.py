@@ -95,4 +95,5 @@ def test_no_memory_is_told_from_other_failures() -> None:
         torch.empty(1 << 60)
     assert is_out_of_memory(failure.value)
     assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
