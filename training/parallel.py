@@ -127,10 +127,12 @@ def choose_threads(asked: int | None, world: World, *, limit: int | None = None)
     has to wait for a core makes all others wait at the end of every operation.
 
     Args:
-        asked: ``--threads``; None = decide.
+        asked: ``--threads``; None = ``OMP_NUM_THREADS`` where that is set, else decide.
         world: this process among those of the machine.
         limit: most threads from which the model gains; None = no limit.
     """
+    if asked is None and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        asked = max(1, int(os.environ["OMP_NUM_THREADS"]))
     if asked is not None:
         return asked
     if world.device.type != "cpu" and limit is None:
