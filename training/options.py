@@ -27,8 +27,8 @@ class RunOptions:
     devices: int = option(1, "Number of processes, one a GPU or a share of the CPU's cores.", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to compute.")
     threads: int | None = option(
-        None, "Number of threads of each process for operations on the CPU; by default OMP_NUM_THREADS, or the idle cores "
-        "that it may use, as many as the preset gains from.", minimum=1,
+        None, "Number of threads of each process for operations on the CPU; by default OMP_NUM_THREADS, or the idle "
+        "cores that it may use, as many as the preset gains from.", minimum=1,
     )  # fmt: skip
     max_memory: str | None = option(
         None, "Maximum memory of its device that each process may hold, e.g. 8GB: the memory of a step is measured, "
