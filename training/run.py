@@ -215,6 +215,7 @@ class Run:
         watched = means["loss"] + (0.0 if optimisation.precision == "fp16" else means["grad_norm"])
         if not math.isfinite(watched):
             self.state.check_finite(last_loss=watched)
+        release_free_memory()
         loss = self.options.loss
         unused = [] if loss.learns_sets else ["reconstruction", "kl"]
         unused += [] if loss.learns_outcome else ["classification"]
@@ -229,7 +230,6 @@ class Run:
             "rss_bytes": psutil.Process().memory_info().rss,
         }
         self.log("train", **line)
-        release_free_memory()
         if self.options.run.verbose:
             log_main(self.world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
