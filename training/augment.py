@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.losses import LossCounts
 from model.noise import PatientNoise
+from pipeline.arrays import offsets_from_sizes
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.place import BatchPlace
 
@@ -41,15 +42,13 @@ def count_after_dropout(place: BatchPlace, rate: float, *, seed: int) -> LossCou
     Every rank computes them alike from ids and lengths, so that no rank has to ask another.
     """
     whole = place.global_batch()
-    ends = np.cumsum(whole.set_size)
-    patient_ends = np.cumsum(whole.num_sets)
-    num_events = np.diff(np.concatenate([[0], ends])[np.concatenate([[0], patient_ends])])
+    set_offsets = offsets_from_sizes(whole.set_size)
+    num_events = np.diff(set_offsets[offsets_from_sizes(whole.num_sets)])
     keep = _draw_kept(whole.patient_id, torch.from_numpy(num_events), rate, seed=seed, step=place.step).numpy()
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    kept_per_set = kept_before[ends] - kept_before[ends - whole.set_size]
+    kept_before = offsets_from_sizes(keep)
     return LossCounts(
         num_events=int(kept_before[-1]),
-        num_sets=int(np.count_nonzero(kept_per_set)),
+        num_sets=int(np.count_nonzero(np.diff(kept_before[set_offsets]))),
         num_labelled=place.counts.num_labelled,
     )
 

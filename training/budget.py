@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -101,10 +100,9 @@ def _measure_peaks(model: SeqSetVAE, batches: list[PatientBatch], settings: Step
 def _largest_batch_size(data: DataSet, world: World, peak: CostModel, step_bytes: float, *, seed: int) -> int:
     """Return the largest batch size, a power of two a device, whose dearest batch fits and that leaves enough steps."""
     maximum = max(data.num_patients["train"] // MIN_STEPS, world.size)
-    fitting = dataclasses.replace(data, options=dataclasses.replace(data.options, batch_size=world.size))
     size = world.size
     while size * 2 <= maximum:
-        loader = fitting.open_loader("train", seed=seed, shuffle=True, world=world.alone(), batch_size=size * 2)
+        loader = data.open_loader("train", seed=seed, shuffle=True, world=world.alone(), batch_size=size * 2)
         if loader.predict_costs(peak).max() > world.size * step_bytes:
             break
         size *= 2
