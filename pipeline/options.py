@@ -1,14 +1,14 @@
 """Options as frozen dataclasses: one field is one flag, one line of a YAML file and one sentence of ``--help``.
 
 A command's options are a *tree*: a frozen dataclass whose fields are *sections*, frozen dataclasses beside the code
-that uses them.  Flags are flat (``--batch_size``), files nested by section, and flags win over the file.  ``argparse``
-does the parsing: it needs nothing installed, groups ``--help`` by section and tells given flags from defaults.
+that uses them.  Flags are flat (``--batch_size``), files nested by section, and flags win over the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,8 @@ from pipeline.schema import UserError
 T = TypeVar("T")
 
 METAVARS: Final = {int: "N", float: "NUMBER", str: "NAME", Path: "PATH"}
+TYPE_NAMES: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+UNIONS: Final = (Union, types.UnionType)
 
 
 def option(
@@ -43,24 +45,15 @@ def option(
         metavar: what ``--help`` shows for the value.
         parse: makes the value of the flag's text, where its type does not say how; raises ValueError for a bad one.
     """
-    metadata = {
-        "help": help,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "metavar": metavar,
-        "parse": parse,
-    }
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above}
+    metadata = {"help": help, "metavar": metavar, "parse": parse, **bounds}
     if default is dict:
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_section(section: Any) -> None:
-    """Raise UserError, naming the flag, unless every field of a section has its type and is in its range.
-
-    Sections call this in ``__post_init__``, by hand or as subclasses of :class:`Section`.
-    """
+    """Raise UserError, naming the flag, unless every field of a section has its type and is in its range."""
     hints = get_type_hints(type(section))
     for field in dataclasses.fields(section):
         value, kind = getattr(section, field.name), hints[field.name]
@@ -103,9 +96,6 @@ def parse_explicit_options(
 
     Returns:
         The tree, and the names of the options that the command line or the file sets, also where that is the default.
-
-    Raises:
-        UserError: a flag is unknown, missing or has a bad value, or the file is not one of options.
     """
     usage = f"{prog} {positional.upper() if positional else ''} [--OPTION VALUE …]".replace("  ", " ")
     parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
@@ -117,17 +107,14 @@ def parse_explicit_options(
         hints = get_type_hints(section)
         for field in dataclasses.fields(section):
             _add_flag(group, field, hints[field.name], positional=field.name == positional)
-    flags = vars(parser.parse_args(arguments))
-    if positional is not None and flags[positional] is None:
-        del flags[positional]
-    config = flags.pop("config")
-    saved = {} if config is None else read_options(config, sections)
+    flags = {name: _to_tuple(value) for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    saved = read_options(flags["config"], sections) if "config" in flags else {}
     built: dict[str, Any] = {}
     explicit: set[str] = set()
     for name, section in sections.items():
-        values = saved.get(name, {})
-        values |= {field.name: flags[field.name] for field in dataclasses.fields(section) if field.name in flags}
-        for field in dataclasses.fields(section):
+        fields = dataclasses.fields(section)
+        values = saved.get(name, {}) | {field.name: flags[field.name] for field in fields if field.name in flags}
+        for field in fields:
             if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
                 flag = field.metadata["metavar"] if field.name == positional else f"--{field.name}"
                 parser.error(f"the following arguments are required: {flag}")
@@ -167,28 +154,19 @@ def read_options(path: Path, sections: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def _from_yaml(value: Any, parse: Callable[[str], Any] | None, kinds: Sequence[Any]) -> Any:
-    if isinstance(value, list):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
     if isinstance(value, str) and parse is not None:
         return parse(value)
-    return Path(value) if isinstance(value, str) and Path in kinds else value
+    return Path(value) if isinstance(value, str) and Path in kinds else _to_tuple(value)
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
 
 
 def to_dict(tree: Any) -> dict[str, dict[str, Any]]:
-    """Return a tree of options as :func:`read_options` gives it: plain values, by section and field."""
-    return {
-        section.name: {
-            field.name: _plain(getattr(getattr(tree, section.name), field.name))
-            for field in dataclasses.fields(getattr(tree, section.name))
-        }
-        for section in dataclasses.fields(tree)
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    """Return a tree of options as :func:`read_options` reads it: values of JSON, by section and field."""
+    values: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(tree), default=str))
+    return values
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -211,7 +189,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], kind: Any, *, positiona
     elif members == [bool]:
         settings = {"help": help_, "action": argparse.BooleanOptionalAction}
     elif get_origin(kind) is tuple:
-        settings |= {"type": get_args(kind)[0], "nargs": "+", "action": _StoreTuple}
+        settings |= {"type": get_args(kind)[0], "nargs": "+"}
     elif choices and len(members) == 1:
         settings["choices"] = choices
     else:
@@ -224,18 +202,12 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], kind: Any, *, positiona
         group.add_argument(f"--{field.name}", **settings)
 
 
-class _StoreTuple(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
 def _shown(value: Any) -> str:
     """Return a default as one would type it."""
     if not isinstance(value, tuple):
         return str(value)
-    return (" " if all(isinstance(item, str) for item in value) else ",").join(
-        "=".join(item) if isinstance(item, tuple) else str(item) for item in value
-    )
+    separator = " " if all(isinstance(item, str) for item in value) else ","
+    return separator.join("=".join(item) if isinstance(item, tuple) else str(item) for item in value)
 
 
 def _naming_errors(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -250,22 +222,16 @@ def _naming_errors(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _members(kind: Any) -> list[Any]:
     """Return the types of a union other than None; of any other type the type itself."""
-    return [member for member in get_args(kind) if member is not type(None)] if _is_union(kind) else [kind]
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType)
+    return [member for member in get_args(kind) if member is not type(None)] if get_origin(kind) in UNIONS else [kind]
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    if _is_union(kind):
+    if get_origin(kind) in UNIONS:
         return any(_is_of(value, member) for member in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
     if get_origin(kind) is tuple and isinstance(value, tuple):
         kinds = get_args(kind)
         items = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
@@ -274,16 +240,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    if _is_union(kind):
-        return " or ".join(_type_name(member) for member in get_args(kind) if member is not type(None))
+    if get_origin(kind) in UNIONS:
+        return " or ".join(map(_type_name, _members(kind)))
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        Path: "a path",
-        tuple: "a list",
-    }
-    return names.get(get_origin(kind) or kind, getattr(kind, "__name__", str(kind)))
+    return "a list" if get_origin(kind) is tuple else TYPE_NAMES.get(kind, getattr(kind, "__name__", str(kind)))
