@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.schema import PADDING_CODE
-
 _DTYPES = {
     "code": torch.int64, "value": torch.float32, "has_value": torch.bool, "set_offsets": torch.int64,
     "minute": torch.float32, "patient_offsets": torch.int64, "label": torch.int64,
@@ -46,7 +44,7 @@ class PatientBatch:
     >>> batch.to_padded()["code"].tolist()
     [[5, 0, 0], [3, 4, 5]]
 
-    Dtypes, shapes and, on the CPU, the ends of the offsets are checked; :meth:`validate` checks the rest.
+    Dtypes, shapes and, on the CPU, the ends of the offsets are checked.
 
     >>> PatientBatch.from_padded(batch.to_padded(), ["a", "b", "c"])
     Traceback (most recent call last):
@@ -61,9 +59,6 @@ class PatientBatch:
         patient_offsets: [B+1] int64, the sets of patient ``b`` are ``patient_offsets[b]:patient_offsets[b+1]``.
         label: [B] int64, -1 where the patient is unlabelled.
         patient_id: B strings.
-
-    Raises:
-        ValueError: a tensor has another dtype, or sizes and offsets disagree.
     """
 
     code: Tensor
@@ -93,22 +88,6 @@ class PatientBatch:
         batch = object.__new__(cls)
         batch.__dict__.update(attributes)
         return batch
-
-    def validate(self) -> None:
-        """Check offsets, codes and values, which takes time and waits for a device.
-
-        Raises:
-            ValueError: a set is empty, offsets do not ascend, or a code or a value contradicts its meaning.
-        """
-        for name, stop, min_size in (("set_offsets", self.num_events, 1), ("patient_offsets", self.num_sets, 0)):
-            offsets = getattr(self, name)
-            _check_ends(name, offsets, stop)
-            if bool((offsets.diff() < min_size).any()):
-                raise ValueError(f"{name} must ascend by at least {min_size}")
-        if bool((self.code <= PADDING_CODE).any()):
-            raise ValueError(f"code must be above {PADDING_CODE}, which is padding's")
-        if bool(self.value[~self.has_value].any()):
-            raise ValueError("value must be 0 where has_value is False")
 
     @property
     def num_patients(self) -> int:
@@ -163,32 +142,28 @@ class PatientBatch:
         """Return the patients ``start`` … ``stop`` − 1 alone, as views where possible."""
         sets = slice(*self.patient_offsets[[start, stop]].tolist())
         events = slice(*self.set_offsets[[sets.start, sets.stop]].tolist())
-        set_offsets = self.set_offsets[sets.start : sets.stop + 1] - events.start
-        patient_offsets = self.patient_offsets[start : stop + 1] - sets.start
-        patients = {"label": self.label[start:stop], "patient_id": self.patient_id[start:stop]}
-        return self._with_events(events, set_offsets, self.minute[sets], patient_offsets, **patients)
+        return self._with_events(
+            events,
+            set_offsets=self.set_offsets[sets.start : sets.stop + 1] - events.start,
+            minute=self.minute[sets],
+            patient_offsets=self.patient_offsets[start : stop + 1] - sets.start,
+            label=self.label[start:stop],
+            patient_id=self.patient_id[start:stop],
+        )
 
     def keep_events(self, keep_E: Tensor) -> PatientBatch:
-        """Return the same patients with some of their events, and the sets that still have any.
-
-        Args:
-            keep_E: [E] bool.
-        """
+        """Return the same patients with some of their events, ``keep_E`` [E] bool, and the sets that still have any."""
         size_S = torch.bincount(self.set_of_event[keep_E], minlength=self.num_sets)
         keep_S = size_S > 0
         num_sets_B = torch.bincount(self.patient_of_set[keep_S], minlength=self.num_patients)
-        return self._with_events(keep_E, _to_offsets(size_S[keep_S]), self.minute[keep_S], _to_offsets(num_sets_B))
+        offsets = {"set_offsets": _to_offsets(size_S[keep_S]), "patient_offsets": _to_offsets(num_sets_B)}
+        return self._with_events(keep_E, minute=self.minute[keep_S], **offsets)
 
-    def _with_events(
-        self, events: slice | Tensor, set_offsets: Tensor, minute: Tensor, patient_offsets: Tensor, **patients: Any
-    ) -> PatientBatch:
-        flat = {name: getattr(self, name)[events] for name in ("code", "value", "has_value")}
-        return replace(
-            self, **flat, set_offsets=set_offsets, minute=minute, patient_offsets=patient_offsets, **patients
-        )
+    def _with_events(self, events: slice | Tensor, **others: Any) -> PatientBatch:
+        return replace(self, **{name: getattr(self, name)[events] for name in ("code", "value", "has_value")}, **others)
 
     def to_padded(self, embeddings: Tensor | None = None, *, pad_to: int | None = None) -> dict[str, Tensor]:
-        """Return the rectangular layout: one row a patient, one column an event.
+        """Return the rectangular layout: one row a patient, one column an event; padded cells are 0.
 
         Args:
             embeddings: [num_codes, D] float32, looked up by code for ``var``; without it, no ``var`` is made.
@@ -197,19 +172,15 @@ class PatientBatch:
         Returns:
             ``code`` [B,L] int64, ``val`` [B,L,1] float32, ``has_value`` [B,L] bool, ``minute`` [B,L,1] float32,
             ``set_id`` [B,L,1] int64 (0, 1, 2 … within the patient), ``label`` [B] int64, ``padding_mask`` [B,L]
-            bool with **True = padding**, and ``var`` [B,L,D] with embeddings.  Padded cells are 0.
-
-        Raises:
-            ValueError: ``pad_to`` is smaller than L.
+            bool with **True = padding**, and ``var`` [B,L,D] with embeddings.
         """
         num_events_B = self.events_per_patient
         longest = int(num_events_B.max()) if self.num_patients else 0
         width = longest if pad_to is None else pad_to
         if width < longest:
             raise ValueError(f"pad_to={pad_to} is less than the {longest} events of a patient in this batch")
-        device = self.code.device
-        filled_BL = torch.arange(width, device=device) < num_events_B[:, None]
-        set_id_S = torch.arange(self.num_sets, device=device) - self.patient_offsets[self.patient_of_set]
+        filled_BL = torch.arange(width, device=self.code.device) < num_events_B[:, None]
+        set_id_S = torch.arange(self.num_sets, device=self.code.device) - self.patient_offsets[self.patient_of_set]
 
         # Scattering fills row by row, which is the order of the flat arrays; assigning by mask is five times slower.
         def fill(flat_E: Tensor) -> Tensor:
@@ -235,11 +206,10 @@ class PatientBatch:
         A set is a run of equal ``set_id`` in a row; ``var`` is not read, codes say the same.
         """
         filled_BL = ~padded["padding_mask"]
-        set_id_BL = padded["set_id"].squeeze(-1)
         row_E = torch.nonzero(filled_BL)[:, 0]
-        set_id_E = set_id_BL[filled_BL]
+        set_id_E = padded["set_id"].squeeze(-1)[filled_BL]
         starts_E = torch.ones_like(row_E, dtype=torch.bool)
-        starts_E[1:] = (row_E[1:] != row_E[:-1]) | (set_id_E[1:] != set_id_E[:-1])
+        starts_E[1:] = (row_E.diff() != 0) | (set_id_E.diff() != 0)
         start_S = torch.nonzero(starts_E)[:, 0]
         num_sets_B = torch.bincount(row_E[start_S], minlength=filled_BL.shape[0])
         return cls(

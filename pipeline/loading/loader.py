@@ -7,13 +7,11 @@ of all epochs.  The rules:
 * An iteration begins at the place.  When it has handed out the epoch's last batch *and is asked for another*, it ends,
   and the place is the start of the next epoch.  A state saved between the two resumes to an epoch with no batches
   left, so that whatever follows an epoch is not skipped.
-* Leaving an iteration early keeps the place.  ``set_epoch`` of another epoch goes to its start, of the same one does
-  nothing, so it can stand at the head of a training loop, resumed or not.
+* Leaving an iteration early keeps the place.
 
-A split is walked in *groups* of shards (``pipeline.sampling.groups``), which are planned from the index alone: ``len``,
-a restored place and predicted costs read no shard.  Shards are first read when an iteration begins.  A split that fits
-in a single group then stays in memory.  Of several groups, the one in use is there and the next one, which a thread
-reads and verifies meanwhile.
+A split is walked in *groups* of shards (``pipeline.sampling.groups``), which are planned from the index alone.  Shards
+are first read when an iteration begins.  A split of a single group then stays in memory.  Of several groups, the one
+in use is there and the next one, which a thread reads and verifies meanwhile.
 """
 
 from __future__ import annotations
@@ -51,7 +49,10 @@ Transform: TypeAlias = Callable[[PatientBatch, BatchPlace], Any]
 
 
 class PatientLoader:
-    """Batches of one split and one rank; made by :func:`make_loader`, used as an iterable.
+    """Batches of one split and one rank; an iterable.
+
+    Batches, their order and their content depend on the data, ``seed``, the epoch and the options that group; not on
+    ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
 
     Attributes:
         manifest: of the data directory.
@@ -64,33 +65,55 @@ class PatientLoader:
 
     def __init__(
         self,
-        folder: Folder,
-        manifest: Manifest,
-        split: str,
-        options: LoaderOptions,
-        quarantined: Collection[str],
-        transform: Transform | None,
-        rank: int,
-        world_size: int,
+        directory: str | Path | Folder,
+        *,
+        split: str = "train",
+        manifest: Manifest | None = None,
+        quarantined: Collection[str] = (),
+        transform: Transform | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        **options: Any,
     ) -> None:
+        """Open a split of a data directory.
+
+        Args:
+            directory: what preprocess.py wrote: a path, a URL, or what ``open_folder`` returned.
+            split: ``train``, ``valid`` or ``test``.
+            manifest: of the directory, if it has been read already.
+            quarantined: paths of shards to leave out, as ``pipeline.dataset.shards.check_shards`` finds them; equal on
+                all ranks.
+            transform: called with each batch and its place, in the prefetch thread, for what the loader hands out.
+            rank: which part of each global batch to load; it may be empty if a batch has fewer patients than ranks.
+            world_size: number of ranks.
+            options: fields of :class:`pipeline.loading.options.LoaderOptions`.
+
+        Raises:
+            UserError: the data cannot be used, or an option is out of range.
+            TypeError: there is no such option.
+        """
+        self.options, self._folder, self._transform = LoaderOptions(**options), open_folder(directory), transform
+        self.manifest = (manifest or Manifest.load(self._folder)).without(quarantined)
         if world_size < 1:
             raise UserError(f"--world_size {world_size}: must be at least 1")
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} is not among {world_size} ranks, counted from 0")
-        if split not in manifest.splits:
-            raise UserError(f"{folder}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-        self.manifest, self.options = manifest, options
-        self._folder, self._transform = folder, transform
+        if split not in self.manifest.splits:
+            raise UserError(f"{self._folder}: no split {split!r}; it has {', '.join(sorted(self.manifest.splits))}")
         self._ranks = {"rank": rank, "world_size": world_size}
-        self._planner = GroupPlanner(folder, manifest, split, options)
-        entries = manifest.splits[split]
+        self._planner = GroupPlanner(self._folder, self.manifest, split, self.options)
+        entries = self._planner.entries
         self.num_patients = sum(entry.num_patients for entry in entries)
         # The limit decides nothing if all patients are in a single group.
-        is_grouped = sum(entry.num_events for entry in entries) > options.group_events
-        self._settings: dict[str, Any] = {"data": manifest.fingerprint, "split": split}
+        is_grouped = sum(entry.num_events for entry in entries) > self.options.group_events
         names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
-        self._settings |= {"quarantined": sorted(quarantined), **{name: asdict(options)[name] for name in names}}
-        self._settings["group_events"] = options.group_events if is_grouped else None
+        self._settings: dict[str, Any] = {
+            "data": self.manifest.fingerprint,
+            "split": split,
+            "quarantined": sorted(quarantined),
+        }
+        self._settings |= {name: asdict(self.options)[name] for name in names}
+        self._settings["group_events"] = self.options.group_events if is_grouped else None
         self._loaded: LoadedGroup | None = None  # the group that was read last, by whichever thread
         self.step = 0
         self._go_to(Position(epoch=0))
@@ -114,8 +137,7 @@ class PatientLoader:
     def __len__(self) -> int:
         """Return the exact number of batches of the current epoch from its start, equal on every rank.
 
-        With batches of a fixed size it follows from the manifest.  Otherwise the groups that are still to come in the
-        epoch are planned for this, once an epoch.
+        If batches have no fixed size, the groups that are still to come in the epoch are planned for this, once.
         """
         if size := self.options.fixed_size:
             return (self.num_patients + size - 1) // size
@@ -138,15 +160,9 @@ class PatientLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the place and the settings that it depends on: a few hundred bytes of JSON, the same on every rank."""
         _, group, first_step = self._group.position
-        place = {
-            "epoch": self.epoch,
-            "cursor": self.cursor,
-            "step": self.step,
-            "group": group,
-            "first_step": first_step,
-        }
-        plan = {"plan": self._group.fingerprint(), "settings": dict(self._settings)}
-        return {"version": STATE_VERSION, **place, **plan}
+        place = {"epoch": self.epoch, "cursor": self.cursor, "step": self.step}
+        plan = {"group": group, "first_step": first_step, "plan": self._group.fingerprint()}
+        return {"version": STATE_VERSION, **place, **plan, "settings": dict(self._settings)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of ``state``, without replaying what came before; any number of ranks may have saved it.
@@ -227,44 +243,9 @@ class PatientLoader:
             offsets = part.batch_offsets[number : max(stop, number + 1) + 1]
             patients = part.order[offsets[0] : offsets[-1]]
             for batch in group.store.gather_batches(windows, patients, offsets - offsets[0]):
-                if self._transform is not None:
-                    yield self._transform(batch, group.place(number, steps_before_epoch))
-                else:
-                    yield batch.pin_memory() if self.options.pin_memory else batch
+                transform = self._transform
+                yield batch if transform is None else transform(batch, group.place(number, steps_before_epoch))
                 number += 1
 
 
-def make_loader(
-    directory: str | Path | Folder,
-    *,
-    split: str = "train",
-    manifest: Manifest | None = None,
-    quarantined: Collection[str] = (),
-    transform: Transform | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    **options: Any,
-) -> PatientLoader:
-    """Return a loader over one split of a data directory.
-
-    Batches, their order and their content depend on the data, ``seed``, the epoch and the options that group; not on
-    ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
-
-    Args:
-        directory: what preprocess.py wrote: a path, a URL, or what ``open_folder`` returned.
-        split: ``train``, ``valid`` or ``test``.
-        manifest: of the directory, if it has been read already.
-        quarantined: paths of shards to leave out, as :func:`pipeline.dataset.shards.check_shards` finds them; equal on
-            all ranks.
-        transform: called with each batch and its place, in the prefetch thread; the loader hands out what it returns.
-        rank: which part of each global batch to load; it may be empty if a batch has fewer patients than ranks.
-        world_size: number of ranks.
-        options: fields of :class:`pipeline.loading.options.LoaderOptions`.
-
-    Raises:
-        UserError: the data cannot be used, or an option is out of range.
-        TypeError: there is no such option.
-    """
-    section, folder = LoaderOptions(**options), open_folder(directory)
-    manifest = (manifest or Manifest.load(folder)).without(quarantined)
-    return PatientLoader(folder, manifest, split, section, quarantined, transform, rank, world_size)
+make_loader = PatientLoader  # the verb by which users know it

@@ -19,8 +19,6 @@ class LoaderOptions(Policy):
 
     Attributes:
         cost: by which patients are split evenly across ranks; it must be equal on all ranks.
-        pin_memory: hand out page-locked tensors, from which a GPU copies while it computes.  It does nothing with a
-            transform, which pins what it makes itself.
         verify: compare checksums of index and shards with the manifest's.
     """
 
@@ -30,5 +28,4 @@ class LoaderOptions(Policy):
     cost: CostModel | None = None
     group_events: int = option(GROUP_EVENTS, "Approximate number of events that are in memory at a time.", minimum=1)
     prefetch: int = option(2, "Number of batches that a thread prepares in advance; 0 = no thread.", minimum=0)
-    pin_memory: bool = False
     verify: bool = True

@@ -1,8 +1,7 @@
 """Patients in memory, of a split or of a group of its shards, and batches gathered from them.
 
 A batch is gathered with a fixed number of array operations, whatever its size: index arithmetic on offsets, no loop
-over patients, sets or events.  Suffixes as in ``pipeline.loading.batch``; P patients in memory, K batches gathered
-at once.
+over patients, sets or events.  Of P patients, N are gathered in K batches at once.
 """
 
 from __future__ import annotations
@@ -45,21 +44,11 @@ class Windows:
 class PatientStore:
     """All patients of some shards as flat arrays, one shard after another.
 
-    Attributes:
-        label: [P] int64, -1 where unlabelled.
-        patient_id: [P] strings.
-        set_offsets: [S+1] int64, into the events.
-        minute: [S] float32.
-        code, value, has_value: [E] int32, float32, bool.
+    Attributes as in :class:`pipeline.dataset.shards.FlatPatients`; ``patient_id`` holds Python's strings.
     """
 
     def __init__(self, directory: Path | Folder, entries: Sequence[ShardEntry], *, verify: bool = True) -> None:
-        """Read the shards.
-
-        Args:
-            directory: the data directory.
-            entries: of the shards, as its manifest has them; there may be none.
-            verify: compare the shards' checksums with the manifest's.
+        """Read the shards ``entries``, of which there may be none; ``verify`` compares their checksums too.
 
         Raises:
             UserError: a shard is missing, damaged or unlike the manifest, or there is too little memory.
@@ -67,13 +56,10 @@ class PatientStore:
         sizes = ("num_patients", "num_sets", "num_events")
         num_patients, num_sets, num_events = (sum(getattr(entry, size) for entry in entries) for size in sizes)
         try:  # memory is only used as shards fill it, which keep to the manifest's claim
-            self.label = np.empty(num_patients, np.int64)
-            self.patient_id = np.empty(num_patients, object)
-            self.minute = np.empty(num_sets, np.float32)
+            self.label, self.patient_id = np.empty(num_patients, np.int64), np.empty(num_patients, object)
             patient_offsets, self.set_offsets = np.zeros(num_patients + 1, np.int64), np.zeros(num_sets + 1, np.int64)
-            self.code = np.empty(num_events, np.int32)
-            self.value = np.empty(num_events, np.float32)
-            self.has_value = np.empty(num_events, np.bool_)
+            self.minute, self.code = np.empty(num_sets, np.float32), np.empty(num_events, np.int32)
+            self.value, self.has_value = np.empty(num_events, np.float32), np.empty(num_events, np.bool_)
         except (MemoryError, ValueError):
             problem = f"{num_events:,} events do not fit into memory"
             raise UserError(f"{directory}: {problem}; lower --group_events, or repair the manifest") from None
@@ -84,29 +70,21 @@ class PatientStore:
             patients = slice(patient, patient := patient + entry.num_patients)
             sets = slice(set_, set_ := set_ + entry.num_sets)
             events = slice(event, event := event + entry.num_events)
+            self.label[patients], self.minute[sets], self.code[events] = shard.label, shard.minute, shard.code
+            self.value[events], self.has_value[events] = shard.value, shard.has_value
             self.patient_id[patients] = shard.patient_id.to_numpy(zero_copy_only=False)
-            parts = {"label": patients, "minute": sets, "code": events, "value": events, "has_value": events}
-            for name, part in parts.items():
-                getattr(self, name)[part] = getattr(shard, name)
             patient_offsets[patients.start + 1 : patients.stop + 1] = shard.patient_offsets[1:] + sets.start
             self.set_offsets[sets.start + 1 : sets.stop + 1] = shard.set_offsets[1:] + events.start
         event_offsets = self.set_offsets[patient_offsets]
-        event_start, set_start = event_offsets[:-1], patient_offsets[:-1]
         lengths = {"num_events": np.diff(event_offsets), "num_sets": np.diff(patient_offsets)}
-        self._whole = Windows(event_start=event_start, set_start=set_start, **lengths)
+        self._whole = Windows(event_start=event_offsets[:-1], set_start=patient_offsets[:-1], **lengths)
 
     @property
     def num_patients(self) -> int:
         return len(self.label)
 
     def select_windows(self, options: LoaderOptions, rng: np.random.Generator) -> Windows:
-        """Return the events to use of each patient; a set may be cut.
-
-        Args:
-            options: ``max_sequence_length``, and ``truncate``: keep the earliest or the latest events, or a run from a
-                random position.
-            rng: for the random positions.
-        """
+        """Return the events to use of each patient; a set may be cut.  ``rng`` draws the positions of random cuts."""
         whole, limit = self._whole, options.max_sequence_length
         if limit is None or not (whole.num_events > limit).any():
             return whole
@@ -124,10 +102,7 @@ class PatientStore:
     def gather_batches(self, windows: Windows, patients: Ints, batch_offsets: Ints) -> list[PatientBatch]:
         """Return K batches, gathered at once; they are views of shared arrays.
 
-        Args:
-            windows: the events to use.
-            patients: [N] the patients of all K batches, one after another.
-            batch_offsets: [K+1] batch ``k`` has ``patients[batch_offsets[k]:batch_offsets[k+1]]``.
+        Batch ``k`` has the patients [N] ``patients[batch_offsets[k]:batch_offsets[k+1]]``.
         """
         sets, set_offsets, patient_offsets, event_offsets = self._gather_sets(windows, patients)
         events = concatenate_ranges(windows.event_start[patients], windows.num_events[patients])

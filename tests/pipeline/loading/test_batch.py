@@ -189,29 +189,3 @@ def test_a_batch_that_contradicts_itself_is_refused(change: dict[str, Any], mess
     batch = batch_of(make_patients([[1, 2], [4]]))
     with pytest.raises(ValueError, match=message):
         replace(batch, **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({}, None),
-        ({"set_offsets": torch.tensor([0, 3, 3, 7])}, "set_offsets must ascend by at least 1"),
-        ({"set_offsets": torch.tensor([0, 4, 3, 7])}, "set_offsets must ascend by at least 1"),
-        ({"patient_offsets": torch.tensor([0, 0, 3])}, None),
-        ({"code": torch.tensor([2, 2, 0, 2, 2, 2, 2])}, "code must be above 0"),
-        ({"has_value": torch.zeros(7, dtype=torch.bool), "value": torch.ones(7)}, "value must be 0 where has_value"),
-    ],
-)
-def test_validating_finds_what_making_does_not(change: dict[str, Any], message: str | None) -> None:
-    batch = replace(batch_of(make_patients([[1, 2], [4]])), **change)
-    if message is None:
-        batch.validate()
-    else:
-        with pytest.raises(ValueError, match=message):
-            batch.validate()
-    if "set_offsets" in change:
-        wrong = PatientBatch.unchecked(
-            **{name: getattr(batch, name) for name in DTYPES} | {"set_offsets": batch.set_offsets - 1}, patient_id=[""]
-        )
-        with pytest.raises(ValueError, match="set_offsets must begin at 0"):
-            wrong.validate()

@@ -60,7 +60,6 @@ def test_gathering_and_truncation_against_a_loop(
     for batch, part in zip(batches, picked, strict=True):
         expected = batch_of([kept[patient] for patient in part])
         assert_equal(batch, expected)
-        batch.validate()
         whole = store.gather_global_batch(windows, np.array(part, dtype=np.int64))
         assert whole.patient_id == expected.patient_id
         assert whole.num_sets.tolist() == expected.sets_per_patient.tolist()
