@@ -32,14 +32,12 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupPlan:
-    """The plan of a group of an epoch.  Its patients are numbered over its shards, one after another.
+    """The global batches of a group of an epoch.  Its patients are numbered over its shards, one after another.
 
     Attributes:
-        position: of the group.
         shards: the split's shards in which the group's patients lie, ascending.
         num_events: [P] int64 of all patients of these shards, after truncation.
         num_sets: [P] int64; with truncation an upper bound, because the index does not say where sets end.
-        batches: the group's global batches.
     """
 
     position: Position
@@ -70,10 +68,10 @@ class GroupPlanner:
         self.plan_group = lru_cache(maxsize=2)(self._plan_group)
 
     def _group_shards(self, epoch: int) -> Grouping:
-        sizes = np.array([(entry.num_patients, entry.num_events) for entry in self.entries], np.int64).reshape(-1, 2)
-        patients, events, options = sizes[:, 0], sizes[:, 1], self._options
-        limit = options.group_events
-        return group_shards(patients, events, options, group_events=limit, seed=options.seed, epoch=epoch)
+        patients = np.array([entry.num_patients for entry in self.entries], np.int64)
+        events = np.array([entry.num_events for entry in self.entries], np.int64)
+        limit, seed = self._options.group_events, self._options.seed
+        return group_shards(patients, events, self._options, group_events=limit, seed=seed, epoch=epoch)
 
     def _read_lengths(self, shards: tuple[int, ...]) -> Lengths:
         num_events, num_sets = self._index.read([self.entries[shard] for shard in shards])
@@ -104,14 +102,7 @@ class GroupPlanner:
 
 
 class LoadedGroup:
-    """A group whose patients are in memory.
-
-    Attributes:
-        plan: of the group.
-        store: the patients of its shards.
-        windows: the events to use of each patient.
-        batches: this rank's part of each global batch.
-    """
+    """A group whose patients are in memory: their events to use, and this rank's part of each global batch."""
 
     def __init__(self, plan: GroupPlan, store: PatientStore, options: LoaderOptions, **ranks: int) -> None:
         epoch, number, first_step = plan.position

@@ -1,15 +1,15 @@
 """Groups: how an epoch walks a split that does not fit in memory, some shards at a time.
 
-A pure function of (the manifest's counts, seed, epoch): NumPy only, no input or output.  An epoch puts the shards in a
-random order and cuts that sequence; the patients of a group are planned (``pipeline.sampling.plan``) when its turn is
-near.  A shard is a hash partition of all patients, so a few of them are a fair sample of all lengths, and a batch made
-of the patients of one group is as homogeneous, and as mixed, as one made of all.  A split of one group is planned as a
-whole.
+An epoch puts the shards in a random order and cuts that sequence; the patients of a group are planned
+(``pipeline.sampling.plan``) when its turn is near.  A shard is a hash partition of all patients, so a few of them are a
+fair sample of all lengths, and a batch made of the patients of one group is as homogeneous, and as mixed, as one made
+of all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +18,11 @@ from pipeline.sampling.plan import Purpose, rng_for
 from pipeline.sampling.policy import Policy
 
 GROUP_EVENTS = 1 << 23
-"""Approximate number of events of a group.  An event takes 9 bytes in memory and a set 12, some 100 MB in all, and with
-several groups twice that, because the next one is read while one is used.  Reading takes some 35 ns an event: a third
-of a second, which is what it costs to resume."""
+"""Approximate number of events of a group: some 100 MB in memory, and with several groups twice that, because the next
+one is read while one is used.  Reading takes a third of a second, which is what it costs to resume."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """A subset of a split that fits in memory and is planned as a whole.
 
     Attributes:
@@ -65,7 +63,7 @@ class Grouping:
         first = np.maximum(start - before[parts], 0)
         sizes = np.minimum(stop - before[parts], self.num_patients[shards]) - first
         first += offsets_from_sizes(self.num_patients[shards])[:-1]
-        return Group(shards=shards, patients=concatenate_ranges(first, sizes))
+        return Group(shards, concatenate_ranges(first, sizes))
 
 
 def group_shards(
@@ -82,12 +80,12 @@ def group_shards(
         num_events: [N] of each shard.
         policy: with ``shuffle``, shards are in a new order every epoch; otherwise in the manifest's.
         group_events: 1 or more.
-        seed: 0 or more.
+        seed: of the order, with ``epoch``.
         epoch: 0, 1, 2 …
     """
-    count = len(num_patients)
-    rng = rng_for(Purpose.SHARD_ORDER, seed=seed, epoch=epoch)
-    order = rng.permutation(count) if policy.shuffle else np.arange(count)
+    order = np.arange(len(num_patients))
+    if policy.shuffle:
+        order = rng_for(Purpose.SHARD_ORDER, seed=seed, epoch=epoch).permutation(order)
     events_before, patients_before = offsets_from_sizes(num_events[order]), offsets_from_sizes(num_patients[order])
     total = int(events_before[-1])
     num_groups = max(1, -(-total // group_events))

@@ -1,7 +1,7 @@
 """The plan of an epoch: which patients share a batch, and which rank takes them.
 
-A pure function of (lengths, policy, seed, epoch): NumPy only, no input or output.  The plan is made for the whole
-job; the number of ranks decides only how a batch is split, never what is in it.
+The plan is a pure function of (lengths, policy, seed, epoch), made for the whole job; the number of ranks decides only
+how a batch is split, never what is in it.
 
 Batches of similar lengths are made by *jittered sorting*: patients are sorted by length, each is moved by a random
 distance of at most ``bucket_width`` batches, and the sequence is cut into batches.  Two patients can meet if their
@@ -52,13 +52,11 @@ class EpochPlan:
         return np.diff(self.batch_offsets)
 
     def patients(self, step: int) -> Ints:
-        """Return the patients of one batch, [B] int64."""
         return self.order[self.batch_offsets[step] : self.batch_offsets[step + 1]]
 
     def sum_per_batch(self, amount: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the sums [N] over the patients of each batch of an ``amount`` [P] that every patient has."""
-        before = np.concatenate([[0], np.cumsum(amount[self.order])])
-        return np.diff(before[self.batch_offsets])
+        return np.diff(np.concatenate([[0], np.cumsum(amount[self.order])])[self.batch_offsets])
 
 
 class Purpose(IntEnum):
@@ -84,7 +82,7 @@ def plan_epoch(num_events: Ints, num_sets: Ints, policy: Policy, *, seed: int, e
         num_events: [P] events of each patient, at least 1, after truncation.
         num_sets: [P] sets of each patient; only ``max_cost`` counts them.
         policy: how to group.
-        seed: 0 or more; with ``epoch`` and ``group`` the only source of randomness.
+        seed: with ``epoch`` and ``group`` the only source of randomness.
         epoch: 0, 1, 2 …
         group: which of the epoch's groups the patients are; see ``pipeline.sampling.groups``.
 
@@ -142,7 +140,7 @@ def _cut_batches(num_events: Ints, num_sets: Ints, policy: Policy, rng: np.rando
     """Return the offsets [N+1] int64 of batches in an ordered sequence of patients of these lengths [P]."""
     count = len(num_events)
     max_size = policy.batch_size or count
-    if policy.fixed_size is not None:
+    if policy.fixed_size:
         full, rest = divmod(count, max_size)
         sizes = np.full(full, max_size)
         if rest:
@@ -178,9 +176,6 @@ def split_across_ranks(plan: EpochPlan, cost: Floats, *, rank: int, world_size: 
         rank: 0 … ``world_size`` − 1.
         world_size: number of ranks.
         first_step: the epoch's number of the first batch.
-
-    Returns:
-        A plan of as many batches; the parts of all ranks together are the global batches.
     """
     if world_size == 1:
         return plan
