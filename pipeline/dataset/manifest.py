@@ -46,7 +46,6 @@ class Manifest:
         vocabulary_fingerprint: SHA-256 over names, means and stds; a checkpoint holds it and refuses another.
         num_codes: rows of the vocabulary, padding and unknown included.
         embedding_dim: width of ``embeddings.npy``, or None if there are no embeddings.
-        options: the resolved options of preprocess.py.
         fingerprint: SHA-256 over input and options.
     """
 
@@ -76,18 +75,16 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path | Folder) -> Manifest:
-        """Return the manifest of a data directory.
-
-        Raises:
-            UserError: there is none, it is damaged, it is not one of ours, or it has another format version.
-        """
+        """Return the manifest of a data directory; UserError where there is none that this program reads."""
         folder = as_folder(directory)
         path = f"{folder}/{MANIFEST_FILE}"
         try:
             content = json.loads(folder.read(MANIFEST_FILE))
             version = content["format_version"]
-            if version == FORMAT_VERSION:
-                return cls._parse(unseal(content, path, folder.repair_advice), path, folder.repair_advice)
+            if version != FORMAT_VERSION:
+                needed = f"format version {version}, this program reads {FORMAT_VERSION}"
+                raise UserError(f"{path}: {needed}; run preprocess.py again")
+            return cls._parse(unseal(content, path, folder.repair_advice), path, folder.repair_advice)
         except FileNotFoundError:
             raise UserError(f"{path}: no manifest here; {folder.manifest_advice}") from None
         except OSError as error:
@@ -98,8 +95,6 @@ class Manifest:
             raise UserError(f"{path}: cannot be read as a manifest ({error}); run preprocess.py again") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a manifest of this project ({error}); run preprocess.py again") from None
-        needed = f"format version {version}, this program reads {FORMAT_VERSION}"
-        raise UserError(f"{path}: {needed}; run preprocess.py again")
 
     @classmethod
     def _parse(cls, content: dict[str, Any], path: str, advice: str) -> Manifest:

@@ -1,11 +1,8 @@
 """Shards: how patients lie on disk, and the checks on the way back.
 
 A Parquet shard has a row a patient (``SHARD_SCHEMA``), sorted by ``num_events``, in row groups of about
-``ROW_GROUP_EVENTS`` events, so that a range of lengths is a range of row groups.  The lists of a row are slices
-of flat Arrow buffers: reading a shard gives flat arrays and offsets, and touches no single patient.
-
-A WebDataset shard (``pipeline.dataset.tars``) holds the same rows as a tar; both are read to the same arrays, bit
-for bit.
+``ROW_GROUP_EVENTS`` events.  The lists of a row are slices of flat Arrow buffers: reading a shard gives flat arrays and
+offsets, and touches no single patient.  A tar (``pipeline.dataset.tars``) is read to the same arrays, bit for bit.
 """
 
 from __future__ import annotations
@@ -60,11 +57,7 @@ class FlatPatients:
 
 
 def write_shard(table: pa.Table, directory: Path, path: str) -> ShardEntry:
-    """Write ``table`` (``SHARD_SCHEMA``, sorted) to ``directory/path``, ``.parquet`` or ``.tar``.
-
-    Returns:
-        The shard's entry for the manifest.
-    """
+    """Write ``table`` (``SHARD_SCHEMA``, sorted) to ``directory/path``, and return its entry for the manifest."""
     target = directory / path
     target.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(target) as temporary:
@@ -86,10 +79,7 @@ def _write_row_groups(table: pa.Table, path: Path) -> None:
 
 
 def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry]) -> dict[str, str]:
-    """Compare sizes and checksums of shards with the manifest; shards of a remote folder are fetched.
-
-    Returns:
-        The reason why a shard is bad, by its path; shards that are whole are not in it.
+    """Compare sizes and checksums of shards with the manifest, and return the reason why a shard is bad, by its path.
 
     Raises:
         UserError: a shard cannot be read, which need not be its fault.
@@ -119,7 +109,9 @@ def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = Tr
     path, advice = f"{folder}/{entry.path}", f"the data set is damaged: {folder.repair_advice}"
     try:
         with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=verify) as local:
-            table = _read_rows(local, Path(entry.path).suffix)
+            is_tar = entry.path.endswith(".tar")
+            rows = read_tar(local).cast(SHARD_SCHEMA) if is_tar else read_parquet(local, SHARD_SCHEMA)
+            table = rows.combine_chunks()
     except BadFile as error:
         patients = f"its {entry.num_patients:,} patients"
         raise UserError(f"{error}, or leave out {patients} with --on_bad_shard quarantine") from None
@@ -159,15 +151,7 @@ def _flatten(table: pa.Table, entry: ShardEntry, path: str, advice: str) -> Flat
 
 def _fill_static_minutes(minute: Floats, patient_offsets: Ints) -> Floats:
     """Return the minutes [S] with one for each static set (NaN), which can only be a patient's first."""
-    static = np.flatnonzero(np.isnan(minute))
-    if not len(static):
-        return minute
-    filled, is_only_set = minute.copy(), np.isin(static + 1, patient_offsets)
+    static, filled = np.flatnonzero(np.isnan(minute)), minute.copy()
+    is_only_set = np.isin(static + 1, patient_offsets)
     filled[static] = np.where(is_only_set, 0.0, minute[np.minimum(static + 1, len(minute) - 1)])
     return filled
-
-
-def _read_rows(path: Path, suffix: str) -> pa.Table:
-    if suffix == ".tar":
-        return read_tar(path).cast(SHARD_SCHEMA)
-    return read_parquet(path, SHARD_SCHEMA).combine_chunks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,16 +47,11 @@ def _read_table(directory: Path | Folder, manifest: Manifest, name: str, schema:
 
 
 def load_embeddings(directory: Path | Folder, manifest: Manifest) -> npt.NDArray[np.float32]:
-    """Return ``embeddings.npy``, [num_codes, embedding_dim] float32, checked against the manifest.
-
-    The header is compared before memory is allocated for what it claims.
-    """
+    """Return ``embeddings.npy``, [num_codes, embedding_dim] float32, checked against the manifest."""
     folder = as_folder(directory)
     with open_checked(folder, manifest, EMBEDDINGS_FILE) as path:
-        try:
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder}/{EMBEDDINGS_FILE}: cannot be read ({error}); {folder.repair_advice}") from None
+        with _report_damage(folder, EMBEDDINGS_FILE):
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)  # allocates nothing for what the header claims
         if vectors.dtype != np.float32 or vectors.shape != (manifest.num_codes, manifest.embedding_dim):
             holds = f"holds {vectors.dtype} {vectors.shape}, the manifest says otherwise"
             raise UserError(f"{folder}/{EMBEDDINGS_FILE}: {holds}; {folder.repair_advice}")
@@ -83,8 +79,8 @@ def open_checked(directory: Path | Folder, manifest: Manifest, name: str, *, ver
 def _report_damage(folder: Folder, name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{folder}/{name}: cannot be read ({error}); run preprocess.py again") from None
+    except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
+        raise UserError(f"{folder}/{name}: cannot be read ({error}); {folder.repair_advice}") from None
 
 
 class LengthIndex:
@@ -96,15 +92,10 @@ class LengthIndex:
     def __init__(self, directory: Path | Folder, manifest: Manifest, *, verify: bool = True) -> None:
         self._folder, self._manifest, self._verify = as_folder(directory), manifest, verify
         self._metadata: pq.FileMetaData | None = None
-        self._groups_of_shard: dict[str, list[int]] = {}
-        self._mixed_groups: list[tuple[str, str, int]] = []  # first and last shard of a row group with several
+        self._shards_of_groups: list[tuple[str, str]] = []  # first and last shard of each row group
 
     def read(self, entries: Sequence[ShardEntry]) -> Lengths:
-        """Return the lengths of the patients of some shards, in the order of ``entries`` and of their rows.
-
-        Raises:
-            UserError: the index is missing, damaged, or contradicts the manifest.
-        """
+        """Return the lengths of the patients of some shards, in the order of ``entries`` and of their rows."""
         paths, folder = [entry.path for entry in entries], self._folder
         with (
             open_checked(folder, self._manifest, INDEX_FILE, verify=self._verify) as local,
@@ -113,9 +104,9 @@ class LengthIndex:
         ):
             if self._metadata is None:
                 self._find_row_groups(file.metadata)
-            groups = {group for path in paths for group in self._groups_of_shard.get(path, ())}
-            groups |= {group for a, b, group in self._mixed_groups if any(a <= path <= b for path in paths)}
-            table = file.read_row_groups(sorted(groups), ["shard", "num_events", "num_sets"], use_threads=False)
+            ordered, groups = sorted(paths), enumerate(self._shards_of_groups)
+            wanted = [group for group, (a, b) in groups if bisect_left(ordered, a) < bisect_right(ordered, b)]
+            table = file.read_row_groups(wanted, ["shard", "num_events", "num_sets"], use_threads=False)
         shard = pc.fill_null(pc.index_in(table["shard"], value_set=pa.array(paths, pa.string())), -1).to_numpy()
         order = np.argsort(shard, kind="stable")[np.count_nonzero(shard < 0) :]
         num_events, num_sets = (table[name].to_numpy()[order].astype(np.int64) for name in ("num_events", "num_sets"))
@@ -130,9 +121,5 @@ class LengthIndex:
         for group in range(metadata.num_row_groups):
             statistics = metadata.row_group(group).column(column).statistics
             has_range = statistics is not None and statistics.has_min_max
-            first, last = (statistics.min, statistics.max) if has_range else ("", "~")
-            if first == last:
-                self._groups_of_shard.setdefault(first, []).append(group)
-            else:
-                self._mixed_groups.append((first, last, group))
+            self._shards_of_groups.append((statistics.min, statistics.max) if has_range else ("", "~"))
         self._metadata = metadata

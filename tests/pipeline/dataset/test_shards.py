@@ -104,7 +104,7 @@ def test_a_damaged_shard_is_named(directory: Path, harm: Callable[[Path], None],
 
 def test_all_bad_shards_are_found_without_decoding_any(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Manifest.load(directory).splits["train"]
-    monkeypatch.setattr(shards, "_read_rows", None)
+    monkeypatch.setattr(shards, "read_parquet", None)
     assert check_shards(directory, [first, second]) == {}
     damage_bytes(directory / second.path)
     assert check_shards(directory, [first, second]) == {second.path: "checksum differs from the manifest's"}
