@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import FlatPatients, read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
@@ -26,44 +26,27 @@ from pipeline.schema import FIRST_CODE, REPORT_FILE, SPLITS, SUMMARY_FILE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Integers = npt.NDArray[np.int64]
 
-BATCH_SIZES = (4, 8, 16, 32, 64)
-
+# The policies whose padding is compared, at each of these numbers of patients a batch.
 POLICIES = {
     "at random": Policy(bucketing=False),
     "bucketed by events (the default)": Policy(),
     "sorted by events": Policy(bucket_width=0),
 }
-"""The ways to choose the patients of a batch whose padding is compared, by name."""
-
-MAX_VARIABLES = 300
-"""Maximum number of rows of a table of variables; the whole vocabulary is in its own file."""
-
-MAX_EVENTS_READ = 1 << 21
-"""Shards, which hold patients in random order, are read for sizes and values until they hold as many events."""
-
+BATCH_SIZES = (4, 8, 16, 32, 64)
 MAX_PATIENTS_PLANNED = 1 << 16
-"""Maximum number of patients for which padding is computed."""
 
-MAX_BINS = 40
-"""Maximum number of bars of a histogram."""
-
-LOGARITHMIC_RATIO = 30
-"""A histogram has a logarithmic axis if its largest value is more than so many times its smallest."""
-
+MAX_EVENTS_READ = 1 << 21  # shards, of patients in random order, are read for sizes and values up to so many events
+MAX_VARIABLES = 300  # rows of a table; the whole vocabulary is in its own file
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+SPREAD_REACH = 4  # standard deviations on each side of the mean that the bar of a variable spans
 
-SPREAD_REACH = 4
-"""Standard deviations on each side of the mean that the bar of a variable spans."""
+MAX_BINS = 40  # bars of a histogram
+LOGARITHMIC_RATIO = 30  # of the largest to the smallest value, above which the axis of a histogram is logarithmic
 
 
 def write_data_report(directory: Path) -> Path:
-    """Write ``report.html`` of a data directory into it and return its path.
-
-    Raises:
-        UserError: manifest, index, vocabulary or a shard is missing or damaged.
-    """
+    """Write ``report.html`` of a data directory into it and return its path."""
     manifest = Manifest.load(directory)
     index, vocabulary = read_index(directory, manifest), read_vocabulary(directory, manifest)
     split = next((name for name in SPLITS if manifest.splits.get(name)), "train")
@@ -71,18 +54,16 @@ def write_data_report(directory: Path) -> Path:
     starts = accumulate((entry.num_events for entry in entries), initial=0)
     read = [entry for entry, start in zip(entries, starts, strict=False) if start < MAX_EVENTS_READ]
     shards = [read_shard(directory, entry) for entry in read]
-    set_sizes = [np.diff(shard.set_offsets) for shard in shards]
-    event_counts = vocabulary.filter(pc.field("count") > 0)["count"].to_numpy()
     lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
-    lengths |= {"set_size": np.concatenate([*set_sizes, np.zeros(0, np.int64)]), "variable": event_counts}
+    lengths["set_size"] = np.concatenate([np.zeros(0, np.int64), *(np.diff(shard.set_offsets) for shard in shards)])
+    lengths["variable"] = vocabulary.filter(pc.field("count") > 0)["count"].to_numpy()
     sums = [(name, "sum") for name in ("num_sets", "num_events", "label")]
     splits = index.group_by("split").aggregate([("patient_id", "count"), ("label", "count"), *sums]).to_pylist()
-    planned = index.filter(pc.field("split") == split)
+    planned = index.filter(pc.field("split") == split).select(["num_events", "num_sets"])
     stride = max(1, -(-planned.num_rows // MAX_PATIENTS_PLANNED))
     return write_page(
         directory / REPORT_FILE,
         "data_report.html.jinja",
-        package="pipeline.reports",
         name=directory.resolve().name,
         batch_sizes=BATCH_SIZES,
         draw_histograms=draw_histograms,
@@ -96,22 +77,18 @@ def write_data_report(directory: Path) -> Path:
         stride=stride,
         summary=read_object(directory / SUMMARY_FILE),
         variables=_describe_variables(vocabulary, shards),
-        waste=_padding_waste(
-            planned["num_events"].to_numpy()[::stride].astype(np.int64),
-            planned["num_sets"].to_numpy()[::stride].astype(np.int64),
-        ),
+        waste=_padding_waste(*(column.to_numpy()[::stride].astype(np.int64) for column in planned.columns)),
     )
 
 
-def _padding_waste(num_events: Integers, num_sets: Integers) -> dict[str, dict[str, list[float]]]:
+def _padding_waste(num_events: Ints, num_sets: Ints) -> dict[str, dict[str, list[float]]]:
     """Return the padding waste of ``events`` and of ``sets``, for each policy and batch size."""
-    waste = {axis: {name: list[float]() for name in POLICIES} for axis in ("events", "sets")}
+    waste: dict[str, dict[str, list[float]]] = {"events": {}, "sets": {}}
     for name, policy in POLICIES.items():
-        for batch_size in BATCH_SIZES:
-            sized = dataclasses.replace(policy, batch_size=batch_size)
-            plan = plan_epoch(num_events, num_sets, sized, seed=0, epoch=0)
-            waste["events"][name].append(padding_waste(plan, num_events))
-            waste["sets"][name].append(padding_waste(plan, num_sets))
+        policies = [dataclasses.replace(policy, batch_size=size) for size in BATCH_SIZES]
+        plans = [plan_epoch(num_events, num_sets, sized, seed=0, epoch=0) for sized in policies]
+        waste["events"][name] = [padding_waste(plan, num_events) for plan in plans]
+        waste["sets"][name] = [padding_waste(plan, num_sets) for plan in plans]
     return waste
 
 
@@ -137,17 +114,17 @@ def _describe_variables(vocabulary: pa.Table, shards: Sequence[FlatPatients]) ->
     return rows
 
 
-def draw_histograms(lengths: Mapping[str, tuple[str, Integers]]) -> str | None:
+def draw_histograms(lengths: Mapping[str, tuple[str, Ints]]) -> str | None:
     """Return an image of a histogram for each title, of what is counted and its lengths; None without any lengths."""
-    panels = {
-        f"{title}: median {np.median(values):,.4g}": functools.partial(draw_histogram, values=values, counted=counted)
-        for title, (counted, values) in lengths.items()
-        if len(values)
-    }
+    panels = {}
+    for title, (counted, values) in lengths.items():
+        if len(values):
+            draw = functools.partial(draw_histogram, values=values, counted=counted)
+            panels[f"{title}: median {np.median(values):,.4g}"] = draw
     return draw_figure(panels)
 
 
-def draw_histogram(axis: Axes, *, values: Integers, counted: str) -> None:
+def draw_histogram(axis: Axes, *, values: Ints, counted: str) -> None:
     """Draw how many of the positive whole numbers ``values`` lie in each of at most ``MAX_BINS`` ranges.
 
     Every range holds a whole number, so that none is empty because it is narrow.

@@ -24,24 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-MAX_TEXT = 300
-"""Maximum number of characters of a table's cell; longer text is cut."""
-
-MAX_LABEL = 40
-"""Maximum number of characters of a name inside a figure."""
+MAX_TEXT = 300  # characters of a table's cell; longer text is cut
+MAX_LABEL = 40  # characters of a name inside a figure
 
 
-def write_page(path: Path, template: str, *, package: str, **context: Any) -> Path:
-    """Render a template and write the page atomically.
+def write_page(path: Path, template: str, *, package: str = "pipeline.reports", **context: Any) -> Path:
+    """Render a template with the variables ``context``, write the page atomically to ``path`` and return that.
 
-    Args:
-        path: the page.
-        template: a file in the folder ``templates`` of ``package`` or of this package.
-        package: the import name of a package.
-        context: the variables of the template.
-
-    Returns:
-        ``path``.
+    The template is a file in the folder ``templates`` of ``package`` or of this package.
     """
     loader = jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader("pipeline.reports")])
     environment = jinja2.Environment(
@@ -73,14 +63,7 @@ def figure_label(name: str) -> str:
 
 
 def draw_figure(panels: Mapping[str, Callable[[Axes], None]]) -> str | None:
-    """Draw an SVG image.
-
-    Args:
-        panels: what draws each of the axes, by its title.
-
-    Returns:
-        The image as a ``data:`` address; None where there are no panels.
-    """
+    """Return an SVG image as a ``data:`` address; None without ``panels``, which draw each of the axes by its title."""
     import matplotlib  # noqa: PLC0415 (half a second that only a report needs)
     from matplotlib.figure import Figure  # noqa: PLC0415 (unlike pyplot it has neither global state nor a window)
 
@@ -102,11 +85,7 @@ def draw_figure(panels: Mapping[str, Callable[[Axes], None]]) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON or YAML file; it is empty where there is no file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
+    """Return the object of a JSON or YAML file, empty where there is no file; UserError if it holds anything else."""
     parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
         content = parse(path.read_bytes()) if path.exists() else {}

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.arrays import Floats, Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tables import read_index
 from pipeline.options import check_section, option, parse_options
 from pipeline.reports.page import read_object
+from pipeline.sampling import quality
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import BUCKET_WIDTH, Policy
-from pipeline.sampling.quality import (
-    label_correlation,
-    neighbour_correlation,
-    padding_waste,
-    pairs_meeting_again,
-    rank_imbalance,
-)
 from pipeline.schema import SPLITS, UNLABELLED, UserError
 from pipeline.storage.cache import parse_bytes
 from pipeline.storage.folder import Folder
@@ -75,27 +68,16 @@ class CommandLine:
     plan: PlanOptions
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitLengths:
-    """Lengths and labels of the patients of a split, in the order in which the loader numbers them.
+class SplitLengths(NamedTuple):
+    """Lengths and labels [P] of the patients of a split, in the order in which the loader numbers them."""
 
-    Attributes:
-        num_events: [P] int64.
-        num_sets: [P] int64.
-        label: [P] int64; ``UNLABELLED`` for patients without a label.
-    """
-
-    num_events: npt.NDArray[np.int64]
-    num_sets: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64]
+    num_events: Ints
+    num_sets: Ints
+    label: Ints
 
     @classmethod
     def read(cls, directory: Path | Folder, split: str) -> SplitLengths:
-        """Read the lengths from the index of a data directory; no shard is read.
-
-        Raises:
-            UserError: the directory or its index is damaged, or there is no such split.
-        """
+        """Read them from the index of a data directory; no shard is read."""
         manifest = Manifest.load(directory)
         if split not in manifest.splits:
             raise UserError(f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
@@ -103,13 +85,12 @@ class SplitLengths:
         shards = pa.array([entry.path for entry in manifest.splits[split]], pa.string())
         index = index.append_column("number", pc.index_in(index["shard"], value_set=shards))
         index = index.sort_by([("number", "ascending"), ("position", "ascending")])
-        label = pc.fill_null(index["label"].cast(pa.int64()), UNLABELLED).to_numpy()
-        num_events, num_sets = (index[name].to_numpy().astype(np.int64) for name in ("num_events", "num_sets"))
-        return cls(num_events=num_events, num_sets=num_sets, label=label)
+        columns = (index[name].cast(pa.int64()) for name in cls._fields)
+        return cls(*(pc.fill_null(column, UNLABELLED).to_numpy() for column in columns))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what each policy would do to a data directory; 0 = done, 2 = something the user can mend."""
+    """Print the table; return 0 when done, 2 for something that the user can mend."""
     try:
         options = parse_options(CommandLine, arguments, prog=PROG, description=DESCRIPTION, positional="data_dir")
         table = make_table(options.plan)
@@ -121,18 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_table(options: PlanOptions) -> Table:
-    """Return the table of measures, a row for each policy.
-
-    Raises:
-        UserError: the data directory, the memory model or an option cannot be used.
-    """
+    """Return the table of measures, a row for each policy."""
     lengths = SplitLengths.read(open_folder(options.data_dir, cache_dir=options.cache_dir), options.split)
     total = lengths.num_events.sum()
     title = f"{options.split} of {options.data_dir}: {len(lengths.label):,} patients, {total:,} events"
     if options.max_sequence_length is not None:
         num_events = np.minimum(lengths.num_events, options.max_sequence_length)
         num_sets = np.minimum(lengths.num_sets, num_events)  # an upper bound: where sets end is not in the index
-        lengths = dataclasses.replace(lengths, num_events=num_events, num_sets=num_sets)
+        lengths = SplitLengths(num_events, num_sets, lengths.label)
         title += f", of which {num_events.sum():,} are used"
     memory_model = None if options.memory_model is None else _read_memory_model(Path(options.memory_model))
     table = Table("policy", title=title, caption=CAPTION.format(**vars(options)), caption_justify="left")
@@ -170,12 +147,13 @@ def _measure(
     policy: Policy, lengths: SplitLengths, options: PlanOptions, memory_model: CostModel | None
 ) -> dict[str, str]:
     """Return the cells of a policy's row, by heading."""
-    events, sets, label = lengths.num_events, lengths.num_sets, lengths.label
+    events, sets, label = lengths
     cost, ranks = CostModel().predict(events, sets), options.world_size
     plans = [plan_epoch(events, sets, policy, seed=options.seed, epoch=epoch) for epoch in range(options.epochs)]
     sizes = np.concatenate([plan.batch_sizes for plan in plans]) if len(events) else np.zeros(1, np.int64)
+    label_correlations = (quality.label_correlation(plan, events, label) for plan in plans)
 
-    def maximum(amount: npt.NDArray[Any]) -> float:
+    def maximum(amount: Ints | Floats) -> float:
         return max(plan.sum_per_batch(amount).max(initial=0) for plan in plans)
 
     def mean(template: str, measures: Iterable[float]) -> str:
@@ -184,14 +162,14 @@ def _measure(
 
     cells = {
         "batches": mean("{:.0f}", (plan.num_batches for plan in plans)),
-        "padding\nof events": mean("{:.1%}", (padding_waste(plan, events) for plan in plans)),
-        "padding\nof sets": mean("{:.1%}", (padding_waste(plan, sets) for plan in plans)),
+        "padding\nof events": mean("{:.1%}", (quality.padding_waste(plan, events) for plan in plans)),
+        "padding\nof sets": mean("{:.1%}", (quality.padding_waste(plan, sets) for plan in plans)),
         "patients a batch\nmin / median / max": f"{sizes.min()} / {np.median(sizes):g} / {sizes.max()}",
         "max. events\na batch": f"{maximum(events):,}",
-        "pairs that\nmeet again": mean("{:.1%}", (pairs_meeting_again(*pair) for pair in pairwise(plans))),
-        "correlation of\nneighbours": mean("{:+.2f}", (neighbour_correlation(plan, events) for plan in plans)),
-        "correlation of\nlabel and batch": mean("{:+.2f}", (label_correlation(plan, events, label) for plan in plans)),
-        "imbalance\nof ranks": mean("{:.1%}", (rank_imbalance(plan, cost, ranks) for plan in plans)),
+        "pairs that\nmeet again": mean("{:.1%}", (quality.pairs_meeting_again(*pair) for pair in pairwise(plans))),
+        "correlation of\nneighbours": mean("{:+.2f}", (quality.neighbour_correlation(plan, events) for plan in plans)),
+        "correlation of\nlabel and batch": mean("{:+.2f}", label_correlations),
+        "imbalance\nof ranks": mean("{:.1%}", (quality.rank_imbalance(plan, cost, ranks) for plan in plans)),
     }
     if memory_model is not None:
         peak = maximum(memory_model.predict(events, sets)) + memory_model.batch
