@@ -11,8 +11,7 @@ import numpy.typing as npt
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-CACHED_NUMBERS = 1 << 17
-"""1 MB of int64."""
+CACHED_NUMBERS = 1 << 17  # 1 MB of int64
 
 
 def offsets_from_sizes(sizes: npt.NDArray[Any]) -> Ints:

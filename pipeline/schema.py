@@ -9,21 +9,17 @@ from __future__ import annotations
 
 from typing import Final
 
-FORMAT_VERSION: Final = 1
-"""Version of the layout in docs/format.md; a reader refuses any other."""
+FORMAT_VERSION: Final = 1  # of the layout in docs/format.md; a reader refuses any other
 
 PADDING_CODE: Final = 0
 UNKNOWN_CODE: Final = 1
-FIRST_CODE: Final = 2
-"""Code of the first variable; variables are numbered in the order of their names."""
+FIRST_CODE: Final = 2  # of variables, which are numbered in the order of their names
 
 UNLABELLED: Final = -1
 
-FLOAT32_MAX: Final = 2.0**128 - 2.0**104
-"""The greatest finite float32: batches hold minutes and values in that type."""
+FLOAT32_MAX: Final = 2.0**128 - 2.0**104  # the greatest finite float32, in which batches hold minutes and values
 
-PRIVATE_UMASK: Final = 0o077
-"""Umask of both command lines: only their owner can read files of patients."""
+PRIVATE_UMASK: Final = 0o077  # of both command lines: only their owner can read files of patients
 
 SPLITS: Final = ("train", "valid", "test")
 

@@ -13,14 +13,11 @@ from pipeline.schema import FORMAT_VERSION, MANIFEST_FILE, SPLITS, UserError
 from pipeline.storage.files import seal, unseal, write_atomically
 from pipeline.storage.folder import Folder, as_folder
 
+# No other path is opened, or removed, because a manifest names it.
 _SHARD_PATH: Final = re.compile(rf"({'|'.join(SPLITS)})/[0-9]+\.(parquet|tar)")
-"""No other path is opened, or removed, because a manifest names it."""
 
-MAX_SHARD_EVENTS: Final = 1 << 31
-"""Patients, sets and events of a shard are counted in 32 bits."""
-
-MAX_PATIENTS_PER_BYTE: Final = 64
-"""More than any compression achieves; memory is allocated for as many patients as the manifest claims."""
+MAX_SHARD_EVENTS: Final = 1 << 31  # patients, sets and events of a shard are counted in 32 bits
+MAX_PATIENTS_PER_BYTE: Final = 64  # more than any compression achieves; memory is allocated for as many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +66,6 @@ class Manifest:
         return replace(self, splits=splits)
 
     def save(self, directory: Path) -> None:
-        """Write the manifest to a data directory, atomically."""
         content = json.dumps(seal(asdict(self)), indent=1, sort_keys=True)
         write_atomically(directory / MANIFEST_FILE, (content + "\n").encode())
 

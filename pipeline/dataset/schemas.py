@@ -6,9 +6,8 @@ from typing import Final
 
 import pyarrow as pa
 
+# Files of a shard by ``--shard_format``; the first is the one that training reads.
 SHARD_SUFFIXES: Final = {"parquet": (".parquet",), "webdataset": (".tar",), "both": (".parquet", ".tar")}
-"""Files of a shard by ``--shard_format``; the first is the one that training reads."""
-
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -23,7 +22,6 @@ SHARD_SCHEMA = pa.schema(
     ]
 )
 
-
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("patient_id", pa.string(), nullable=False),
@@ -36,7 +34,6 @@ INDEX_SCHEMA = pa.schema(
         pa.field("max_set_size", pa.int32(), nullable=False),
     ]
 )
-
 
 VOCABULARY_SCHEMA = pa.schema(
     [

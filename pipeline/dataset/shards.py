@@ -27,8 +27,7 @@ from pipeline.schema import UNLABELLED, UserError
 from pipeline.storage.files import file_sha256, replace_atomically
 from pipeline.storage.folder import BadFile, Folder, as_folder
 
-ROW_GROUP_EVENTS = 1 << 17
-"""Approximate number of events of a row group: 1 MiB of codes and values, the minimum worth a read of its own."""
+ROW_GROUP_EVENTS = 1 << 17  # about: 1 MiB of codes and values, the minimum worth a read of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,10 +96,7 @@ def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry]) -> dic
 def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = True) -> FlatPatients:
     """Return the patients of one shard of either format, in its order.
 
-    Args:
-        directory: a data directory; only a Folder remembers what it has verified.
-        entry: of the shard.
-        verify: compare its size and checksum with the manifest's.
+    With ``verify`` its size and checksum are compared with the manifest's; only a Folder remembers that they were.
 
     Raises:
         UserError: the file is missing, its checksum is not the manifest's, or its content contradicts itself.

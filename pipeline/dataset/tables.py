@@ -62,11 +62,7 @@ def load_embeddings(directory: Path | Folder, manifest: Manifest) -> npt.NDArray
 def open_checked(directory: Path | Folder, manifest: Manifest, name: str, *, verify: bool = True) -> Iterator[Path]:
     """Yield a path on this machine of one of ``manifest.files``, while the context lasts.
 
-    Args:
-        directory: a data directory; only a Folder remembers what it has verified.
-        manifest: of the directory.
-        name: of the file.
-        verify: compare its checksum with the manifest's.
+    With ``verify`` its checksum is compared with the manifest's; only a Folder remembers that it was.
     """
     folder = as_folder(directory)
     if name not in manifest.files:

@@ -42,8 +42,8 @@ from pipeline.storage.remote import open_folder
 
 STATE_VERSION = 3
 
+# Batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call.
 GATHER_EVENTS = 1 << 17
-"""Batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call."""
 
 Transform: TypeAlias = Callable[[PatientBatch, BatchPlace], Any]
 

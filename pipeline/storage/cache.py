@@ -17,31 +17,24 @@ from typing import Final, TypeAlias
 from pipeline.schema import UserError
 
 CACHE_BYTES: Final = "32GiB"
+PART_SUFFIX: Final = ".part"  # of files that are still being written
 
+# A tag marks a folder as a cache, in the form that backup programs know (bford.info/cachedir).
 TAG_FILE: Final = "CACHEDIR.TAG"
 TAG: Final = b"Signature: 8a477f597d28d172789f06886806bc55\n# Shards that seqsetvae fetched; it removes them itself.\n"
-"""Marks a folder as a cache, in the form that backup programs know (bford.info/cachedir)."""
-
-PART_SUFFIX: Final = ".part"
-"""Suffix of files that are still being written."""
 
 Fetch: TypeAlias = Callable[[BufferedRandom, Callable[[int], None]], None]
 """Writes the content of a file into its first argument, after a call of its second with the size in bytes."""
 
 _CACHED_NAME: Final = re.compile(rf"[0-9a-f]{{64}}({re.escape(PART_SUFFIX)})?")
-_PREFIXES: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str, flag: str = "--cache_bytes") -> int:
-    """Return the number of bytes of a size such as ``8GB``, ``32 GiB``, ``1.5T`` or ``1000``.
-
-    Raises:
-        UserError: the text is no size; the message names ``flag``.
-    """
+    """Return the bytes of a size such as ``8GB``, ``32 GiB``, ``1.5T`` or ``1000``; UserError names ``flag``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
     if match is None or (match[3] and not match[2]):
         raise UserError(f"{flag} {text}: give a size such as 8GB or 32GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES[match[2]])
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
 
 
 class Cache:
@@ -66,10 +59,7 @@ class Cache:
     def local_file(self, sha256: str, fetch: Fetch, *, verify: bool) -> Iterator[Path]:
         """Yield the path of the file with this checksum, which is not removed while the context lasts.
 
-        Args:
-            sha256: of the file's content.
-            fetch: called if the file is not in the cache.
-            verify: read a file that is in the cache first, and fetch it again if it is damaged.
+        ``fetch`` is called if it is not in the cache; with ``verify`` also if it is there and turns out to be damaged.
         """
         path = self._directory / sha256
         while True:  # another process may remove the file between two steps
@@ -90,9 +80,10 @@ class Cache:
         part = path.with_name(path.name + PART_SUFFIX)
         part.touch(mode=0o600)
         with _lock_file(part, fcntl.LOCK_EX) as file:
-            if file is None or path.exists():
-                if file is not None:
-                    part.unlink()
+            if file is None:
+                return False
+            if path.exists():
+                part.unlink()
                 return False
             try:
                 file.truncate(0)

@@ -13,8 +13,7 @@ from typing import Any, Final
 
 from pipeline.schema import UserError
 
-TEMPORARY_SUFFIX: Final = ".tmp"
-"""Suffix of files that are still being written."""
+TEMPORARY_SUFFIX: Final = ".tmp"  # of files that are still being written
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:
@@ -23,11 +22,7 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(content: Any, path: Path | str, advice: str) -> dict[str, Any]:
-    """Return what :func:`seal` was given.
-
-    Raises:
-        UserError: the checksum is wrong; the message names ``path`` and ends with ``advice``.
-    """
+    """Return what :func:`seal` was given; UserError with ``path`` and ``advice`` where the checksum is wrong."""
     plain = {name: value for name, value in content.items() if name != "sha256"} if isinstance(content, dict) else {}
     if seal(plain) != content:
         raise UserError(f"{path}: checksum of its content is wrong; {advice}")
@@ -62,10 +57,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path, name: str = "*", *, below: bool = False) -> None:
     """Remove temporary files of :func:`replace_atomically` that a killed process left; nobody may be writing them.
 
-    Args:
-        folder: where the files lie.
-        name: of the files that were being replaced.
-        below: also remove them from all folders below, which must be our own.
+    They stand for files of this ``name`` in ``folder``, and with ``below`` in all folders in it, which must be our own.
     """
     leftovers = f".{name}.*{TEMPORARY_SUFFIX}"
     for path in folder.rglob(leftovers) if below else folder.glob(leftovers):
@@ -73,12 +65,10 @@ def remove_leftovers(folder: Path, name: str = "*", *, below: bool = False) -> N
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` with :func:`replace_atomically`."""
     with replace_atomically(path) as temporary:
         temporary.write_bytes(content)
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

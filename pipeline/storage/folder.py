@@ -12,11 +12,7 @@ from pipeline.storage.files import file_sha256
 
 
 class BadFile(UserError):
-    """A file is missing, or is not what the manifest says.
-
-    Attributes:
-        reason: what is wrong with it, without its name.
-    """
+    """A file is missing, or is not what the manifest says; ``reason`` is what is wrong with it, without its name."""
 
     def __init__(self, where: str, reason: str, advice: str) -> None:
         super().__init__(f"{where}: {reason}; {advice}")
@@ -27,14 +23,10 @@ class Folder:
     """A data directory on this machine; ``pipeline.storage.remote.RemoteFolder`` is one elsewhere.
 
     The object remembers which files it has verified, so a process should use one object and no other process this one.
-
-    Attributes:
-        repair_advice: what to do about a bad file.
-        manifest_advice: what to do if there is no manifest.
     """
 
-    repair_advice = "copy the data set again, or run preprocess.py again"
-    manifest_advice = "run preprocess.py (again) first"
+    repair_advice = "copy the data set again, or run preprocess.py again"  # about a bad file
+    manifest_advice = "run preprocess.py (again) first"  # if there is no manifest
 
     def __init__(self, path: str | Path) -> None:
         self._location = str(path)
@@ -51,11 +43,7 @@ class Folder:
     def local_file(self, name: str, sha256: str, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
         """Yield a path on this machine at which the file lies while the context lasts.
 
-        Args:
-            name: of the file, below the folder.
-            sha256: the checksum in the manifest.
-            num_bytes: the size in the manifest; None if it has none.
-            verify: compare both with the file, the first time.
+        With ``verify`` it is compared, the first time, with the manifest's checksum and size, if that has one.
 
         Raises:
             BadFile: the file is missing, damaged or another one.

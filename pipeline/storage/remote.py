@@ -3,12 +3,10 @@
 The cache is shared by processes and outlives them.  Its rules:
 
 * A file is written as ``<sha256>.part``, compared with the manifest, synced, and then renamed to ``<sha256>``.  A crash
-  therefore leaves a part, which the next process that needs the file writes again, and a data set that was changed
-  has other names.
+  therefore leaves a part, which the next process that needs the file writes again.
 * A writer locks its part exclusively and readers share a lock on a file (``flock`` on the file itself, which the system
   releases when a process ends, however it ends).  Others that need a part wait, and then find the file.
-* Before a file is fetched, files that are not locked are removed, the least recently used first, until all fit the
-  limit.
+* Before a file is fetched, files that are not locked are removed, the least recently used first, until all fit.
 * Only files with these names are ever removed, in a folder that was empty when it became a cache, which a tag marks.
 
 fsspec and its file systems are imported when a URL is opened.  They decide about timeouts, retries and credentials.
@@ -30,9 +28,7 @@ from pipeline.schema import UserError
 from pipeline.storage.cache import CACHE_BYTES, Cache, parse_bytes
 from pipeline.storage.folder import Folder
 
-CHUNK_BYTES: Final = 1 << 24
-"""Size of one request to the store: each request has its own retries."""
-
+CHUNK_BYTES: Final = 1 << 24  # of one request to the store: each has its own retries
 S3_RETRIES: Final = 2
 """Retries of s3fs, which counts them twice when it reads, around five attempts of botocore (``AWS_MAX_ATTEMPTS``) at
 15 s each: a store that does not answer is given up after three to six minutes.  s3fs's own 5 take half an hour."""
@@ -50,9 +46,6 @@ def open_folder(
         cache_dir: where files of a URL are cached: a new or empty folder, or an older cache; by default
             ``seqsetvae`` in the user's cache directory.
         cache_bytes: the maximum size of the cache, such as ``8GB`` or ``32GiB``; files in use may exceed it.
-
-    Raises:
-        UserError: the URL cannot be opened, the folder is not fit for a cache, or ``cache_bytes`` is no size.
     """
     if isinstance(directory, Folder):
         return directory
@@ -88,8 +81,7 @@ class RemoteFolder(Folder):
 
     def read(self, name: str) -> bytes:
         with self._report_store_errors(name), self._open(name) as file:
-            content: bytes = file.read()
-        return content
+            return bytes(file.read())
 
     @contextmanager
     def local_file(self, name: str, sha256: str, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
