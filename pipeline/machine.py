@@ -14,11 +14,8 @@ from pathlib import Path
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """Return how many CPU cores this process can keep busy, at least 1.
 
-    That is the minimum of its CPU affinity and of the CPU quotas (rounded down) of its cgroup and those above it.
-
-    Args:
-        cgroups: where the system mounts cgroups of version 1 or 2.
-        membership: the file that names the cgroups of this process.
+    That is the minimum of its CPU affinity and of the CPU quotas (rounded down) of its cgroup and those above it, of
+    version 1 or 2, which are mounted at ``cgroups``.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     cores = len(affinity(0)) if affinity else getattr(os, "process_cpu_count", os.cpu_count)() or 1

@@ -16,6 +16,7 @@ in use is there and the next one, which a thread reads and verifies meanwhile.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, fields
@@ -189,6 +190,7 @@ class PatientLoader:
             RuntimeError: the loader went to another place, another iteration began, or the process was forked.
         """
         self._iteration = iteration = object()
+        process = os.getpid()
         with closing(prefetch(self._make_items(), self.options.prefetch)) as items:
             for group, item in items:
                 if self._iteration is not iteration:
@@ -197,6 +199,8 @@ class PatientLoader:
                 self.cursor += 1
                 self.step += 1
                 yield item
+                if os.getpid() != process:
+                    raise RuntimeError("this iteration was begun before os.fork(); begin a new one in the new process")
         if self._iteration is iteration:
             self._go_to(Position(self.epoch + 1))
 

@@ -16,18 +16,12 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
     """Yield ``items``, which a thread makes at most ``depth`` in advance; with 0 each is made when it is asked for.
 
     An exception in the thread is raised where its item would have come.  Closing or dropping the generator ends the
-    thread.
-
-    Raises:
-        RuntimeError: the iteration is continued in a process that was forked during it, which has no such thread.
+    thread, which a process that is forked meanwhile does not have.
     """
-    process = os.getpid()
     if depth == 0:
-        with closing(items):
-            for item in items:
-                yield item
-                _refuse_fork(process)
+        yield from items
         return
+    process = os.getpid()
     ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()  # an item, a failure, or the end
     free = threading.Semaphore(depth)
     closed = threading.Event()
@@ -53,14 +47,8 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
                 raise message
             free.release()
             yield message[0]
-            _refuse_fork(process)
     finally:
         if os.getpid() == process:  # after a fork the locks may be held by a thread that does not exist
             closed.set()
             free.release()
             thread.join()
-
-
-def _refuse_fork(process: int) -> None:
-    if os.getpid() != process:
-        raise RuntimeError("this iteration was begun before os.fork(); begin a new one in the new process")
