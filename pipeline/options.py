@@ -40,8 +40,7 @@ def option(
         default: the value where neither flag nor file gives one; ``dict`` for an empty one; ``dataclasses.MISSING``
             where one of them must.
         help: a sentence that can be read without its neighbours.
-        minimum, maximum: the range of a number, both ends included.
-        above: a bound that a number must exceed.
+        minimum, maximum, above: bounds of a number, the first two included.
         metavar: what ``--help`` shows for the value.
         parse: makes the value of the flag's text, where its type does not say how; raises ValueError for a bad one.
     """
@@ -87,15 +86,14 @@ def parse_explicit_options(
 ) -> tuple[T, frozenset[str]]:
     """Return the options of a command line, over those of ``--config FILE.yaml``, over the defaults.
 
+    Beside it stand the names of the options that the command line or the file sets, also to the default.
+
     Args:
         tree: a frozen dataclass of sections.
         arguments: the command line; None = that of the process.
         prog: the command's name.
         description: its first line of help.
         positional: the name of a field that is given without a flag.
-
-    Returns:
-        The tree, and the names of the options that the command line or the file sets, also where that is the default.
     """
     usage = f"{prog} {positional.upper() if positional else ''} [--OPTION VALUE …]".replace("  ", " ")
     parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
@@ -127,9 +125,6 @@ def read_options(path: Path, sections: Mapping[str, Any]) -> dict[str, dict[str,
     """Return the values of a YAML file of options, by section and field.
 
     A list stands for a tuple, and text for whatever the flag would make of it.
-
-    Raises:
-        UserError: the file cannot be read, or names a section or an option that there is not.
     """
     import yaml  # noqa: PLC0415  # most command lines name no file
 

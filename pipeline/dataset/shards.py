@@ -32,27 +32,16 @@ ROW_GROUP_EVENTS = 1 << 17  # about: 1 MiB of codes and values, the minimum wort
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatPatients:
-    """Patients as flat arrays and offsets; P patients, S sets, E events.
+    """Patients as flat arrays and offsets; P patients, S sets, E events."""
 
-    Attributes:
-        patient_offsets: [P+1] int64, into the sets.
-        set_offsets: [S+1] int64, into the events.
-        minute: [S] float32; a static set has the minute of the patient's next set, 0 if there is none.
-        code: [E] int32.
-        value: [E] float32, 0 where the event has no number.
-        has_value: [E] bool.
-        label: [P] int64, -1 where unlabelled.
-        patient_id: [P] strings, as Arrow holds them.
-    """
-
-    patient_offsets: Ints
-    set_offsets: Ints
-    minute: npt.NDArray[np.float32]
-    code: npt.NDArray[np.int32]
-    value: npt.NDArray[np.float32]
-    has_value: npt.NDArray[np.bool_]
-    label: Ints
-    patient_id: pa.StringArray
+    patient_offsets: Ints  # [P+1] into the sets
+    set_offsets: Ints  # [S+1] into the events
+    minute: npt.NDArray[np.float32]  # [S]; a static set has the minute of the patient's next set, 0 if there is none
+    code: npt.NDArray[np.int32]  # [E]
+    value: npt.NDArray[np.float32]  # [E], 0 where the event has no number
+    has_value: npt.NDArray[np.bool_]  # [E]
+    label: Ints  # [P], -1 where unlabelled
+    patient_id: pa.StringArray  # [P]
 
 
 def write_shard(table: pa.Table, directory: Path, path: str) -> ShardEntry:

@@ -48,12 +48,10 @@ class GroupPlan:
 
     @property
     def next_position(self) -> Position:
-        """Where the next group of the epoch begins."""
         epoch, number, first_step = self.position
         return Position(epoch, number + 1, first_step + self.batches.num_batches)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the batches."""
         return hashlib.sha256(self.batches.order.tobytes() + self.batches.batch_offsets.tobytes()).hexdigest()
 
 
@@ -111,13 +109,12 @@ class LoadedGroup:
         self.windows = windows = store.select_windows(options, rng)
         if not np.array_equal(windows.num_events, plan.num_events) or (windows.num_sets > plan.num_sets).any():
             raise UserError("index.parquet: contradicts the shards; run preprocess.py again")
-        cost = (options.cost or CostModel()).predict(windows.num_events, windows.num_sets)
+        cost = CostModel().predict(windows.num_events, windows.num_sets)
         self.batches = split_across_ranks(plan.batches, cost, first_step=first_step, **ranks)
         amounts = (store.label != UNLABELLED, windows.num_sets, windows.num_events)
         self._counts = [plan.batches.sum_per_batch(amount) for amount in amounts]
 
     def place(self, number: int, steps_before_epoch: int) -> BatchPlace:
-        """Return the place of the group's batch ``number``."""
         epoch, _, first_step = self.plan.position
         cursor, patients = first_step + number, self.plan.batches.patients(number)
         labelled, sets, events = (int(counts[number]) for counts in self._counts)

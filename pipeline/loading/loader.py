@@ -56,11 +56,8 @@ class PatientLoader:
     ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
 
     Attributes:
-        manifest: of the data directory.
-        options: how batches are made and loaded.
         num_patients: patients of the split, over all ranks.
-        epoch: the current epoch.
-        cursor: number of batches handed out in it.
+        cursor: number of batches handed out in the current ``epoch``.
         step: number of batches handed out in all epochs.
     """
 
@@ -88,10 +85,6 @@ class PatientLoader:
             rank: which part of each global batch to load; it may be empty if a batch has fewer patients than ranks.
             world_size: number of ranks.
             options: fields of :class:`pipeline.loading.options.LoaderOptions`.
-
-        Raises:
-            UserError: the data cannot be used, or an option is out of range.
-            TypeError: there is no such option.
         """
         self.options, self._folder, self._transform = LoaderOptions(**options), open_folder(directory), transform
         self.manifest = (manifest or Manifest.load(self._folder)).without(quarantined)

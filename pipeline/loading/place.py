@@ -20,17 +20,11 @@ class StepCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GlobalBatch:
-    """The patients of a batch over all ranks, in the order of the plan; B patients, S sets.
-
-    Attributes:
-        patient_id: B strings.
-        num_sets: [B] int64, sets of each patient, after truncation.
-        set_size: [S] int64, events of each set, after truncation.
-    """
+    """The patients of a batch over all ranks, in the order of the plan; B patients, S sets, after truncation."""
 
     patient_id: list[str]
-    num_sets: Ints
-    set_size: Ints
+    num_sets: Ints  # [B] of each patient
+    set_size: Ints  # [S] events of each set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +32,6 @@ class BatchPlace:
     """Where a batch stands in training; equal on all ranks.
 
     Attributes:
-        epoch: 0, 1, 2 …
         cursor: number of the batch in its epoch, from 0.
         step: number of batches handed out before it, over all epochs of the loader's life.
         counts: of the global batch, exact, after truncation.

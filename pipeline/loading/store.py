@@ -26,19 +26,12 @@ from pipeline.storage.folder import Folder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Windows:
-    """The events of each patient that an epoch uses: a run of them, all if nothing is truncated.
+    """The events of each patient [P] that an epoch uses: a run of them, all if nothing is truncated."""
 
-    Attributes:
-        event_start: [P] int64, the first event, counted over all P patients.
-        num_events: [P] int64, at least 1.
-        set_start: [P] int64, the set of the first event, counted over all P patients.
-        num_sets: [P] int64; the first and the last set may be cut.
-    """
-
-    event_start: Ints
-    num_events: Ints
-    set_start: Ints
-    num_sets: Ints
+    event_start: Ints  # the first event, counted over all P patients
+    num_events: Ints  # at least 1
+    set_start: Ints  # the set of the first event, counted over all P patients
+    num_sets: Ints  # the first and the last set may be cut
 
 
 class PatientStore:

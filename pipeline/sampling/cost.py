@@ -14,20 +14,15 @@ class CostModel:
     """Predicted cost of a training step, by default its time in units of the time of one event.
 
     The default weights are those of the reference preset, fitted to steps measured on 2 CPU cores
-    (``benchmarks.growth``): a set, with 16 inducing points of its own, takes as long as 4.3 events, a patient as 12,
-    and the square of a patient's sets, which is attention's, as 0.0002.  For another preset, machine or unit (such as
-    the bytes of a step's peak) the trainer fits weights of its own.
-
-    Attributes:
-        event, set, set_squared, patient: cost of an event, a set, the square of a patient's number of sets, a patient.
-        batch: cost of a step whatever is in its batch.
+    (``benchmarks.growth``).  For another preset, machine or unit (such as the bytes of a step's peak) the trainer fits
+    weights of its own.
     """
 
     event: float = 1.0
     set: float = 4.0
-    set_squared: float = 0.0002
+    set_squared: float = 0.0002  # the square of a patient's sets, which is attention's
     patient: float = 12.0
-    batch: float = 0.0
+    batch: float = 0.0  # whatever is in it
 
     def predict(self, num_events: Ints, num_sets: Ints) -> Floats:
         """Return the cost of each patient, [P] float64; a batch costs their sum and ``batch``."""

@@ -41,8 +41,8 @@ class Grouping:
 
     Attributes:
         num_patients: [N] of each shard, in the manifest's order.
-        shard_order: [N] int64, the shards in this epoch's order.
-        borders: [G+1] int64, group ``number`` has the patients ``borders[number]:borders[number+1]`` in that order.
+        shard_order: [N] the shards in this epoch's order.
+        borders: [G+1] group ``number`` has the patients ``borders[number]:borders[number+1]`` in that order.
     """
 
     num_patients: Ints
@@ -73,15 +73,11 @@ def group_shards(
 
     A group has at most ``group_events`` and a shard.  If batches have a fixed size, every border but the last is
     a multiple of it: patients who would not fill a group's last batch belong to the next group.  They are the longest
-    of one shard, a few in thousands.
+    of one shard, a few in thousands.  Without ``policy.shuffle`` shards stay in the manifest's order.
 
     Args:
         num_patients: [N] of each shard, at least 1.
         num_events: [N] of each shard.
-        policy: with ``shuffle``, shards are in a new order every epoch; otherwise in the manifest's.
-        group_events: 1 or more.
-        seed: of the order, with ``epoch``.
-        epoch: 0, 1, 2 …
     """
     order = np.arange(len(num_patients))
     if policy.shuffle:

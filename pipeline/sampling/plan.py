@@ -84,9 +84,6 @@ def plan_epoch(num_events: Ints, num_sets: Ints, policy: Policy, *, seed: int, e
         seed: with ``epoch`` and ``group`` the only source of randomness.
         epoch: 0, 1, 2 …
         group: which of the epoch's groups the patients are; see ``pipeline.sampling.groups``.
-
-    Raises:
-        UserError: a patient alone exceeds ``max_events``, or ``seed`` or ``epoch`` is negative.
     """
     for name, number in (("seed", seed), ("epoch", epoch)):
         if number < 0:
@@ -167,14 +164,8 @@ def split_across_ranks(plan: EpochPlan, cost: Floats, *, rank: int, world_size: 
 
     Patients go, most expensive first, each to the rank with the lowest cost so far (Graham 1969, longest processing
     time first).  The rank that is served first rotates with the step, so that over an epoch no rank has the most
-    patients or the most expensive ones.
-
-    Args:
-        plan: the global batches.
-        cost: [P] predicted cost of each patient.
-        rank: 0 … ``world_size`` − 1.
-        world_size: number of ranks.
-        first_step: the epoch's number of the first batch.
+    patients or the most expensive ones.  ``first_step`` is the epoch's number of the plan's first batch, ``cost`` [P]
+    is predicted.
     """
     if world_size == 1:
         return plan
