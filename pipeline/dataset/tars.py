@@ -35,8 +35,6 @@ SETS: Final = np.dtype([("minute", "<f8"), ("set_size", "<i4")])
 EVENTS: Final = np.dtype([("code", "<i4"), ("value", "<f4")])
 SUFFIXES: Final = (b"events.npy", b"json", b"sets.npy")
 NPY_HEADER_BYTES: Final = 128
-REGULAR_FILE: Final = b"0"
-MODE: Final = 0o644
 
 
 def write_tar(table: pa.Table, path: Path, shard: str) -> None:
@@ -49,7 +47,7 @@ def write_tar(table: pa.Table, path: Path, shard: str) -> None:
     patients = zip(columns["patient_id"].to_pylist(), columns["label"].to_pylist(), strict=True)
     with (
         path.open("wb") as file,
-        webdataset.TarWriter(file, user="", group="", mode=MODE, mtime=0, encoder=False) as writer,
+        webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer,
     ):
         for number, (patient_id, label) in enumerate(patients):
             sample = {
@@ -111,8 +109,9 @@ def _split_members(content: memoryview) -> dict[bytes, list[memoryview]]:
         name, size = bytes(header[:100]).rstrip(b"\0"), int(bytes(header[124:135]), 8)
         stem, _, suffix = name.partition(b".")
         key = stem if number % len(SUFFIXES) == 0 else key
+        # Only a regular file, of type 0, may stand here.
         is_next = stem == key and key.endswith(b"-%07d" % patient) and suffix in SUFFIXES
-        if not is_next or bytes(header[156:157]) != REGULAR_FILE or len(members[suffix]) != patient:
+        if not is_next or bytes(header[156:157]) != b"0" or len(members[suffix]) != patient:
             raise ValueError(f"member {name!r} stands where a file of patient {patient} should")
         start += BLOCK
         if not 0 <= size <= len(content) - start:

@@ -101,13 +101,10 @@ class PatientLoader:
         # The limit decides nothing if all patients are in a single group.
         is_grouped = sum(entry.num_events for entry in entries) > self.options.group_events
         names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
-        self._settings: dict[str, Any] = {
-            "data": self.manifest.fingerprint,
-            "split": split,
-            "quarantined": sorted(quarantined),
-        }
-        self._settings |= {name: asdict(self.options)[name] for name in names}
-        self._settings["group_events"] = self.options.group_events if is_grouped else None
+        data = {"data": self.manifest.fingerprint, "split": split, "quarantined": sorted(quarantined)}
+        policy = {name: asdict(self.options)[name] for name in names}
+        group_events = self.options.group_events if is_grouped else None
+        self._settings: dict[str, Any] = {**data, **policy, "group_events": group_events}
         self._loaded: LoadedGroup | None = None  # the group that was read last, by whichever thread
         self.step = 0
         self._go_to(Position(epoch=0))
@@ -125,7 +122,7 @@ class PatientLoader:
 
     @cached_property
     def longest_patient(self) -> int:
-        """Maximum number of events of a patient of the split, after truncation: the width that fits every batch."""
+        """Maximum number of events of a patient of the split, after truncation."""
         return self._planner.max_num_events()
 
     def __len__(self) -> int:
@@ -161,8 +158,7 @@ class PatientLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to the place of ``state``, without replaying what came before; any number of ranks may have saved it.
 
-        Raises:
-            UserError: the state is of other data, another split, seed or policy, and so of other batches.
+        A state of other data, another split, seed or policy, and so of other batches, is refused.
         """
         if state.get("version") != STATE_VERSION:
             raise UserError(f"loader state of version {state.get('version')}, this program resumes {STATE_VERSION}")
@@ -177,11 +173,7 @@ class PatientLoader:
         self.step = state["step"]
 
     def __iter__(self) -> Generator[Any, None, None]:
-        """Yield batches, or what the transform makes of them, from the place to the end of the epoch.
-
-        Raises:
-            RuntimeError: the loader went to another place, another iteration began, or the process was forked.
-        """
+        """Yield batches, or what the transform makes of them, from the place to the end of the epoch."""
         self._iteration = iteration = object()
         process = os.getpid()
         with closing(prefetch(self._make_items(), self.options.prefetch)) as items:
