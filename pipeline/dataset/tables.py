@@ -19,6 +19,7 @@ from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, VOCABULARY_FILE, UserError
 from pipeline.storage.folder import Folder, as_folder
 
+LENGTHS = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
 Lengths = tuple[Ints, Ints]
 """num_events [P] and num_sets [P], int64, of the patients of some shards, one shard after another."""
 
@@ -75,7 +76,7 @@ def open_checked(directory: Path | Folder, manifest: Manifest, name: str, *, ver
 def _report_damage(folder: Folder, name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, pa.ArrowException) as error:
         raise UserError(f"{folder}/{name}: cannot be read ({error}); {folder.repair_advice}") from None
 
 
@@ -102,7 +103,7 @@ class LengthIndex:
                 self._find_row_groups(file.metadata)
             ordered, groups = sorted(paths), enumerate(self._shards_of_groups)
             wanted = [group for group, (a, b) in groups if bisect_left(ordered, a) < bisect_right(ordered, b)]
-            table = file.read_row_groups(wanted, ["shard", "num_events", "num_sets"], use_threads=False)
+            table = file.read_row_groups(wanted, LENGTHS.names, use_threads=False).select(LENGTHS.names).cast(LENGTHS)
         shard = pc.fill_null(pc.index_in(table["shard"], value_set=pa.array(paths, pa.string())), -1).to_numpy()
         order = np.argsort(shard, kind="stable")[np.count_nonzero(shard < 0) :]
         num_events, num_sets = (table[name].to_numpy()[order].astype(np.int64) for name in ("num_events", "num_sets"))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -103,6 +104,16 @@ def test_an_index_unlike_the_manifest_is_refused(tmp_path: Path, field: str) -> 
 def test_an_index_of_other_columns_is_named(tmp_path: Path) -> None:
     data = write_data_dir(tmp_path, {"train": make_patients([[1, 2], [3]])})
     pq.write_table(pq.read_table(data / INDEX_FILE).drop_columns(["shard"]), data / INDEX_FILE)
+    manifest = Manifest.load(data)
+    with pytest.raises(UserError, match=f"{data}/{INDEX_FILE}: cannot be read"):
+        LengthIndex(data, manifest, verify=False).read(manifest.splits["train"])
+
+
+@pytest.mark.parametrize("shard", [pa.array([7, 7]), pa.array([b"x", b"x"]), pa.nulls(2), pa.array([[1], [2]])])
+def test_an_index_of_other_types_is_named(tmp_path: Path, shard: pa.Array) -> None:
+    data = write_data_dir(tmp_path, {"train": make_patients([[1, 2], [3]])})
+    index = pq.read_table(data / INDEX_FILE)
+    pq.write_table(index.set_column(index.column_names.index("shard"), "shard", shard), data / INDEX_FILE)
     manifest = Manifest.load(data)
     with pytest.raises(UserError, match=f"{data}/{INDEX_FILE}: cannot be read"):
         LengthIndex(data, manifest, verify=False).read(manifest.splits["train"])
