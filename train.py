@@ -7,6 +7,7 @@ writes what a run leaves.  The state of a run is ``training/state.py``, a step `
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -86,7 +87,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                     train_epoch(job)
                     job.save_last()
                 job.monitor.mark("validation")
-                metrics, _ = job.evaluator.validate(state.ema_model, job.evaluator.open_loader("valid"))
+                metrics, _ = job.evaluator.validate(state.ema_model, "valid")
                 job.end_epoch(metrics)
             job.log_interval()
             job.save_last()
@@ -122,7 +123,7 @@ def finish(job: Run) -> None:
     test = None
     if data.manifest.splits.get("test"):
         model = best.build_model(path, data.manifest.vocabulary_fingerprint).to(world.device)
-        test = job.evaluator.evaluate_split(model, "test", directory)
+        test = job.evaluator.evaluate_split(model, "test")
     if job.profiler.table is not None:
         log_main(world, "\n".join(["where the time goes:", *format_table(job.profiler.table)]))
     if not world.is_main:
@@ -167,20 +168,13 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     saved = Checkpoint.load(path)
     model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     torch.set_num_threads(choose_threads(options.run.threads, world, limit=THREAD_LIMIT[options.model.preset]))
-    evaluator = Evaluator(
-        data=data,
-        world=world,
-        loss=LossOptions(**saved.options["loss"]),  # what the model was trained for, not what this command line says
-        optimisation=options.optimisation,
-        seed=options.run.seed,
-        min_active_units=options.run.min_active_units,
-    )
-    directory = Path(options.run.output_dir)
-    content = evaluate_checkpoint(evaluator, model, evaluation, directory)
+    loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
+    evaluator = Evaluator(options=dataclasses.replace(options, loss=loss), data=data, world=world)
+    content = evaluate_checkpoint(evaluator, model)
     if world.is_main:
         quality = f"AUROC {format_metric(content['auroc'])}, AUPRC {format_metric(content['auprc'])}"
         print(f"{split} {quality}, loss {format_metric(content['loss'])}")
-        print(f"report {write_run_report(directory)}")
+        print(f"report {write_run_report(Path(options.run.output_dir))}")
     return 0
 
 

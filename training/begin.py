@@ -54,17 +54,12 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     else:
         fit_features(model, data, seed=options.run.seed)
     select_trained(model, options.loss, options.optimisation)
-    memory = find_memory(options, data, world, model, resumed=saved is not None)
-
-    cuda = world.device.type == "cuda"
-    preparer = BatchPreparer(
-        seed=options.run.seed,
-        event_dropout=options.data.event_dropout,
-        padded=options.data.use_dynamic_padding is not None,
-        pad_to=find_pad_to(options, data, world),
-        memory=memory,
-        pin=cuda,
-    )
+    memory = None
+    if options.run.max_memory is not None or options.data.batch_size == "auto":
+        # A resumed run keeps its own.
+        path = directory / "memory_model.json"
+        memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
+    preparer = make_preparer(options, data, world, memory)
     loader = data.open_loader(
         "train", seed=options.run.seed, shuffle=True, world=world, memory=memory, transform=preparer
     )
@@ -80,7 +75,32 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     if saved is not None:
         state.load_state_dict(saved.state)
     state.progress.threads = threads
-    return Run(options, data, world, memory, state, settings, best, resumed=saved is not None)
+    return Run(
+        options=options,
+        data=data,
+        world=world,
+        memory=memory,
+        state=state,
+        settings=settings,
+        best=best,
+        resumed=saved is not None,
+    )
+
+
+def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None) -> BatchPreparer:
+    """Return what prepares the batches of training steps."""
+    pad_to = None
+    if options.data.use_dynamic_padding is False:
+        alone = data.open_loader("train", seed=options.run.seed, shuffle=False, world=world.alone())
+        pad_to = alone.longest_patient
+    return BatchPreparer(
+        seed=options.run.seed,
+        event_dropout=options.data.event_dropout,
+        padded=options.data.use_dynamic_padding is not None,
+        pad_to=pad_to,
+        memory=memory,
+        pin=world.device.type == "cuda",
+    )
 
 
 def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Checkpoint | None:
@@ -124,33 +144,6 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
     return best.metrics
 
 
-def find_memory(
-    options: TrainOptions, data: DataSet, world: World, model: SeqSetVAE, *, resumed: bool
-) -> StepMemory | None:
-    """Return what steps may take where ``--max_memory`` or ``--batch_size auto`` asks; a resumed run keeps its own."""
-    if options.run.max_memory is None and options.data.batch_size != "auto":
-        return None
-    if resumed:
-        return StepMemory.load(Path(options.run.output_dir) / "memory_model.json")
-    return measure_step_memory(
-        model,
-        data,
-        world,
-        loss=options.loss,
-        optimisation=options.optimisation,
-        max_memory=options.run.max_memory,
-        seed=options.run.seed,
-    )
-
-
-def find_pad_to(options: TrainOptions, data: DataSet, world: World) -> int | None:
-    """Return the columns of every padded batch with ``--no-use_dynamic_padding``; None = its longest patient."""
-    if options.data.use_dynamic_padding is not False:
-        return None
-    loader = data.open_loader("train", seed=options.run.seed, shuffle=False, world=world.alone())
-    return loader.longest_patient
-
-
 def initialise(model: SeqSetVAE, path: Path, data: DataSet) -> None:
     """Take the EMA weights of a checkpoint of a model of the same shape and vocabulary (``--init_from``)."""
     saved = Checkpoint.load(path)
@@ -165,22 +158,16 @@ def fit_features(model: SeqSetVAE, data: DataSet, *, seed: int) -> None:
     Every rank looks at the same patients in the same order, so that the number of ranks changes nothing.
     """
     moments, patients = None, 0
+
+    def measure(batch: PatientBatch, _: object) -> tuple[torch.Tensor, int]:
+        return feature_moments(batch, data.manifest.num_codes), batch.num_patients
+
+    changes: dict[str, Any] = {"batch_size": 64, "max_events": None, "bucketing": False, "transform": measure}
     alone = World(0, 1, torch.device("cpu"))
-    changes: dict[str, Any] = {"batch_size": 64, "max_events": None, "bucketing": False}
-    loader = data.open_loader("train", seed=seed, shuffle=True, world=alone, transform=_moments_of(data), **changes)
-    for batch_moments, num_patients in loader:
+    for batch_moments, num_patients in data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes):
         moments = batch_moments if moments is None else moments + batch_moments
         patients += num_patients
         if patients >= FEATURE_PATIENTS:
             break
     assert moments is not None
     model.head.fit_features(moments.to(model.head.feature_mean.device))
-
-
-def _moments_of(data: DataSet) -> Any:
-    """Return a transform of batches to the moments of their features, for the prefetch thread."""
-
-    def transform(batch: PatientBatch, _: object) -> tuple[torch.Tensor, int]:
-        return feature_moments(batch, data.manifest.num_codes), batch.num_patients
-
-    return transform

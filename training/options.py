@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from model.config import ModelOptions
 from model.losses import LossOptions
@@ -14,7 +14,6 @@ from pipeline.options import check_section, option, parse_options, to_dict
 from pipeline.schema import UserError
 from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
-from training.evaluation import EvaluationOptions
 from training.schedule import OptimisationOptions
 
 
@@ -58,6 +57,23 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Evaluation."""
+
+    evaluate: str | None = option(None, "Evaluate this checkpoint and do not train.")
+    evaluate_split: Literal["train", "valid", "test"] = option("test", "The split that --evaluate evaluates.")
+    baselines: bool = option(
+        False, "With --evaluate: fit trees and logistic regression to summaries of each variable of the train split, "
+        "and evaluate them on the same patients.",
+    )  # fmt: skip
+    export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
+    inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
+
+    def __post_init__(self) -> None:
+        check_section(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Every option of ``train.py``, resolved; ``config.yaml`` of a run holds them, and ``--config`` reads them back."""
 
@@ -83,11 +99,7 @@ class TrainOptions:
 
 
 def parse_train_options(arguments: Sequence[str] | None) -> TrainOptions:
-    """Return the options of a command line.
-
-    Raises:
-        UserError: a flag is unknown, of the wrong type or out of range.
-    """
+    """Return the options of a command line; raise UserError where a flag is unknown or has a bad value."""
     return parse_options(TrainOptions, arguments, prog="train.py", description="Train SeqSetVAE, or evaluate it.")
 
 
@@ -102,18 +114,18 @@ class AtResume(Enum):
     IRRELEVANT = "no matter"
 
 
-_SAME: Final = (
+_SAME = (
     "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
     "group_events", "seed", "preset", "event_form", "objective", "precision",
 )  # fmt: skip
-_OBEYED: Final = (
+_OBEYED = (
     "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing", "freeze",
     "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip", "vae_weight",
     "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices",
     "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units", "stop_on_collapse", "log_steps",
     "profile_memory", "profile", "verbose",
 )  # fmt: skip
-_IRRELEVANT: Final = (
+_IRRELEVANT = (
     "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
     "baselines", "export_latents", "inspect",
 )  # fmt: skip
@@ -129,10 +141,7 @@ AT_RESUME: Mapping[str, AtResume] = {
 def check_resume(saved: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> None:
     """Raise UserError, naming the flag with both values, where an option differs that a resumed run cannot change.
 
-    Args:
-        saved: the run's options, by section and field, from its checkpoint.
-        options: those of now.
-        path: of the checkpoint, for the message.
+    ``saved`` has the options of the run by section and field, from the checkpoint at ``path``.
     """
     for section, values in to_dict(options).items():
         for name, value in values.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -36,58 +36,40 @@ from training.validation import is_better
 
 
 class Stopped(Exception):  # no error: a signal asked for it
-    """A signal asked the run to stop, and its state is saved.
-
-    Attributes:
-        number: of the signal.
-    """
+    """The signal of a ``number`` asked the run to stop, and its state is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
+@dataclass(kw_only=True)
 class Run:
     """A run under way, as a context: files, bar, monitor, profiler and signal handlers are its own while it lasts.
 
-    Args:
-        options: all of them.
-        data: what it trains on.
-        world: this process among the ranks.
+    Attributes:
         memory: what a step may take; None = no budget.
         state: as it begins, or was restored.
-        settings: of its steps.
         best: metrics of the best validation so far, from ``best.pt``.
         resumed: whether the state was restored.
     """
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        data: DataSet,
-        world: World,
-        memory: StepMemory | None,
-        state: TrainState,
-        settings: StepSettings,
-        best: dict[str, Any] | None,
-        *,
-        resumed: bool,
-    ) -> None:
-        self.options, self.data, self.world, self.memory = options, data, world, memory
-        self.state, self.settings, self.best, self.resumed = state, settings, best, resumed
-        self.directory = Path(options.run.output_dir)
+    options: TrainOptions
+    data: DataSet
+    world: World
+    memory: StepMemory | None
+    state: TrainState
+    settings: StepSettings
+    best: dict[str, Any] | None
+    resumed: bool
+
+    def __post_init__(self) -> None:
+        self.directory = Path(self.options.run.output_dir)
         self.evaluator = Evaluator(
-            data=data,
-            world=world,
-            loss=options.loss,
-            optimisation=options.optimisation,
-            seed=options.run.seed,
-            min_active_units=options.run.min_active_units,
-            memory=memory,
-            check_stop=self.check_stop,
+            options=self.options, data=self.data, world=self.world, memory=self.memory, check_stop=self.check_stop
         )
-        self._meters = Meters(world, state.progress)
-        self._began = time.perf_counter() - state.progress.seconds
+        self._meters = Meters(self.world, self.state.progress)
+        self._began = time.perf_counter() - self.state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -108,10 +90,8 @@ class Run:
             self.log("event", step=self.state.progress.step, event="quarantine", **patients)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def _open_directory(self) -> None:
         """Write what the run is; nothing was written before, so that a command that is refused changes no file.
@@ -119,17 +99,16 @@ class Run:
         Raises:
             UserError: ranks do not share the folder.
         """
-        checkpoints = self.directory / "checkpoints"
+        checkpoints, path = self.directory / "checkpoints", self.directory / "config.yaml"
         config = yaml.safe_dump(to_dict(self.options), sort_keys=False).encode()
         if self.world.is_main:
             checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.directory, checkpoints):  # not below: other runs may be going on there
                 remove_leftovers(folder)
-            write_atomically(self.directory / "config.yaml", config)
+            write_atomically(path, config)
             if self.memory is not None:
                 self.memory.save(self.directory / "memory_model.json")
         self.world.wait()
-        path = self.directory / "config.yaml"
         same = self.world.gather(path.exists() and path.read_bytes() == config)
         if not all(same):
             raise UserError(
@@ -186,19 +165,15 @@ class Run:
         self.bar.advance(self._meters.interval)
         if step % options.log_steps == 0:
             self.log_interval()
-        saved = bool(options.checkpoint_steps) and step % options.checkpoint_steps == 0
-        if saved:
-            self.save_last()
         number = self._agreement.poll(self._signal.number)
+        if number or (options.checkpoint_steps and step % options.checkpoint_steps == 0):
+            self.save_last()
         if number:
-            if not saved:
-                self.save_last()
             raise Stopped(number)
 
     def check_stop(self) -> None:
         """Raise Stopped where a signal asked for it; the state is saved already, and all ranks ask alike."""
-        number = self._agreement.poll(self._signal.number)
-        if number:
+        if number := self._agreement.poll(self._signal.number):
             raise Stopped(number)
 
     def log_interval(self) -> None:
@@ -250,8 +225,7 @@ class Run:
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Log a validation, save the best checkpoint first and then the last, and say how it went."""
-        progress, width = self.state.progress, self.state.model.config.width
-        epoch = progress.epochs_validated
+        progress, epoch = self.state.progress, self.state.progress.epochs_validated
         self.log("valid", step=progress.step, epoch=epoch, seconds=self.seconds, **metrics)
         metrics = {**metrics, "epoch": epoch, "step": progress.step}
         monitor = self.options.run.monitor if self.options.loss.learns_outcome else "loss"
@@ -261,7 +235,7 @@ class Run:
             self._save("best", metrics)
         if metrics["collapsed"]:
             self._save("collapsed", metrics)
-            active = f"{metrics['active_units']} of {width} units are active"
+            active = f"{metrics['active_units']} of {self.state.model.config.width} units are active"
             log_main(self.world, f"warning: the posterior has collapsed, {active}")
         progress.epochs_validated = epoch + 1
         progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1

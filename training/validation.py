@@ -17,23 +17,20 @@ from pipeline.loading.loader import PatientLoader
 from pipeline.machine import release_free_memory
 from pipeline.schema import UNLABELLED, UserError
 from training.collapse import CollapseGauges, is_collapsed
-from training.data import BatchPreparer, ReadyBatch
+from training.data import BatchPreparer
 from training.memory import halve, is_out_of_memory
 from training.metrics import LossSums
+from training.options import TrainOptions
 from training.parallel import World
 from training.quality import rank_predictions
 from training.schedule import OptimisationOptions
 
 
-def no_stop() -> None:
-    """Go on: what is called between batches where nobody may stop the run."""
-
-
 def forward_in_parts(
-    model: SeqSetVAE, ready: ReadyBatch, world: World, optimisation: OptimisationOptions, loss: LossOptions
+    model: SeqSetVAE, parts: list[PreparedBatch], world: World, optimisation: OptimisationOptions, loss: LossOptions
 ) -> Iterator[tuple[PreparedBatch, SeqSetVAEOutput]]:
     """Yield each part of a batch, on the device, with the model's output; a part for which memory ends is halved."""
-    waiting = [*reversed(ready.parts)]
+    waiting = parts[::-1]
     release_free_memory()  # batches in order of length leave gaps that fit none of the next
     while waiting:
         part, output = waiting.pop(), None
@@ -54,22 +51,17 @@ def forward_in_parts(
 def validate(
     model: SeqSetVAE,
     loader: PatientLoader,
-    loss: LossOptions,
-    optimisation: OptimisationOptions,
+    options: TrainOptions,
     world: World,
-    *,
-    min_active_units: float,
-    check_stop: Callable[[], None] = no_stop,
+    check_stop: Callable[[], None],
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Evaluate a model on a split.
+    """Evaluate a model on a split, and leave it in eval mode.
 
     Args:
-        model: in eval mode afterwards.
+        model: its losses that the objective does not use are not computed, and None in the metrics.
         loader: of the split; made with a :class:`BatchPreparer` without a seed.
-        loss: what the model was trained for; parts that it does not use are not computed and None in the metrics.
-        optimisation: the precision.
+        options: objective, precision, and the share of active units below which the posterior counts as collapsed.
         world: ranks share the batches.
-        min_active_units: share of active units below which the posterior counts as collapsed.
         check_stop: called between batches, alike on all ranks; may raise.
 
     Returns:
@@ -80,28 +72,25 @@ def validate(
         UserError: the model's outputs are not finite.
     """
     model.eval()
+    loss, optimisation = options.loss, options.optimisation
     sums, gauges = LossSums(world.device), CollapseGauges(model.config.width, world.device)
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
     counts = dict.fromkeys(("num_events", "num_sets", "num_labelled"), 0)
     predictions = [predictions_of([], np.zeros(0, np.int64), np.zeros(0))]
     for ready in loader:
         check_stop()
-        for prepared, output in forward_in_parts(model, ready, world, optimisation, loss):
+        for prepared, output in forward_in_parts(model, ready.parts, world, optimisation, loss):
             with optimisation.autocast(world.device):
                 sums.add(compute_losses(output, prepared.batch.label, loss, one, beta=loss.beta))
             gauges.update(output.posterior)
-            batch = prepared.batch
-            absent = torch.full((batch.num_patients,), torch.nan)
-            probability = output.probability if loss.learns_outcome else absent
-            predictions.append(
-                predictions_of(batch.patient_id, batch.label.cpu().numpy(), probability.double().cpu().numpy())
-            )
+            label = prepared.batch.label.cpu().numpy()
+            probability = output.probability.double().cpu().numpy() if loss.learns_outcome else label * np.nan
+            predictions.append(predictions_of(prepared.batch.patient_id, label, probability))
         counts = {name: number + getattr(ready.counts, name) for name, number in counts.items()}
     world.sum(gauges.sums)
     table = pa.concat_tables([part for rank in world.gather(predictions) for part in rank]).sort_by("patient_id")
     totals = sums.combine(world)
-    finite = np.isfinite([*totals.values(), *table["probability"].drop_null().to_numpy()]).all()
-    if not finite or (loss.learns_outcome and table["probability"].null_count):
+    if not np.isfinite([*totals.values()]).all() or (loss.learns_outcome and table["probability"].null_count):
         raise UserError("the model's outputs are not finite: its training has diverged; use an earlier checkpoint")
     gauge = gauges.compute()
     return {
@@ -109,7 +98,7 @@ def validate(
         **rank_table(table),
         "active_units": gauge.active_units,
         "mean_posterior_variance": gauge.mean_posterior_variance,
-        "collapsed": counts["num_sets"] > 0 and is_collapsed(gauge, min_active_units),
+        "collapsed": counts["num_sets"] > 0 and is_collapsed(gauge, options.run.min_active_units),
     }, table
 
 
@@ -123,13 +112,16 @@ def predictions_of(patient_id: list[str], label: npt.NDArray[np.int64], probabil
     return pa.table(columns)
 
 
+def labels_of(predictions: pa.Table) -> npt.NDArray[np.int64]:
+    """Return the labels of a table of predictions, [P]; -1 = unlabelled."""
+    return predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
+
+
 def rank_table(predictions: pa.Table) -> dict[str, float | None]:
     """Return AUROC and AUPRC of a table of predictions; None where they are undefined."""
-    if predictions["probability"].null_count:
-        return {"auroc": None, "auprc": None}
-    label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
-    auroc, auprc = rank_predictions(label, predictions["probability"].to_numpy())
-    return {"auroc": auroc, "auprc": auprc}
+    known = not predictions["probability"].null_count
+    ranks = rank_predictions(labels_of(predictions), predictions["probability"].to_numpy()) if known else (None, None)
+    return dict(zip(("auroc", "auprc"), ranks, strict=True))
 
 
 def mean_losses(totals: dict[str, float], counts: dict[str, int], loss: LossOptions) -> dict[str, float | None]:
