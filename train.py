@@ -26,7 +26,7 @@ from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
 from training.card import write_model_card
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, load_model
 from training.console import format_metric, log_main
 from training.data import agree_on_data
 from training.evaluation import Evaluator, evaluate_checkpoint
@@ -56,10 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "train.py: out of memory; lower --batch_size, or give --max_memory or --gradient_checkpointing",
-            file=sys.stderr,
-        )
+        advice = "lower --batch_size, or give --max_memory or --gradient_checkpointing"
+        print(f"train.py: out of memory; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; --resume goes on from the last checkpoint, where there is one", file=sys.stderr)
@@ -77,10 +75,8 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
         return 0
     with job:
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        threads = f"{state.progress.threads} threads each"
-        log_main(
-            world, f"{job.data.describe()}; {parameters:,} parameters; {world.size} × {world.device.type}, {threads}"
-        )
+        devices = f"{world.size} × {world.device.type}, {state.progress.threads} threads each"
+        log_main(world, f"{job.data.describe()}; {parameters:,} parameters; {devices}")
         try:
             while job.stop_reason is None:
                 if state.progress.epochs_validated == state.loader.epoch:  # else its steps are done already
@@ -117,13 +113,10 @@ def train_epoch(job: Run) -> None:
 
 def finish(job: Run) -> None:
     """Evaluate the best checkpoint on the test split, write summary, model card and report, and say where they are."""
-    world, data, directory = job.world, job.data, job.directory
-    path = directory / "checkpoints" / "best.pt"
-    best = Checkpoint.load(path)
-    test = None
+    world, data, directory, test = job.world, job.data, job.directory, None
     if data.manifest.splits.get("test"):
-        model = best.build_model(path, data.manifest.vocabulary_fingerprint).to(world.device)
-        test = job.evaluator.evaluate_split(model, "test")
+        model = load_model(directory / "checkpoints" / "best.pt", data.manifest.vocabulary_fingerprint)
+        test = job.evaluator.evaluate_split(model.to(world.device), "test")
     if job.profiler.table is not None:
         log_main(world, "\n".join(["where the time goes:", *format_table(job.profiler.table)]))
     if not world.is_main:

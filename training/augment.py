@@ -24,12 +24,6 @@ def drop_events(batch: PatientBatch, rate: float, *, seed: int, step: int) -> Pa
 
     Each patient has a rate of its own, uniform between 0 and twice ``rate``, so that dense and sparse views of a
     patient are both seen.  What is left out depends on (seed, step, patient, position), not on who shares the batch.
-
-    Args:
-        batch: on the CPU.
-        rate: mean share of events left out, at most ½; 0 = none.
-        seed: of the run.
-        step: of training.
     """
     if rate == 0:
         return batch

@@ -37,13 +37,11 @@ def fit_baselines(
             SimpleImputer(), StandardScaler(), LogisticRegression(C=0.003, max_iter=2000)
         ),
     }
-    result: dict[str, dict[str, Any] | None] = {}
-    for name, model in models.items():
-        if len(np.unique(y_train)) < 2 or not len(y_test):
-            result[name] = None
-            continue
-        model.fit(x_train[:, seen], y_train)
-        result[name] = evaluate_predictions(y_test, model.predict_proba(x_test[:, seen])[:, 1])
+    result: dict[str, dict[str, Any] | None] = dict.fromkeys(models)
+    if len(np.unique(y_train)) > 1 and len(y_test):
+        for name, model in models.items():
+            model.fit(x_train[:, seen], y_train)
+            result[name] = evaluate_predictions(y_test, model.predict_proba(x_test[:, seen])[:, 1])
     return result
 
 

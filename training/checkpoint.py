@@ -37,16 +37,9 @@ def load_model(path: str | Path, vocabulary_fingerprint: str) -> SeqSetVAE:
 
 # What reading a stranger's archive can raise: of the system, of the archive, of the restricted unpickler.
 _UNREADABLE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    zipfile.BadZipFile,
+    OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, zipfile.BadZipFile,
     pickle.UnpicklingError,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +92,11 @@ class Checkpoint:
             raise UserError(f"{path}: not a readable checkpoint ({first_line})") from None
         if damaged:
             raise UserError(f"{path}: not a readable checkpoint (checksum of {damaged} is wrong)")
-        if not isinstance(content, dict) or "version" not in content:
-            raise UserError(f"{path}: not a checkpoint of train.py")
-        if content["version"] != CHECKPOINT_VERSION:
-            raise UserError(f"{path}: checkpoint version {content['version']}, this program reads {CHECKPOINT_VERSION}")
-        if set(content) != {field.name for field in fields(cls)}:
+        content = content if isinstance(content, dict) else {}
+        version = content.get("version", CHECKPOINT_VERSION)
+        if version != CHECKPOINT_VERSION:
+            raise UserError(f"{path}: checkpoint version {version}, this program reads {CHECKPOINT_VERSION}")
+        if content.keys() != {field.name for field in fields(cls)}:
             raise UserError(f"{path}: not a checkpoint of train.py")
         return cls(**content)
 
@@ -132,7 +125,7 @@ class Checkpoint:
     def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:
         """Raise UserError, naming the first difference, unless the checkpoint is of a model of this shape."""
         asked = asdict(config)
-        for name in sorted((set(asked) | set(self.config)) - set(SHAPELESS)):
-            if asked.get(name) != self.config.get(name):
-                there, here = self.config.get(name), asked.get(name)
+        for name in sorted((asked.keys() | self.config.keys()) - {*SHAPELESS}):
+            there, here = self.config.get(name), asked.get(name)
+            if there != here:
                 raise UserError(f"{path}: checkpoint of another model: {name} is {there} there, {here} here")

@@ -34,15 +34,10 @@ class LatentGauge:
 
 
 class CollapseGauges:
-    """Gather sums over batches in float64 on the device, without waiting for it.
-
-    Args:
-        width: number of dimensions of the latent.
-        device: the device of the posteriors.
-    """
+    """Gather sums over batches in float64 on the device, without waiting for it."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        # mu, mu², variance and KL of every dimension, and the number of sets.
+        # mu, mu², variance and KL of each of ``width`` dimensions, and the number of sets.
         self.sums = torch.zeros(5, width, dtype=torch.float64, device=device)
 
     def update(self, posterior: Posterior) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,7 @@ def format_metric(value: float | None) -> str:
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that a run can save and leave between two steps.
-
-    Attributes:
-        number: of the signal that was heard last; 0 = none.
-    """
+    """Notes the ``number`` of SIGTERM or SIGINT, so that a run can save and leave between two steps; 0 = none heard."""
 
     number: int = 0
 
@@ -91,7 +87,7 @@ class EpochBar:
         log_main(self.world, text + (" (best so far)" if improved else ""))
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
     """Give ``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank, and nothing on others."""
     if not world.is_main:

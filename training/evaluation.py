@@ -104,7 +104,7 @@ class Evaluator:
             details["reconstruction_error_at_variable_means"] = mean_error
         if loss.learns_outcome:
             details["after_the_first"] = {
-                f"{hours} hours": dict(zip(("auroc", "auprc"), rank_predictions(label, answer), strict=True))
+                f"{hours} hours": rank_predictions(label, answer)._asdict()
                 for hours, answer in zip(EARLY_HOURS, early, strict=True)
             }
             details["by_length"] = evaluate_by_length(label, at_end, num_events.astype(np.int64))
@@ -191,8 +191,7 @@ def evaluate_by_length(label: Labels, probability: np.ndarray, num_events: Label
     bucket, result = np.searchsorted(edges, num_events), {}
     for number in np.unique(bucket):
         inside = bucket == number
-        auroc, auprc = rank_predictions(label[inside], probability[inside])
         name = f"{num_events[inside].min()} to {num_events[inside].max()} events"
         counts = {"patients": int(inside.sum()), "positive": int(label[inside].sum())}
-        result[name] = {**counts, "auroc": auroc, "auprc": auprc}
+        result[name] = counts | rank_predictions(label[inside], probability[inside])._asdict()
     return result

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
+from math import inf, isfinite
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
-
-Scalar: TypeAlias = str | int | float | bool | None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -50,18 +47,15 @@ class JsonLines:
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         if path.exists():
-            limit = math.inf if resume_step is None else resume_step
+            limit = inf if resume_step is None else resume_step
             kept = [json.dumps(record) + "\n" for record in read_json_lines(path) if record.get("step", 0) <= limit]
             write_atomically(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: Mapping[str, Scalar]) -> None:
+    def write(self, record: Mapping[str, str | float | None]) -> None:
         """Append ``record``; a number that is not finite becomes null, for JSON has no other word for it."""
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        unknown = {name: None for name, value in record.items() if isinstance(value, float) and not isfinite(value)}
+        self._file.write(json.dumps({**record, **unknown}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -72,7 +66,5 @@ class JsonLines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

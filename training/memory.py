@@ -98,11 +98,7 @@ class StepMemory:
 
     @classmethod
     def load(cls, path: Path) -> StepMemory:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: the file is missing, or not one of these.
-        """
+        """Read what :meth:`save` wrote; raise UserError where the file is missing, or not one of these."""
         try:
             saved = json.loads(path.read_bytes())
             return cls(

@@ -38,15 +38,15 @@ class LossSums:
         return dict(zip(self.NAMES, summed.tolist(), strict=True))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class BatchAmounts:
     """What throughput counts of a batch: real things, and the cells of its padded layout, padding included."""
 
-    num_patients: int
-    num_events: int
-    num_sets: int
-    event_cells: int
-    set_cells: int
+    num_patients: int = 0
+    num_events: int = 0
+    num_sets: int = 0
+    event_cells: int = 0
+    set_cells: int = 0
 
     @classmethod
     def of(cls, batch: PatientBatch, *, pad_to: int | None = None) -> Self:
@@ -61,40 +61,32 @@ class BatchAmounts:
         )
 
 
-@dataclass
-class Throughput:
-    """Sums over the batches of an interval.
+@dataclass(kw_only=True)
+class Throughput(BatchAmounts):
+    """Sums over the steps of an interval.
 
     Attributes:
         num_steps: optimiser steps.
-        num_patients, num_events, num_sets, event_cells, set_cells: as in :class:`BatchAmounts`.
         seconds: wall time from the end of one step to the end of the next, waiting included.
         waited: the part of it in which the launching thread did not run the step.
     """
 
     num_steps: int = 0
-    num_patients: int = 0
-    num_events: int = 0
-    num_sets: int = 0
-    event_cells: int = 0
-    set_cells: int = 0
     seconds: float = 0.0
     waited: float = 0.0
 
     def add(self, amounts: BatchAmounts, *, seconds: float, waited: float) -> None:
         """Count one step on a batch of ``amounts``."""
-        for name, amount in dataclasses.asdict(amounts).items():
+        step = {**vars(amounts), "num_steps": 1, "seconds": seconds, "waited": waited}
+        for name, amount in step.items():
             setattr(self, name, getattr(self, name) + amount)
-        self.num_steps += 1
-        self.seconds += seconds
-        self.waited += waited
 
     @classmethod
     def combine(cls, ranks: Sequence[Throughput]) -> Throughput:
         """Combine the throughput of all ranks: counts are summed, steps and seconds averaged."""
-        sums = {field.name: sum(getattr(rank, field.name) for rank in ranks) for field in dataclasses.fields(cls)}
-        together = {name: sums[name] / len(ranks) for name in ("seconds", "waited")}
-        return cls(**{**sums, **together, "num_steps": sums["num_steps"] // len(ranks)})
+        sums = {name: sum(getattr(rank, name) for rank in ranks) for name in vars(ranks[0])}
+        means = {name: sums[name] / len(ranks) for name in ("seconds", "waited")}
+        return cls(**{**sums, **means, "num_steps": sums["num_steps"] // len(ranks)})
 
     def share(self, world: World) -> Throughput:
         """Return the part of a combined throughput that this rank keeps: the first has the counts, all the times."""
@@ -116,9 +108,7 @@ class Throughput:
 class Meters:
     """What all ranks measure since the last line of the log, and since the run began.
 
-    Args:
-        world: this process among the ranks.
-        progress: where a resumed run had got to.
+    ``progress`` says where a resumed run had got to.
     """
 
     def __init__(self, world: World, progress: Progress) -> None:

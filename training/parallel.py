@@ -30,15 +30,10 @@ BUSY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the processes of the run.
+    """This process among those of the run: its ``rank`` among all ``size``, its ``local_rank`` on this machine.
 
-    Attributes:
-        rank: 0 … size − 1; rank 0 writes the files.
-        size: processes of the run.
-        device: where this one computes.
-        local_rank: 0 … local_size − 1.
-        local_size: processes of the run on this machine.
-        control: a group of all ranks for small messages between hosts, which no device has to be waited for.
+    Rank 0 writes the files.  ``control`` is a group of all ranks for small messages between hosts, which no device has
+    to be waited for.
     """
 
     rank: int
@@ -138,15 +133,18 @@ def choose_threads(asked: int | None, world: World, *, limit: int | None = None)
     if world.device.type != "cpu" and limit is None:
         limit = 4  # the host only launches
     share = max(1, usable_cores() // world.local_size)
-    if min(share, limit or share) == 1:
+    most = min(share, limit or share)
+    if most == 1:
         return 1
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    idle = None
-    for _ in range(2):  # a core that is busy once may just have ended something
-        use = psutil.cpu_percent(interval=0.2, percpu=True)
-        free = sum(use[core] < 100 * BUSY_SHARE for core in (cores or range(len(use))) if core < len(use))
-        idle = free if idle is None else max(idle, free)
-    return max(1, min(share, limit or share, (idle or 1) // world.local_size or 1))
+    idle = max(count_idle_cores(), count_idle_cores())  # a core that is busy once may just have ended something
+    return max(1, min(most, idle // world.local_size))
+
+
+def count_idle_cores() -> int:
+    """Return on how many cores that this process may use no other work runs; it takes 0.2 seconds."""
+    use = psutil.cpu_percent(interval=0.2, percpu=True)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(use))
+    return sum(core < len(use) and use[core] < 100 * BUSY_SHARE for core in cores)
 
 
 def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
@@ -170,7 +168,7 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "user_error"
         try:
-            return max(elastic_launch(config, _join_with_note)(worker, device, note).values())
+            return max(elastic_launch(config, _join)(worker, device, note).values())
         except SignalException as stopped:  # the launcher has passed it on, and the processes have ended
             return 128 + int(stopped.sigval)
         except ChildFailedError as failed:
@@ -188,28 +186,24 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
             ) from None
 
 
-def _join_with_note(worker: Callable[[World], int], device: str, note: Path) -> int:
-    """As :func:`_join`, but what the user can mend is in ``note`` before the other processes see this one end."""
+def _join(worker: Callable[[World], int], device: str, note: Path | None = None) -> int:
+    """Call ``worker`` as one of several processes.
 
-    def noting(world: World) -> int:
-        try:
-            code = worker(world)
-        except (UserError, OSError) as error:
-            write_atomically(note, str(error).encode())
-            code = 2
-        if code:  # a value that is returned would wait for a launcher that may be ending itself
-            sys.exit(code)
-        return 0
-
-    return _join(noting, device)
-
-
-def _join(worker: Callable[[World], int], device: str) -> int:
+    What the user can mend is in ``note``, if that is given, before the other processes see this one end.
+    """
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     chosen = choose_device(device, local_rank)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo")
     try:
-        return worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size, control))
+        code = worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size, control))
+    except (UserError, OSError) as error:
+        if note is None:
+            raise
+        write_atomically(note, str(error).encode())
+        code = 2
     finally:
         dist.destroy_process_group()
+    if code and note is not None:  # a value that is returned would wait for a launcher that may be ending itself
+        sys.exit(code)
+    return code

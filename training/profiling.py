@@ -11,13 +11,14 @@ import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.losses import LossOptions
@@ -25,7 +26,8 @@ from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 
-PARTS = ("data", "copy", "encoder", "transformer", "decoder", "head", "losses", "backward", "optimiser")
+MODULES = ("encoder", "transformer", "decoder", "head")
+PARTS = ("data", "copy", *MODULES, "losses", "backward", "optimiser")
 
 WARM_UP_STEPS, PROFILED_STEPS = 10, 5
 """Few enough for a trace of some MB, whatever the batch: steps differ in length, not in their number of operations."""
@@ -44,12 +46,10 @@ def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) ->
         forward = counter.get_total_flops()
         outputs = (output.context, output.decoded, output.logits, output.posterior.mu)
         torch.stack([tensor.float().sum() for tensor in outputs if tensor is not None]).sum().backward()
-    names = {"encoder": "encoder", "transformer": "transformer", "decoder": "decoder", "head": "head"}
     counts = counter.get_flop_counts()
-    parts = {part: float(sum(counts.get(f"SeqSetVAE.{name}", {}).values())) for part, name in names.items()}
     # The counter's modules include their gradients, which take twice the operations of the forward pass.
-    total = float(counter.get_total_flops())
-    return {name: flops / 3 for name, flops in parts.items()} | {"backward": total - forward}
+    parts = {name: sum(counts.get(f"SeqSetVAE.{name}", {}).values()) / 3 for name in MODULES}
+    return parts | {"backward": float(counter.get_total_flops() - forward)}
 
 
 class StepProfiler:
@@ -99,9 +99,7 @@ class StepProfiler:
             self._profiler.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.path is not None and self.table is None:
             self._profiler.on_trace_ready = None  # a part of a trace would look whole
             self._profiler.stop()
@@ -131,11 +129,11 @@ class StepProfiler:
             counts = [count_flops(self.model, part, self.loss) for part in parts]
             flops.append({name: sum(count[name] for count in counts) for name in counts[0]})
         recorded = tabulate(time_parts(profiler.events() or []), flops[self._first :])
-        rate = measure_matrix_rate(self.dtype, self.device)
         seconds, work = recorded["step"]["milliseconds"] / 1e3, recorded["step"]["gflop"] * 1e9
         if self._timed:
             seconds = self._seconds / len(self._timed)
             work = sum(sum(flops[step].values()) for step in self._timed) / len(self._timed)
+        matrix_rate = measure_matrix_rate(self.dtype, self.device)
         self.table = {
             "device": self.device.type,
             "precision": str(self.dtype).removeprefix("torch."),
@@ -143,8 +141,8 @@ class StepProfiler:
             "timed_steps": len(self._timed),
             "step_milliseconds": round(1e3 * seconds, 3),
             "step_gflops": round(work / seconds / 1e9, 2),
-            "matrix_gflops": round(rate / 1e9, 1),
-            "share_of_matrix_rate": round(work / seconds / rate, 4),
+            "matrix_gflops": round(matrix_rate / 1e9, 1),
+            "share_of_matrix_rate": round(work / seconds / matrix_rate, 4),
             "parts": recorded,
         }
 
@@ -178,15 +176,14 @@ def time_parts(events: Iterable[FunctionEvent]) -> PartTimes:
         elif event.kernels and not event.is_user_annotation:  # whose kernels would be those of all inside
             launches.append((start, sum(kernel.duration for kernel in event.kernels)))
     spans.sort()
-    starts = [start for start, _, _ in spans]
     host, device = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     for start, stop, name in spans:
         host[name] += (stop - start) / 1e6
     for moment, duration in launches:
-        index = bisect.bisect_right(starts, moment) - 1
+        index = bisect.bisect_right(spans, moment, key=itemgetter(0)) - 1
         if index >= 0 and moment <= spans[index][1]:
             device[spans[index][2]] += duration / 1e6
-    whole = (max(end, *(stop for _, stop, _ in spans)) - starts[0]) / 1e6
+    whole = (max(end, *(stop for _, stop, _ in spans)) - spans[0][0]) / 1e6
     return PartTimes(host=host, device=device if launches else None, whole=whole)
 
 
@@ -205,9 +202,8 @@ def tabulate(times: PartTimes, flops: Sequence[Mapping[str, float]]) -> dict[str
         }
         for name, value in rows.items()
     }
-    if times.device is not None:
-        for name, value in times.host.items():
-            parts[name]["host_milliseconds"] = round(1e3 * value / steps, 3)
+    for name, value in times.host.items() if times.device is not None else ():
+        parts[name]["host_milliseconds"] = round(1e3 * value / steps, 3)
     return parts
 
 
@@ -224,18 +220,10 @@ def format_table(table: Mapping[str, Any]) -> list[str]:
     return [*text, f"{table['share_of_matrix_rate']:.1%} of the {table['matrix_gflops']:,.0f} of large matrices"]
 
 
-def measure_matrix_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 2.0) -> float:
-    """Return the FLOP/s of a product of two square matrices, after some to warm up."""
-    on_gpu = torch.device(device).type == "cuda"
-    size = 8192 if on_gpu else 4096
+def measure_matrix_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Return the FLOP/s of a product of two large square matrices."""
+    size = 8192 if torch.device(device).type == "cuda" else 4096
     a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    out = a @ b
-    if on_gpu:
-        torch.cuda.synchronize()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        torch.mm(a, b, out=out)
-        if on_gpu:
-            torch.cuda.synchronize()
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - started)
+    matrices = {"mm": torch.mm, "a": a, "b": b, "out": torch.empty_like(a)}
+    timer = Timer("mm(a, b, out=out)", globals=matrices, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=2.0).median

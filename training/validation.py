@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from training.memory import halve, is_out_of_memory
 from training.metrics import LossSums
 from training.options import TrainOptions
 from training.parallel import World
-from training.quality import rank_predictions
+from training.quality import Ranks, rank_predictions
 from training.schedule import OptimisationOptions
 
 
@@ -75,7 +77,7 @@ def validate(
     loss, optimisation = options.loss, options.optimisation
     sums, gauges = LossSums(world.device), CollapseGauges(model.config.width, world.device)
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
-    counts = dict.fromkeys(("num_events", "num_sets", "num_labelled"), 0)
+    counts = Counter[str]()
     predictions = [predictions_of([], np.zeros(0, np.int64), np.zeros(0))]
     for ready in loader:
         check_stop()
@@ -86,7 +88,7 @@ def validate(
             label = prepared.batch.label.cpu().numpy()
             probability = output.probability.double().cpu().numpy() if loss.learns_outcome else label * np.nan
             predictions.append(predictions_of(prepared.batch.patient_id, label, probability))
-        counts = {name: number + getattr(ready.counts, name) for name, number in counts.items()}
+        counts.update(dataclasses.asdict(ready.counts))
     world.sum(gauges.sums)
     table = pa.concat_tables([part for rank in world.gather(predictions) for part in rank]).sort_by("patient_id")
     totals = sums.combine(world)
@@ -104,12 +106,9 @@ def validate(
 
 def predictions_of(patient_id: list[str], label: npt.NDArray[np.int64], probability: npt.NDArray[Any]) -> pa.Table:
     """Return a table of predictions; a label of -1 and a probability that is not a number become null."""
-    columns = {
-        "patient_id": pa.array(patient_id, pa.string()),
-        "label": pa.array(label, pa.int8(), mask=label < 0),
-        "probability": pa.array(probability, pa.float64(), mask=np.isnan(probability)),
-    }
-    return pa.table(columns)
+    labels = pa.array(label, pa.int8(), mask=label < 0)
+    columns = [pa.array(patient_id, pa.string()), labels, pa.array(probability, pa.float64(), from_pandas=True)]
+    return pa.table(columns, ["patient_id", "label", "probability"])
 
 
 def labels_of(predictions: pa.Table) -> npt.NDArray[np.int64]:
@@ -119,21 +118,23 @@ def labels_of(predictions: pa.Table) -> npt.NDArray[np.int64]:
 
 def rank_table(predictions: pa.Table) -> dict[str, float | None]:
     """Return AUROC and AUPRC of a table of predictions; None where they are undefined."""
-    known = not predictions["probability"].null_count
-    ranks = rank_predictions(labels_of(predictions), predictions["probability"].to_numpy()) if known else (None, None)
-    return dict(zip(("auroc", "auprc"), ranks, strict=True))
+    if predictions["probability"].null_count:
+        return Ranks(None, None)._asdict()
+    return rank_predictions(labels_of(predictions), predictions["probability"].to_numpy())._asdict()
 
 
 def mean_losses(totals: dict[str, float], counts: dict[str, int], loss: LossOptions) -> dict[str, float | None]:
     """Return the loss and its parts, each sum divided by its count; None for parts that the objective does not use."""
-    divisors = {"reconstruction": "num_events", "kl": "num_sets", "classification": "num_labelled"}
-    means = {name: totals[name] / max(counts[count], 1) for name, count in divisors.items()}
-    total = loss.effective_vae_weight * (means["reconstruction"] + loss.beta * means["kl"])
-    total += loss.effective_classification_weight * means["classification"]
-    used = {"reconstruction": loss.learns_sets, "kl": loss.learns_sets, "classification": loss.learns_outcome}
+    reconstruction = totals["reconstruction"] / max(counts["num_events"], 1)
+    kl = totals["kl"] / max(counts["num_sets"], 1)
+    classification = totals["classification"] / max(counts["num_labelled"], 1)
+    total = loss.effective_vae_weight * (reconstruction + loss.beta * kl)
+    total += loss.effective_classification_weight * classification
     return {
         "loss": total if counts["num_sets"] else None,
-        **{name: mean if used[name] else None for name, mean in means.items()},
+        "reconstruction": reconstruction if loss.learns_sets else None,
+        "kl": kl if loss.learns_sets else None,
+        "classification": classification if loss.learns_outcome else None,
     }
 
 
