@@ -75,16 +75,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     if saved is not None:
         state.load_state_dict(saved.state)
     state.progress.threads = threads
-    return Run(
-        options=options,
-        data=data,
-        world=world,
-        memory=memory,
-        state=state,
-        settings=settings,
-        best=best,
-        resumed=saved is not None,
-    )
+    return Run(options, data, world, memory, state, settings, best, saved is not None)
 
 
 def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None) -> BatchPreparer:

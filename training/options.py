@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from model.config import ModelOptions
 from model.losses import LossOptions
-from pipeline.options import check_section, option, parse_options, to_dict
+from pipeline.options import Section, option, parse_options, to_dict
 from pipeline.schema import UserError
 from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
@@ -18,7 +18,7 @@ from training.schedule import OptimisationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Section):
     """Run."""
 
     output_dir: str = option("", "Folder for the run's files.")
@@ -51,13 +51,13 @@ class RunOptions:
     verbose: bool = option(False, "Print every line of metrics.jsonl.")
 
     def __post_init__(self) -> None:
-        check_section(self)
+        super().__post_init__()
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "--max_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(Section):
     """Evaluation."""
 
     evaluate: str | None = option(None, "Evaluate this checkpoint and do not train.")
@@ -68,9 +68,6 @@ class EvaluationOptions:
     )  # fmt: skip
     export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
     inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
-
-    def __post_init__(self) -> None:
-        check_section(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,27 +111,24 @@ class AtResume(Enum):
     IRRELEVANT = "no matter"
 
 
-_SAME = (
-    "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
-    "group_events", "seed", "preset", "event_form", "objective", "precision",
-)  # fmt: skip
-_OBEYED = (
-    "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing", "freeze",
-    "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip", "vae_weight",
-    "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices",
-    "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units", "stop_on_collapse", "log_steps",
-    "profile_memory", "profile", "verbose",
-)  # fmt: skip
-_IRRELEVANT = (
-    "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
-    "baselines", "export_latents", "inspect",
-)  # fmt: skip
-
-AT_RESUME: Mapping[str, AtResume] = {
-    **dict.fromkeys(_SAME, AtResume.SAME),
-    **dict.fromkeys(_OBEYED, AtResume.OBEYED),
-    **dict.fromkeys(_IRRELEVANT, AtResume.IRRELEVANT),
-}
+_FLAGS = {
+    AtResume.SAME: (
+        "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
+        "group_events", "seed", "preset", "event_form", "objective", "precision",
+    ),
+    AtResume.OBEYED: (
+        "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",
+        "freeze", "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip",
+        "vae_weight", "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits",
+        "devices", "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units",
+        "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose",
+    ),
+    AtResume.IRRELEVANT: (
+        "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
+        "baselines", "export_latents", "inspect",
+    ),
+}  # fmt: skip
+AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}
 """What may change at ``--resume``, by flag.  Data are compared by their checksums, not by their folder."""
 
 

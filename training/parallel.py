@@ -157,14 +157,7 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
         return _join(worker, device)
     if devices == 1:
         return worker(World(0, 1, choose_device(device, 0)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
+    config = LaunchConfig(1, 1, devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "user_error"
         try:

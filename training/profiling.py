@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -18,7 +17,6 @@ from typing import Any, Self
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.losses import LossOptions
@@ -55,8 +53,6 @@ def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) ->
 class StepProfiler:
     """Records ``PROFILED_STEPS`` steps after ``WARM_UP_STEPS`` while the context lasts, and costs nothing after.
 
-    Recording slows a step down, so the rate is that of the warm-up's last steps, which are timed and not recorded.
-
     Args:
         path: of the trace, Chrome's format, gzipped; None = off.
         model: whose operations are counted.
@@ -84,9 +80,6 @@ class StepProfiler:
         active = min(PROFILED_STEPS, steps - 1)
         self._first = min(WARM_UP_STEPS, steps - active)
         self._last = self._first + active
-        # The profiler prepares itself during the step before the first.
-        self._timed = range(max(1, self._first - 1 - PROFILED_STEPS), self._first - 1)
-        self._seconds, self._ended = 0.0, 0.0
         self._batches: list[list[PreparedBatch]] = []
         self._profiler = torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])],
@@ -108,42 +101,26 @@ class StepProfiler:
         """Note that a step on ``parts`` is done."""
         if self.path is None or self.table is not None:
             return
-        step = len(self._batches)
         self._batches.append(parts)
-        if self.device.type == "cuda" and step + 1 in (self._timed.start, self._timed.stop, self._first, self._last):
+        if self.device.type == "cuda" and len(self._batches) in (self._first, self._last):
             torch.cuda.synchronize()  # what is still under way belongs to the steps before
-        if step in self._timed:
-            self._seconds += time.perf_counter() - self._ended
         self._profiler.step()
         if len(self._batches) == self._last:
             del self._profiler, self._batches  # hundreds of MB
-        self._ended = time.perf_counter()
 
     def _finish(self, profiler: torch.profiler.profile) -> None:
         assert self.path is not None
         partial = self.path.with_name(f"partial-{self.path.name}")
         profiler.export_chrome_trace(str(partial))
         partial.replace(self.path)
-        flops: list[dict[str, float]] = []
-        for parts in self._batches:
-            counts = [count_flops(self.model, part, self.loss) for part in parts]
-            flops.append({name: sum(count[name] for count in counts) for name in counts[0]})
-        recorded = tabulate(time_parts(profiler.events() or []), flops[self._first :])
-        seconds, work = recorded["step"]["milliseconds"] / 1e3, recorded["step"]["gflop"] * 1e9
-        if self._timed:
-            seconds = self._seconds / len(self._timed)
-            work = sum(sum(flops[step].values()) for step in self._timed) / len(self._timed)
-        matrix_rate = measure_matrix_rate(self.dtype, self.device)
+        recorded = self._batches[self._first :]
+        counts = [[count_flops(self.model, part, self.loss) for part in parts] for parts in recorded]
+        flops = [{name: sum(part[name] for part in parts) for name in parts[0]} for parts in counts]
         self.table = {
             "device": self.device.type,
             "precision": str(self.dtype).removeprefix("torch."),
-            "recorded_steps": len(flops) - self._first,
-            "timed_steps": len(self._timed),
-            "step_milliseconds": round(1e3 * seconds, 3),
-            "step_gflops": round(work / seconds / 1e9, 2),
-            "matrix_gflops": round(matrix_rate / 1e9, 1),
-            "share_of_matrix_rate": round(work / seconds / matrix_rate, 4),
-            "parts": recorded,
+            "recorded_steps": len(recorded),
+            "parts": tabulate(time_parts(profiler.events() or []), flops),
         }
 
 
@@ -214,16 +191,4 @@ def format_table(table: Mapping[str, Any]) -> list[str]:
         work = f"{row['gflop']:>10.3f}{row['gflops']:>10.1f}" if row["gflop"] else ""
         host = f"   CPU {row['host_milliseconds']:.2f} ms" if "host_milliseconds" in row else ""
         text.append(f"{name:<16}{row['milliseconds']:>12.2f}{row['share']:>8.1%}{work:<20}{host}".rstrip())
-    text.append(f"mean of {table['recorded_steps']} recorded steps, {table['device']}, {table['precision']}")
-    speed = f"{table['step_milliseconds']:,.1f} ms, {table['step_gflops']:,.1f} GFLOP/s"
-    text.append(f"{'not recorded' if table['timed_steps'] else 'recorded'}, a step takes {speed}:")
-    return [*text, f"{table['share_of_matrix_rate']:.1%} of the {table['matrix_gflops']:,.0f} of large matrices"]
-
-
-def measure_matrix_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """Return the FLOP/s of a product of two large square matrices."""
-    size = 8192 if torch.device(device).type == "cuda" else 4096
-    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    matrices = {"mm": torch.mm, "a": a, "b": b, "out": torch.empty_like(a)}
-    timer = Timer("mm(a, b, out=out)", globals=matrices, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=2.0).median
+    return [*text, f"mean of {table['recorded_steps']} recorded steps, {table['device']}, {table['precision']}"]

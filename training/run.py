@@ -43,7 +43,7 @@ class Stopped(Exception):  # no error: a signal asked for it
         self.number = number
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run:
     """A run under way, as a context: files, bar, monitor, profiler and signal handlers are its own while it lasts.
 

@@ -26,6 +26,10 @@ FIRST_SCALE = 1024
 """First scale of fp16 losses: the usual 65,536 overflows, and so wastes, the first steps, for losses are sums."""
 
 
+PARTS = ("loader", "model", "ema_model", "optimizer", "scaler")
+"""What has a state of its own; the loader's is restored first, as it refuses other batches."""
+
+
 @dataclass(kw_only=True)
 class TrainState:
     """Model, EMA, optimiser, scaler, position in the data, progress.
@@ -44,14 +48,8 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values that :meth:`load_state_dict` restores the run from."""
-        return {
-            "model": self.model.state_dict(),
-            "ema_model": self.ema_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-        }
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        return {**parts, "progress": dataclasses.asdict(self.progress)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore everything but the optimiser's settings, which are those of the options of now.
@@ -59,16 +57,11 @@ class TrainState:
         Raises:
             UserError: the loader's batches are other ones.
         """
-        self.loader.load_state_dict(state["loader"])
-        self.model.load_state_dict(state["model"])
-        self.ema_model.load_state_dict(state["ema_model"])
-        settings = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-        self.scaler.load_state_dict(state["scaler"])
+            group.update({**own, "params": group["params"]})
         self.progress = Progress(**state["progress"])
 
     def check_finite(self, *, last_loss: float) -> None:
