@@ -15,7 +15,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -121,13 +120,7 @@ def finish(job: Run) -> None:
         log_main(world, "\n".join(["where the time goes:", *format_table(job.profiler.table)]))
     if not world.is_main:
         return
-    summary: dict[str, Any] = {
-        **job.summarize(),
-        "quarantined_patients": data.quarantined_patients,
-        "quarantined_shards": data.quarantined_shards,
-        "best": job.best,
-        "test": test,
-    }
+    summary = job.summarize() | {"test": test}
     card = write_model_card(job.state.model.config, job.options, data.num_patients, summary)
     write_atomically(directory / "MODEL_CARD.md", card.encode())
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())

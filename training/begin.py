@@ -60,9 +60,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
         path = directory / "memory_model.json"
         memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
     preparer = make_preparer(options, data, world, memory)
-    loader = data.open_loader(
-        "train", seed=options.run.seed, shuffle=True, world=world, memory=memory, transform=preparer
-    )
+    loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer)
     settings = StepSettings(
         loss=options.loss,
         optimisation=options.optimisation,

@@ -1,8 +1,7 @@
-"""What a run says while it goes: lines, a progress bar and a log; and the signals that it hears."""
+"""What a run says while it goes: lines, a progress bar and a log."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training.json_lines import JsonLines
 from training.metrics import Throughput
@@ -30,23 +29,6 @@ def format_metric(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
 
 
-class StopSignal:
-    """Notes the ``number`` of SIGTERM or SIGINT, so that a run can save and leave between two steps; 0 = none heard."""
-
-    number: int = 0
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.number = number
-
-
 class EpochBar:
     """One progress bar an epoch with patients/s, padding waste and memory; lines only where there is no terminal."""
 
@@ -55,7 +37,7 @@ class EpochBar:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         visible = world.is_main and console.is_terminal
         self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not visible)
-        self.task: TaskID | None = None
+        self.task = self.bar.add_task("", visible=False, now="")
 
     def __enter__(self) -> EpochBar:
         self.bar.start()
@@ -66,14 +48,12 @@ class EpochBar:
 
     def begin(self, epoch: int, steps: int, done: int) -> None:
         """Show the bar of an epoch of ``steps`` steps, of which some are ``done``."""
-        if self.task is not None:
-            self.bar.remove_task(self.task)
-        self.epoch = epoch
-        self.task = self.bar.add_task(f"epoch {epoch + 1}/{self.max_epochs}", total=steps, completed=done, now="")
+        self.epoch, name = epoch, f"epoch {epoch + 1}/{self.max_epochs}"
+        self.bar.reset(self.task, description=name, total=steps, completed=done, visible=True, now="")
 
     def advance(self, throughput: Throughput) -> None:
         """Show that a step is done, with the rates of ``throughput``."""
-        if self.task is not None and not self.bar.disable:
+        if not self.bar.disable:
             rates, memory = throughput.rates(), psutil.Process().memory_info().rss / 2**30
             # This rank's rate times the number of ranks: all ranks would have to stop to be asked.
             speed, waste = rates["patients_per_second"] * self.world.size, rates["event_padding_waste"]

@@ -101,27 +101,21 @@ class DataSet:
         return f"patients: {', '.join(counts)}; {self.manifest.num_codes - FIRST_CODE} variables"
 
     def open_loader(
-        self, split: str, *, world: World, memory: StepMemory | None = None, **arguments: Any
+        self, split: str, *, world: World, preparer: BatchPreparer | None = None, **arguments: Any
     ) -> PatientLoader:
-        """Return a loader over a split, batched as the options say and within the memory of a step, if that is given.
+        """Return a loader over a split, batched as the options say and within the memory that ``preparer`` divides.
 
-        ``arguments`` are those of :func:`make_loader`, such as ``seed``, ``shuffle`` and ``transform``; they win.
+        Other ``arguments`` are those of :func:`make_loader`, such as ``seed`` and ``shuffle``; they win.
         """
         names = ["batch_size", "prefetch", *(field.name for field in dataclasses.fields(BatchOptions))]
         settings = {name: getattr(self.options, name) for name in names}
-        if memory is not None:
+        settings |= {"transform": preparer, "rank": world.rank, "world_size": world.size}
+        if preparer is not None and (memory := preparer.memory) is not None:
             settings |= {"batch_size": memory.batch_size, "max_cost": memory.batch_bytes, "budget": memory.peak}
         elif settings["batch_size"] == "auto":
             settings["batch_size"] = DEFAULT_BATCH_SIZE
-        return make_loader(
-            self.folder,
-            manifest=self.manifest,
-            quarantined=self.quarantined_shards,
-            split=split,
-            rank=world.rank,
-            world_size=world.size,
-            **(settings | arguments),
-        )
+        settings |= {"split": split, "quarantined": self.quarantined_shards, **arguments}
+        return make_loader(self.folder, manifest=self.manifest, **settings)
 
 
 def agree_on_data(options: DataOptions, manifest: Manifest, world: World, *splits: str) -> DataSet:
@@ -141,11 +135,10 @@ def agree_on_data(options: DataOptions, manifest: Manifest, world: World, *split
     if any(fingerprint != manifest.fingerprint for fingerprint, _ in answers):
         raise UserError(f"--data_dir {folder}: not the same data set on all machines; copy it anew, or start again")
     bad = {path: reason for _, answer in answers for path, reason in answer.items()}
-    quarantined = {
-        split: [entry for entry in entries if entry.path in bad] for split, entries in manifest.splits.items()
-    }
-    for split, entries in quarantined.items():
-        for entry in entries:
+    quarantined: dict[str, list[ShardEntry]] = {}
+    for split, entries in manifest.splits.items():
+        quarantined[split] = [entry for entry in entries if entry.path in bad]
+        for entry in quarantined[split]:
             left_out = f"its {entry.num_patients:,} {split} patients are left out"
             log_main(world, f"warning: {folder}/{entry.path}: {bad[entry.path]}; {left_out}")
     return DataSet(options=options, folder=folder, manifest=manifest.without(bad), quarantined=quarantined)

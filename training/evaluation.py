@@ -60,8 +60,8 @@ class Evaluator:
     def open_loader(self, split: str) -> PatientLoader:
         """Return a loader over a split, in order of length, whose batches are prepared without noise."""
         preparer = BatchPreparer(seed=None, memory=self.memory, pin=self.world.device.type == "cuda")
-        settings = {"seed": self.options.run.seed, "shuffle": False, "transform": preparer}
-        return self.data.open_loader(split, world=self.world, memory=self.memory, **settings)
+        seed = self.options.run.seed
+        return self.data.open_loader(split, seed=seed, shuffle=False, world=self.world, preparer=preparer)
 
     def validate(self, model: SeqSetVAE, split: str) -> tuple[dict[str, Any], pa.Table]:
         """Return metrics and predictions of a split, see :func:`training.validation.validate`."""

@@ -22,7 +22,7 @@ class LossSums:
     NAMES = ("loss", "reconstruction", "kl", "classification", "grad_norm")
 
     def __init__(self, device: torch.device, saved: Mapping[str, float] | None = None) -> None:
-        start = [saved[name] for name in self.NAMES] if saved else [0.0] * len(self.NAMES)
+        start = [saved[name] if saved else 0.0 for name in self.NAMES]
         self.values = torch.tensor(start, dtype=torch.float64, device=device)
 
     def add(self, losses: Losses, grad_norm: Tensor | None = None) -> None:
@@ -90,9 +90,8 @@ class Throughput(BatchAmounts):
 
     def share(self, world: World) -> Throughput:
         """Return the part of a combined throughput that this rank keeps: the first has the counts, all the times."""
-        if world.is_main:
-            return self
-        return Throughput(num_steps=self.num_steps, seconds=self.seconds, waited=self.waited)
+        times = Throughput(num_steps=self.num_steps, seconds=self.seconds, waited=self.waited)
+        return self if world.is_main else times
 
     def rates(self) -> dict[str, float]:
         """Return amounts per second of wall time, and fractions; 0 where there was nothing."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 import torch
@@ -71,34 +72,42 @@ class World:
             dist.barrier(group=self.control)
 
 
-class Agreement:
-    """A flag that all ranks learn of at the same step, without waiting for one another or for a device.
+class StopSignal:
+    """Hears SIGTERM and SIGINT while the context lasts, so that all ranks can save and leave at the same step.
 
-    At each :meth:`poll` every rank says whether its flag is raised, and gets to know what all said at the poll before.
+    At each :meth:`poll` a rank says what it heard, and gets to know what all had said at the poll before, without
+    waiting for them or for a device.
     """
 
     def __init__(self, world: World) -> None:
-        self._world = world
+        self._world, self._heard = world, 0
         self._asked: tuple[Any, Tensor] | None = None
 
-    def poll(self, raised: int) -> int:
-        """Return the largest number that any rank raised by the poll before (at once, where there is one rank)."""
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._asked is not None:
+            self._asked[0].wait()  # no message may be under way when the group ends
+
+    def _note(self, number: int, _: object) -> None:
+        self._heard = number
+
+    def poll(self) -> int:
+        """Return the number of a signal that a rank had heard by the poll before (or by now, if it is alone), or 0."""
         if self._world.size == 1:
-            return raised
+            return self._heard
         answer = 0
         if self._asked is not None:
             handle, flags = self._asked
             handle.wait()
             answer = int(flags)
-        flags = torch.tensor(raised)
+        flags = torch.tensor(self._heard)
         self._asked = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._world.control, async_op=True), flags
         return answer
-
-    def close(self) -> None:
-        """Wait for the last poll, so that no message is under way when the group ends."""
-        if self._asked is not None:
-            self._asked[0].wait()
-            self._asked = None
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:

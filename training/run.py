@@ -20,14 +20,14 @@ from pipeline.options import to_dict
 from pipeline.schema import UserError
 from pipeline.storage.files import remove_leftovers, write_atomically
 from training.checkpoint import Checkpoint
-from training.console import EpochBar, StopSignal, log_main, memory_file, open_metrics_log
+from training.console import EpochBar, log_main, memory_file, open_metrics_log
 from training.data import DataSet, ReadyBatch
 from training.evaluation import Evaluator
 from training.memory import StepMemory
 from training.metrics import Meters, Throughput
 from training.monitor import MemoryMonitor
 from training.options import TrainOptions
-from training.parallel import Agreement, World
+from training.parallel import StopSignal, World
 from training.profiling import StepProfiler
 from training.schedule import learning_rate_at
 from training.state import TrainState
@@ -76,9 +76,7 @@ class Run:
         self._open_directory()
         self._stack = contextlib.ExitStack()
         enter, options = self._stack.enter_context, self.options.run
-        self._signal = enter(StopSignal())
-        self._agreement = Agreement(self.world)
-        self._stack.callback(self._agreement.close)
+        self._signal = enter(StopSignal(self.world))
         first_line = self.state.progress.step if self.resumed else -1
         self.log = enter(open_metrics_log(self.directory, self.world, first_line))
         path = memory_file(self.directory, self.world) if options.profile_memory else None
@@ -165,7 +163,7 @@ class Run:
         self.bar.advance(self._meters.interval)
         if step % options.log_steps == 0:
             self.log_interval()
-        number = self._agreement.poll(self._signal.number)
+        number = self._signal.poll()
         if number or (options.checkpoint_steps and step % options.checkpoint_steps == 0):
             self.save_last()
         if number:
@@ -173,7 +171,7 @@ class Run:
 
     def check_stop(self) -> None:
         """Raise Stopped where a signal asked for it; the state is saved already, and all ranks ask alike."""
-        if number := self._agreement.poll(self._signal.number):
+        if number := self._signal.poll():
             raise Stopped(number)
 
     def log_interval(self) -> None:
@@ -254,7 +252,7 @@ class Run:
             ).save(self.directory / "checkpoints" / f"{name}.pt")
 
     def summarize(self) -> dict[str, Any]:
-        """Return what the training itself was, for ``summary.json``: totals over all resumed parts of the run."""
+        """Return what the training was, for ``summary.json``: totals over all resumed parts of the run."""
         progress = self.state.progress
         summary: dict[str, Any] = {
             "steps": progress.step,
@@ -270,4 +268,5 @@ class Run:
             summary["profiled_peak_uss_bytes"] = self.monitor.peak_uss_bytes
         if self.profiler.table is not None:
             summary["profile"] = self.profiler.table
-        return summary
+        quarantined = {"quarantined_patients": self.data.quarantined_patients}
+        return summary | quarantined | {"quarantined_shards": self.data.quarantined_shards, "best": self.best}

@@ -51,11 +51,7 @@ def forward_in_parts(
 
 @torch.no_grad()
 def validate(
-    model: SeqSetVAE,
-    loader: PatientLoader,
-    options: TrainOptions,
-    world: World,
-    check_stop: Callable[[], None],
+    model: SeqSetVAE, loader: PatientLoader, options: TrainOptions, world: World, check_stop: Callable[[], None]
 ) -> tuple[dict[str, Any], pa.Table]:
     """Evaluate a model on a split, and leave it in eval mode.
 
