@@ -31,11 +31,7 @@ is better used by the thread that prepares batches."""
 
 
 def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
-    """Build a run, or restore the one in ``--output_dir`` where ``--resume`` asks for it.
-
-    Raises:
-        UserError: the run cannot begin, or not go on with these options, data and files.
-    """
+    """Build a run, or restore that of ``--output_dir``, where options, data and files allow it."""
     directory = Path(options.run.output_dir)
     data = agree_on_data(options.data, manifest, world, *manifest.splits)
     if not data.num_patients["train"]:
@@ -93,11 +89,7 @@ def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: St
 
 
 def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Checkpoint | None:
-    """Return the checkpoint from which the run goes on; None = it begins.
-
-    Raises:
-        UserError: there is one and ``--resume`` was not given; an option differs that cannot; ranks see other files.
-    """
+    """Return the checkpoint from which the run goes on, if ``--resume`` and its options allow it; None = it begins."""
     path = directory / "checkpoints" / "last.pt"
     exists = path.exists()
     if exists and not options.run.resume:
@@ -112,11 +104,7 @@ def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Che
 
 
 def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | None:
-    """Return the metrics of ``best.pt``; None where no epoch has been validated.
-
-    Raises:
-        UserError: it is missing, of another run, or of another epoch than the run knows its best one to be.
-    """
+    """Return the metrics of ``best.pt``, which must be of this run's best epoch; None where none has been validated."""
     path = directory / "checkpoints" / "best.pt"
     if saved is None or not (path.exists() or saved.state["progress"]["epochs_validated"]):
         return None

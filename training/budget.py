@@ -25,11 +25,7 @@ from training.step import StepSettings, forward_losses
 
 
 def measure_step_memory(model: SeqSetVAE, data: DataSet, world: World, options: TrainOptions) -> StepMemory:
-    """Measure the peak memory of steps on the first rank, and decide what batches may take; the same on every rank.
-
-    Raises:
-        UserError: there is no room for a step.
-    """
+    """Measure the peak memory of steps on the first rank, and decide what batches may take; the same on every rank."""
     found, max_memory = None, options.run.max_memory
     if world.is_main:
         peak, least = _measure_peaks(model, data, world.alone(), options)
@@ -55,10 +51,7 @@ def measure_step_memory(model: SeqSetVAE, data: DataSet, world: World, options: 
 
 
 def _measure_peaks(model: SeqSetVAE, data: DataSet, alone: World, options: TrainOptions) -> tuple[CostModel, int]:
-    """Return the cost model of the peaks of steps, and the least peak.
-
-    The batches are of several sizes, of similar and of mixed lengths, and whole.
-    """
+    """Return the cost model of the peaks of steps on batches of several sizes and mixtures, and the least peak."""
     device, seed, batches = alone.device, options.run.seed, list[PatientBatch]()
     for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
         changes: dict[str, Any] = {"batch_size": patients, "bucketing": bucketing, "max_events": None}

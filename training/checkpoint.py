@@ -47,12 +47,10 @@ class Checkpoint:
     """Everything that a run needs to go on as if it had not stopped, or a reader to predict.
 
     Attributes:
-        config: :class:`SeqSetVAEConfig` as a dictionary.
         vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
         options: of the run, by section and field, as ``config.yaml`` has them.
         state: as :meth:`training.state.TrainState.state_dict` gives it.
         metrics: of the validation that chose this checkpoint, with its ``epoch`` and ``step``; None in ``last.pt``.
-        version: of this layout.
     """
 
     config: dict[str, Any]
@@ -76,11 +74,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read a checkpoint onto the CPU; nothing in the file can run code.
-
-        Raises:
-            UserError: the file is missing, damaged, or not one of ours.
-        """
+        """Read a checkpoint onto the CPU; nothing in it can run code.  What is not one of ours is a UserError."""
         try:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the archive's checksums
                 damaged = archive.testzip()
@@ -101,11 +95,7 @@ class Checkpoint:
         return cls(**content)
 
     def build_model(self, path: Path, vocabulary_fingerprint: str) -> SeqSetVAE:
-        """Return the trained model, on the CPU.
-
-        Raises:
-            UserError: the data has another vocabulary, or the weights are another model's; ``path`` is for the message.
-        """
+        """Return the trained model, on the CPU; ``path`` is for the message if vocabulary or weights are other ones."""
         self.check_same_vocabulary(path, vocabulary_fingerprint)
         try:
             model = SeqSetVAE(SeqSetVAEConfig(**self.config))

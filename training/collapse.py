@@ -18,14 +18,7 @@ ACTIVE_VARIANCE = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentGauge:
-    """The state of the posterior over some data.
-
-    Attributes:
-        kl: KL divergence of a set in nats, without free bits.
-        active_units: number of dimensions whose posterior mean has a variance over sets above 0.01.
-        mean_posterior_variance: mean over sets and dimensions; that of the prior is 1.
-        num_units: number of dimensions.
-    """
+    """The state of the posterior over some data: ``kl`` is of a set, in nats, without free bits."""
 
     kl: float
     active_units: int

@@ -123,9 +123,6 @@ def agree_on_data(options: DataOptions, manifest: Manifest, world: World, *split
 
     Plans are made of the shards that there are, so all ranks must know of all bad ones before they plan.  Machines may
     hold copies of a data set: each checks all shards, and what is bad on one is left out by all.
-
-    Raises:
-        UserError: ranks have different data sets.
     """
     folder, found = options.open_folder(), dict[str, str]()
     if options.on_bad_shard == "quarantine":

@@ -43,12 +43,9 @@ def go_on() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates a model on the splits of a data set.
+    """Evaluates a model, trained for the loss of ``options``, on the splits of a data set.
 
-    Attributes:
-        options: of the run, or of the evaluation; its loss is what the model was trained for.
-        memory: what a step may take; None = batches have no budget of memory.
-        check_stop: called between batches; may raise.
+    Without ``memory`` batches have no budget; ``check_stop`` is called between them, and may raise.
     """
 
     options: TrainOptions

@@ -14,11 +14,7 @@ from pipeline.storage.files import write_atomically
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a :class:`JsonLines` file, without a last line that is being written or was cut short.
-
-    Raises:
-        UserError: another line is not a JSON object.
-    """
+    """Return the records of a :class:`JsonLines` file, without a last line that is being written or was cut short."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
@@ -36,13 +32,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 class JsonLines:
     """An append-only file of one flat JSON object a line, each flushed as it is written.
 
-    Args:
-        path: the file; made where it is missing.
-        resume_step: step of the checkpoint from which a run goes on: lines of later steps are dropped, for the run
-            writes them again.  A last line that a crash cut short is dropped in any case.
-
-    Raises:
-        UserError: as :func:`read_json_lines`.
+    A run that goes on from ``resume_step`` writes the lines of later steps again, so these are dropped; a last line
+    that a crash cut short is dropped in any case.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:

@@ -69,7 +69,6 @@ class StepMemory:
         step_bytes: bytes that each process has for a step.
         batch_bytes: bytes that a global batch may take in all; decided once, for the number of devices with which the
             run began, so that a run resumed on another number has the same batches.
-        batch_size: patients of a global batch.
     """
 
     peak: CostModel

@@ -66,7 +66,6 @@ class Throughput(BatchAmounts):
     """Sums over the steps of an interval.
 
     Attributes:
-        num_steps: optimiser steps.
         seconds: wall time from the end of one step to the end of the next, waiting included.
         waited: the part of it in which the launching thread did not run the step.
     """
@@ -105,10 +104,7 @@ class Throughput(BatchAmounts):
 
 
 class Meters:
-    """What all ranks measure since the last line of the log, and since the run began.
-
-    ``progress`` says where a resumed run had got to.
-    """
+    """What all ranks measure since the last line of the log, and since the run began."""
 
     def __init__(self, world: World, progress: Progress) -> None:
         self._world = world

@@ -31,7 +31,7 @@ class MemoryMonitor:
     of the thread itself is printed as any thread's is, and ends the samples, not the run.
 
     Attributes:
-        path: of the CSV; None = off: no samples, and marks are not noted.
+        path: of the CSV; None = off.
         peak_rss_bytes: the most that all processes together held in one sample.
         peak_uss_bytes: the same of unique memory; None where the system does not tell.
     """

@@ -111,11 +111,7 @@ class StopSignal:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """Return this process's device for ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        UserError: CUDA is asked for and there are not enough GPUs.
-    """
+    """Return this process's device for ``auto``, ``cpu`` or ``cuda``; too few GPUs are a UserError."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -189,10 +185,7 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
 
 
 def _join(worker: Callable[[World], int], device: str, note: Path | None = None) -> int:
-    """Call ``worker`` as one of several processes.
-
-    What the user can mend is in ``note``, if that is given, before the other processes see this one end.
-    """
+    """Call ``worker`` as one of several processes; a UserError is in ``note`` before the others see this one end."""
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     chosen = choose_device(device, local_rank)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")

@@ -55,16 +55,12 @@ class StepProfiler:
 
     Args:
         path: of the trace, Chrome's format, gzipped; None = off.
-        model: whose operations are counted.
-        loss: which parts of it a step runs.
+        model, loss: whose operations are counted, and which parts of it a step runs.
         dtype: of its matrix products.
         steps: how many there will be before anything else, such as a validation; of fewer the last are recorded.
 
     Attributes:
         table: what was found, for ``summary.json``; None before, and where the run ended earlier.
-
-    Raises:
-        UserError: there are not two steps.
     """
 
     def __init__(
@@ -126,12 +122,9 @@ class StepProfiler:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartTimes:
-    """Seconds of every part, over all recorded steps.
+    """Seconds of every part over all recorded steps, on the host and of the kernels launched meanwhile, if there were.
 
-    Attributes:
-        host: on the CPU.
-        device: of the kernels launched meanwhile; None where there were none.
-        whole: of the steps from the first part to the end of the last part or kernel.
+    ``whole`` is from the first part to the end of the last part or kernel.
     """
 
     host: dict[str, float]

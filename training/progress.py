@@ -11,13 +11,11 @@ class Progress:
     """How far a run has come; plain numbers, the same on every rank.
 
     Attributes:
-        step: optimiser steps done.
         epochs_validated: epochs whose validation is done; one less than the epochs done while it is still to come.
-        epochs_since_best: validated epochs since the best one.
+
         collapsed: whether the posterior had collapsed at the last validation.
         seconds: wall time spent, over all resumed parts of the run.
         threads: of each process's CPU operations, as the run began with.
-        peak_rss_bytes: most memory of one process so far.
         totals: throughput of all steps so far, of all ranks, as a dictionary.
         interval: throughput since the last line of the log, of all ranks, as a dictionary.
         loss_sums: sums of losses since then, of all ranks; empty = none.

@@ -109,12 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_run_report(*folders: Path, output: Path | None = None) -> Path:
     """Write the report of one run, or a page that compares several, from whatever they have written so far.
 
-    Args:
-        folders: the output folders of training, at least one.
-        output: the page; by default ``report.html`` in the folder, and of several ``comparison.html`` in the first.
-
-    Raises:
-        UserError: a file of a run is there and is not what its name says.
+    ``output`` is by default ``report.html`` in the folder of the run, and of several ``comparison.html`` in the first.
     """
     several, names = len(folders) > 1, [folder.resolve().name for folder in folders]
     labels = [f"{number}: {name}" if several else "" for number, name in enumerate(names, start=1)]

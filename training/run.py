@@ -47,11 +47,7 @@ class Stopped(Exception):  # no error: a signal asked for it
 class Run:
     """A run under way, as a context: files, bar, monitor, profiler and signal handlers are its own while it lasts.
 
-    Attributes:
-        memory: what a step may take; None = no budget.
-        state: as it begins, or was restored.
-        best: metrics of the best validation so far, from ``best.pt``.
-        resumed: whether the state was restored.
+    ``best`` has the metrics of the best validation so far, and ``resumed`` says whether the state was restored.
     """
 
     options: TrainOptions
@@ -92,11 +88,7 @@ class Run:
         self._stack.__exit__(*error)
 
     def _open_directory(self) -> None:
-        """Write what the run is; nothing was written before, so that a command that is refused changes no file.
-
-        Raises:
-            UserError: ranks do not share the folder.
-        """
+        """Write what the run is; nothing was written before, so that a command that is refused changes no file."""
         checkpoints, path = self.directory / "checkpoints", self.directory / "config.yaml"
         config = yaml.safe_dump(to_dict(self.options), sort_keys=False).encode()
         if self.world.is_main:
@@ -148,11 +140,7 @@ class Run:
         self._step_started = time.perf_counter()
 
     def end_step(self, ready: ReadyBatch, losses: Losses, grad_norm: Tensor) -> None:
-        """Count a step; log, save and stop where it is time.
-
-        Raises:
-            Stopped: a signal asked for it.
-        """
+        """Count a step; log and save where it is time, and raise Stopped where a signal asked for it."""
         now, step, options = time.perf_counter(), self.state.progress.step, self.options.run
         waited, seconds = self._step_started - self._step_ended, now - self._step_ended
         self._step_ended = now
@@ -175,11 +163,7 @@ class Run:
             raise Stopped(number)
 
     def log_interval(self) -> None:
-        """Write a line of the steps since the last one, and begin anew.
-
-        Raises:
-            UserError: losses or gradients are not finite.
-        """
+        """Write a line of the steps since the last one, if their losses and gradients are finite, and begin anew."""
         step, optimisation = self.state.progress.step, self.options.optimisation
         interval, means = self._meters.end_interval()
         if not interval.num_steps:
@@ -207,11 +191,7 @@ class Run:
             log_main(self.world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
     def save_last(self) -> None:
-        """Save ``last.pt``; all ranks take part, the first writes.
-
-        Raises:
-            UserError: losses or weights are not finite.
-        """
+        """Save ``last.pt``, if losses and weights are finite; all ranks take part, the first writes."""
         progress = self.state.progress
         self._meters.store(progress)
         progress.seconds = self.seconds

@@ -32,12 +32,7 @@ PARTS = ("loader", "model", "ema_model", "optimizer", "scaler")
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Model, EMA, optimiser, scaler, position in the data, progress.
-
-    Attributes:
-        model: the weights that are trained.
-        ema_model: their exponential moving average, which is validated, saved and used to predict.
-    """
+    """What changes from step to step; ``ema_model``, a moving average, is validated, saved and used to predict."""
 
     model: SeqSetVAE
     ema_model: SeqSetVAE
@@ -52,11 +47,7 @@ class TrainState:
         return {**parts, "progress": dataclasses.asdict(self.progress)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore everything but the optimiser's settings, which are those of the options of now.
-
-        Raises:
-            UserError: the loader's batches are other ones.
-        """
+        """Restore everything but the optimiser's settings, which are those of the options of now."""
         settings = [dict(group) for group in self.optimizer.param_groups]
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])

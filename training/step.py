@@ -128,8 +128,7 @@ def forward_losses(
 def smaller_parts(parts: list[PreparedBatch], step: int, settings: StepSettings) -> list[PreparedBatch]:
     """Return a batch for which there was no memory in smaller parts, and say so.
 
-    Raises:
-        UserError: there are none; or there are other ranks, which cannot be told to begin the step again.
+    It is a UserError if there are none, or other ranks, which cannot be told to begin the step again.
     """
     largest = max((part.batch for part in parts), key=lambda batch: batch.num_events)
     size = f"{largest.num_patients} patients, {largest.num_events:,} events in {largest.num_sets:,} sets"

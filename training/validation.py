@@ -55,19 +55,12 @@ def validate(
 ) -> tuple[dict[str, Any], pa.Table]:
     """Evaluate a model on a split, and leave it in eval mode.
 
-    Args:
-        model: its losses that the objective does not use are not computed, and None in the metrics.
-        loader: of the split; made with a :class:`BatchPreparer` without a seed.
-        options: objective, precision, and the share of active units below which the posterior counts as collapsed.
-        world: ranks share the batches.
-        check_stop: called between batches, alike on all ranks; may raise.
+    The ``loader`` is made with a :class:`BatchPreparer` without a seed; ``check_stop`` is called between batches, alike
+    on all ranks, and may raise.
 
     Returns:
-        The metrics, and the predictions ``patient_id, label (null = unlabelled), probability`` (null = no outcome
-        head), sorted by patient; the same on every rank.
-
-    Raises:
-        UserError: the model's outputs are not finite.
+        The metrics (None where the objective does not use one), and the predictions ``patient_id, label (null =
+        unlabelled), probability (null = no outcome head)``, sorted by patient; the same on every rank.
     """
     model.eval()
     loss, optimisation = options.loss, options.optimisation
