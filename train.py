@@ -26,7 +26,7 @@ from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
 from training.card import write_model_card
 from training.checkpoint import Checkpoint, load_model
-from training.console import format_metric, log_main
+from training.console import format_metric, format_quality, log_main
 from training.data import agree_on_data
 from training.evaluation import Evaluator, evaluate_checkpoint
 from training.inspection import inspect_batches
@@ -126,7 +126,7 @@ def finish(job: Run) -> None:
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     report = write_run_report(directory)
     if test is not None and job.options.loss.learns_outcome:
-        print(f"test AUROC {format_metric(test['auroc'])}, AUPRC {format_metric(test['auprc'])}")
+        print(f"test {format_quality(test)}")
     ragged = "; batches travelled ragged, without any" if job.options.data.use_dynamic_padding is None else ""
     print(f"padding waste {summary['event_padding_waste']:.2%} of events in the padded layout{ragged}")
     print(f"report {report}")
@@ -147,9 +147,8 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     splits = sorted({split, "train"} if evaluation.baselines else {split})
     data = agree_on_data(options.data, manifest, world, *splits)
     if not data.manifest.splits.get(split):
-        raise UserError(
-            f"{options.data.data_dir}: has no patients in split {split}; choose another with --evaluate_split"
-        )
+        nobody = f"has no patients in split {split}; choose another with --evaluate_split"
+        raise UserError(f"{options.data.data_dir}: {nobody}")
     path = Path(evaluation.evaluate or "")
     saved = Checkpoint.load(path)
     model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
@@ -158,8 +157,7 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     evaluator = Evaluator(options=dataclasses.replace(options, loss=loss), data=data, world=world)
     content = evaluate_checkpoint(evaluator, model)
     if world.is_main:
-        quality = f"AUROC {format_metric(content['auroc'])}, AUPRC {format_metric(content['auprc'])}"
-        print(f"{split} {quality}, loss {format_metric(content['loss'])}")
+        print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")
         print(f"report {write_run_report(Path(options.run.output_dir))}")
     return 0
 

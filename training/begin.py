@@ -114,10 +114,9 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
     epochs = (validated - 1 - progress["epochs_since_best"], validated)
     same_run = best.state["loader"]["settings"] == saved.state["loader"]["settings"] and best.step <= saved.step
     if not same_run or best.metrics is None or best.metrics["epoch"] not in epochs:
-        raise UserError(
-            f"{path}: not the best checkpoint of this run (saved at step {best.step}, last.pt at step {saved.step}); "
-            "put the best checkpoint back, or start anew"
-        )
+        steps = f"saved at step {best.step}, last.pt at step {saved.step}"
+        advice = "put the best checkpoint back, or start anew"
+        raise UserError(f"{path}: not the best checkpoint of this run ({steps}); {advice}")
     return best.metrics
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ def log_main(world: World, text: str) -> None:
 def format_metric(value: float | None) -> str:
     """Return a metric with four digits, or the word for one that is undefined."""
     return "undefined" if value is None else f"{value:.4f}"
+
+
+def format_quality(metrics: Mapping[str, Any]) -> str:
+    """Return AUROC and AUPRC as text."""
+    return f"AUROC {format_metric(metrics['auroc'])}, AUPRC {format_metric(metrics['auprc'])}"
 
 
 class EpochBar:
@@ -62,8 +67,7 @@ class EpochBar:
 
     def end(self, epoch: int, metrics: dict[str, Any], *, improved: bool) -> None:
         """Print the metrics of a validated epoch."""
-        quality = f"AUROC {format_metric(metrics['auroc'])}, AUPRC {format_metric(metrics['auprc'])}"
-        text = f"epoch {epoch + 1}/{self.max_epochs}: loss {format_metric(metrics['loss'])}, {quality}"
+        text = f"epoch {epoch + 1}/{self.max_epochs}: loss {format_metric(metrics['loss'])}, {format_quality(metrics)}"
         log_main(self.world, text + (" (best so far)" if improved else ""))
 
 

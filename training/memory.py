@@ -100,17 +100,11 @@ class StepMemory:
         """Read what :meth:`save` wrote; raise UserError where the file is missing, or not one of these."""
         try:
             saved = json.loads(path.read_bytes())
-            return cls(
-                peak=CostModel(**saved["peak"]),
-                step_bytes=float(saved["step_bytes"]),
-                batch_bytes=float(saved["batch_bytes"]),
-                batch_size=int(saved["batch_size"]),
-            )
+            sizes = {name: float(saved[name]) for name in ("step_bytes", "batch_bytes")}
+            return cls(peak=CostModel(**saved["peak"]), batch_size=int(saved["batch_size"]), **sizes)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); without it the batches of the run are not known: start a new "
-                "--output_dir"
-            ) from error
+            lost = "without it the batches of the run are not known: start a new --output_dir"
+            raise UserError(f"{path}: cannot be read ({error}); {lost}") from error
 
 
 def halve(batch: PatientBatch) -> list[PatientBatch]:

@@ -90,9 +90,8 @@ class TrainOptions:
         if batch_size != "auto" and devices > batch_size:
             raise UserError(f"--devices {devices} is more than --batch_size {batch_size}: some would get nothing")
         if self.optimisation.freeze and (self.optimisation.init_from is None or not self.loss.learns_outcome):
-            raise UserError(
-                "--freeze trains the head alone: name a checkpoint with --init_from, and another --objective"
-            )
+            needed = "name a checkpoint with --init_from, and another --objective"
+            raise UserError(f"--freeze trains the head alone: {needed}")
 
 
 def parse_train_options(arguments: Sequence[str] | None) -> TrainOptions:
@@ -141,7 +140,7 @@ def check_resume(saved: Mapping[str, Mapping[str, Any]], options: TrainOptions, 
         for name, value in values.items():
             before = saved[section][name]
             if AT_RESUME[name] is AtResume.SAME and value != before:
+                advice = f"resume with --{name} {before} or start a new --output_dir"
                 raise UserError(
-                    f"--{name} {value} cannot be combined with a run saved with --{name} {before} ({path}); resume "
-                    f"with --{name} {before} or start a new --output_dir"
+                    f"--{name} {value} cannot be combined with a run saved with --{name} {before} ({path}); {advice}"
                 )

@@ -101,10 +101,8 @@ class Run:
         self.world.wait()
         same = self.world.gather(path.exists() and path.read_bytes() == config)
         if not all(same):
-            raise UserError(
-                f"--output_dir {self.directory}: rank {same.index(False)} does not see the files of rank 0; name a "
-                "folder that all machines share"
-            )
+            unseen = f"rank {same.index(False)} does not see the files of rank 0; name a folder that all machines share"
+            raise UserError(f"--output_dir {self.directory}: {unseen}")
 
     def _make_profiler(self) -> StepProfiler:
         """Return a profiler, which is on where ``--profile`` asks for it, on the first rank alone."""

@@ -60,10 +60,8 @@ class TrainState:
         tensors = [*self.model.parameters(), *self.ema_model.parameters()]
         finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
         if not (bool(finite) and abs(last_loss) < float("inf")):
-            raise UserError(
-                f"loss or weights are not finite at step {self.progress.step}: lower --learning_rate, or use "
-                "--precision bf16 or fp32; the last checkpoint is untouched"
-            )
+            advice = "lower --learning_rate, or use --precision bf16 or fp32; the last checkpoint is untouched"
+            raise UserError(f"loss or weights are not finite at step {self.progress.step}: {advice}")
 
 
 def build_model(options: ModelOptions, data: DataSet, *, seed: int) -> SeqSetVAE:
