@@ -154,7 +154,7 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     torch.set_num_threads(choose_threads(options.run.threads, world, limit=THREAD_LIMIT[options.model.preset]))
     loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
-    evaluator = Evaluator(options=dataclasses.replace(options, loss=loss), data=data, world=world)
+    evaluator = Evaluator(dataclasses.replace(options, loss=loss), data, world)
     content = evaluate_checkpoint(evaluator, model)
     if world.is_main:
         print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")

@@ -40,11 +40,8 @@ def count_after_dropout(place: BatchPlace, rate: float, *, seed: int) -> LossCou
     num_events = np.diff(set_offsets[offsets_from_sizes(whole.num_sets)])
     keep = _draw_kept(whole.patient_id, torch.from_numpy(num_events), rate, seed=seed, step=place.step).numpy()
     kept_before = offsets_from_sizes(keep)
-    return LossCounts(
-        num_events=int(kept_before[-1]),
-        num_sets=int(np.count_nonzero(np.diff(kept_before[set_offsets]))),
-        num_labelled=place.counts.num_labelled,
-    )
+    num_sets = int(np.count_nonzero(np.diff(kept_before[set_offsets])))
+    return LossCounts(num_events=int(kept_before[-1]), num_sets=num_sets, num_labelled=place.counts.num_labelled)
 
 
 def _draw_kept(patient_id: list[str], num_events_B: Tensor, rate: float, *, seed: int, step: int) -> Tensor:

@@ -57,14 +57,9 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
         memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
     preparer = make_preparer(options, data, world, memory)
     loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer)
-    settings = StepSettings(
-        loss=options.loss,
-        optimisation=options.optimisation,
-        world=world,
-        # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
-        total_steps=max(len(loader) * options.optimisation.max_epochs, 1),
-        preparer=preparer,
-    )
+    # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
+    total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
+    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer)
     state = build_state(model, loader, options.optimisation)
     if saved is not None:
         state.load_state_dict(saved.state)
@@ -74,14 +69,13 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
 
 def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None) -> BatchPreparer:
     """Return what prepares the batches of training steps."""
-    pad_to = None
-    if options.data.use_dynamic_padding is False:
-        alone = data.open_loader("train", seed=options.run.seed, shuffle=False, world=world.alone())
-        pad_to = alone.longest_patient
+    seed, padding, pad_to = options.run.seed, options.data.use_dynamic_padding, None
+    if padding is False:
+        pad_to = data.open_loader("train", seed=seed, shuffle=False, world=world.alone()).longest_patient
     return BatchPreparer(
-        seed=options.run.seed,
+        seed=seed,
         event_dropout=options.data.event_dropout,
-        padded=options.data.use_dynamic_padding is not None,
+        padded=padding is not None,
         pad_to=pad_to,
         memory=memory,
         pin=world.device.type == "cuda",

@@ -56,8 +56,7 @@ def _measure_peaks(model: SeqSetVAE, data: DataSet, alone: World, options: Train
     for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
         changes: dict[str, Any] = {"batch_size": patients, "bucketing": bucketing, "max_events": None}
         batches += itertools.islice(data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes), 2)
-    fixed: dict[str, Any] = {"world": alone, "total_steps": 1, "preparer": BatchPreparer(seed=seed)}
-    settings = StepSettings(loss=options.loss, optimisation=options.optimisation, **fixed)
+    settings = StepSettings(options.loss, options.optimisation, alone, 1, BatchPreparer(seed=seed))
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
 
     def step(batch: PatientBatch) -> None:

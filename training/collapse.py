@@ -16,7 +16,7 @@ from model.set_vae import Posterior
 ACTIVE_VARIANCE = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LatentGauge:
     """The state of the posterior over some data: ``kl`` is of a set, in nats, without free bits."""
 
@@ -43,12 +43,8 @@ class CollapseGauges:
         mu, square, variance, kl, count = self.sums
         count = count.clamp_min(1)
         variance_of_mean = square / count - (mu / count).square()
-        return LatentGauge(
-            kl=float((kl / count).sum()),
-            active_units=int((variance_of_mean > ACTIVE_VARIANCE).sum()),
-            mean_posterior_variance=float((variance / count).mean()),
-            num_units=self.sums.shape[1],
-        )
+        active, mean_variance = int((variance_of_mean > ACTIVE_VARIANCE).sum()), float((variance / count).mean())
+        return LatentGauge(float((kl / count).sum()), active, mean_variance, num_units=len(mu))
 
 
 def is_collapsed(gauge: LatentGauge, min_active_units: float) -> bool:

@@ -41,7 +41,7 @@ def go_on() -> None:
     """Do nothing: what is called between batches where nobody may stop the run."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evaluator:
     """Evaluates a model, trained for the loss of ``options``, on the splits of a data set.
 

@@ -61,9 +61,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.directory = Path(self.options.run.output_dir)
-        self.evaluator = Evaluator(
-            options=self.options, data=self.data, world=self.world, memory=self.memory, check_stop=self.check_stop
-        )
+        self.evaluator = Evaluator(self.options, self.data, self.world, self.memory, self.check_stop)
         self._meters = Meters(self.world, self.state.progress)
         self._began = time.perf_counter() - self.state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()

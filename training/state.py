@@ -16,7 +16,7 @@ from pipeline.dataset.tables import load_embeddings
 from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UserError
 from training.data import DataSet
-from training.progress import Progress
+from training.metrics import Progress
 from training.schedule import OptimisationOptions, parameter_groups
 
 ADAM_EPS = 1e-6

@@ -24,7 +24,7 @@ from training.schedule import OptimisationOptions, learning_rate_at
 from training.state import TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepSettings:
     """What decides a step besides state and batch.
 

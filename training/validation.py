@@ -114,17 +114,13 @@ def rank_table(predictions: pa.Table) -> dict[str, float | None]:
 
 def mean_losses(totals: dict[str, float], counts: dict[str, int], loss: LossOptions) -> dict[str, float | None]:
     """Return the loss and its parts, each sum divided by its count; None for parts that the objective does not use."""
-    reconstruction = totals["reconstruction"] / max(counts["num_events"], 1)
-    kl = totals["kl"] / max(counts["num_sets"], 1)
-    classification = totals["classification"] / max(counts["num_labelled"], 1)
-    total = loss.effective_vae_weight * (reconstruction + loss.beta * kl)
-    total += loss.effective_classification_weight * classification
-    return {
-        "loss": total if counts["num_sets"] else None,
-        "reconstruction": reconstruction if loss.learns_sets else None,
-        "kl": kl if loss.learns_sets else None,
-        "classification": classification if loss.learns_outcome else None,
-    }
+    divisors = {"reconstruction": "num_events", "kl": "num_sets", "classification": "num_labelled"}
+    means = {name: totals[name] / max(counts[count], 1) for name, count in divisors.items()}
+    total = loss.effective_vae_weight * (means["reconstruction"] + loss.beta * means["kl"])
+    total += loss.effective_classification_weight * means["classification"]
+    used = {"reconstruction": loss.learns_sets, "kl": loss.learns_sets, "classification": loss.learns_outcome}
+    parts = {name: mean if used[name] else None for name, mean in means.items()}
+    return {"loss": total if counts["num_sets"] else None, **parts}
 
 
 def is_better(metrics: dict[str, Any], best: dict[str, Any] | None, name: str) -> bool:
