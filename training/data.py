@@ -48,11 +48,9 @@ class DataOptions(BatchOptions):
         "fail", "Stop at a missing or damaged shard, or check all shards first and leave out the patients of bad ones."
     )
     batch_size: int | Literal["auto"] = option(
-        DEFAULT_BATCH_SIZE,
-        "Number of patients in a global batch, over all devices; auto = the largest power of two that fits the memory "
-        f"and leaves at least {MIN_STEPS} steps an epoch.",
-        minimum=1,
-    )
+        DEFAULT_BATCH_SIZE, "Number of patients in a global batch, over all devices; auto = the largest power of two "
+        f"that fits the memory and leaves at least {MIN_STEPS} steps an epoch.", minimum=1,
+    )  # fmt: skip
     use_dynamic_padding: bool | None = option(
         None,
         "Send batches through the padded layout, each padded to its longest patient (or, with --no-…, all to the "

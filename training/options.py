@@ -34,12 +34,8 @@ class RunOptions(Section):
         "batches are planned that fit, and one that does not is taken in parts, with the same result.",
     )  # fmt: skip
     resume: bool = option(False, "Go on from checkpoints/last.pt of --output_dir, where there is one.")
-    checkpoint_steps: int = option(
-        0, "Number of steps between saves of last.pt, beside those at each epoch's end; 0 = none.", minimum=0
-    )
-    monitor: Literal["auroc", "auprc", "loss"] = option(
-        "auroc", "Validation metric that decides which checkpoint is the best."
-    )
+    checkpoint_steps: int = option(0, "Number of steps between saves of last.pt within an epoch; 0 = none.", minimum=0)
+    monitor: Literal["auroc", "auprc", "loss"] = option("auroc", "Validation metric that decides which epoch is best.")
     patience: int = option(0, "Epochs without a better one after which the run stops early; 0 = never.", minimum=0)
     min_active_units: float = option(
         0.02, "Share of active units below which the posterior counts as collapsed.", minimum=0, maximum=1

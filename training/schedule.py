@@ -31,9 +31,7 @@ class OptimisationOptions(Section):
     max_epochs: int = option(8, "Number of epochs.", minimum=1)
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW, reached after warm-up.", minimum=0)
     weight_decay: float = option(0.1, "Weight decay of AdamW, on matrices only.", minimum=0)
-    warmup_steps: int = option(
-        50, "Number of steps over which the learning rate rises; a cosine lowers it after.", minimum=0
-    )
+    warmup_steps: int = option(50, "Steps over which the learning rate rises; a cosine lowers it after.", minimum=0)
     ema_decay: float = option(
         0.99, "Decay per step of the exponential moving average of the weights, which is validated and saved; 0 = the "
         "weights of the last step.", minimum=0, maximum=0.9999,
