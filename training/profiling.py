@@ -172,8 +172,9 @@ def tabulate(times: PartTimes, flops: Sequence[Mapping[str, float]]) -> dict[str
         }
         for name, value in rows.items()
     }
-    for name, value in times.host.items() if times.device is not None else ():
-        parts[name]["host_milliseconds"] = round(1e3 * value / steps, 3)
+    if times.device is not None:
+        for name, value in times.host.items():
+            parts[name]["host_milliseconds"] = round(1e3 * value / steps, 3)
     return parts
 
 
