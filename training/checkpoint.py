@@ -107,9 +107,7 @@ class Checkpoint:
     def check_same_vocabulary(self, path: Path, vocabulary_fingerprint: str) -> None:
         """Raise UserError unless the data's codes mean what they meant in training."""
         if self.vocabulary_fingerprint != vocabulary_fingerprint:
-            advice = (
-                "use the data set it was trained on, or prepare new patients with preprocess.py --like that data set"
-            )
+            advice = "use the data set of its training, or prepare new patients with preprocess.py --like that data set"
             raise UserError(f"{path}: trained with another vocabulary than this data has; {advice}")
 
     def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:

@@ -100,10 +100,8 @@ class Evaluator:
             details["reconstruction_error"] = model_error
             details["reconstruction_error_at_variable_means"] = mean_error
         if loss.learns_outcome:
-            details["after_the_first"] = {
-                f"{hours} hours": rank_predictions(label, answer)._asdict()
-                for hours, answer in zip(EARLY_HOURS, early, strict=True)
-            }
+            ranks = [rank_predictions(label, answer)._asdict() for answer in early]
+            details["after_the_first"] = dict(zip((f"{hours} hours" for hours in EARLY_HOURS), ranks, strict=True))
             details["by_length"] = evaluate_by_length(label, at_end, num_events.astype(np.int64))
         return details
 
@@ -138,11 +136,9 @@ def evaluate_checkpoint(evaluator: Evaluator, model: SeqSetVAE) -> dict[str, Any
         if options.baselines:
             # Imported here: fitting is slow to import, and training needs none of it.
             fit_baselines = import_module("training.baselines").fit_baselines
-            fitted, evaluated = (
-                data.open_loader(name, seed=evaluator.options.run.seed, shuffle=False, world=world.alone())
-                for name in ("train", split)
-            )
-            content["baselines"] = fit_baselines(fitted, evaluated, data.manifest.num_codes)
+            seed, alone = evaluator.options.run.seed, world.alone()
+            loaders = [data.open_loader(name, seed=seed, shuffle=False, world=alone) for name in ("train", split)]
+            content["baselines"] = fit_baselines(*loaders, data.manifest.num_codes)
         write_atomically(output_dir / f"evaluation_{split}.json", f"{json.dumps(content, indent=1)}\n".encode())
     return content
 

@@ -24,6 +24,7 @@ SMALLEST_WEIGHT = 1e-12
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
+Metrics = dict[str, float | None]
 
 
 class Ranks(NamedTuple):
@@ -33,9 +34,7 @@ class Ranks(NamedTuple):
     auprc: float | None
 
 
-def evaluate_predictions(
-    label: Labels, probability: npt.NDArray[np.floating[Any]], *, seed: int = 0
-) -> dict[str, float | int | None]:
+def evaluate_predictions(label: Labels, probability: npt.NDArray[np.floating[Any]], *, seed: int = 0) -> Metrics:
     """Return metrics of binary predictions, each with a 95 % percentile interval of the bootstrap over patients.
 
     Args:
@@ -58,11 +57,8 @@ def evaluate_predictions(
     if not np.isin(label, (UNLABELLED, 0, 1)).all():
         raise ValueError(f"labels are 0, 1 or {UNLABELLED} (unlabelled), not {np.setdiff1d(label, (UNLABELLED, 0, 1))}")
     label_P, probability_P = _select_labelled(label, probability)
-    evaluation: dict[str, float | int | None] = {
-        "num_labelled": len(label_P),
-        "num_unlabelled": len(label) - len(label_P),
-        "num_positive": int(label_P.sum()),
-    }
+    evaluation: Metrics = {"num_labelled": len(label_P), "num_unlabelled": len(label) - len(label_P)}
+    evaluation["num_positive"] = int(label_P.sum())
     metrics = _metrics_of(label_P, probability_P)
     resamples = _bootstrap(metrics, len(label_P), seed)
     for name, value in metrics(np.ones(len(label_P))).items():
@@ -88,13 +84,13 @@ def _select_labelled(label: Labels, probability: npt.NDArray[np.floating[Any]]) 
     return label[labelled], probability_P
 
 
-def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], dict[str, float | None]]:
+def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], Metrics]:
     """Return a function from weights [P] of patients to all metrics; None = undefined."""
     edges = np.quantile(probability_P, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]) if len(label_P) else np.zeros(0)
     bin_P = np.searchsorted(edges, probability_P)
 
-    def metrics(weight_P: Floats) -> dict[str, float | None]:
-        values: dict[str, float | None] = dict.fromkeys(METRICS)
+    def metrics(weight_P: Floats) -> Metrics:
+        values: Metrics = dict.fromkeys(METRICS)
         total, positive = weight_P.sum(), weight_P @ label_P
         if 0 < positive < total:
             false_rate, recall, _ = roc_curve(label_P, probability_P, sample_weight=weight_P, drop_intermediate=False)
@@ -113,9 +109,7 @@ def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], di
     return metrics
 
 
-def _bootstrap(
-    metrics: Callable[[Floats], dict[str, float | None]], num_patients: int, seed: int
-) -> list[dict[str, float | None]]:
+def _bootstrap(metrics: Callable[[Floats], Metrics], num_patients: int, seed: int) -> list[Metrics]:
     """Return the metrics of each resample of the patients; none without patients."""
     rng = np.random.default_rng(seed)
     with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
