@@ -88,10 +88,10 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
         if self._asked is not None:
             self._asked[0].wait()  # no message may be under way when the group ends
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
         self._heard = number
