@@ -7,6 +7,7 @@ writes what a run leaves.  The state of a run is ``training/state.py``, a step `
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,7 +15,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -25,8 +25,8 @@ from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
 from training.card import write_model_card
-from training.checkpoint import Checkpoint
-from training.console import format_metric, log_main
+from training.checkpoint import Checkpoint, load_model
+from training.console import format_metric, format_quality, log_main
 from training.data import agree_on_data
 from training.evaluation import Evaluator, evaluate_checkpoint
 from training.inspection import inspect_batches
@@ -55,10 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "train.py: out of memory; lower --batch_size, or give --max_memory or --gradient_checkpointing",
-            file=sys.stderr,
-        )
+        advice = "lower --batch_size, or give --max_memory or --gradient_checkpointing"
+        print(f"train.py: out of memory; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; --resume goes on from the last checkpoint, where there is one", file=sys.stderr)
@@ -76,17 +74,15 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
         return 0
     with job:
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        threads = f"{state.progress.threads} threads each"
-        log_main(
-            world, f"{job.data.describe()}; {parameters:,} parameters; {world.size} × {world.device.type}, {threads}"
-        )
+        devices = f"{world.size} × {world.device.type}, {state.progress.threads} threads each"
+        log_main(world, f"{job.data.describe()}; {parameters:,} parameters; {devices}")
         try:
             while job.stop_reason is None:
                 if state.progress.epochs_validated == state.loader.epoch:  # else its steps are done already
                     train_epoch(job)
                     job.save_last()
                 job.monitor.mark("validation")
-                metrics, _ = job.evaluator.validate(state.ema_model, job.evaluator.open_loader("valid"))
+                metrics, _ = job.evaluator.validate(state.ema_model, "valid")
                 job.end_epoch(metrics)
             job.log_interval()
             job.save_last()
@@ -116,30 +112,21 @@ def train_epoch(job: Run) -> None:
 
 def finish(job: Run) -> None:
     """Evaluate the best checkpoint on the test split, write summary, model card and report, and say where they are."""
-    world, data, directory = job.world, job.data, job.directory
-    path = directory / "checkpoints" / "best.pt"
-    best = Checkpoint.load(path)
-    test = None
+    world, data, directory, test = job.world, job.data, job.directory, None
     if data.manifest.splits.get("test"):
-        model = best.build_model(path, data.manifest.vocabulary_fingerprint).to(world.device)
-        test = job.evaluator.evaluate_split(model, "test", directory)
+        model = load_model(directory / "checkpoints" / "best.pt", data.manifest.vocabulary_fingerprint)
+        test = job.evaluator.evaluate_split(model.to(world.device), "test")
     if job.profiler.table is not None:
         log_main(world, "\n".join(["where the time goes:", *format_table(job.profiler.table)]))
     if not world.is_main:
         return
-    summary: dict[str, Any] = {
-        **job.summarize(),
-        "quarantined_patients": data.quarantined_patients,
-        "quarantined_shards": data.quarantined_shards,
-        "best": job.best,
-        "test": test,
-    }
+    summary = job.summarize() | {"test": test}
     card = write_model_card(job.state.model.config, job.options, data.num_patients, summary)
     write_atomically(directory / "MODEL_CARD.md", card.encode())
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     report = write_run_report(directory)
     if test is not None and job.options.loss.learns_outcome:
-        print(f"test AUROC {format_metric(test['auroc'])}, AUPRC {format_metric(test['auprc'])}")
+        print(f"test {format_quality(test)}")
     ragged = "; batches travelled ragged, without any" if job.options.data.use_dynamic_padding is None else ""
     print(f"padding waste {summary['event_padding_waste']:.2%} of events in the padded layout{ragged}")
     print(f"report {report}")
@@ -160,27 +147,18 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     splits = sorted({split, "train"} if evaluation.baselines else {split})
     data = agree_on_data(options.data, manifest, world, *splits)
     if not data.manifest.splits.get(split):
-        raise UserError(
-            f"{options.data.data_dir}: has no patients in split {split}; choose another with --evaluate_split"
-        )
+        nobody = f"has no patients in split {split}; choose another with --evaluate_split"
+        raise UserError(f"{options.data.data_dir}: {nobody}")
     path = Path(evaluation.evaluate or "")
     saved = Checkpoint.load(path)
     model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     torch.set_num_threads(choose_threads(options.run.threads, world, limit=THREAD_LIMIT[options.model.preset]))
-    evaluator = Evaluator(
-        data=data,
-        world=world,
-        loss=LossOptions(**saved.options["loss"]),  # what the model was trained for, not what this command line says
-        optimisation=options.optimisation,
-        seed=options.run.seed,
-        min_active_units=options.run.min_active_units,
-    )
-    directory = Path(options.run.output_dir)
-    content = evaluate_checkpoint(evaluator, model, evaluation, directory)
+    loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
+    evaluator = Evaluator(dataclasses.replace(options, loss=loss), data, world)
+    content = evaluate_checkpoint(evaluator, model)
     if world.is_main:
-        quality = f"AUROC {format_metric(content['auroc'])}, AUPRC {format_metric(content['auprc'])}"
-        print(f"{split} {quality}, loss {format_metric(content['loss'])}")
-        print(f"report {write_run_report(directory)}")
+        print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")
+        print(f"report {write_run_report(Path(options.run.output_dir))}")
     return 0
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.machine import describe, publish
+from benchmarks.machine import describe, measure_matrix_rate, publish
 from model import feed_forward
 from model.feed_forward import FeedForward
-from training.profiling import measure_matrix_rate
 
 ROWS, WIDTH, HIDDEN = 18_000, 256, 512  # a batch of 16 intensive-care stays at the reference preset
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from pipeline.machine import usable_cores
 
@@ -30,6 +31,15 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def measure_matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Return the FLOP/s of a product of two large square matrices."""
+    size = 8192 if torch.device(device).type == "cuda" else 4096
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    matrices = {"mm": torch.mm, "a": a, "b": b, "out": torch.empty_like(a)}
+    timer = Timer("mm(a, b, out=out)", globals=matrices, num_threads=torch.get_num_threads())
+    return float(2 * size**3 / timer.blocked_autorange(min_run_time=2.0).median)
 
 
 def publish(result: Mapping[str, object], output: Path | None) -> None:

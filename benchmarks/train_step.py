@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe, publish
+from benchmarks.machine import describe, measure_matrix_rate, publish
 from benchmarks.steps import PRECISIONS, Stepper, endless_batches, flops_of, new_model, prepare
 from benchmarks.synthetic import invented
 from model.losses import LossOptions
 from tests.model import reference
-from training.profiling import measure_matrix_rate
 
 
 def main() -> None:

@@ -24,12 +24,6 @@ def drop_events(batch: PatientBatch, rate: float, *, seed: int, step: int) -> Pa
 
     Each patient has a rate of its own, uniform between 0 and twice ``rate``, so that dense and sparse views of a
     patient are both seen.  What is left out depends on (seed, step, patient, position), not on who shares the batch.
-
-    Args:
-        batch: on the CPU.
-        rate: mean share of events left out, at most ½; 0 = none.
-        seed: of the run.
-        step: of training.
     """
     if rate == 0:
         return batch
@@ -46,11 +40,8 @@ def count_after_dropout(place: BatchPlace, rate: float, *, seed: int) -> LossCou
     num_events = np.diff(set_offsets[offsets_from_sizes(whole.num_sets)])
     keep = _draw_kept(whole.patient_id, torch.from_numpy(num_events), rate, seed=seed, step=place.step).numpy()
     kept_before = offsets_from_sizes(keep)
-    return LossCounts(
-        num_events=int(kept_before[-1]),
-        num_sets=int(np.count_nonzero(np.diff(kept_before[set_offsets]))),
-        num_labelled=place.counts.num_labelled,
-    )
+    num_sets = int(np.count_nonzero(np.diff(kept_before[set_offsets])))
+    return LossCounts(num_events=int(kept_before[-1]), num_sets=num_sets, num_labelled=place.counts.num_labelled)
 
 
 def _draw_kept(patient_id: list[str], num_events_B: Tensor, rate: float, *, seed: int, step: int) -> Tensor:

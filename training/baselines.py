@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +14,16 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UNLABELLED
-from training.quality import evaluate_predictions
+from training.quality import Metrics, evaluate_predictions
 
 SUMMARIES = 6  # mean, least, greatest, first, last, count
 
 
 def fit_baselines(
     train: Iterable[PatientBatch], test: Iterable[PatientBatch], num_codes: int
-) -> dict[str, dict[str, Any] | None]:
-    """Metrics of both on the labelled patients of ``test`` when fitted to those of ``train``; None where these have not
-    both outcomes.
+) -> dict[str, Metrics | None]:
+    """Return metrics on the labelled patients of ``test`` of models fitted to those of ``train``, if these have both
+    outcomes.
     """
     x_train, y_train = summaries(train, num_codes)
     x_test, y_test = summaries(test, num_codes)
@@ -37,13 +36,11 @@ def fit_baselines(
             SimpleImputer(), StandardScaler(), LogisticRegression(C=0.003, max_iter=2000)
         ),
     }
-    result: dict[str, dict[str, Any] | None] = {}
-    for name, model in models.items():
-        if len(np.unique(y_train)) < 2 or not len(y_test):
-            result[name] = None
-            continue
-        model.fit(x_train[:, seen], y_train)
-        result[name] = evaluate_predictions(y_test, model.predict_proba(x_test[:, seen])[:, 1])
+    result: dict[str, Metrics | None] = dict.fromkeys(models)
+    if len(np.unique(y_train)) > 1 and len(y_test):
+        for name, model in models.items():
+            model.fit(x_train[:, seen], y_train)
+            result[name] = evaluate_predictions(y_test, model.predict_proba(x_test[:, seen])[:, 1])
     return result
 
 

@@ -31,11 +31,7 @@ is better used by the thread that prepares batches."""
 
 
 def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
-    """Build a run, or restore the one in ``--output_dir`` where ``--resume`` asks for it.
-
-    Raises:
-        UserError: the run cannot begin, or not go on with these options, data and files.
-    """
+    """Build a run, or restore that of ``--output_dir``, where options, data and files allow it."""
     directory = Path(options.run.output_dir)
     data = agree_on_data(options.data, manifest, world, *manifest.splits)
     if not data.num_patients["train"]:
@@ -54,41 +50,40 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     else:
         fit_features(model, data, seed=options.run.seed)
     select_trained(model, options.loss, options.optimisation)
-    memory = find_memory(options, data, world, model, resumed=saved is not None)
-
-    cuda = world.device.type == "cuda"
-    preparer = BatchPreparer(
-        seed=options.run.seed,
-        event_dropout=options.data.event_dropout,
-        padded=options.data.use_dynamic_padding is not None,
-        pad_to=find_pad_to(options, data, world),
-        memory=memory,
-        pin=cuda,
-    )
-    loader = data.open_loader(
-        "train", seed=options.run.seed, shuffle=True, world=world, memory=memory, transform=preparer
-    )
-    settings = StepSettings(
-        loss=options.loss,
-        optimisation=options.optimisation,
-        world=world,
-        # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
-        total_steps=max(len(loader) * options.optimisation.max_epochs, 1),
-        preparer=preparer,
-    )
+    memory = None
+    if options.run.max_memory is not None or options.data.batch_size == "auto":
+        # A resumed run keeps its own.
+        path = directory / "memory_model.json"
+        memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
+    preparer = make_preparer(options, data, world, memory)
+    loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer)
+    # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
+    total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
+    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer)
     state = build_state(model, loader, options.optimisation)
     if saved is not None:
         state.load_state_dict(saved.state)
     state.progress.threads = threads
-    return Run(options, data, world, memory, state, settings, best, resumed=saved is not None)
+    return Run(options, data, world, memory, state, settings, best, saved is not None)
+
+
+def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None) -> BatchPreparer:
+    """Return what prepares the batches of training steps."""
+    seed, padding, pad_to = options.run.seed, options.data.use_dynamic_padding, None
+    if padding is False:
+        pad_to = data.open_loader("train", seed=seed, shuffle=False, world=world.alone()).longest_patient
+    return BatchPreparer(
+        seed=seed,
+        event_dropout=options.data.event_dropout,
+        padded=padding is not None,
+        pad_to=pad_to,
+        memory=memory,
+        pin=world.device.type == "cuda",
+    )
 
 
 def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Checkpoint | None:
-    """Return the checkpoint from which the run goes on; None = it begins.
-
-    Raises:
-        UserError: there is one and ``--resume`` was not given; an option differs that cannot; ranks see other files.
-    """
+    """Return the checkpoint from which the run goes on, if ``--resume`` and its options allow it; None = it begins."""
     path = directory / "checkpoints" / "last.pt"
     exists = path.exists()
     if exists and not options.run.resume:
@@ -103,11 +98,7 @@ def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Che
 
 
 def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | None:
-    """Return the metrics of ``best.pt``; None where no epoch has been validated.
-
-    Raises:
-        UserError: it is missing, of another run, or of another epoch than the run knows its best one to be.
-    """
+    """Return the metrics of ``best.pt``, which must be of this run's best epoch; None where none has been validated."""
     path = directory / "checkpoints" / "best.pt"
     if saved is None or not (path.exists() or saved.state["progress"]["epochs_validated"]):
         return None
@@ -117,38 +108,10 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
     epochs = (validated - 1 - progress["epochs_since_best"], validated)
     same_run = best.state["loader"]["settings"] == saved.state["loader"]["settings"] and best.step <= saved.step
     if not same_run or best.metrics is None or best.metrics["epoch"] not in epochs:
-        raise UserError(
-            f"{path}: not the best checkpoint of this run (saved at step {best.step}, last.pt at step {saved.step}); "
-            "put the best checkpoint back, or start anew"
-        )
+        steps = f"saved at step {best.step}, last.pt at step {saved.step}"
+        advice = "put the best checkpoint back, or start anew"
+        raise UserError(f"{path}: not the best checkpoint of this run ({steps}); {advice}")
     return best.metrics
-
-
-def find_memory(
-    options: TrainOptions, data: DataSet, world: World, model: SeqSetVAE, *, resumed: bool
-) -> StepMemory | None:
-    """Return what steps may take where ``--max_memory`` or ``--batch_size auto`` asks; a resumed run keeps its own."""
-    if options.run.max_memory is None and options.data.batch_size != "auto":
-        return None
-    if resumed:
-        return StepMemory.load(Path(options.run.output_dir) / "memory_model.json")
-    return measure_step_memory(
-        model,
-        data,
-        world,
-        loss=options.loss,
-        optimisation=options.optimisation,
-        max_memory=options.run.max_memory,
-        seed=options.run.seed,
-    )
-
-
-def find_pad_to(options: TrainOptions, data: DataSet, world: World) -> int | None:
-    """Return the columns of every padded batch with ``--no-use_dynamic_padding``; None = its longest patient."""
-    if options.data.use_dynamic_padding is not False:
-        return None
-    loader = data.open_loader("train", seed=options.run.seed, shuffle=False, world=world.alone())
-    return loader.longest_patient
 
 
 def initialise(model: SeqSetVAE, path: Path, data: DataSet) -> None:
@@ -165,22 +128,16 @@ def fit_features(model: SeqSetVAE, data: DataSet, *, seed: int) -> None:
     Every rank looks at the same patients in the same order, so that the number of ranks changes nothing.
     """
     moments, patients = None, 0
+
+    def measure(batch: PatientBatch, _: object) -> tuple[torch.Tensor, int]:
+        return feature_moments(batch, data.manifest.num_codes), batch.num_patients
+
+    changes: dict[str, Any] = {"batch_size": 64, "max_events": None, "bucketing": False, "transform": measure}
     alone = World(0, 1, torch.device("cpu"))
-    changes: dict[str, Any] = {"batch_size": 64, "max_events": None, "bucketing": False}
-    loader = data.open_loader("train", seed=seed, shuffle=True, world=alone, transform=_moments_of(data), **changes)
-    for batch_moments, num_patients in loader:
+    for batch_moments, num_patients in data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes):
         moments = batch_moments if moments is None else moments + batch_moments
         patients += num_patients
         if patients >= FEATURE_PATIENTS:
             break
     assert moments is not None
     model.head.fit_features(moments.to(model.head.feature_mean.device))
-
-
-def _moments_of(data: DataSet) -> Any:
-    """Return a transform of batches to the moments of their features, for the prefetch thread."""
-
-    def transform(batch: PatientBatch, _: object) -> tuple[torch.Tensor, int]:
-        return feature_moments(batch, data.manifest.num_codes), batch.num_patients
-
-    return transform

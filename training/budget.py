@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.losses import LossCounts, LossOptions
+from model.losses import LossCounts
 from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.machine import release_free_memory
@@ -19,38 +19,21 @@ from pipeline.storage.cache import parse_bytes
 from training.console import log_main
 from training.data import MIN_STEPS, BatchPreparer, DataSet
 from training.memory import MARGIN, StepMemory, count_amounts, fit_peaks, free_bytes, held_bytes, measure_peak
+from training.options import TrainOptions
 from training.parallel import World
-from training.schedule import OptimisationOptions
 from training.step import StepSettings, forward_losses
 
 
-def measure_step_memory(
-    model: SeqSetVAE,
-    data: DataSet,
-    world: World,
-    *,
-    loss: LossOptions,
-    optimisation: OptimisationOptions,
-    max_memory: str | None,
-    seed: int,
-) -> StepMemory:
-    """Measure the peak memory of steps on the first rank, and decide what batches may take; the same on every rank.
-
-    Raises:
-        UserError: there is no room for a step.
-    """
-    found = None
+def measure_step_memory(model: SeqSetVAE, data: DataSet, world: World, options: TrainOptions) -> StepMemory:
+    """Measure the peak memory of steps on the first rank, and decide what batches may take; the same on every rank."""
+    found, max_memory = None, options.run.max_memory
     if world.is_main:
-        alone = world.alone()
-        preparer = BatchPreparer(seed=seed)
-        settings = StepSettings(loss=loss, optimisation=optimisation, world=alone, total_steps=1, preparer=preparer)
-        peak, least = _measure_peaks(model, _sample_batches(data, alone, seed), settings)
-        parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        peak, least = _measure_peaks(model, data, world.alone(), options)
         source, limit = "the machine's free memory", MARGIN * free_bytes(world.device, world.local_size)
         if max_memory is not None:
             source, limit = "--max_memory", parse_bytes(max_memory, "--max_memory")
         release_free_memory()
-        held = held_bytes(world.device, parameter_bytes)
+        held = held_bytes(world.device, sum(parameter.nbytes for parameter in model.parameters()))
         step_bytes = MARGIN * (limit - held)
         if step_bytes <= least:
             raise UserError(
@@ -59,7 +42,7 @@ def measure_step_memory(
             )
         size = data.options.batch_size
         if size == "auto":
-            size = _largest_batch_size(data, world, peak, step_bytes, seed=seed)
+            size = _largest_batch_size(data, world, peak, step_bytes, seed=options.run.seed)
         found = StepMemory(peak=peak, step_bytes=step_bytes, batch_bytes=step_bytes * world.size, batch_size=size)
         log_main(world, f"{size} patients a batch; a step may take {step_bytes / 1e9:.2f} GB of {limit / 1e9:.2f}")
     answer = world.gather(found)[0]
@@ -67,29 +50,21 @@ def measure_step_memory(
     return answer
 
 
-def _sample_batches(data: DataSet, alone: World, seed: int) -> list[PatientBatch]:
-    """Return whole batches of several sizes, of similar and of mixed lengths."""
-    batches: list[PatientBatch] = []
+def _measure_peaks(model: SeqSetVAE, data: DataSet, alone: World, options: TrainOptions) -> tuple[CostModel, int]:
+    """Return the cost model of the peaks of steps on batches of several sizes and mixtures, and the least peak."""
+    device, seed, batches = alone.device, options.run.seed, list[PatientBatch]()
     for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
         changes: dict[str, Any] = {"batch_size": patients, "bucketing": bucketing, "max_events": None}
-        loader = data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes)
-        batches += itertools.islice(loader, 2)
-    return batches
-
-
-def _measure_peaks(model: SeqSetVAE, batches: list[PatientBatch], settings: StepSettings) -> tuple[CostModel, int]:
-    """Return the fitted cost model of peaks and the least peak; gradients are there before the first is measured."""
-    device = settings.world.device
-    model.train()
+        batches += itertools.islice(data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes), 2)
+    settings = StepSettings(options.loss, options.optimisation, alone, 1, BatchPreparer(seed=seed))
+    one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
 
     def step(batch: PatientBatch) -> None:
-        counts = LossCounts(
-            num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=int((batch.label >= 0).sum())
-        )
         prepared = settings.preparer.prepare(batch, 0).to(device)
-        forward_losses(model, prepared, counts, settings, 0).total.backward()
+        forward_losses(model, prepared, one, settings, 0).total.backward()
 
-    step(batches[0])
+    model.train()
+    step(batches[0])  # gradients are there before the first peak is measured
     peaks = [measure_peak(functools.partial(step, batch), device) for batch in batches]
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":

@@ -37,16 +37,9 @@ def load_model(path: str | Path, vocabulary_fingerprint: str) -> SeqSetVAE:
 
 # What reading a stranger's archive can raise: of the system, of the archive, of the restricted unpickler.
 _UNREADABLE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    zipfile.BadZipFile,
+    OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, zipfile.BadZipFile,
     pickle.UnpicklingError,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +47,10 @@ class Checkpoint:
     """Everything that a run needs to go on as if it had not stopped, or a reader to predict.
 
     Attributes:
-        config: :class:`SeqSetVAEConfig` as a dictionary.
         vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
         options: of the run, by section and field, as ``config.yaml`` has them.
         state: as :meth:`training.state.TrainState.state_dict` gives it.
         metrics: of the validation that chose this checkpoint, with its ``epoch`` and ``step``; None in ``last.pt``.
-        version: of this layout.
     """
 
     config: dict[str, Any]
@@ -83,11 +74,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read a checkpoint onto the CPU; nothing in the file can run code.
-
-        Raises:
-            UserError: the file is missing, damaged, or not one of ours.
-        """
+        """Read a checkpoint onto the CPU; nothing in it can run code.  What is not one of ours is a UserError."""
         try:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the archive's checksums
                 damaged = archive.testzip()
@@ -99,20 +86,16 @@ class Checkpoint:
             raise UserError(f"{path}: not a readable checkpoint ({first_line})") from None
         if damaged:
             raise UserError(f"{path}: not a readable checkpoint (checksum of {damaged} is wrong)")
-        if not isinstance(content, dict) or "version" not in content:
-            raise UserError(f"{path}: not a checkpoint of train.py")
-        if content["version"] != CHECKPOINT_VERSION:
-            raise UserError(f"{path}: checkpoint version {content['version']}, this program reads {CHECKPOINT_VERSION}")
-        if set(content) != {field.name for field in fields(cls)}:
+        content = content if isinstance(content, dict) else {}
+        version = content.get("version", CHECKPOINT_VERSION)
+        if version != CHECKPOINT_VERSION:
+            raise UserError(f"{path}: checkpoint version {version}, this program reads {CHECKPOINT_VERSION}")
+        if content.keys() != {field.name for field in fields(cls)}:
             raise UserError(f"{path}: not a checkpoint of train.py")
         return cls(**content)
 
     def build_model(self, path: Path, vocabulary_fingerprint: str) -> SeqSetVAE:
-        """Return the trained model, on the CPU.
-
-        Raises:
-            UserError: the data has another vocabulary, or the weights are another model's; ``path`` is for the message.
-        """
+        """Return the trained model, on the CPU; ``path`` is for the message if vocabulary or weights are other ones."""
         self.check_same_vocabulary(path, vocabulary_fingerprint)
         try:
             model = SeqSetVAE(SeqSetVAEConfig(**self.config))
@@ -124,15 +107,13 @@ class Checkpoint:
     def check_same_vocabulary(self, path: Path, vocabulary_fingerprint: str) -> None:
         """Raise UserError unless the data's codes mean what they meant in training."""
         if self.vocabulary_fingerprint != vocabulary_fingerprint:
-            raise UserError(
-                f"{path}: trained with another vocabulary than this data has; use the data set it was trained on, "
-                "or prepare new patients with preprocess.py --like that data set"
-            )
+            advice = "use the data set of its training, or prepare new patients with preprocess.py --like that data set"
+            raise UserError(f"{path}: trained with another vocabulary than this data has; {advice}")
 
     def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:
         """Raise UserError, naming the first difference, unless the checkpoint is of a model of this shape."""
         asked = asdict(config)
-        for name in sorted((set(asked) | set(self.config)) - set(SHAPELESS)):
-            if asked.get(name) != self.config.get(name):
-                there, here = self.config.get(name), asked.get(name)
+        for name in sorted((asked.keys() | self.config.keys()) - {*SHAPELESS}):
+            there, here = self.config.get(name), asked.get(name)
+            if there != here:
                 raise UserError(f"{path}: checkpoint of another model: {name} is {there} there, {here} here")

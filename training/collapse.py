@@ -16,16 +16,9 @@ from model.set_vae import Posterior
 ACTIVE_VARIANCE = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LatentGauge:
-    """The state of the posterior over some data.
-
-    Attributes:
-        kl: KL divergence of a set in nats, without free bits.
-        active_units: number of dimensions whose posterior mean has a variance over sets above 0.01.
-        mean_posterior_variance: mean over sets and dimensions; that of the prior is 1.
-        num_units: number of dimensions.
-    """
+    """The state of the posterior over some data: ``kl`` is of a set, in nats, without free bits."""
 
     kl: float
     active_units: int
@@ -34,15 +27,10 @@ class LatentGauge:
 
 
 class CollapseGauges:
-    """Gather sums over batches in float64 on the device, without waiting for it.
-
-    Args:
-        width: number of dimensions of the latent.
-        device: the device of the posteriors.
-    """
+    """Gather sums over batches in float64 on the device, without waiting for it."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        # mu, mu², variance and KL of every dimension, and the number of sets.
+        # mu, mu², variance and KL of each of ``width`` dimensions, and the number of sets.
         self.sums = torch.zeros(5, width, dtype=torch.float64, device=device)
 
     def update(self, posterior: Posterior) -> None:
@@ -55,12 +43,8 @@ class CollapseGauges:
         mu, square, variance, kl, count = self.sums
         count = count.clamp_min(1)
         variance_of_mean = square / count - (mu / count).square()
-        return LatentGauge(
-            kl=float((kl / count).sum()),
-            active_units=int((variance_of_mean > ACTIVE_VARIANCE).sum()),
-            mean_posterior_variance=float((variance / count).mean()),
-            num_units=self.sums.shape[1],
-        )
+        active, mean_variance = int((variance_of_mean > ACTIVE_VARIANCE).sum()), float((variance / count).mean())
+        return LatentGauge(float((kl / count).sum()), active, mean_variance, num_units=len(mu))
 
 
 def is_collapsed(gauge: LatentGauge, min_active_units: float) -> bool:

@@ -1,16 +1,15 @@
-"""What a run says while it goes: lines, a progress bar and a log; and the signals that it hears."""
+"""What a run says while it goes: lines, a progress bar and a log."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training.json_lines import JsonLines
 from training.metrics import Throughput
@@ -30,25 +29,9 @@ def format_metric(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
 
 
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that a run can save and leave between two steps.
-
-    Attributes:
-        number: of the signal that was heard last; 0 = none.
-    """
-
-    number: int = 0
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.number = number
+def format_quality(metrics: Mapping[str, Any]) -> str:
+    """Return AUROC and AUPRC as text."""
+    return f"AUROC {format_metric(metrics['auroc'])}, AUPRC {format_metric(metrics['auprc'])}"
 
 
 class EpochBar:
@@ -59,7 +42,7 @@ class EpochBar:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         visible = world.is_main and console.is_terminal
         self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not visible)
-        self.task: TaskID | None = None
+        self.task = self.bar.add_task("", visible=False, now="")
 
     def __enter__(self) -> EpochBar:
         self.bar.start()
@@ -70,14 +53,12 @@ class EpochBar:
 
     def begin(self, epoch: int, steps: int, done: int) -> None:
         """Show the bar of an epoch of ``steps`` steps, of which some are ``done``."""
-        if self.task is not None:
-            self.bar.remove_task(self.task)
-        self.epoch = epoch
-        self.task = self.bar.add_task(f"epoch {epoch + 1}/{self.max_epochs}", total=steps, completed=done, now="")
+        self.epoch, name = epoch, f"epoch {epoch + 1}/{self.max_epochs}"
+        self.bar.reset(self.task, description=name, total=steps, completed=done, visible=True, now="")
 
     def advance(self, throughput: Throughput) -> None:
         """Show that a step is done, with the rates of ``throughput``."""
-        if self.task is not None and not self.bar.disable:
+        if not self.bar.disable:
             rates, memory = throughput.rates(), psutil.Process().memory_info().rss / 2**30
             # This rank's rate times the number of ranks: all ranks would have to stop to be asked.
             speed, waste = rates["patients_per_second"] * self.world.size, rates["event_padding_waste"]
@@ -86,12 +67,11 @@ class EpochBar:
 
     def end(self, epoch: int, metrics: dict[str, Any], *, improved: bool) -> None:
         """Print the metrics of a validated epoch."""
-        quality = f"AUROC {format_metric(metrics['auroc'])}, AUPRC {format_metric(metrics['auprc'])}"
-        text = f"epoch {epoch + 1}/{self.max_epochs}: loss {format_metric(metrics['loss'])}, {quality}"
+        text = f"epoch {epoch + 1}/{self.max_epochs}: loss {format_metric(metrics['loss'])}, {format_quality(metrics)}"
         log_main(self.world, text + (" (best so far)" if improved else ""))
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
     """Give ``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank, and nothing on others."""
     if not world.is_main:

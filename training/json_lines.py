@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
+from math import inf, isfinite
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
-Scalar: TypeAlias = str | int | float | bool | None
-
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a :class:`JsonLines` file, without a last line that is being written or was cut short.
-
-    Raises:
-        UserError: another line is not a JSON object.
-    """
+    """Return the records of a :class:`JsonLines` file, without a last line that is being written or was cut short."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
@@ -39,29 +32,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 class JsonLines:
     """An append-only file of one flat JSON object a line, each flushed as it is written.
 
-    Args:
-        path: the file; made where it is missing.
-        resume_step: step of the checkpoint from which a run goes on: lines of later steps are dropped, for the run
-            writes them again.  A last line that a crash cut short is dropped in any case.
-
-    Raises:
-        UserError: as :func:`read_json_lines`.
+    A run that goes on from ``resume_step`` writes the lines of later steps again, so these are dropped; a last line
+    that a crash cut short is dropped in any case.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         if path.exists():
-            limit = math.inf if resume_step is None else resume_step
+            limit = inf if resume_step is None else resume_step
             kept = [json.dumps(record) + "\n" for record in read_json_lines(path) if record.get("step", 0) <= limit]
             write_atomically(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: Mapping[str, Scalar]) -> None:
+    def write(self, record: Mapping[str, str | float | None]) -> None:
         """Append ``record``; a number that is not finite becomes null, for JSON has no other word for it."""
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        unknown = {name: None for name, value in record.items() if isinstance(value, float) and not isfinite(value)}
+        self._file.write(json.dumps({**record, **unknown}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -72,7 +57,5 @@ class JsonLines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

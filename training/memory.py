@@ -69,7 +69,6 @@ class StepMemory:
         step_bytes: bytes that each process has for a step.
         batch_bytes: bytes that a global batch may take in all; decided once, for the number of devices with which the
             run began, so that a run resumed on another number has the same batches.
-        batch_size: patients of a global batch.
     """
 
     peak: CostModel
@@ -98,24 +97,14 @@ class StepMemory:
 
     @classmethod
     def load(cls, path: Path) -> StepMemory:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: the file is missing, or not one of these.
-        """
+        """Read what :meth:`save` wrote; raise UserError where the file is missing, or not one of these."""
         try:
             saved = json.loads(path.read_bytes())
-            return cls(
-                peak=CostModel(**saved["peak"]),
-                step_bytes=float(saved["step_bytes"]),
-                batch_bytes=float(saved["batch_bytes"]),
-                batch_size=int(saved["batch_size"]),
-            )
+            sizes = {name: float(saved[name]) for name in ("step_bytes", "batch_bytes")}
+            return cls(peak=CostModel(**saved["peak"]), batch_size=int(saved["batch_size"]), **sizes)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); without it the batches of the run are not known: start a new "
-                "--output_dir"
-            ) from error
+            lost = "without it the batches of the run are not known: start a new --output_dir"
+            raise UserError(f"{path}: cannot be read ({error}); {lost}") from error
 
 
 def halve(batch: PatientBatch) -> list[PatientBatch]:

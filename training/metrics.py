@@ -1,11 +1,11 @@
-"""What a run measures of its steps: sums of losses, and throughput."""
+"""What a run measures of its steps, sums of losses and throughput, and how far it has come."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from model.losses import Losses
 from pipeline.loading.batch import PatientBatch
 from training.parallel import World
-from training.progress import Progress
 
 
 class LossSums:
@@ -22,7 +21,7 @@ class LossSums:
     NAMES = ("loss", "reconstruction", "kl", "classification", "grad_norm")
 
     def __init__(self, device: torch.device, saved: Mapping[str, float] | None = None) -> None:
-        start = [saved[name] for name in self.NAMES] if saved else [0.0] * len(self.NAMES)
+        start = [saved[name] if saved else 0.0 for name in self.NAMES]
         self.values = torch.tensor(start, dtype=torch.float64, device=device)
 
     def add(self, losses: Losses, grad_norm: Tensor | None = None) -> None:
@@ -38,15 +37,15 @@ class LossSums:
         return dict(zip(self.NAMES, summed.tolist(), strict=True))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class BatchAmounts:
     """What throughput counts of a batch: real things, and the cells of its padded layout, padding included."""
 
-    num_patients: int
-    num_events: int
-    num_sets: int
-    event_cells: int
-    set_cells: int
+    num_patients: int = 0
+    num_events: int = 0
+    num_sets: int = 0
+    event_cells: int = 0
+    set_cells: int = 0
 
     @classmethod
     def of(cls, batch: PatientBatch, *, pad_to: int | None = None) -> Self:
@@ -61,46 +60,36 @@ class BatchAmounts:
         )
 
 
-@dataclass
-class Throughput:
-    """Sums over the batches of an interval.
+@dataclass(kw_only=True)
+class Throughput(BatchAmounts):
+    """Sums over the steps of an interval.
 
     Attributes:
-        num_steps: optimiser steps.
-        num_patients, num_events, num_sets, event_cells, set_cells: as in :class:`BatchAmounts`.
         seconds: wall time from the end of one step to the end of the next, waiting included.
         waited: the part of it in which the launching thread did not run the step.
     """
 
     num_steps: int = 0
-    num_patients: int = 0
-    num_events: int = 0
-    num_sets: int = 0
-    event_cells: int = 0
-    set_cells: int = 0
     seconds: float = 0.0
     waited: float = 0.0
 
     def add(self, amounts: BatchAmounts, *, seconds: float, waited: float) -> None:
         """Count one step on a batch of ``amounts``."""
-        for name, amount in dataclasses.asdict(amounts).items():
+        step = {**vars(amounts), "num_steps": 1, "seconds": seconds, "waited": waited}
+        for name, amount in step.items():
             setattr(self, name, getattr(self, name) + amount)
-        self.num_steps += 1
-        self.seconds += seconds
-        self.waited += waited
 
     @classmethod
     def combine(cls, ranks: Sequence[Throughput]) -> Throughput:
         """Combine the throughput of all ranks: counts are summed, steps and seconds averaged."""
-        sums = {field.name: sum(getattr(rank, field.name) for rank in ranks) for field in dataclasses.fields(cls)}
-        together = {name: sums[name] / len(ranks) for name in ("seconds", "waited")}
-        return cls(**{**sums, **together, "num_steps": sums["num_steps"] // len(ranks)})
+        sums = {name: sum(getattr(rank, name) for rank in ranks) for name in vars(ranks[0])}
+        means = {name: sums[name] / len(ranks) for name in ("seconds", "waited")}
+        return cls(**{**sums, **means, "num_steps": sums["num_steps"] // len(ranks)})
 
     def share(self, world: World) -> Throughput:
         """Return the part of a combined throughput that this rank keeps: the first has the counts, all the times."""
-        if world.is_main:
-            return self
-        return Throughput(num_steps=self.num_steps, seconds=self.seconds, waited=self.waited)
+        times = Throughput(num_steps=self.num_steps, seconds=self.seconds, waited=self.waited)
+        return self if world.is_main else times
 
     def rates(self) -> dict[str, float]:
         """Return amounts per second of wall time, and fractions; 0 where there was nothing."""
@@ -113,13 +102,35 @@ class Throughput:
         }
 
 
-class Meters:
-    """What all ranks measure since the last line of the log, and since the run began.
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come; plain numbers, the same on every rank.
 
-    Args:
-        world: this process among the ranks.
-        progress: where a resumed run had got to.
+    Attributes:
+        epochs_validated: epochs whose validation is done; one less than the epochs done while it is still to come.
+
+        collapsed: whether the posterior had collapsed at the last validation.
+        seconds: wall time spent, over all resumed parts of the run.
+        threads: of each process's CPU operations, as the run began with.
+        totals: throughput of all steps so far, of all ranks, as a dictionary.
+        interval: throughput since the last line of the log, of all ranks, as a dictionary.
+        loss_sums: sums of losses since then, of all ranks; empty = none.
     """
+
+    step: int = 0
+    epochs_validated: int = 0
+    epochs_since_best: int = 0
+    collapsed: bool = False
+    seconds: float = 0.0
+    threads: int = 0
+    peak_rss_bytes: int = 0
+    totals: dict[str, Any] = field(default_factory=dict)
+    interval: dict[str, Any] = field(default_factory=dict)
+    loss_sums: dict[str, float] = field(default_factory=dict)
+
+
+class Meters:
+    """What all ranks measure since the last line of the log, and since the run began."""
 
     def __init__(self, world: World, progress: Progress) -> None:
         self._world = world

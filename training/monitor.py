@@ -1,21 +1,16 @@
-"""What a run costs: memory over time, throughput, waiting and padding; and the lines it writes of itself."""
+"""The memory of a run's processes over time."""
 
 from __future__ import annotations
 
 import csv
 import queue
-import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import psutil
-
-if TYPE_CHECKING:
-    pass
-
+import torch
 
 MEMORY_COLUMNS = (
     "seconds",  # since the start of the monitor
@@ -36,13 +31,13 @@ class MemoryMonitor:
     of the thread itself is printed as any thread's is, and ends the samples, not the run.
 
     Attributes:
+        path: of the CSV; None = off.
         peak_rss_bytes: the most that all processes together held in one sample.
         peak_uss_bytes: the same of unique memory; None where the system does not tell.
     """
 
     def __init__(self, path: Path | None, *, interval_seconds: float = 0.5) -> None:
-        self.path = path  # None = off: no samples, and marks are not noted
-        self.interval_seconds = interval_seconds
+        self.path, self.interval_seconds = path, interval_seconds
         self.peak_rss_bytes = 0
         self.peak_uss_bytes: int | None = None
         self._events: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None ends the thread
@@ -54,9 +49,7 @@ class MemoryMonitor:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.path is not None:
             self._events.put(None)
             self._thread.join()
@@ -66,8 +59,7 @@ class MemoryMonitor:
         self._events.put(event)
 
     def _run(self) -> None:
-        main = psutil.Process()
-        start = time.monotonic()
+        main, start = psutil.Process(), time.monotonic()
         with self._file:
             writer = csv.writer(self._file)
             writer.writerow(MEMORY_COLUMNS)
@@ -83,23 +75,18 @@ class MemoryMonitor:
                     event = ""
 
     def _sample(self, writer: Any, main: psutil.Process, seconds: float, event: str) -> None:
-        rss_bytes: list[int] = []
-        uss_bytes: list[int | None] = []
+        held: list[tuple[int, int | None]] = []
         for process in (main, *main.children(recursive=True)):
             try:
-                rss = process.memory_info().rss
-                uss = _uss_bytes(process)
+                rss, uss = process.memory_info().rss, _uss_bytes(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-            rss_bytes.append(rss)
-            uss_bytes.append(uss)
-            own = process is main
-            cuda = _cuda_bytes() if own else ("", "")
-            role = "main" if own else "child"
-            writer.writerow((seconds, process.pid, role, rss, "" if uss is None else uss, *cuda, event if own else ""))
-        self.peak_rss_bytes = max(self.peak_rss_bytes, sum(rss_bytes))
-        known = [uss for uss in uss_bytes if uss is not None]
-        if len(known) == len(uss_bytes):
+            held.append((rss, uss))
+            own = ("main", rss, uss, *_cuda_bytes(), event) if process is main else ("child", rss, uss, None, None, "")
+            writer.writerow((seconds, process.pid, *own))
+        self.peak_rss_bytes = max(self.peak_rss_bytes, sum(rss for rss, _ in held))
+        known = [uss for _, uss in held if uss is not None]
+        if len(known) == len(held):
             self.peak_uss_bytes = max(self.peak_uss_bytes or 0, sum(known))
 
 
@@ -110,10 +97,9 @@ def _uss_bytes(process: psutil.Process) -> int | None:
         return None
 
 
-def _cuda_bytes() -> tuple[int | str, int | str]:
-    """(allocated, reserved); empty where torch is not imported or has not touched a GPU: looking must not cost."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return "", ""
+def _cuda_bytes() -> tuple[int | None, int | None]:
+    """Return the allocated and the reserved bytes; None where no GPU is in use: looking must not cost."""
+    if not torch.cuda.is_initialized():
+        return None, None
     devices = range(torch.cuda.device_count())
     return sum(map(torch.cuda.memory_allocated, devices)), sum(map(torch.cuda.memory_reserved, devices))

@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from model.config import ModelOptions
 from model.losses import LossOptions
-from pipeline.options import check_section, option, parse_options, to_dict
+from pipeline.options import Section, option, parse_options, to_dict
 from pipeline.schema import UserError
 from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
-from training.evaluation import EvaluationOptions
 from training.schedule import OptimisationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Section):
     """Run."""
 
     output_dir: str = option("", "Folder for the run's files.")
@@ -35,12 +34,8 @@ class RunOptions:
         "batches are planned that fit, and one that does not is taken in parts, with the same result.",
     )  # fmt: skip
     resume: bool = option(False, "Go on from checkpoints/last.pt of --output_dir, where there is one.")
-    checkpoint_steps: int = option(
-        0, "Number of steps between saves of last.pt, beside those at each epoch's end; 0 = none.", minimum=0
-    )
-    monitor: Literal["auroc", "auprc", "loss"] = option(
-        "auroc", "Validation metric that decides which checkpoint is the best."
-    )
+    checkpoint_steps: int = option(0, "Number of steps between saves of last.pt within an epoch; 0 = none.", minimum=0)
+    monitor: Literal["auroc", "auprc", "loss"] = option("auroc", "Validation metric that decides which epoch is best.")
     patience: int = option(0, "Epochs without a better one after which the run stops early; 0 = never.", minimum=0)
     min_active_units: float = option(
         0.02, "Share of active units below which the posterior counts as collapsed.", minimum=0, maximum=1
@@ -52,9 +47,23 @@ class RunOptions:
     verbose: bool = option(False, "Print every line of metrics.jsonl.")
 
     def __post_init__(self) -> None:
-        check_section(self)
+        super().__post_init__()
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "--max_memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(Section):
+    """Evaluation."""
+
+    evaluate: str | None = option(None, "Evaluate this checkpoint and do not train.")
+    evaluate_split: Literal["train", "valid", "test"] = option("test", "The split that --evaluate evaluates.")
+    baselines: bool = option(
+        False, "With --evaluate: fit trees and logistic regression to summaries of each variable of the train split, "
+        "and evaluate them on the same patients.",
+    )  # fmt: skip
+    export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
+    inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +86,12 @@ class TrainOptions:
         if batch_size != "auto" and devices > batch_size:
             raise UserError(f"--devices {devices} is more than --batch_size {batch_size}: some would get nothing")
         if self.optimisation.freeze and (self.optimisation.init_from is None or not self.loss.learns_outcome):
-            raise UserError(
-                "--freeze trains the head alone: name a checkpoint with --init_from, and another --objective"
-            )
+            needed = "name a checkpoint with --init_from, and another --objective"
+            raise UserError(f"--freeze trains the head alone: {needed}")
 
 
 def parse_train_options(arguments: Sequence[str] | None) -> TrainOptions:
-    """Return the options of a command line.
-
-    Raises:
-        UserError: a flag is unknown, of the wrong type or out of range.
-    """
+    """Return the options of a command line; raise UserError where a flag is unknown or has a bad value."""
     return parse_options(TrainOptions, arguments, prog="train.py", description="Train SeqSetVAE, or evaluate it.")
 
 
@@ -102,43 +106,37 @@ class AtResume(Enum):
     IRRELEVANT = "no matter"
 
 
-_SAME: Final = (
-    "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
-    "group_events", "seed", "preset", "event_form", "objective", "precision",
-)  # fmt: skip
-_OBEYED: Final = (
-    "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing", "freeze",
-    "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip", "vae_weight",
-    "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices",
-    "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units", "stop_on_collapse", "log_steps",
-    "profile_memory", "profile", "verbose",
-)  # fmt: skip
-_IRRELEVANT: Final = (
-    "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
-    "baselines", "export_latents", "inspect",
-)  # fmt: skip
-
-AT_RESUME: Mapping[str, AtResume] = {
-    **dict.fromkeys(_SAME, AtResume.SAME),
-    **dict.fromkeys(_OBEYED, AtResume.OBEYED),
-    **dict.fromkeys(_IRRELEVANT, AtResume.IRRELEVANT),
-}
+_FLAGS = {
+    AtResume.SAME: (
+        "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
+        "group_events", "seed", "preset", "event_form", "objective", "precision",
+    ),
+    AtResume.OBEYED: (
+        "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",
+        "freeze", "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip",
+        "vae_weight", "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits",
+        "devices", "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units",
+        "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose",
+    ),
+    AtResume.IRRELEVANT: (
+        "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
+        "baselines", "export_latents", "inspect",
+    ),
+}  # fmt: skip
+AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}
 """What may change at ``--resume``, by flag.  Data are compared by their checksums, not by their folder."""
 
 
 def check_resume(saved: Mapping[str, Mapping[str, Any]], options: TrainOptions, path: Path) -> None:
     """Raise UserError, naming the flag with both values, where an option differs that a resumed run cannot change.
 
-    Args:
-        saved: the run's options, by section and field, from its checkpoint.
-        options: those of now.
-        path: of the checkpoint, for the message.
+    ``saved`` has the options of the run by section and field, from the checkpoint at ``path``.
     """
     for section, values in to_dict(options).items():
         for name, value in values.items():
             before = saved[section][name]
             if AT_RESUME[name] is AtResume.SAME and value != before:
+                advice = f"resume with --{name} {before} or start a new --output_dir"
                 raise UserError(
-                    f"--{name} {value} cannot be combined with a run saved with --{name} {before} ({path}); resume "
-                    f"with --{name} {before} or start a new --output_dir"
+                    f"--{name} {value} cannot be combined with a run saved with --{name} {before} ({path}); {advice}"
                 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 import torch
@@ -30,15 +31,10 @@ BUSY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the processes of the run.
+    """This process among those of the run: its ``rank`` among all ``size``, its ``local_rank`` on this machine.
 
-    Attributes:
-        rank: 0 … size − 1; rank 0 writes the files.
-        size: processes of the run.
-        device: where this one computes.
-        local_rank: 0 … local_size − 1.
-        local_size: processes of the run on this machine.
-        control: a group of all ranks for small messages between hosts, which no device has to be waited for.
+    Rank 0 writes the files.  ``control`` is a group of all ranks for small messages between hosts, which no device has
+    to be waited for.
     """
 
     rank: int
@@ -76,42 +72,46 @@ class World:
             dist.barrier(group=self.control)
 
 
-class Agreement:
-    """A flag that all ranks learn of at the same step, without waiting for one another or for a device.
+class StopSignal:
+    """Hears SIGTERM and SIGINT while the context lasts, so that all ranks can save and leave at the same step.
 
-    At each :meth:`poll` every rank says whether its flag is raised, and gets to know what all said at the poll before.
+    At each :meth:`poll` a rank says what it heard, and gets to know what all had said at the poll before, without
+    waiting for them or for a device.
     """
 
     def __init__(self, world: World) -> None:
-        self._world = world
+        self._world, self._heard = world, 0
         self._asked: tuple[Any, Tensor] | None = None
 
-    def poll(self, raised: int) -> int:
-        """Return the largest number that any rank raised by the poll before (at once, where there is one rank)."""
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._asked is not None:
+            self._asked[0].wait()  # no message may be under way when the group ends
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self._heard = number
+
+    def poll(self) -> int:
+        """Return the number of a signal that a rank had heard by the poll before (or by now, if it is alone), or 0."""
         if self._world.size == 1:
-            return raised
+            return self._heard
         answer = 0
         if self._asked is not None:
             handle, flags = self._asked
             handle.wait()
             answer = int(flags)
-        flags = torch.tensor(raised)
+        flags = torch.tensor(self._heard)
         self._asked = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._world.control, async_op=True), flags
         return answer
 
-    def close(self) -> None:
-        """Wait for the last poll, so that no message is under way when the group ends."""
-        if self._asked is not None:
-            self._asked[0].wait()
-            self._asked = None
-
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """Return this process's device for ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        UserError: CUDA is asked for and there are not enough GPUs.
-    """
+    """Return this process's device for ``auto``, ``cpu`` or ``cuda``; too few GPUs are a UserError."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -138,15 +138,18 @@ def choose_threads(asked: int | None, world: World, *, limit: int | None = None)
     if world.device.type != "cpu" and limit is None:
         limit = 4  # the host only launches
     share = max(1, usable_cores() // world.local_size)
-    if min(share, limit or share) == 1:
+    most = min(share, limit or share)
+    if most == 1:
         return 1
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    idle = None
-    for _ in range(2):  # a core that is busy once may just have ended something
-        use = psutil.cpu_percent(interval=0.2, percpu=True)
-        free = sum(use[core] < 100 * BUSY_SHARE for core in (cores or range(len(use))) if core < len(use))
-        idle = free if idle is None else max(idle, free)
-    return max(1, min(share, limit or share, (idle or 1) // world.local_size or 1))
+    idle = max(count_idle_cores(), count_idle_cores())  # a core that is busy once may just have ended something
+    return max(1, min(most, idle // world.local_size))
+
+
+def count_idle_cores() -> int:
+    """Return on how many cores that this process may use no other work runs; it takes 0.2 seconds."""
+    use = psutil.cpu_percent(interval=0.2, percpu=True)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(use))
+    return sum(core < len(use) and use[core] < 100 * BUSY_SHARE for core in cores)
 
 
 def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
@@ -159,18 +162,11 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
         return _join(worker, device)
     if devices == 1:
         return worker(World(0, 1, choose_device(device, 0)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
+    config = LaunchConfig(1, 1, devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "user_error"
         try:
-            return max(elastic_launch(config, _join_with_note)(worker, device, note).values())
+            return max(elastic_launch(config, _join)(worker, device, note).values())
         except SignalException as stopped:  # the launcher has passed it on, and the processes have ended
             return 128 + int(stopped.sigval)
         except ChildFailedError as failed:
@@ -188,28 +184,21 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
             ) from None
 
 
-def _join_with_note(worker: Callable[[World], int], device: str, note: Path) -> int:
-    """As :func:`_join`, but what the user can mend is in ``note`` before the other processes see this one end."""
-
-    def noting(world: World) -> int:
-        try:
-            code = worker(world)
-        except (UserError, OSError) as error:
-            write_atomically(note, str(error).encode())
-            code = 2
-        if code:  # a value that is returned would wait for a launcher that may be ending itself
-            sys.exit(code)
-        return 0
-
-    return _join(noting, device)
-
-
-def _join(worker: Callable[[World], int], device: str) -> int:
+def _join(worker: Callable[[World], int], device: str, note: Path | None = None) -> int:
+    """Call ``worker`` as one of several processes; a UserError is in ``note`` before the others see this one end."""
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     chosen = choose_device(device, local_rank)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo")
     try:
-        return worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size, control))
+        code = worker(World(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size, control))
+    except (UserError, OSError) as error:
+        if note is None:
+            raise
+        write_atomically(note, str(error).encode())
+        code = 2
     finally:
         dist.destroy_process_group()
+    if code and note is not None:  # a value that is returned would wait for a launcher that may be ending itself
+        sys.exit(code)
+    return code

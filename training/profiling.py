@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import bisect
 import copy
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -25,7 +24,8 @@ from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 
-PARTS = ("data", "copy", "encoder", "transformer", "decoder", "head", "losses", "backward", "optimiser")
+MODULES = ("encoder", "transformer", "decoder", "head")
+PARTS = ("data", "copy", *MODULES, "losses", "backward", "optimiser")
 
 WARM_UP_STEPS, PROFILED_STEPS = 10, 5
 """Few enough for a trace of some MB, whatever the batch: steps differ in length, not in their number of operations."""
@@ -44,31 +44,23 @@ def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) ->
         forward = counter.get_total_flops()
         outputs = (output.context, output.decoded, output.logits, output.posterior.mu)
         torch.stack([tensor.float().sum() for tensor in outputs if tensor is not None]).sum().backward()
-    names = {"encoder": "encoder", "transformer": "transformer", "decoder": "decoder", "head": "head"}
     counts = counter.get_flop_counts()
-    parts = {part: float(sum(counts.get(f"SeqSetVAE.{name}", {}).values())) for part, name in names.items()}
     # The counter's modules include their gradients, which take twice the operations of the forward pass.
-    total = float(counter.get_total_flops())
-    return {name: flops / 3 for name, flops in parts.items()} | {"backward": total - forward}
+    parts = {name: sum(counts.get(f"SeqSetVAE.{name}", {}).values()) / 3 for name in MODULES}
+    return parts | {"backward": float(counter.get_total_flops() - forward)}
 
 
 class StepProfiler:
     """Records ``PROFILED_STEPS`` steps after ``WARM_UP_STEPS`` while the context lasts, and costs nothing after.
 
-    Recording slows a step down, so the rate is that of the warm-up's last steps, which are timed and not recorded.
-
     Args:
         path: of the trace, Chrome's format, gzipped; None = off.
-        model: whose operations are counted.
-        loss: which parts of it a step runs.
+        model, loss: whose operations are counted, and which parts of it a step runs.
         dtype: of its matrix products.
         steps: how many there will be before anything else, such as a validation; of fewer the last are recorded.
 
     Attributes:
         table: what was found, for ``summary.json``; None before, and where the run ended earlier.
-
-    Raises:
-        UserError: there are not two steps.
     """
 
     def __init__(
@@ -84,9 +76,6 @@ class StepProfiler:
         active = min(PROFILED_STEPS, steps - 1)
         self._first = min(WARM_UP_STEPS, steps - active)
         self._last = self._first + active
-        # The profiler prepares itself during the step before the first.
-        self._timed = range(max(1, self._first - 1 - PROFILED_STEPS), self._first - 1)
-        self._seconds, self._ended = 0.0, 0.0
         self._batches: list[list[PreparedBatch]] = []
         self._profiler = torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])],
@@ -99,9 +88,7 @@ class StepProfiler:
             self._profiler.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.path is not None and self.table is None:
             self._profiler.on_trace_ready = None  # a part of a trace would look whole
             self._profiler.stop()
@@ -110,53 +97,34 @@ class StepProfiler:
         """Note that a step on ``parts`` is done."""
         if self.path is None or self.table is not None:
             return
-        step = len(self._batches)
         self._batches.append(parts)
-        if self.device.type == "cuda" and step + 1 in (self._timed.start, self._timed.stop, self._first, self._last):
+        if self.device.type == "cuda" and len(self._batches) in (self._first, self._last):
             torch.cuda.synchronize()  # what is still under way belongs to the steps before
-        if step in self._timed:
-            self._seconds += time.perf_counter() - self._ended
         self._profiler.step()
         if len(self._batches) == self._last:
             del self._profiler, self._batches  # hundreds of MB
-        self._ended = time.perf_counter()
 
     def _finish(self, profiler: torch.profiler.profile) -> None:
         assert self.path is not None
         partial = self.path.with_name(f"partial-{self.path.name}")
         profiler.export_chrome_trace(str(partial))
         partial.replace(self.path)
-        flops: list[dict[str, float]] = []
-        for parts in self._batches:
-            counts = [count_flops(self.model, part, self.loss) for part in parts]
-            flops.append({name: sum(count[name] for count in counts) for name in counts[0]})
-        recorded = tabulate(time_parts(profiler.events() or []), flops[self._first :])
-        rate = measure_matrix_rate(self.dtype, self.device)
-        seconds, work = recorded["step"]["milliseconds"] / 1e3, recorded["step"]["gflop"] * 1e9
-        if self._timed:
-            seconds = self._seconds / len(self._timed)
-            work = sum(sum(flops[step].values()) for step in self._timed) / len(self._timed)
+        recorded = self._batches[self._first :]
+        counts = [[count_flops(self.model, part, self.loss) for part in parts] for parts in recorded]
+        flops = [{name: sum(part[name] for part in parts) for name in parts[0]} for parts in counts]
         self.table = {
             "device": self.device.type,
             "precision": str(self.dtype).removeprefix("torch."),
-            "recorded_steps": len(flops) - self._first,
-            "timed_steps": len(self._timed),
-            "step_milliseconds": round(1e3 * seconds, 3),
-            "step_gflops": round(work / seconds / 1e9, 2),
-            "matrix_gflops": round(rate / 1e9, 1),
-            "share_of_matrix_rate": round(work / seconds / rate, 4),
-            "parts": recorded,
+            "recorded_steps": len(recorded),
+            "parts": tabulate(time_parts(profiler.events() or []), flops),
         }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartTimes:
-    """Seconds of every part, over all recorded steps.
+    """Seconds of every part over all recorded steps, on the host and of the kernels launched meanwhile, if there were.
 
-    Attributes:
-        host: on the CPU.
-        device: of the kernels launched meanwhile; None where there were none.
-        whole: of the steps from the first part to the end of the last part or kernel.
+    ``whole`` is from the first part to the end of the last part or kernel.
     """
 
     host: dict[str, float]
@@ -178,15 +146,14 @@ def time_parts(events: Iterable[FunctionEvent]) -> PartTimes:
         elif event.kernels and not event.is_user_annotation:  # whose kernels would be those of all inside
             launches.append((start, sum(kernel.duration for kernel in event.kernels)))
     spans.sort()
-    starts = [start for start, _, _ in spans]
     host, device = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     for start, stop, name in spans:
         host[name] += (stop - start) / 1e6
     for moment, duration in launches:
-        index = bisect.bisect_right(starts, moment) - 1
+        index = bisect.bisect_right(spans, moment, key=itemgetter(0)) - 1
         if index >= 0 and moment <= spans[index][1]:
             device[spans[index][2]] += duration / 1e6
-    whole = (max(end, *(stop for _, stop, _ in spans)) - starts[0]) / 1e6
+    whole = (max(end, *(stop for _, stop, _ in spans)) - spans[0][0]) / 1e6
     return PartTimes(host=host, device=device if launches else None, whole=whole)
 
 
@@ -218,24 +185,4 @@ def format_table(table: Mapping[str, Any]) -> list[str]:
         work = f"{row['gflop']:>10.3f}{row['gflops']:>10.1f}" if row["gflop"] else ""
         host = f"   CPU {row['host_milliseconds']:.2f} ms" if "host_milliseconds" in row else ""
         text.append(f"{name:<16}{row['milliseconds']:>12.2f}{row['share']:>8.1%}{work:<20}{host}".rstrip())
-    text.append(f"mean of {table['recorded_steps']} recorded steps, {table['device']}, {table['precision']}")
-    speed = f"{table['step_milliseconds']:,.1f} ms, {table['step_gflops']:,.1f} GFLOP/s"
-    text.append(f"{'not recorded' if table['timed_steps'] else 'recorded'}, a step takes {speed}:")
-    return [*text, f"{table['share_of_matrix_rate']:.1%} of the {table['matrix_gflops']:,.0f} of large matrices"]
-
-
-def measure_matrix_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 2.0) -> float:
-    """Return the FLOP/s of a product of two square matrices, after some to warm up."""
-    on_gpu = torch.device(device).type == "cuda"
-    size = 8192 if on_gpu else 4096
-    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    out = a @ b
-    if on_gpu:
-        torch.cuda.synchronize()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        torch.mm(a, b, out=out)
-        if on_gpu:
-            torch.cuda.synchronize()
-        count += 1
-    return 2 * size**3 * count / (time.perf_counter() - started)
+    return [*text, f"mean of {table['recorded_steps']} recorded steps, {table['device']}, {table['precision']}"]

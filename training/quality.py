@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,17 @@ SMALLEST_WEIGHT = 1e-12
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
+Metrics = dict[str, float | None]
 
 
-def evaluate_predictions(
-    label: Labels, probability: npt.NDArray[np.floating[Any]], *, seed: int = 0
-) -> dict[str, float | int | None]:
+class Ranks(NamedTuple):
+    """How well probabilities rank patients; None where there are not both classes."""
+
+    auroc: float | None
+    auprc: float | None
+
+
+def evaluate_predictions(label: Labels, probability: npt.NDArray[np.floating[Any]], *, seed: int = 0) -> Metrics:
     """Return metrics of binary predictions, each with a 95 % percentile interval of the bootstrap over patients.
 
     Args:
@@ -50,43 +56,41 @@ def evaluate_predictions(
     """
     if not np.isin(label, (UNLABELLED, 0, 1)).all():
         raise ValueError(f"labels are 0, 1 or {UNLABELLED} (unlabelled), not {np.setdiff1d(label, (UNLABELLED, 0, 1))}")
-    labelled = label != UNLABELLED
-    label_P, probability_P = label[labelled], _checked(probability[labelled])
-    evaluation: dict[str, float | int | None] = {
-        "num_labelled": len(label_P),
-        "num_unlabelled": int((~labelled).sum()),
-        "num_positive": int(label_P.sum()),
-    }
+    label_P, probability_P = _select_labelled(label, probability)
+    evaluation: Metrics = {"num_labelled": len(label_P), "num_unlabelled": len(label) - len(label_P)}
+    evaluation["num_positive"] = int(label_P.sum())
     metrics = _metrics_of(label_P, probability_P)
-    values = metrics(np.ones(len(label_P)))
-    intervals = _bootstrap(metrics, len(label_P), seed)
-    for name, value in values.items():
-        low, high = intervals[name] if value is not None else (None, None)
+    resamples = _bootstrap(metrics, len(label_P), seed)
+    for name, value in metrics(np.ones(len(label_P))).items():
+        drawn = np.array([resample[name] for resample in resamples if resample[name] is not None], np.float64)
+        known = value is not None and len(drawn)
+        low, high = np.percentile(drawn, [2.5, 97.5]).tolist() if known else (None, None)
         evaluation |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return evaluation
 
 
-def rank_predictions(label: Labels, probability: npt.NDArray[np.floating[Any]]) -> tuple[float | None, float | None]:
-    """Return AUROC and AUPRC alone, for every validation; arguments and None as in :func:`evaluate_predictions`."""
-    labelled = label != UNLABELLED
-    label_P, probability_P = label[labelled], _checked(probability[labelled])
+def rank_predictions(label: Labels, probability: npt.NDArray[np.floating[Any]]) -> Ranks:
+    """Return AUROC and AUPRC alone, for every validation; arguments as in :func:`evaluate_predictions`."""
+    label_P, probability_P = _select_labelled(label, probability)
     values = _metrics_of(label_P, probability_P)(np.ones(len(label_P)))
-    return values["auroc"], values["auprc"]
+    return Ranks(values["auroc"], values["auprc"])
 
 
-def _checked(probability_P: npt.NDArray[np.floating[Any]]) -> Floats:
+def _select_labelled(label: Labels, probability: npt.NDArray[np.floating[Any]]) -> tuple[Labels, Floats]:
+    labelled = label != UNLABELLED
+    probability_P = probability[labelled].astype(np.float64)
     if not ((probability_P >= 0) & (probability_P <= 1)).all():
         raise ValueError("a probability is not in [0, 1]; NaN means that the model diverged")
-    return probability_P.astype(np.float64)
+    return label[labelled], probability_P
 
 
-def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], dict[str, float | None]]:
+def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], Metrics]:
     """Return a function from weights [P] of patients to all metrics; None = undefined."""
     edges = np.quantile(probability_P, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]) if len(label_P) else np.zeros(0)
     bin_P = np.searchsorted(edges, probability_P)
 
-    def metrics(weight_P: Floats) -> dict[str, float | None]:
-        values: dict[str, float | None] = dict.fromkeys(METRICS)
+    def metrics(weight_P: Floats) -> Metrics:
+        values: Metrics = dict.fromkeys(METRICS)
         total, positive = weight_P.sum(), weight_P @ label_P
         if 0 < positive < total:
             false_rate, recall, _ = roc_curve(label_P, probability_P, sample_weight=weight_P, drop_intermediate=False)
@@ -105,20 +109,9 @@ def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], di
     return metrics
 
 
-def _bootstrap(
-    metrics: Callable[[Floats], dict[str, float | None]], num_patients: int, seed: int
-) -> dict[str, tuple[float | None, float | None]]:
-    """Return the 2.5 % and the 97.5 % percentile of each metric over resamples of the patients."""
-    if num_patients == 0:
-        return dict.fromkeys(METRICS, (None, None))
-    rng, drawn = np.random.default_rng(seed), []
+def _bootstrap(metrics: Callable[[Floats], Metrics], num_patients: int, seed: int) -> list[Metrics]:
+    """Return the metrics of each resample of the patients; none without patients."""
+    rng = np.random.default_rng(seed)
     with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
-        for _ in range(NUM_RESAMPLES):
-            count = np.bincount(rng.integers(num_patients, size=num_patients), minlength=num_patients)
-            drawn.append(metrics(count.astype(np.float64)))
-    intervals: dict[str, tuple[float | None, float | None]] = {}
-    for name in drawn[0]:
-        values = np.array([resample[name] for resample in drawn if resample[name] is not None], np.float64)
-        low, high = np.percentile(values, [2.5, 97.5]).tolist() if len(values) else (None, None)
-        intervals[name] = (low, high)
-    return intervals
+        draws = (rng.integers(num_patients, size=num_patients) for _ in range(NUM_RESAMPLES if num_patients else 0))
+        return [metrics(np.bincount(drawn, minlength=num_patients).astype(np.float64)) for drawn in draws]

@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -50,21 +51,15 @@ MEMORY_COLUMNS = {
 
 
 class Run:
-    """What a run has written into its folder so far; every file may be missing.
+    """What a run has written into its folder so far; every file may be missing, but none be what its name does not say.
 
     Attributes:
-        folder: the output folder of training.
         label: the name of the run in a comparison; empty without.
-        is_finished: whether there is a ``summary.json``.
-        records: the lines of ``metrics.jsonl``.
-        last_step: the last record of a training step; empty without.
+        records: the lines of ``metrics.jsonl``; ``last_step`` is the last one of a training step.
         profile: where the time of a step goes, from ``summary.json``; empty without.
         results: the rest of ``summary.json`` and each ``evaluation_<split>.json``, flattened.
         options: ``config.yaml``, flattened.
         predictions: labels and probabilities, each [P], of the labelled samples of each split.
-
-    Raises:
-        UserError: a file is there and is not what its name says.
     """
 
     def __init__(self, folder: Path, label: str) -> None:
@@ -81,19 +76,15 @@ class Run:
 
     def curve(self, kind: str, metric: str) -> Floats:
         """Return the steps and values of a metric where they are finite, [N, 2], averaged to ``MAX_POINTS``."""
-        points = [
-            (record["step"], record[metric])
-            for record in self.records
-            if record.get("kind") == kind and is_finite(record.get("step")) and is_finite(record.get(metric))
-        ]
+        pairs = [(each.get("step"), each.get(metric)) for each in self.records if each.get("kind") == kind]
+        points = [pair for pair in pairs if all(map(is_finite, pair))]
         pieces = np.array_split(np.array(points, np.float64), min(len(points), MAX_POINTS)) if points else []
         return np.array([piece.mean(axis=0) for piece in pieces]).reshape(-1, 2)
 
     def links(self, page: Path) -> dict[str, str]:
         """Return the address, relative to a page, of each of ``LINKED_FILES`` that exists."""
-        paths = {name: self.folder / name for name in LINKED_FILES}
-        existing = {name: os.path.relpath(path, page.parent) for name, path in paths.items() if path.exists()}
-        return {name: quote(os.fsencode(path)) for name, path in existing.items()}
+        existing = [name for name in LINKED_FILES if (self.folder / name).exists()]
+        return {name: quote(os.fsencode(os.path.relpath(self.folder / name, page.parent))) for name in existing}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,15 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_run_report(*folders: Path, output: Path | None = None) -> Path:
     """Write the report of one run, or a page that compares several, from whatever they have written so far.
 
-    Args:
-        folders: the output folders of training, at least one.
-        output: the page; by default ``report.html`` in the folder, and of several ``comparison.html`` in the first.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        UserError: a file of a run is there and is not what its name says.
+    ``output`` is by default ``report.html`` in the folder of the run, and of several ``comparison.html`` in the first.
     """
     several, names = len(folders) > 1, [folder.resolve().name for folder in folders]
     labels = [f"{number}: {name}" if several else "" for number, name in enumerate(names, start=1)]
@@ -151,8 +134,7 @@ def write_run_report(*folders: Path, output: Path | None = None) -> Path:
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the values of every name in all columns; None where a column lacks the name."""
-    names = dict.fromkeys(name for column in columns for name in column)
-    return {name: [column.get(name) for column in columns] for name in names}
+    return {name: [column.get(name) for column in columns] for name in dict.fromkeys(chain.from_iterable(columns))}
 
 
 def _draw_curves(
@@ -196,10 +178,10 @@ def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
     for number, run in enumerate(runs):
         label, probability = run.predictions.get(split, (np.zeros(0), np.zeros(0)))
         if np.array_equal(np.unique(label), [0, 1]) and ((probability >= 0) & (probability <= 1)).all():
-            fpr, tpr, _ = roc_curve(label, probability)
             precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
             observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
-            for title, curve in zip(titles, ((fpr, tpr), (recall, precision), (predicted, observed)), strict=True):
+            curves = (roc_curve(label, probability)[:2], (recall, precision), (predicted, observed))
+            for title, curve in zip(titles, curves, strict=True):
                 lines[title].append((number, *curve))
 
     def draw(axis: Axes, title: str) -> None:
@@ -225,11 +207,7 @@ def _draw_profile(parts: Mapping[str, Any]) -> str | None:
 
 
 def _draw_memory(path: Path) -> str | None:
-    """Return an image of the memory of the run's processes over time.
-
-    Raises:
-        UserError: the file is not what ``training.monitor`` writes.
-    """
+    """Return an image of the memory of the run's processes over time, from what ``training.monitor`` wrote."""
     types = dict.fromkeys(("seconds", *MEMORY_COLUMNS), pa.float64()) | dict.fromkeys(("role", "event"), pa.string())
     # A row that is being written has too few columns.
     rows = pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda row: "skip")

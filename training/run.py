@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -20,14 +20,14 @@ from pipeline.options import to_dict
 from pipeline.schema import UserError
 from pipeline.storage.files import remove_leftovers, write_atomically
 from training.checkpoint import Checkpoint
-from training.console import EpochBar, StopSignal, log_main, memory_file, open_metrics_log
+from training.console import EpochBar, log_main, memory_file, open_metrics_log
 from training.data import DataSet, ReadyBatch
 from training.evaluation import Evaluator
 from training.memory import StepMemory
 from training.metrics import Meters, Throughput
 from training.monitor import MemoryMonitor
 from training.options import TrainOptions
-from training.parallel import Agreement, World
+from training.parallel import StopSignal, World
 from training.profiling import StepProfiler
 from training.schedule import learning_rate_at
 from training.state import TrainState
@@ -36,67 +36,41 @@ from training.validation import is_better
 
 
 class Stopped(Exception):  # no error: a signal asked for it
-    """A signal asked the run to stop, and its state is saved.
-
-    Attributes:
-        number: of the signal.
-    """
+    """The signal of a ``number`` asked the run to stop, and its state is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
+@dataclass
 class Run:
     """A run under way, as a context: files, bar, monitor, profiler and signal handlers are its own while it lasts.
 
-    Args:
-        options: all of them.
-        data: what it trains on.
-        world: this process among the ranks.
-        memory: what a step may take; None = no budget.
-        state: as it begins, or was restored.
-        settings: of its steps.
-        best: metrics of the best validation so far, from ``best.pt``.
-        resumed: whether the state was restored.
+    ``best`` has the metrics of the best validation so far, and ``resumed`` says whether the state was restored.
     """
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        data: DataSet,
-        world: World,
-        memory: StepMemory | None,
-        state: TrainState,
-        settings: StepSettings,
-        best: dict[str, Any] | None,
-        *,
-        resumed: bool,
-    ) -> None:
-        self.options, self.data, self.world, self.memory = options, data, world, memory
-        self.state, self.settings, self.best, self.resumed = state, settings, best, resumed
-        self.directory = Path(options.run.output_dir)
-        self.evaluator = Evaluator(
-            data=data,
-            world=world,
-            loss=options.loss,
-            optimisation=options.optimisation,
-            seed=options.run.seed,
-            min_active_units=options.run.min_active_units,
-            memory=memory,
-            check_stop=self.check_stop,
-        )
-        self._meters = Meters(world, state.progress)
-        self._began = time.perf_counter() - state.progress.seconds
+    options: TrainOptions
+    data: DataSet
+    world: World
+    memory: StepMemory | None
+    state: TrainState
+    settings: StepSettings
+    best: dict[str, Any] | None
+    resumed: bool
+
+    def __post_init__(self) -> None:
+        self.directory = Path(self.options.run.output_dir)
+        self.evaluator = Evaluator(self.options, self.data, self.world, self.memory, self.check_stop)
+        self._meters = Meters(self.world, self.state.progress)
+        self._began = time.perf_counter() - self.state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()
 
     def __enter__(self) -> Self:
         self._open_directory()
         self._stack = contextlib.ExitStack()
         enter, options = self._stack.enter_context, self.options.run
-        self._signal = enter(StopSignal())
-        self._agreement = Agreement(self.world)
-        self._stack.callback(self._agreement.close)
+        self._signal = enter(StopSignal(self.world))
         first_line = self.state.progress.step if self.resumed else -1
         self.log = enter(open_metrics_log(self.directory, self.world, first_line))
         path = memory_file(self.directory, self.world) if options.profile_memory else None
@@ -108,34 +82,25 @@ class Run:
             self.log("event", step=self.state.progress.step, event="quarantine", **patients)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def _open_directory(self) -> None:
-        """Write what the run is; nothing was written before, so that a command that is refused changes no file.
-
-        Raises:
-            UserError: ranks do not share the folder.
-        """
-        checkpoints = self.directory / "checkpoints"
+        """Write what the run is; nothing was written before, so that a command that is refused changes no file."""
+        checkpoints, path = self.directory / "checkpoints", self.directory / "config.yaml"
         config = yaml.safe_dump(to_dict(self.options), sort_keys=False).encode()
         if self.world.is_main:
             checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.directory, checkpoints):  # not below: other runs may be going on there
                 remove_leftovers(folder)
-            write_atomically(self.directory / "config.yaml", config)
+            write_atomically(path, config)
             if self.memory is not None:
                 self.memory.save(self.directory / "memory_model.json")
         self.world.wait()
-        path = self.directory / "config.yaml"
         same = self.world.gather(path.exists() and path.read_bytes() == config)
         if not all(same):
-            raise UserError(
-                f"--output_dir {self.directory}: rank {same.index(False)} does not see the files of rank 0; name a "
-                "folder that all machines share"
-            )
+            unseen = f"rank {same.index(False)} does not see the files of rank 0; name a folder that all machines share"
+            raise UserError(f"--output_dir {self.directory}: {unseen}")
 
     def _make_profiler(self) -> StepProfiler:
         """Return a profiler, which is on where ``--profile`` asks for it, on the first rank alone."""
@@ -171,11 +136,7 @@ class Run:
         self._step_started = time.perf_counter()
 
     def end_step(self, ready: ReadyBatch, losses: Losses, grad_norm: Tensor) -> None:
-        """Count a step; log, save and stop where it is time.
-
-        Raises:
-            Stopped: a signal asked for it.
-        """
+        """Count a step; log and save where it is time, and raise Stopped where a signal asked for it."""
         now, step, options = time.perf_counter(), self.state.progress.step, self.options.run
         waited, seconds = self._step_started - self._step_ended, now - self._step_ended
         self._step_ended = now
@@ -186,27 +147,19 @@ class Run:
         self.bar.advance(self._meters.interval)
         if step % options.log_steps == 0:
             self.log_interval()
-        saved = bool(options.checkpoint_steps) and step % options.checkpoint_steps == 0
-        if saved:
+        number = self._signal.poll()
+        if number or (options.checkpoint_steps and step % options.checkpoint_steps == 0):
             self.save_last()
-        number = self._agreement.poll(self._signal.number)
         if number:
-            if not saved:
-                self.save_last()
             raise Stopped(number)
 
     def check_stop(self) -> None:
         """Raise Stopped where a signal asked for it; the state is saved already, and all ranks ask alike."""
-        number = self._agreement.poll(self._signal.number)
-        if number:
+        if number := self._signal.poll():
             raise Stopped(number)
 
     def log_interval(self) -> None:
-        """Write a line of the steps since the last one, and begin anew.
-
-        Raises:
-            UserError: losses or gradients are not finite.
-        """
+        """Write a line of the steps since the last one, if their losses and gradients are finite, and begin anew."""
         step, optimisation = self.state.progress.step, self.options.optimisation
         interval, means = self._meters.end_interval()
         if not interval.num_steps:
@@ -234,11 +187,7 @@ class Run:
             log_main(self.world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
     def save_last(self) -> None:
-        """Save ``last.pt``; all ranks take part, the first writes.
-
-        Raises:
-            UserError: losses or weights are not finite.
-        """
+        """Save ``last.pt``, if losses and weights are finite; all ranks take part, the first writes."""
         progress = self.state.progress
         self._meters.store(progress)
         progress.seconds = self.seconds
@@ -250,8 +199,7 @@ class Run:
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Log a validation, save the best checkpoint first and then the last, and say how it went."""
-        progress, width = self.state.progress, self.state.model.config.width
-        epoch = progress.epochs_validated
+        progress, epoch = self.state.progress, self.state.progress.epochs_validated
         self.log("valid", step=progress.step, epoch=epoch, seconds=self.seconds, **metrics)
         metrics = {**metrics, "epoch": epoch, "step": progress.step}
         monitor = self.options.run.monitor if self.options.loss.learns_outcome else "loss"
@@ -261,7 +209,7 @@ class Run:
             self._save("best", metrics)
         if metrics["collapsed"]:
             self._save("collapsed", metrics)
-            active = f"{metrics['active_units']} of {width} units are active"
+            active = f"{metrics['active_units']} of {self.state.model.config.width} units are active"
             log_main(self.world, f"warning: the posterior has collapsed, {active}")
         progress.epochs_validated = epoch + 1
         progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
@@ -280,7 +228,7 @@ class Run:
             ).save(self.directory / "checkpoints" / f"{name}.pt")
 
     def summarize(self) -> dict[str, Any]:
-        """Return what the training itself was, for ``summary.json``: totals over all resumed parts of the run."""
+        """Return what the training was, for ``summary.json``: totals over all resumed parts of the run."""
         progress = self.state.progress
         summary: dict[str, Any] = {
             "steps": progress.step,
@@ -296,4 +244,5 @@ class Run:
             summary["profiled_peak_uss_bytes"] = self.monitor.peak_uss_bytes
         if self.profiler.table is not None:
             summary["profile"] = self.profiler.table
-        return summary
+        quarantined = {"quarantined_patients": self.data.quarantined_patients}
+        return summary | quarantined | {"quarantined_shards": self.data.quarantined_shards, "best": self.best}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from model.seqsetvae import SeqSetVAE
-from pipeline.options import check_section, option
+from pipeline.options import Section, option
 
 LR_SCALES = {"encoder": 3.0, "decoder": 8.0}
 """Learning-rate scales of parts of the model at width ``LR_SCALES_WIDTH``.  Sets are learned from reconstruction, which
@@ -23,7 +23,7 @@ FINAL_LR = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisationOptions:
+class OptimisationOptions(Section):
     """Optimisation."""
 
     init_from: str | None = option(None, "Start from the EMA weights of this checkpoint.")
@@ -31,9 +31,7 @@ class OptimisationOptions:
     max_epochs: int = option(8, "Number of epochs.", minimum=1)
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW, reached after warm-up.", minimum=0)
     weight_decay: float = option(0.1, "Weight decay of AdamW, on matrices only.", minimum=0)
-    warmup_steps: int = option(
-        50, "Number of steps over which the learning rate rises; a cosine lowers it after.", minimum=0
-    )
+    warmup_steps: int = option(50, "Steps over which the learning rate rises; a cosine lowers it after.", minimum=0)
     ema_decay: float = option(
         0.99, "Decay per step of the exponential moving average of the weights, which is validated and saved; 0 = the "
         "weights of the last step.", minimum=0, maximum=0.9999,
@@ -42,9 +40,6 @@ class OptimisationOptions:
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "Precision of matrix products; losses, softmax sums and the posterior stay in float32."
     )
-
-    def __post_init__(self) -> None:
-        check_section(self)
 
     @property
     def dtype(self) -> torch.dtype:

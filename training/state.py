@@ -16,7 +16,7 @@ from pipeline.dataset.tables import load_embeddings
 from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UserError
 from training.data import DataSet
-from training.progress import Progress
+from training.metrics import Progress
 from training.schedule import OptimisationOptions, parameter_groups
 
 ADAM_EPS = 1e-6
@@ -26,14 +26,13 @@ FIRST_SCALE = 1024
 """First scale of fp16 losses: the usual 65,536 overflows, and so wastes, the first steps, for losses are sums."""
 
 
+PARTS = ("loader", "model", "ema_model", "optimizer", "scaler")
+"""What has a state of its own; the loader's is restored first, as it refuses other batches."""
+
+
 @dataclass(kw_only=True)
 class TrainState:
-    """Model, EMA, optimiser, scaler, position in the data, progress.
-
-    Attributes:
-        model: the weights that are trained.
-        ema_model: their exponential moving average, which is validated, saved and used to predict.
-    """
+    """What changes from step to step; ``ema_model``, a moving average, is validated, saved and used to predict."""
 
     model: SeqSetVAE
     ema_model: SeqSetVAE
@@ -44,31 +43,16 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values that :meth:`load_state_dict` restores the run from."""
-        return {
-            "model": self.model.state_dict(),
-            "ema_model": self.ema_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-        }
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        return {**parts, "progress": dataclasses.asdict(self.progress)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore everything but the optimiser's settings, which are those of the options of now.
-
-        Raises:
-            UserError: the loader's batches are other ones.
-        """
-        self.loader.load_state_dict(state["loader"])
-        self.model.load_state_dict(state["model"])
-        self.ema_model.load_state_dict(state["ema_model"])
-        settings = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Restore everything but the optimiser's settings, which are those of the options of now."""
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-        self.scaler.load_state_dict(state["scaler"])
+            group.update({**own, "params": group["params"]})
         self.progress = Progress(**state["progress"])
 
     def check_finite(self, *, last_loss: float) -> None:
@@ -76,10 +60,8 @@ class TrainState:
         tensors = [*self.model.parameters(), *self.ema_model.parameters()]
         finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors]).all()
         if not (bool(finite) and abs(last_loss) < float("inf")):
-            raise UserError(
-                f"loss or weights are not finite at step {self.progress.step}: lower --learning_rate, or use "
-                "--precision bf16 or fp32; the last checkpoint is untouched"
-            )
+            advice = "lower --learning_rate, or use --precision bf16 or fp32; the last checkpoint is untouched"
+            raise UserError(f"loss or weights are not finite at step {self.progress.step}: {advice}")
 
 
 def build_model(options: ModelOptions, data: DataSet, *, seed: int) -> SeqSetVAE:

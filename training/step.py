@@ -24,16 +24,11 @@ from training.schedule import OptimisationOptions, learning_rate_at
 from training.state import TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepSettings:
     """What decides a step besides state and batch.
 
-    Attributes:
-        loss: weights and schedules of the losses.
-        optimisation: learning rate, clipping, EMA, precision.
-        world: this process among the ranks.
-        total_steps: over which the learning rate falls.
-        preparer: prepares smaller parts where memory ends.
+    The learning rate falls over ``total_steps``; ``preparer`` makes smaller parts where memory ends.
     """
 
     loss: LossOptions
@@ -56,13 +51,9 @@ def select_trained(model: SeqSetVAE, loss: LossOptions, optimisation: Optimisati
 def train_step(state: TrainState, ready: ReadyBatch, settings: StepSettings) -> tuple[Losses, Tensor]:
     """Make one step; return this rank's share of the losses and the norm of the gradient, both on the device.
 
+    Model, EMA, optimiser, scaler and progress of ``state`` move on; ``ready`` is this rank's share of the global batch.
     A batch that does not fit the memory is taken again in smaller parts.  Losses are sums over patients and noise is a
     patient's own, so the gradient is that of the whole.
-
-    Args:
-        state: of the run; its model, EMA, optimiser, scaler and progress move on.
-        ready: this rank's share of the global batch.
-        settings: the rest.
     """
     optimisation, step = settings.optimisation, state.progress.step
     # Schedules and noise are functions of the step alone, so a resumed run needs none of their state.
@@ -137,8 +128,7 @@ def forward_losses(
 def smaller_parts(parts: list[PreparedBatch], step: int, settings: StepSettings) -> list[PreparedBatch]:
     """Return a batch for which there was no memory in smaller parts, and say so.
 
-    Raises:
-        UserError: there are none; or there are other ranks, which cannot be told to begin the step again.
+    It is a UserError if there are none, or other ranks, which cannot be told to begin the step again.
     """
     largest = max((part.batch for part in parts), key=lambda batch: batch.num_events)
     size = f"{largest.num_patients} patients, {largest.num_events:,} events in {largest.num_sets:,} sets"
@@ -148,9 +138,8 @@ def smaller_parts(parts: list[PreparedBatch], step: int, settings: StepSettings)
         advice = "give --gradient_checkpointing, or cut patients with --max_sequence_length"
         raise UserError(f"out of memory in step {step + 1}, on a single patient: {size}; {advice}")
     smaller = [settings.preparer.prepare(half, step) for part in parts for half in halve(part.batch)]
-    log_main(
-        settings.world, f"warning: out of memory in step {step + 1}, on {size}: taken again in {len(smaller)} parts"
-    )
+    again = f"taken again in {len(smaller)} parts"
+    log_main(settings.world, f"warning: out of memory in step {step + 1}, on {size}: {again}")
     return smaller
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,23 +19,20 @@ from pipeline.loading.loader import PatientLoader
 from pipeline.machine import release_free_memory
 from pipeline.schema import UNLABELLED, UserError
 from training.collapse import CollapseGauges, is_collapsed
-from training.data import BatchPreparer, ReadyBatch
+from training.data import BatchPreparer
 from training.memory import halve, is_out_of_memory
 from training.metrics import LossSums
+from training.options import TrainOptions
 from training.parallel import World
-from training.quality import rank_predictions
+from training.quality import Ranks, rank_predictions
 from training.schedule import OptimisationOptions
 
 
-def no_stop() -> None:
-    """Go on: what is called between batches where nobody may stop the run."""
-
-
 def forward_in_parts(
-    model: SeqSetVAE, ready: ReadyBatch, world: World, optimisation: OptimisationOptions, loss: LossOptions
+    model: SeqSetVAE, parts: list[PreparedBatch], world: World, optimisation: OptimisationOptions, loss: LossOptions
 ) -> Iterator[tuple[PreparedBatch, SeqSetVAEOutput]]:
     """Yield each part of a batch, on the device, with the model's output; a part for which memory ends is halved."""
-    waiting = [*reversed(ready.parts)]
+    waiting = parts[::-1]
     release_free_memory()  # batches in order of length leave gaps that fit none of the next
     while waiting:
         part, output = waiting.pop(), None
@@ -52,56 +51,37 @@ def forward_in_parts(
 
 @torch.no_grad()
 def validate(
-    model: SeqSetVAE,
-    loader: PatientLoader,
-    loss: LossOptions,
-    optimisation: OptimisationOptions,
-    world: World,
-    *,
-    min_active_units: float,
-    check_stop: Callable[[], None] = no_stop,
+    model: SeqSetVAE, loader: PatientLoader, options: TrainOptions, world: World, check_stop: Callable[[], None]
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Evaluate a model on a split.
+    """Evaluate a model on a split, and leave it in eval mode.
 
-    Args:
-        model: in eval mode afterwards.
-        loader: of the split; made with a :class:`BatchPreparer` without a seed.
-        loss: what the model was trained for; parts that it does not use are not computed and None in the metrics.
-        optimisation: the precision.
-        world: ranks share the batches.
-        min_active_units: share of active units below which the posterior counts as collapsed.
-        check_stop: called between batches, alike on all ranks; may raise.
+    The ``loader`` is made with a :class:`BatchPreparer` without a seed; ``check_stop`` is called between batches, alike
+    on all ranks, and may raise.
 
     Returns:
-        The metrics, and the predictions ``patient_id, label (null = unlabelled), probability`` (null = no outcome
-        head), sorted by patient; the same on every rank.
-
-    Raises:
-        UserError: the model's outputs are not finite.
+        The metrics (None where the objective does not use one), and the predictions ``patient_id, label (null =
+        unlabelled), probability (null = no outcome head)``, sorted by patient; the same on every rank.
     """
     model.eval()
+    loss, optimisation = options.loss, options.optimisation
     sums, gauges = LossSums(world.device), CollapseGauges(model.config.width, world.device)
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
-    counts = dict.fromkeys(("num_events", "num_sets", "num_labelled"), 0)
+    counts = Counter[str]()
     predictions = [predictions_of([], np.zeros(0, np.int64), np.zeros(0))]
     for ready in loader:
         check_stop()
-        for prepared, output in forward_in_parts(model, ready, world, optimisation, loss):
+        for prepared, output in forward_in_parts(model, ready.parts, world, optimisation, loss):
             with optimisation.autocast(world.device):
                 sums.add(compute_losses(output, prepared.batch.label, loss, one, beta=loss.beta))
             gauges.update(output.posterior)
-            batch = prepared.batch
-            absent = torch.full((batch.num_patients,), torch.nan)
-            probability = output.probability if loss.learns_outcome else absent
-            predictions.append(
-                predictions_of(batch.patient_id, batch.label.cpu().numpy(), probability.double().cpu().numpy())
-            )
-        counts = {name: number + getattr(ready.counts, name) for name, number in counts.items()}
+            label = prepared.batch.label.cpu().numpy()
+            probability = output.probability.double().cpu().numpy() if loss.learns_outcome else label * np.nan
+            predictions.append(predictions_of(prepared.batch.patient_id, label, probability))
+        counts.update(dataclasses.asdict(ready.counts))
     world.sum(gauges.sums)
     table = pa.concat_tables([part for rank in world.gather(predictions) for part in rank]).sort_by("patient_id")
     totals = sums.combine(world)
-    finite = np.isfinite([*totals.values(), *table["probability"].drop_null().to_numpy()]).all()
-    if not finite or (loss.learns_outcome and table["probability"].null_count):
+    if not np.isfinite([*totals.values()]).all() or (loss.learns_outcome and table["probability"].null_count):
         raise UserError("the model's outputs are not finite: its training has diverged; use an earlier checkpoint")
     gauge = gauges.compute()
     return {
@@ -109,27 +89,27 @@ def validate(
         **rank_table(table),
         "active_units": gauge.active_units,
         "mean_posterior_variance": gauge.mean_posterior_variance,
-        "collapsed": counts["num_sets"] > 0 and is_collapsed(gauge, min_active_units),
+        "collapsed": counts["num_sets"] > 0 and is_collapsed(gauge, options.run.min_active_units),
     }, table
 
 
 def predictions_of(patient_id: list[str], label: npt.NDArray[np.int64], probability: npt.NDArray[Any]) -> pa.Table:
     """Return a table of predictions; a label of -1 and a probability that is not a number become null."""
-    columns = {
-        "patient_id": pa.array(patient_id, pa.string()),
-        "label": pa.array(label, pa.int8(), mask=label < 0),
-        "probability": pa.array(probability, pa.float64(), mask=np.isnan(probability)),
-    }
-    return pa.table(columns)
+    labels = pa.array(label, pa.int8(), mask=label < 0)
+    columns = [pa.array(patient_id, pa.string()), labels, pa.array(probability, pa.float64(), from_pandas=True)]
+    return pa.table(columns, ["patient_id", "label", "probability"])
+
+
+def labels_of(predictions: pa.Table) -> npt.NDArray[np.int64]:
+    """Return the labels of a table of predictions, [P]; -1 = unlabelled."""
+    return predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
 
 
 def rank_table(predictions: pa.Table) -> dict[str, float | None]:
     """Return AUROC and AUPRC of a table of predictions; None where they are undefined."""
     if predictions["probability"].null_count:
-        return {"auroc": None, "auprc": None}
-    label = predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
-    auroc, auprc = rank_predictions(label, predictions["probability"].to_numpy())
-    return {"auroc": auroc, "auprc": auprc}
+        return Ranks(None, None)._asdict()
+    return rank_predictions(labels_of(predictions), predictions["probability"].to_numpy())._asdict()
 
 
 def mean_losses(totals: dict[str, float], counts: dict[str, int], loss: LossOptions) -> dict[str, float | None]:
@@ -139,10 +119,8 @@ def mean_losses(totals: dict[str, float], counts: dict[str, int], loss: LossOpti
     total = loss.effective_vae_weight * (means["reconstruction"] + loss.beta * means["kl"])
     total += loss.effective_classification_weight * means["classification"]
     used = {"reconstruction": loss.learns_sets, "kl": loss.learns_sets, "classification": loss.learns_outcome}
-    return {
-        "loss": total if counts["num_sets"] else None,
-        **{name: mean if used[name] else None for name, mean in means.items()},
-    }
+    parts = {name: mean if used[name] else None for name, mean in means.items()}
+    return {"loss": total if counts["num_sets"] else None, **parts}
 
 
 def is_better(metrics: dict[str, Any], best: dict[str, Any] | None, name: str) -> bool:

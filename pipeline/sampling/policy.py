@@ -14,7 +14,21 @@ BUCKET_WIDTH: Final = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class BucketOptions:
+    """The flags of grouping that ``train.py`` shares."""
+
+    max_events: int | None = option(None, "Maximum number of events in a global batch.", minimum=1)
+    bucketing: bool = option(True, "Batch patients of similar length together.")
+    bucket_width: float = option(
+        BUCKET_WIDTH,
+        "How far apart in length, counted in batches, two patients of a batch may be: less pads less, more mixes more.",
+        minimum=0,
+        maximum=1e9,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(BucketOptions):
     """How patients are grouped into global batches, which all ranks share.
 
     Attributes:
@@ -26,11 +40,8 @@ class Policy:
     """
 
     batch_size: int | None = option(16, "Maximum number of patients of a global batch, over all ranks.", minimum=1)
-    max_events: int | None = option(None, "Maximum number of events of a global batch, over all ranks.", minimum=1)
     max_cost: float | None = None
     budget: CostModel | None = None
-    bucketing: bool = option(True, "Group patients with similar numbers of events, which saves padding.")
-    bucket_width: float = option(BUCKET_WIDTH, "Mixing distance along lengths, in batches.", minimum=0, maximum=1e9)
     shuffle: bool = option(True, "Make new batches in a new order every epoch.")
 
     def __post_init__(self) -> None:
