@@ -29,9 +29,7 @@ class Moments:
     squares: npt.NDArray[np.float64]
 
     @classmethod
-    def measure(
-        cls, variables: list[str], variable: npt.NDArray[np.integer[Any]], value: npt.NDArray[np.float32]
-    ) -> Self:
+    def measure(cls, variables: list[str], variable: npt.NDArray[Any], value: npt.NDArray[np.float32]) -> Self:
         """Measure events: ``variable`` [E] positions in ``variables``, ``value`` [E] with NaN for no number.
 
         Sums of fewer than 2^29 equal float32 numbers are exact in float64: a constant has a variance of exactly 0.

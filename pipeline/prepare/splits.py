@@ -23,7 +23,7 @@ FRACTIONS: Final = (0.64, 0.16, 0.20)
 
 def parse_fractions(text: str) -> tuple[float, ...]:
     """Return the numbers of ``F,F,F``; raise ValueError where they are no fractions or leave no patient for train."""
-    fractions = tuple(float(part) for part in text.split(","))
+    fractions = tuple(map(float, text.split(",")))
     check_fractions(fractions)
     if fractions[0] == 0:
         raise ValueError(f"{text!r} leaves no patient for train")

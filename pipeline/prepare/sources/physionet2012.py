@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 import numpy as np
 import polars as pl
 
-from pipeline.prepare.sources.reading import FILE, ROW, Piece, group_files, reading
+from pipeline.prepare.sources.reading import FILE, ROW, Piece, reading
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
@@ -62,9 +62,6 @@ class PhysioNet2012(Source):
             if outcomes:
                 return outcomes[0]
         return None
-
-    def pieces(self) -> list[Piece]:
-        return group_files([(name, path.stat().st_size) for name, path in self.find_events().items()])
 
     def read(self, piece: Piece) -> RawRows:
         bodies = [_read_body(self.path / name) for name in piece.files]

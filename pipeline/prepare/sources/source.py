@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.options import Section, option
-from pipeline.prepare.sources.reading import SPLIT, Piece
+from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
 from pipeline.prepare.sources.side_files import read_labels
 from pipeline.schema import PATIENT_ID, UserError
 
@@ -104,9 +104,9 @@ class Source(SideFileOptions, ABC):
     def find_events(self) -> dict[str, Path]:
         """Return the files of events, by their names relative to the input."""
 
-    @abstractmethod
     def pieces(self) -> list[Piece]:
         """Divide the input into pieces, which do not depend on the number of workers."""
+        return group_files({name: path.stat().st_size for name, path in self.find_events().items()})
 
     @abstractmethod
     def read(self, piece: Piece) -> RawRows:

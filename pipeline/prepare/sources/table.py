@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
 from pipeline.prepare.sources.csv_pieces import cut_csv
@@ -16,16 +17,17 @@ from pipeline.prepare.sources.reading import (
     MICROSECONDS,
     PIECE_BYTES,
     Piece,
+    concat_files,
     cut_files,
     number_rows,
+    pick_column,
     read_parquet,
-    read_parquet_columns,
     reading,
     to_patient_ids,
     to_plain_column,
     to_utc,
 )
-from pipeline.prepare.sources.side_files import ID_COLUMNS, pick_column, separator_of
+from pipeline.prepare.sources.side_files import ID_COLUMNS, separator_of
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
@@ -90,32 +92,27 @@ class Table(Source, TableOptions):
         return whole + [piece for name, path in large.items() for piece in cut_csv(path, name)]
 
     def read(self, piece: Piece) -> RawRows:
-        columns: list[dict[str, str]] = []
-        frames: list[pl.DataFrame] = []
-        for number, name in enumerate(piece.files):
-            path = self._base / name
-            columns.append(self._pick_columns(path, _read_column_names(path)))
-            if columns[-1].keys() != columns[0].keys():
-                others = f"{piece.files[0]} {', '.join(columns[0])}"
-                raise UserError(f"{path}: holds {', '.join(columns[-1])}, {others}; prepare alike files together")
-            frame, first = _read_columns(path, list(dict.fromkeys(columns[-1].values())), piece)
-            series = {}
-            for role, column in columns[-1].items():
-                name = MINUTE if role == TIME else role  # where minutes would stand, so that rejects show times
-                series[name] = to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
-            frames.append(number_rows(series, file=number, first=first))
-        try:
-            rows = pl.concat(frames, how="vertical_relaxed")
-        except pl.exceptions.PolarsError as error:
-            which = f"{self._base}: {piece.files[0]} and others"
-            raise UserError(f"{which} differ in dtype ({error}); make them alike") from None
+        base = self._base
+        rows = concat_files(base, piece, [self._read_file(base, piece, number) for number in range(len(piece.files))])
         rows = rows.with_columns(to_patient_ids(rows[PATIENT_ID]))
-        if TIME not in columns[0]:
+        if TIME not in rows.columns:
             return RawRows(rows=rows)
-        time = self._to_instants(rows[MINUTE])
-        if ORIGIN in columns[0]:
-            time = (time - self._to_instants(rows[ORIGIN])).dt.total_microseconds() / MICROSECONDS
-        return RawRows(rows=rows.with_columns(time.alias(TIME)), minute=pl.col(TIME))
+        minute = self._to_instants(rows[TIME])
+        if ORIGIN in rows.columns:
+            minute = (minute - self._to_instants(rows[ORIGIN])).dt.total_microseconds() / MICROSECONDS
+        rows = rows.rename({TIME: MINUTE})  # rejects show times as they came
+        return RawRows(rows=rows.with_columns(minute.alias(TIME)), minute=pl.col(TIME))
+
+    def _read_file(self, base: Path, piece: Piece, number: int) -> pl.DataFrame:
+        """Return ``file``, ``row`` and the file's columns by their roles."""
+        path = base / piece.files[number]
+        columns = self._pick_columns(path, _read_column_names(path))
+        frame, first = _read_columns(path, list(dict.fromkeys(columns.values())), piece)
+        series = {
+            role: to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
+            for role, column in columns.items()
+        }
+        return number_rows(series, file=number, first=first)
 
     def _pick_columns(self, path: Path, names: list[str]) -> dict[str, str]:
         """Return the file's columns by their roles."""
@@ -158,9 +155,9 @@ def _is_large_text(path: Path) -> bool:
 
 
 def _read_column_names(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        return read_parquet_columns(path)
     with reading(path):
+        if path.suffix == ".parquet":
+            return list(pq.read_schema(path).names)
         return pl.read_csv(path, n_rows=0, infer_schema=False, separator=separator_of(path), glob=False).columns
 
 
