@@ -171,17 +171,18 @@ def read_parquet(
         name_columns: columns of repeated texts, read as names (``pipeline.prepare.names``) in a sixth of the time.
     """
     with reading(path, KeyError):  # a column of names that is nested
-        metadata = pq.read_metadata(path)
-        present = metadata.schema.to_arrow_schema().names
+        file = pq.ParquetFile(path)
+        metadata, present = file.metadata, file.schema_arrow.names
         wanted = [pick_column(path, present, name, (), f"the headers {', '.join(columns)}") for name in columns]
         wanted += [name for name in optional if name in present]
         groups = range(piece.start, piece.stop or metadata.num_row_groups)
         num_before = sum(metadata.row_group(group).num_rows for group in range(piece.start))
-        with pq.ParquetFile(path, metadata=metadata, read_dictionary=name_columns) as file:
-            table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
+        if name_columns:
+            file = pq.ParquetFile(path, metadata=metadata, read_dictionary=name_columns)
+        table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
         encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
         series = [names.from_dictionary(name, table[name]) for name in encoded]
-        return _to_frame(table.drop_columns(encoded)).with_columns(series), 1 + num_before
+        return _to_frame(table.drop_columns(encoded)).hstack(series), 1 + num_before
 
 
 def concat_files(top: Path, piece: Piece, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
