@@ -15,18 +15,14 @@ from pipeline.prepare.rules import Action, Limits
 
 @dataclass(slots=True)
 class EventFilter:
-    """Events that are still kept, and rejected events by reason.
+    """Events that are still kept: ``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position``.
 
-    Attributes:
-        kept: ``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position``, as ``pipeline.prepare.sort``
-            orders them.
-        rejected: the same columns, by reason.
-        num_clipped: number of values that were changed.
+    They are in the order of ``pipeline.prepare.sort``; ``rejected`` holds the same columns by reason.
     """
 
     kept: pl.DataFrame
     rejected: dict[str, pl.DataFrame] = field(default_factory=dict)
-    num_clipped: int = 0
+    num_clipped: int = 0  # values that were changed
 
     def drop(self, reason: str, which: npt.NDArray[np.bool_]) -> None:
         """Reject the kept events for which ``which`` [E] is true."""

@@ -66,7 +66,8 @@ def write_known_patients(source: Source, options: BuildOptions, work: Path) -> t
         labels = labels.with_columns(hide(labels[PATIENT_ID]), hide(labels[SUBJECT]))
         splits = splits.with_columns(hide(splits[PATIENT_ID]))
     number = pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8)
-    known = labels.with_columns(in_labels=True).join(splits, on=PATIENT_ID, how="full", coalesce=True)
+    labelled = labels.join(splits.rename({PATIENT_ID: SUBJECT}), on=SUBJECT, how="left").with_columns(in_labels=True)
+    known = pl.concat([labelled, splits.join(labels, on=PATIENT_ID, how="anti")], how="diagonal")
     hashes = pl.Series("hash", options.split_rule.hash_patients(known[PATIENT_ID].to_list())[0])
     write_table(work / "known.arrow", known.with_columns(number, hashes).sort("hash").to_arrow())
     return labels_from, labels.height

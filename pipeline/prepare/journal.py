@@ -38,21 +38,13 @@ def ignore_progress(stage: str, *, done: int, total: int, rows: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Tasks of one kind.
-
-    Attributes:
-        name: a word for users.
-        task: the function that does a task.
-        result: the dataclass that a task returns, of JSON values, arrays and such dataclasses.
-        size: the number of rows that a result is about.
-        leaves: patterns of the files below the work folder that task number ``{}`` writes.
-    """
+    """Tasks of one kind."""
 
     name: str
     task: Callable[..., Any]
-    result: type[Any]
-    size: Callable[[Any], int]
-    leaves: tuple[str, ...] = ()
+    result: type[Any]  # the dataclass that a task returns, of JSON values, arrays and such dataclasses
+    size: Callable[[Any], int]  # the number of rows that a result is about
+    leaves: tuple[str, ...] = ()  # patterns of the files below the work folder that task number {} writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +61,9 @@ class StageRunner:
         arguments: Sequence[tuple[Any, ...]],
         are_files_used_up: Callable[[list[Any]], bool] = lambda results: False,
     ) -> list[Any]:
-        """Return the results of the tasks in the order of ``arguments``; the first failure ends the stage.
+        """Return the results of the tasks in the order of their ``arguments``; the first failure ends the stage.
 
-        Args:
-            stage: the tasks.
-            arguments: those of each task, the same ones whenever this run is begun.
-            are_files_used_up: whether later stages are done, given all results, so that the files may be gone.
+        Given all results, ``are_files_used_up`` says whether later stages are done, so that the files may be gone.
         """
         total = len(arguments)
         (self.work / JOURNAL / stage.name).mkdir(parents=True, exist_ok=True)

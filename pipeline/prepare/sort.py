@@ -51,25 +51,15 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class SortedPartition:
-    """Counts and moments of a sorted partition.
-
-    Attributes:
-        train: moments of the train split.
-        num_events: events kept, of all splits.
-        without_events: patients that have no kept row, and are not written.
-        num_labels: rows of the label file that name one of its patients.
-        num_split_by_hash: patients to whom the input gives no split.
-        num_clipped: values that a rule changed.
-        rejects: rows of the spills that are not kept, by reason.
-    """
+    """Counts of a sorted partition, and moments of its train split."""
 
     train: Moments
-    num_events: int
-    without_events: list[str]
-    num_labels: int
-    num_split_by_hash: int
-    num_clipped: int
-    rejects: dict[str, int]
+    num_events: int  # kept, of all splits
+    without_events: list[str]  # patients that have no kept row, and are not written
+    num_labels: int  # rows of the label file that name one of its patients
+    num_split_by_hash: int  # patients to whom the input gives no split
+    num_clipped: int  # values that a rule changed
+    rejects: dict[str, int]  # rows of the spills that are not kept, by reason
 
 
 def measure_partition(partition: Partition) -> Moments:
@@ -183,8 +173,7 @@ def _count_minutes(instant: npt.NDArray[np.int64], rows: PartitionRows, origin: 
 def sort_order(keys: Sequence[npt.NDArray[Any]], ties: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
     """Return the order by ``keys``, whole numbers or minus infinity, then by ``ties``, NaN last; stable.
 
-    The keys become one integer where 64 bits hold their ranges, which sorts several times as fast as columns do, and
-    ties are looked at only where there are any.
+    Where 64 bits hold their ranges the keys become one integer, which sorts several times as fast as columns do.
     """
     packed = np.zeros(len(keys[0]), np.uint64)
     bits = 0

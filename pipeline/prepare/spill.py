@@ -39,23 +39,14 @@ DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
 
 @dataclass(frozen=True, slots=True)
 class SpilledPiece:
-    """Counts of a spilled piece.
-
-    Attributes:
-        num_rows: rows read.
-        num_source_rows: rows of the files, fewer where one row serves several patients.
-        num_kept: rows spilled.
-        num_clipped: values that a rule changed.
-        rejects: the other rows, by reason.
-        columns: names and dtypes of the kept columns besides patients and variables.
-    """
+    """Counts of a spilled piece."""
 
     num_rows: int
-    num_source_rows: int
+    num_source_rows: int  # fewer where one row of a file serves several patients
     num_kept: int
-    num_clipped: int
-    rejects: dict[str, int]
-    columns: dict[str, str]
+    num_clipped: int  # values that a rule changed
+    rejects: dict[str, int]  # the other rows, by reason
+    columns: dict[str, str]  # names and dtypes of the kept columns besides patients and variables
 
 
 def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions, work: Path) -> SpilledPiece:
@@ -131,21 +122,13 @@ def _find_positions(column: pl.Series, texts: list[str]) -> npt.NDArray[np.int32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartitionRows:
-    """The kept rows of a partition's patients, each patient's in the order of pieces and rows.
+    """The kept rows of a partition's patients, each patient's in the order of pieces and rows."""
 
-    Attributes:
-        patient_ids: P names in order, also of patients without a kept row.
-        variables: V names in order.
-        patient: [E] int32, position in ``patient_ids``.
-        variable: [E] int32, position in ``variables``.
-        table: E rows of ``minute``, ``value``, ``file``, ``row`` and perhaps ``set_index``.
-    """
-
-    patient_ids: list[str]
-    variables: list[str]
-    patient: npt.NDArray[np.int32]
-    variable: npt.NDArray[np.int32]
-    table: pa.Table
+    patient_ids: list[str]  # in order, also of patients without a kept row
+    variables: list[str]  # in order
+    patient: npt.NDArray[np.int32]  # [E] position in patient_ids
+    variable: npt.NDArray[np.int32]  # [E] position in variables
+    table: pa.Table  # E rows of minute, value, file, row and perhaps set_index
 
 
 def read_partition(folder: Path, num_pieces: int, partition: int, num_partitions: int) -> PartitionRows:

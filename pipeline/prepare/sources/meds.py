@@ -190,15 +190,7 @@ class Meds(Source, MedsOptions):
             where, name = f"{path}: row {unknown[0] + 1}", frame[SPLIT][unknown[0]]
             advice = "say which is which: --split_map NAME=train,OTHER=test"
             raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
-        subjects = _to_subjects(path, frame)
-        splits = frame[SPLIT].replace_strict(known)
-        patients = {split: subjects.filter(splits == split).cast(pl.String).to_list() for split in SPLITS}
-        of_subjects = check_splits(patients, path)
-        if self.labels is None:
-            return of_subjects
-        samples = self._read_samples(self.labels).select(PATIENT_ID, pl.col(SUBJECT).cast(pl.String))
-        of_samples = samples.join(of_subjects, left_on=SUBJECT, right_on=PATIENT_ID).select(PATIENT_ID, SPLIT)
-        return pl.concat([of_subjects, of_samples])
+        return check_splits(path, _to_subjects(path, frame).cast(pl.String), frame[SPLIT].replace_strict(known))
 
     def read_descriptions(self) -> dict[str, str]:
         """Return each code's descriptions, each once, in the order of ``codes.parquet``."""

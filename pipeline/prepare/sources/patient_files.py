@@ -23,7 +23,7 @@ from pipeline.prepare.sources.reading import (
     to_plain_column,
 )
 from pipeline.prepare.sources.source import RawRows, Source, check_splits
-from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE, VARIABLE, UserError
+from pipeline.schema import MINUTE, SET_INDEX, SPLITS, VALUE, VARIABLE, UserError
 
 SIDE_FILES: Final = {"labels": "oc", "statistics": "stats", "embeddings": "cached"}
 
@@ -52,7 +52,7 @@ class PatientFiles(Source):
     def read(self, piece: Piece) -> RawRows:
         patients = _to_patients(piece.files)
         rows = concat_files(self.path, piece, [self._read_file(piece, number) for number in range(len(piece.files))])
-        rows = rows.with_columns(pl.Series(PATIENT_ID, patients, dtype=pl.String).gather(rows[FILE]))
+        rows = rows.with_columns(patients.gather(rows[FILE]))
         return RawRows(rows=rows, patients=tuple(patients))
 
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
@@ -63,10 +63,8 @@ class PatientFiles(Source):
 
     def read_splits(self) -> pl.DataFrame | None:
         names = list(self.find_events())
-        patients = {split: _to_patients(name for name in names if name.startswith(f"{split}/")) for split in SPLITS}
-        return check_splits(patients, self.path)
+        return check_splits(self.path, _to_patients(names), pl.Series([name.partition("/")[0] for name in names]))
 
 
-def _to_patients(names: Iterable[str]) -> list[str]:
-    stems = [Path(name).name.removesuffix(".parquet") for name in names]
-    return to_patient_ids(pl.Series(stems, dtype=pl.String)).to_list()
+def _to_patients(names: Iterable[str]) -> pl.Series:
+    return to_patient_ids(pl.Series([Path(name).name.removesuffix(".parquet") for name in names], dtype=pl.String))

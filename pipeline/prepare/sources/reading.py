@@ -43,19 +43,12 @@ UNREADABLE: Final = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptio
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A unit of input for one task: a few small files, or a part of a large one.
+    """A unit of input for one task: a few small files, or parts (row groups, bytes, synthetic patients) of one."""
 
-    Attributes:
-        files: names relative to the input, as rejects give them.
-        start: first of the file's parts (row groups, bytes, or synthetic patients); 0 where files are read whole.
-        stop: one past the last part.
-        first_row: number of the first data row of a range of bytes.
-    """
-
-    files: tuple[str, ...]
-    start: int = 0
-    stop: int = 0
-    first_row: int = 1
+    files: tuple[str, ...]  # names relative to the input, as rejects give them
+    start: int = 0  # the first part
+    stop: int = 0  # one past the last part; 0 where files are read whole
+    first_row: int = 1  # number of the first data row of a range of bytes
 
 
 @contextmanager
