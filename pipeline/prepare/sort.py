@@ -101,7 +101,7 @@ def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa
     patient, variable, value, minute = (events[name].to_numpy() for name in ("patient", "variable", "value", "minute"))
     set_start = np.flatnonzero(~equals_previous(events, ["patient", "set"]))
     set_size = np.diff(set_start, append=len(patient)).astype(np.int32)
-    set_minute = _reduce(np.minimum, minute, set_start)
+    set_minute = np.minimum.reduceat(minute, set_start)
     patient_start = np.flatnonzero(np.diff(patient[set_start], prepend=-1))
     num_sets = np.diff(patient_start, append=len(set_start)).astype(np.int32)
     present = patient[set_start][patient_start]
@@ -114,7 +114,7 @@ def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa
         "set_size": to_lists(num_sets, set_size),
         "code": to_lists(num_events, variable),
         "value": to_lists(num_events, value),
-        "max_set_size": _reduce(np.maximum, set_size, patient_start),
+        "max_set_size": np.maximum.reduceat(set_size, patient_start),
         "split_number": patients[SPLIT].to_numpy()[present],
     }
     # Names are in order, so their positions are.
@@ -162,7 +162,7 @@ def _count_minutes(instant: npt.NDArray[np.int64], rows: PartitionRows, origin: 
     may_be_origin = is_timed & origin.may_be(rows.variables)[rows.variable]
     first = np.full((2, len(rows.patient_ids)), never)
     for of_patient, which in zip(first, (may_be_origin, is_timed), strict=True):
-        np.minimum.at(of_patient, rows.patient[start], _reduce(np.minimum, np.where(which, instant, never), start))
+        np.minimum.at(of_patient, rows.patient[start], np.minimum.reduceat(np.where(which, instant, never), start))
     if origin.variable is None:
         first[0] = np.where(first[0] == never, first[1], first[0])
     zero = first[0][rows.patient]
@@ -205,11 +205,6 @@ def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule)
     subjects = patients[SUBJECT].fill_null(patients[PATIENT_ID])
     split = pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(subjects.to_list())))
     return patients.with_columns(split, by_hash=pl.col(SPLIT).is_null())
-
-
-def _reduce(function: np.ufunc, values: npt.NDArray[Any], starts: Ints) -> npt.NDArray[Any]:
-    reduced: npt.NDArray[Any] = function.reduceat(values, starts) if len(starts) else values[:0]
-    return reduced
 
 
 def _tabulate_rejects(rows: PartitionRows, rejected: dict[str, pl.DataFrame]) -> pa.Table:

@@ -95,10 +95,8 @@ class Meds(Source, MedsOptions):
         return Origin(variable=self.origin_code, never=BIRTH)
 
     def find_events(self) -> dict[str, Path]:
-        files = sorted((self.path / "data").rglob("*.parquet"))
-        if not files:
-            raise UserError(f"{self.path}: no data/**/*.parquet here; name the folder that holds data and metadata")
-        return {path.relative_to(self.path).as_posix(): path for path in files}
+        wanted = "data/**/*.parquet here; name the folder that holds data and metadata"
+        return self.name_files(sorted((self.path / "data").rglob("*.parquet")), wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
         paths = {name: self.path / "metadata" / f"{name}.parquet" for name in ("subject_splits", "codes")}

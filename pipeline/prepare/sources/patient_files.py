@@ -23,9 +23,9 @@ from pipeline.prepare.sources.reading import (
     to_plain_column,
 )
 from pipeline.prepare.sources.source import RawRows, Source, check_splits
-from pipeline.schema import MINUTE, SET_INDEX, SPLITS, VALUE, VARIABLE, UserError
+from pipeline.schema import MINUTE, SET_INDEX, SPLITS, VALUE, VARIABLE
 
-SIDE_FILES: Final = {"labels": "oc", "statistics": "stats", "embeddings": "cached"}
+SIDE_FILES: Final = {"labels": "oc.csv", "statistics": "stats.csv", "embeddings": "cached.csv"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +36,15 @@ class PatientFiles(Source):
 
     def find_events(self) -> dict[str, Path]:
         files = [path for split in SPLITS for path in sorted((self.path / split).glob("*.parquet"))]
-        if not files:
-            wanted = f"{{{','.join(SPLITS)}}}/<patient>.parquet"
-            raise UserError(f"{self.path}: no {wanted} here; name the folder above them")
-        return {path.relative_to(self.path).as_posix(): path for path in files}
-
-    def _find_side_file(self, name: str) -> Path | None:
-        paths = (self.path / name, self.path.absolute().parent / name)
-        return next((path for path in paths if path.is_file()), None)
+        return self.name_files(files, f"{{{','.join(SPLITS)}}}/<patient>.parquet here; name the folder above them")
 
     def find_side_files(self) -> dict[str, Path | None]:
-        found = {role: self._find_side_file(f"{name}.csv") for role, name in SIDE_FILES.items()}
-        return found | {role: path for role, path in super().find_side_files().items() if path is not None}
+        given = super().find_side_files()
+        found = {}
+        for role, name in SIDE_FILES.items():
+            paths = (self.path / name, self.path.absolute().parent / name)
+            found[role] = given.get(role) or next((path for path in paths if path.is_file()), None)
+        return found
 
     def read(self, piece: Piece) -> RawRows:
         patients = _to_patients(piece.files)

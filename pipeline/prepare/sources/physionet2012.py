@@ -44,10 +44,8 @@ class PhysioNet2012(Source):
     name: ClassVar[str] = "physionet2012"
 
     def find_events(self) -> dict[str, Path]:
-        records = {path.name: path for path in self.path.iterdir() if is_record(path)}
-        if not records:
-            raise UserError(f"{self.path}: no record files (<RecordID>.txt) here; name the folder that holds them")
-        return {name: records[name] for name in sorted(records)}
+        wanted = "record files (<RecordID>.txt) here; name the folder that holds them"
+        return self.name_files(sorted(filter(is_record, self.path.iterdir())), wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
         return super().find_side_files() | {"labels": self.labels or self._find_outcomes()}

@@ -88,9 +88,21 @@ class Source(SideFileOptions, ABC):
     def origin(self) -> Origin:
         return Origin()
 
+    @property
+    def base(self) -> Path:
+        """The folder that names of files are relative to."""
+        return self.path
+
     @abstractmethod
     def find_events(self) -> dict[str, Path]:
         """Return the files of events, by their names relative to the input."""
+
+    def name_files(self, files: Iterable[Path], wanted: str) -> dict[str, Path]:
+        """Return files by their names; raise UserError, saying what is ``wanted``, where there are none."""
+        named = {path.relative_to(self.base).as_posix(): path for path in files}
+        if not named:
+            raise UserError(f"{self.path}: no {wanted}")
+        return named
 
     def pieces(self) -> list[Piece]:
         """Divide the input into pieces, which do not depend on the number of workers."""

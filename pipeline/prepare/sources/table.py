@@ -66,8 +66,7 @@ class Table(Source, TableOptions):
     name: ClassVar[str] = "table"
 
     @property
-    def _base(self) -> Path:
-        """The folder that names in rejects are relative to."""
+    def base(self) -> Path:
         base = self.path
         while glob.has_magic(str(base)) and not base.exists():
             base = base.parent
@@ -81,19 +80,19 @@ class Table(Source, TableOptions):
             found = map(Path, glob.iglob(str(self.path), recursive=True))
         others = {path.resolve() for path in (self.labels, self.embeddings) if path}
         files = sorted(path for path in found if is_table(path) and path.resolve() not in others)
-        if not files:
-            raise UserError(f"{self.path}: no files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern")
-        return {path.relative_to(self._base).as_posix(): path for path in files}
+        return self.name_files(files, f"files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern")
 
     def pieces(self) -> list[Piece]:
         files = self.find_events()
-        large = {name: path for name, path in files.items() if _is_large_text(path)}
+        texts = {name: path for name, path in files.items() if path.suffix in (".csv", ".tsv")}
+        large = [name for name, path in texts.items() if path.stat().st_size > PIECE_BYTES]
         whole = cut_files({name: path for name, path in files.items() if name not in large})
-        return whole + [piece for name, path in large.items() for piece in cut_csv(path, name)]
+        return whole + [piece for name in large for piece in cut_csv(files[name], name)]
 
     def read(self, piece: Piece) -> RawRows:
-        base = self._base
-        rows = concat_files(base, piece, [self._read_file(base, piece, number) for number in range(len(piece.files))])
+        base = self.base
+        frames = [self._read_file(base / name, piece, number) for number, name in enumerate(piece.files)]
+        rows = concat_files(base, piece, frames)
         rows = rows.with_columns(to_patient_ids(rows[PATIENT_ID]))
         if TIME not in rows.columns:
             return RawRows(rows=rows)
@@ -103,9 +102,8 @@ class Table(Source, TableOptions):
         rows = rows.rename({TIME: MINUTE})  # rejects show times as they came
         return RawRows(rows=rows.with_columns(minute.alias(TIME)), minute=pl.col(TIME))
 
-    def _read_file(self, base: Path, piece: Piece, number: int) -> pl.DataFrame:
+    def _read_file(self, path: Path, piece: Piece, number: int) -> pl.DataFrame:
         """Return ``file``, ``row`` and the file's columns by their roles."""
-        path = base / piece.files[number]
         columns = self._pick_columns(path, _read_column_names(path))
         frame, first = _read_columns(path, list(dict.fromkeys(columns.values())), piece)
         series = {
@@ -123,7 +121,7 @@ class Table(Source, TableOptions):
         columns = {PATIENT_ID: pick("patient_column", ID_COLUMNS), VARIABLE: pick("variable_column", VARIABLE_COLUMNS)}
         columns[VALUE] = pick("value_column", VALUE_COLUMNS)
         if self.time_column or not (self.minute_column or any(name in names for name in MINUTE_COLUMNS)):
-            known = () if self.time_column else (*MINUTE_COLUMNS, *TIME_COLUMNS)
+            known = (*MINUTE_COLUMNS, *TIME_COLUMNS)
             columns[TIME] = pick_column(path, names, self.time_column, known, "--minute_column or --time_column")
             if self.origin_column:
                 columns[ORIGIN] = pick("origin_column", ())
@@ -148,10 +146,6 @@ class Table(Source, TableOptions):
             found = f"the time column holds {column.dtype}, no dates"
             raise UserError(f"{self.path}: {found}; if it holds minutes, use --minute_column")
         return to_utc(column)
-
-
-def _is_large_text(path: Path) -> bool:
-    return path.suffix in (".csv", ".tsv") and path.stat().st_size > PIECE_BYTES
 
 
 def _read_column_names(path: Path) -> list[str]:
