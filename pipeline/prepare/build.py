@@ -178,8 +178,7 @@ class _Steps:
         """Write the embeddings of the vocabulary, if there are some, and return their width."""
         target = self.runner.work / "data" / EMBEDDINGS_FILE
         if self.options.reference is not None:
-            self.options.reference.copy_embeddings(target)
-            return self.options.reference.manifest.embedding_dim
+            return self.options.reference.copy_embeddings(target)
         path = self.source.find_side_files()["embeddings"]
         if path is None:
             return None

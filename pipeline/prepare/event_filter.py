@@ -62,7 +62,8 @@ class EventFilter:
             order = np.lexsort((value, minute, is_number, np.cumsum(~is_merged)))
             remaining = order[np.append(start[1:], len(value)) - 1]
             merged = value[remaining]
-            is_merged[start], is_merged[remaining] = True, False
+            is_merged[start] = True
+            is_merged[remaining] = False
         self.drop("aggregated", is_merged)
         self.kept = self.kept.with_columns(pl.Series("value", merged), pl.Series("minute", min_minute))
 

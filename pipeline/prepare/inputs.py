@@ -21,10 +21,7 @@ from pipeline.schema import PATIENT_ID, SPLITS, UserError
 from pipeline.storage.files import file_sha256
 
 WORK_BYTES: Final = {".parquet": 4.0, ".gz": 6.0}
-"""Minimum number of bytes that the work takes on disk for each byte of input; 1 for plain text.
-
-A row takes 28 in the spills and 10 sorted; it comes as about 5 of compressed Parquet, or 20 to 40 of text.
-"""
+"""Minimum number of bytes of disk for a byte of input; 1 for text.  A row takes 28 spilled, 10 sorted, 5 as Parquet."""
 
 
 def compute_fingerprint(source: Source, options: Mapping[str, Any]) -> str:

@@ -78,12 +78,13 @@ class ReferenceDataSet:
             if wanted != _to_tuple(saved):
                 raise UserError(f"--{name}: {self.folder} was prepared with {saved!r}; leave it out, --like gives it")
 
-    def copy_embeddings(self, target: Path) -> None:
-        """Copy the embeddings, if the data set has some, to the file ``target``."""
+    def copy_embeddings(self, target: Path) -> int | None:
+        """Copy the embeddings, if the data set has some, to the file ``target``, and return their width."""
         if self.manifest.embedding_dim is not None:
             with open_checked(self.folder, self.manifest, EMBEDDINGS_FILE) as embeddings:
                 shutil.copyfile(embeddings, target)
             sync(target)
+        return self.manifest.embedding_dim
 
 
 def _to_tuple(value: Any) -> Any:

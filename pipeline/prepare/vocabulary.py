@@ -25,20 +25,14 @@ def make_vocabulary(
 ) -> pa.Table:
     """Return ``VOCABULARY_SCHEMA``: padding, unknown, then the train split's variables in the order of their names.
 
-    Values are scaled with ``mean`` and ``std``, so a std of 0 is 1.
-
-    Args:
-        train: moments of the train split.
-        statistics: mean and std to use instead, by variable.
-        min_count: variables with fewer events are left out, unless they have limits.
-        limits: low and high of outliers, by variable; a variable that has them never becomes unknown.
-        descriptions: meaning of variables, where it is known.
+    Values are scaled with ``mean`` and ``std``, so a std of 0 is 1; ``statistics`` hold them by variable, where those of
+    ``train`` are not meant.  Variables with fewer events than ``min_count`` are left out, unless they have ``limits``.
     """
     rows: list[tuple[Any, ...]] = [(name, 0, 0.0, 1.0, None, None, None) for name in RESERVED_VARIABLES]
     assert len(rows) == FIRST_CODE
     moments = zip(train.variables, train.count.tolist(), train.mean.tolist(), train.std.tolist(), strict=True)
     for variable, count, mean, std in moments:
-        if count >= max(min_count, 1) or variable in limits:
+        if count >= min_count or variable in limits:
             scale = statistics.get(variable, (mean, std))
             low, high = limits.get(variable, (None, None))
             rows.append((variable, count, scale[0], scale[1] or 1.0, low, high, descriptions.get(variable)))

@@ -19,10 +19,9 @@ ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
 
 
 def read_frame(path: Path, needed: Sequence[str] = (), header: str | None = None) -> pl.DataFrame:
-    """Return a whole CSV file (every column as text) or Parquet file, with the ``needed`` columns among others.
+    """Return a whole CSV file (every column as text) or Parquet file.
 
-    Raises:
-        UserError: it cannot be read, or a column is missing; the message shows the ``header`` that is needed.
+    One that has not all ``needed`` columns is a UserError that shows the ``header`` that it should have.
     """
     with reading(path):
         if path.suffix == ".parquet":
@@ -42,9 +41,6 @@ def read_labels(path: Path, label_column: str | None = None, id_column: str | No
     """Return ``patient_id``, ``label`` of a CSV or Parquet file, a row a patient; empty and -1 mean unlabelled.
 
     Where the file has no ``id_column``, the patient is one of ``ID_COLUMNS``.
-
-    Raises:
-        UserError: unreadable, a column is missing, a label is none of 0, 1, -1, or two labels contradict.
     """
     frame = read_frame(path)
     id_columns = [id_column, *ID_COLUMNS] if id_column else ID_COLUMNS
@@ -104,9 +100,6 @@ def read_embeddings(path: Path, variables: Sequence[str]) -> npt.NDArray[np.floa
     """Return [num_codes, D] the vectors of the vocabulary's ``variables``, from a CSV of ``Key`` and D numbers.
 
     Those of padding and unknown, the first two variables, are zeros.
-
-    Raises:
-        UserError: unreadable, no ``Key``, a key twice, a variable without a vector, or one that is not all numbers.
     """
     frame = read_keyed_frame(path, ("Key",), "Key,0,1,2 …")
     if frame.width == 1:
