@@ -38,7 +38,7 @@ REJECTS_SCHEMA: Final = pa.schema(
 def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return the rows to keep, and the rows to reject with ``reason``, ``file``, ``row`` and the others as text.
 
-    Those to keep have ``file`` uint32, ``row`` int64, ``patient_id`` and ``variable`` names (``pipeline.prepare.names``),
+    Those to keep have ``file`` uint32, ``row`` int64, ``patient_id`` and ``variable`` as ``pipeline.prepare.names``,
     ``minute`` float64, or ``Datetime("us")`` and null where static, ``value`` float32 and null where there is no
     number, and ``set_index`` int64 where the input has it.
     """
@@ -51,14 +51,12 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     set_index = [_to_whole_number(rows, name) for name in set_columns]
     typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index)
     minute, value = pl.col(MINUTE), pl.col(VALUE)
-    instants = typed.schema[MINUTE].is_temporal()
+    instants, outside = typed.schema[MINUTE].is_temporal(), ~(minute.abs() <= FLOAT32_MAX).fill_null(False)
     rules: dict[str, pl.Expr | pl.Series] = {
         "no_patient": names.test(patient, is_blank).fill_null(True),
         "no_variable": names.test(variable, is_blank).fill_null(True),
         "reserved_variable": names.test(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
-        "bad_minute": (minute.is_null() & (not raw.static))
-        if instants
-        else ~(minute.abs() <= FLOAT32_MAX).fill_null(False),
+        "bad_minute": minute.is_null() & (not raw.static) if instants else outside,
         "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},

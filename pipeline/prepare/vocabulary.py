@@ -25,8 +25,8 @@ def make_vocabulary(
 ) -> pa.Table:
     """Return ``VOCABULARY_SCHEMA``: padding, unknown, then the train split's variables in the order of their names.
 
-    Values are scaled with ``mean`` and ``std``, so a std of 0 is 1; ``statistics`` hold them by variable, where those of
-    ``train`` are not meant.  Variables with fewer events than ``min_count`` are left out, unless they have ``limits``.
+    Values are scaled with ``mean`` and ``std``, so a std of 0 is 1; ``statistics`` replace those of some variables.
+    Variables with fewer events than ``min_count`` are left out, unless they have ``limits``.
     """
     rows: list[tuple[Any, ...]] = [(name, 0, 0.0, 1.0, None, None, None) for name in RESERVED_VARIABLES]
     assert len(rows) == FIRST_CODE
