@@ -22,7 +22,6 @@ Action: TypeAlias = Literal["clip", "reject"]
 Limits: TypeAlias = Mapping[str, tuple[float, float]]
 """Minimum and maximum value, by variable."""
 
-AGGREGATES: Final[tuple[Aggregate, ...]] = get_args(Aggregate)
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,6 @@ from pipeline.prepare.sources.source import Origin
 from pipeline.prepare.spill import STATIC_INSTANT, PartitionRows, read_partition
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE
-
-Ints: TypeAlias = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> Sorted
     )
 
 
-def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa.Table, Ints]:
+def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa.Table, npt.NDArray[Any]]:
     """Return a row a patient in shard order, and the positions in ``patients`` of those that have events."""
     patient, variable, value, minute = (events[name].to_numpy() for name in ("patient", "variable", "value", "minute"))
     set_start = np.flatnonzero(~equals_previous(events, ["patient", "set"]))

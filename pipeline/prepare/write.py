@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +39,14 @@ def write_partition(work: Path, partition: int, vocabulary: pa.Table, suffixes: 
     variables = json.loads(table.schema.metadata[b"variables"])
     code_of = dict(zip(vocabulary["variable"].to_pylist(), range(vocabulary.num_rows), strict=True))
     codes = np.array([code_of.get(variable, UNKNOWN_CODE) for variable in variables], dtype=np.int32)
-    count = np.bincount(_flatten(table, "code"), minlength=len(variables))
-    unknown = {variables[at]: int(count[at]) for at in np.flatnonzero((codes == UNKNOWN_CODE) & (count > 0))}
     shards: dict[str, list[ShardEntry]] = {}
+    unknown: Counter[str] = Counter()
     for number, split in enumerate(SPLITS):
         rows = table.filter(pa.array(table["split_number"].to_numpy() == number))
         if not rows.num_rows:
             continue
+        count = np.bincount(_flatten(rows, "code"), minlength=len(variables))
+        unknown += Counter({variables[at]: int(count[at]) for at in np.flatnonzero(codes == UNKNOWN_CODE)})
         shard = _encode(rows, codes, vocabulary)
         paths = [f"{split}/{partition:05d}{suffix}" for suffix in suffixes]
         shards[split] = [write_shard(shard, work / "data", path) for path in paths]
@@ -52,7 +54,7 @@ def write_partition(work: Path, partition: int, vocabulary: pa.Table, suffixes: 
         columns = dict(zip(rows.column_names, rows.columns, strict=True)) | place
         index = pa.table(columns | {"position": np.arange(rows.num_rows)}).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
         write_table(work / "index" / f"{split}-{partition:05d}.arrow", index)
-    return WrittenPartition(shards, int(count.sum()), unknown)
+    return WrittenPartition(shards, sum(entries[0].num_events for entries in shards.values()), dict(unknown))
 
 
 def _encode(rows: pa.Table, codes: npt.NDArray[np.int32], vocabulary: pa.Table) -> pa.Table:

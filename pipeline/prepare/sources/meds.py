@@ -25,7 +25,7 @@ from pipeline.prepare.sources.reading import (
     to_utc,
 )
 from pipeline.prepare.sources.side_files import merge_labels, parse_labels, read_frame
-from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
+from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits, list_parquet
 from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
 
@@ -151,7 +151,7 @@ class Meds(Source, MedsOptions):
 
     def _read_samples(self, labels: Path) -> pl.DataFrame:
         """Return ``subject``, ``prediction_time``, ``patient_id``, ``label``: a row a sample."""
-        files = sorted(labels.rglob("*.parquet")) if labels.is_dir() else [labels]
+        files = list_parquet(labels)
         if not files:
             raise UserError(f"{labels}: no **/*.parquet here; name the label file, or the folder of a task")
         time = pl.col(PREDICTION_TIME).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")

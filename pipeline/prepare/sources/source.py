@@ -124,14 +124,16 @@ class Source(SideFileOptions, ABC):
 
         Both decide the output as the content of the file does: a file in another folder may be of another split.
         """
-        events = {f"events/{name}": path for name, path in self.find_events().items()}
-        others = [(role, path) for role, path in self.find_side_files().items() if path is not None]
-        return events | {name: path for role, top in others for name, path in _list_files(role, top)}
+        found = {f"events/{name}": path for name, path in self.find_events().items()}
+        side_files = [(role, top) for role, top in self.find_side_files().items() if top is not None]
+        for role, top in side_files:
+            found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_parquet(top)}
+        return found
 
     def read_labels(self) -> tuple[str, pl.DataFrame] | None:
         """Return the labels' origin, and ``patient_id``, ``label``, a row a patient; None without labels.
 
-        A column ``subject``, where there is one, says whose hash decides the patient's split instead of its own.
+        A column ``subject``, where there is one, says whose split, given or by hash, the patient shares.
         """
         path, patient_column = self.find_side_files()["labels"], getattr(self, "patient_column", None)
         return None if path is None else (str(path), read_labels(path, self.label_column, patient_column))
@@ -145,9 +147,9 @@ class Source(SideFileOptions, ABC):
         return {}
 
 
-def _list_files(role: str, top: Path) -> Iterable[tuple[str, Path]]:
-    files = sorted(top.rglob("*.parquet")) if top.is_dir() else [top]
-    return [(f"{role}/{path.relative_to(top.parent).as_posix()}", path) for path in files]
+def list_parquet(top: Path) -> list[Path]:
+    """Return the Parquet files of a folder and its folders; of a file itself."""
+    return sorted(top.rglob("*.parquet")) if top.is_dir() else [top]
 
 
 def check_splits(path: Path, patients: pl.Series, splits: pl.Series) -> pl.DataFrame:
