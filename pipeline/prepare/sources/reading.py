@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -101,8 +100,15 @@ def to_patient_ids(column: pl.Series) -> pl.Series:
 
 def group_files(sizes: Mapping[str, int]) -> list[Piece]:
     """Return pieces of whole files, about ``PIECE_BYTES`` each, in the order of ``sizes``, bytes by name."""
-    files = tuple(sizes)
-    return [Piece(files=files[start:stop]) for start, stop in _divide(list(sizes.values()))]
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > PIECE_BYTES:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return [Piece(files=tuple(group)) for group in groups]
 
 
 def cut_files(files: Mapping[str, Path]) -> list[Piece]:
@@ -115,24 +121,17 @@ def cut_files(files: Mapping[str, Path]) -> list[Piece]:
     for name, path in files.items():
         with reading(path):
             metadata = pq.read_metadata(path) if path.suffix == ".parquet" else None
-        whole[name] = metadata.num_rows * ROW_BYTES if metadata else path.stat().st_size
-        if metadata and whole[name] > PIECE_BYTES:
-            del whole[name]
-            groups = [metadata.row_group(group).num_rows * ROW_BYTES for group in range(metadata.num_row_groups)]
-            parts += [Piece(files=(name,), start=start, stop=stop) for start, stop in _divide(groups)]
+        num_bytes = metadata.num_rows * ROW_BYTES if metadata else path.stat().st_size
+        if metadata is None or num_bytes <= PIECE_BYTES:
+            whole[name] = num_bytes
+            continue
+        start = num_bytes = 0
+        for group in range(metadata.num_row_groups):
+            num_bytes += metadata.row_group(group).num_rows * ROW_BYTES
+            if num_bytes >= PIECE_BYTES or group + 1 == metadata.num_row_groups:
+                parts.append(Piece(files=(name,), start=start, stop=group + 1))
+                start, num_bytes = group + 1, 0
     return group_files(whole) + parts
-
-
-def _divide(sizes: Sequence[int]) -> Iterable[tuple[int, int]]:
-    """Divide consecutive things of these ``sizes`` into ranges of at most ``PIECE_BYTES``, or of one thing alone."""
-    starts: list[int] = []
-    total = 0
-    for number, size in enumerate(sizes):
-        if not starts or total + size > PIECE_BYTES:
-            starts.append(number)
-            total = 0
-        total += size
-    return pairwise([*starts, len(sizes)])
 
 
 def pick_column(path: Path, columns: Iterable[str], wanted: str | None, known: Sequence[str], flag: str) -> str:
