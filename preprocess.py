@@ -36,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, explicit = parse_command(arguments)
         command, output = options.command, options.command.output
-        source, what = resolve_options(options, explicit)
+        source, build_options = resolve_options(options, explicit)
         console = Console(stderr=True, highlight=False)
         console.print(f"{command.input}: read as {source.name}")
         log = partial(console.print, f"{output}:", soft_wrap=True)
+        execution, overwrite = options.execution, command.overwrite
         with stage_bars(console) as bars:
             summary = build(
-                source, output, what, execution=options.execution, overwrite=command.overwrite, progress=bars, log=log
+                source, output, build_options, execution=execution, overwrite=overwrite, progress=bars, log=log
             )
         if not (output / REPORT_FILE).exists():
             remove_leftovers(output, REPORT_FILE)

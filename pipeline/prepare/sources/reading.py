@@ -165,7 +165,7 @@ def read_parquet(
     with reading(path, KeyError):  # a column of names that is nested
         file = pq.ParquetFile(path)
         metadata, present = file.metadata, file.schema_arrow.names
-        wanted = [pick_column(path, present, name, (), f"the headers {', '.join(columns)}") for name in columns]
+        wanted = [pick_column(path, present, name, (), f"a header {','.join(columns)}") for name in columns]
         wanted += [name for name in optional if name in present]
         groups = range(piece.start, piece.stop or metadata.num_row_groups)
         num_before = sum(metadata.row_group(group).num_rows for group in range(piece.start))
@@ -179,11 +179,11 @@ def read_parquet(
 
 def concat_files(top: Path, piece: Piece, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """Join the rows of a piece's files below ``top``; raise UserError where columns or dtypes differ."""
-    first = frames[0].columns
-    for name, frame in zip(piece.files, frames, strict=True):
-        if frame.columns != first:
-            odd = min(set(frame.columns) ^ set(first))
-            held = f"holds {', '.join(frame.columns)}, {piece.files[0]} {', '.join(first)}"
+    columns = [frame.columns[2:] for frame in frames]  # without file and row
+    for name, present in zip(piece.files, columns, strict=True):
+        if present != columns[0]:
+            odd = min(set(present) ^ set(columns[0]))
+            held = f"holds {', '.join(present)}, {piece.files[0]} {', '.join(columns[0])}"
             raise UserError(f"{top / name}: {held}; {odd!r} is in some files only: prepare alike files together")
     try:
         return pl.concat(frames, how="vertical_relaxed")
