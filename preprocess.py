@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from pipeline.prepare.build import build
 from pipeline.prepare.command import parse_command, resolve_options
-from pipeline.prepare.console import print_summary, stage_bars
+from pipeline.prepare.journal import Progress as StageProgress
 from pipeline.reports.data_report import write_data_report
 from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, UserError
 from pipeline.storage.files import remove_leftovers
@@ -32,14 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = None
     try:
         options, explicit = parse_command(arguments)
-        output = options.command.output
+        command, output = options.command, options.command.output
         source, build_options = resolve_options(options, explicit)
         console = Console(stderr=True, highlight=False)
-        console.print(f"{options.command.input}: read as {source.name}")
-        with stage_bars(console) as update_bars:
-            shown: dict[str, Any] = {"progress": update_bars, "log": partial(_log, console, output)}
-            overwrite = options.command.overwrite
-            summary = build(source, output, build_options, execution=options.execution, overwrite=overwrite, **shown)
+        console.print(f"{command.input}: read as {source.name}")
+        log = partial(console.print, f"{output}:", soft_wrap=True)
+        execution, overwrite = options.execution, command.overwrite
+        with stage_bars(console) as bars:
+            summary = build(
+                source, output, build_options, execution=execution, overwrite=overwrite, progress=bars, log=log
+            )
         if not (output / REPORT_FILE).exists():
             remove_leftovers(output, REPORT_FILE)
             write_data_report(output)
@@ -50,17 +55,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print("preprocess.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    print_summary(summary, verbose=options.command.verbose)
+    print_summary(summary, verbose=command.verbose)
     print(f"{output}: ready; {output / REPORT_FILE} shows it")
     return 0
 
 
-def _log(console: Console, output: Path, line: str) -> None:
-    console.print(f"{output}: {line}", soft_wrap=True)
-
-
 def _interrupt(number: int, _: object) -> NoReturn:
     raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def stage_bars(console: Console) -> Iterator[StageProgress]:
+    """Show a progress bar for each stage, with its rate, and give the function that updates them."""
+    count = TextColumn("{task.completed}/{task.total}  {task.fields[rate]}")
+    columns = (TextColumn("{task.description:>6}"), BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as bars:
+
+        def update(stage: str, *, done: int, total: int, rows: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            elapsed = bars.tasks[tasks[stage]].elapsed
+            rate = f"{rows / elapsed / 1e6:.2f} M rows/s" if elapsed else ""
+            bars.update(tasks[stage], completed=done, rate=rate)
+
+        yield update
+
+
+def print_summary(summary: dict[str, Any], *, verbose: bool) -> None:
+    """Print the counts of a summary; if ``verbose``, all of it but the ids of patients."""
+    if verbose:
+        shown = {name: value for name, value in summary.items() if name != "patients_without_events_first"}
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
+    counts: dict[str, dict[str, int]] = summary["splits"]
+    table = Table("", *counts["train"])
+    for split, numbers in counts.items():
+        table.add_row(split, *(f"{number:,}" for number in numbers.values()))
+    Console().print(table)
+    rejects = ", ".join(f"{reason} {number:,}" for reason, number in summary["rejects"].items()) or "none"
+    print(f"rows {summary['events_in']:,} = written {summary['events_written']:,} + rejected ({rejects})")
+    print(f"labels from {summary['labels_from'] or 'nowhere'}; {summary['unlabelled_patients']:,} patients unlabelled")
+    memory = f"at most {summary['peak_rss_bytes'] / 2**20:,.0f} MiB in a process"
+    print(f"{summary['seconds']:.1f} s, {summary['events_per_second'] / 1e6:.2f} M rows/s, {memory}")
 
 
 if __name__ == "__main__":

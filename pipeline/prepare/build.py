@@ -60,10 +60,8 @@ def build(
 
     Args:
         source: the input.
-        output: a new or an empty folder, or a data directory.
-        options: with the source, what decides the output.
-        execution: what runs the tasks.
-        overwrite: whether to replace a data set in ``output``.
+        output: a new or an empty folder, or a data directory, which ``overwrite`` allows to replace.
+        options: with the source, what decides the output; ``execution`` does not.
         progress: is called after every task.
         log: receives a line when a run does not begin from nothing.
 
@@ -105,16 +103,17 @@ class _Steps:
     options: BuildOptions
 
     def run(self) -> Results:
-        """Run all stages and return their results."""
         labels_from, num_labels = write_known_patients(self.source, self.options, self.runner.work)
         spilled = self.read_pieces()
-        partitions = self.cut_partitions(spilled)
+        total = self._count_partitions(spilled)
+        work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
+        partitions = [Partition(work, number, total, len(self.pieces), rule, origin) for number in range(total)]
         limits = self.compute_limits(partitions)
         parts = self.sort_partitions(partitions, limits)
         if num_labels and not any(part.num_labels for part in parts):
             raise UserError(f"{labels_from}: names no patient of the input; give the labels of these patients")
-        statistics_file = self.source.find_side_files().get("statistics")
-        statistics = read_statistics(statistics_file) if statistics_file and not self.options.reference else {}
+        path = self.source.find_side_files().get("statistics")
+        statistics = read_statistics(path) if path and not self.options.reference else {}
         vocabulary = self.make_vocabulary(parts, statistics, limits)
         embedding_dim = self.write_embeddings(vocabulary)  # before the long work: it may refuse
         written = self.write_partitions(len(parts), vocabulary)
@@ -123,7 +122,7 @@ class _Steps:
     def read_pieces(self) -> list[SpilledPiece]:
         leaves = ("spills/{:05d}.*.arrow", "rejects/{:05d}.parquet")
         stage = Stage("read", spill_piece, SpilledPiece, attrgetter("num_rows"), leaves)
-        later = [["sort", "write"], *([["measure"]] if self._measures_outliers else [])]
+        later = [["sort", "write"], ["measure"]] if self._measures_outliers else [["sort", "write"]]
 
         def are_used_up(spilled: list[SpilledPiece]) -> bool:
             return all(self.runner.are_done(stages, self._count_partitions(spilled)) for stages in later)
@@ -139,11 +138,6 @@ class _Steps:
 
     def _count_partitions(self, spilled: Sequence[SpilledPiece]) -> int:
         return max(1, -(-sum(piece.num_kept for piece in spilled) // self.options.events_per_shard))
-
-    def cut_partitions(self, spilled: Sequence[SpilledPiece]) -> list[Partition]:
-        total = self._count_partitions(spilled)
-        work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
-        return [Partition(work, number, total, len(self.pieces), rule, origin) for number in range(total)]
 
     @property
     def _measures_outliers(self) -> bool:
@@ -184,8 +178,7 @@ class _Steps:
         """Write the embeddings of the vocabulary, if there are some, and return their width."""
         target = self.runner.work / "data" / EMBEDDINGS_FILE
         if self.options.reference is not None:
-            self.options.reference.copy_embeddings(target)
-            return self.options.reference.manifest.embedding_dim
+            return self.options.reference.copy_embeddings(target)
         path = self.source.find_side_files()["embeddings"]
         if path is None:
             return None

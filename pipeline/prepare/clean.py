@@ -30,22 +30,17 @@ REJECTS_SCHEMA: Final = pa.schema(
         pa.field("reason", pa.string(), nullable=False),
         pa.field("file", pa.string(), nullable=False),  # relative to the input
         pa.field("row", pa.int64(), nullable=False),  # data row of the file, from 1
-        pa.field("patient_id", pa.string()),
-        pa.field("minute", pa.string()),
-        pa.field("variable", pa.string()),
-        pa.field("value", pa.string()),
+        *(pa.field(name, pa.string()) for name in (PATIENT_ID, MINUTE, VARIABLE, VALUE)),  # as they came
     ]
 )
 
 
 def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the rows to keep and the rows to reject.
+    """Return the rows to keep, and the rows to reject with ``reason``, ``file``, ``row`` and the others as text.
 
-    Returns:
-        Kept: ``file`` uint32, ``row`` int64, ``patient_id`` names (see ``pipeline.prepare.names``), ``minute`` float64,
-        or ``Datetime("us")`` and null where static, ``variable`` names, ``value`` float32 and null where there is no
-        number, and ``set_index`` int64 where the input has it.
-        Rejected: ``reason``, ``file``, ``row``, and the other columns as text, as they came.
+    Those to keep have ``file`` uint32, ``row`` int64, ``patient_id`` and ``variable`` as ``pipeline.prepare.names``,
+    ``minute`` float64, or ``Datetime("us")`` and null where static, ``value`` float32 and null where there is no
+    number, and ``set_index`` int64 where the input has it.
     """
     rows = raw.rows
     set_columns = [SET_INDEX] if SET_INDEX in rows.columns else []
@@ -56,13 +51,12 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     set_index = [_to_whole_number(rows, name) for name in set_columns]
     typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index)
     minute, value = pl.col(MINUTE), pl.col(VALUE)
-    instants = typed.schema[MINUTE].is_temporal()
-    is_bad_minute = minute.is_null() | ~(minute.abs() <= FLOAT32_MAX)
+    instants, outside = typed.schema[MINUTE].is_temporal(), ~(minute.abs() <= FLOAT32_MAX).fill_null(False)
     rules: dict[str, pl.Expr | pl.Series] = {
         "no_patient": names.test(patient, is_blank).fill_null(True),
         "no_variable": names.test(variable, is_blank).fill_null(True),
         "reserved_variable": names.test(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
-        "bad_minute": minute.is_null() & (not raw.static) if instants else is_bad_minute,
+        "bad_minute": minute.is_null() & (not raw.static) if instants else outside,
         "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
         "infinite_value": value.is_infinite(),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},

@@ -61,8 +61,7 @@ def parse_command(arguments: Sequence[str] | None) -> tuple[PreprocessOptions, f
 def resolve_options(options: PreprocessOptions, explicit: frozenset[str]) -> tuple[Source, BuildOptions]:
     """Return the source and what else decides the output; ``explicit`` names the options that were set.
 
-    Raises:
-        UserError: options contradict each other, the input or the data set of ``--like``.
+    Options that contradict each other, the input or the data set of ``--like`` are a UserError.
     """
 
     def pick_explicit(*sections: object) -> dict[str, Any]:

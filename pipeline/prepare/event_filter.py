@@ -15,18 +15,14 @@ from pipeline.prepare.rules import Action, Limits
 
 @dataclass(slots=True)
 class EventFilter:
-    """Events that are still kept, and rejected events by reason.
+    """Events that are still kept: ``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position``.
 
-    Attributes:
-        kept: ``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position``, as ``pipeline.prepare.sort``
-            orders them.
-        rejected: the same columns, by reason.
-        num_clipped: number of values that were changed.
+    They are in the order of ``pipeline.prepare.sort``; ``rejected`` holds the same columns by reason.
     """
 
     kept: pl.DataFrame
     rejected: dict[str, pl.DataFrame] = field(default_factory=dict)
-    num_clipped: int = 0
+    num_clipped: int = 0  # values that were changed
 
     def drop(self, reason: str, which: npt.NDArray[np.bool_]) -> None:
         """Reject the kept events for which ``which`` [E] is true."""
@@ -51,25 +47,24 @@ class EventFilter:
 
         Of several numbers at the last minute the maximum is the last.  The set keeps its minimum minute.
         """
-        first = ~equals_previous(self.kept, ["patient", "set", "variable"])
-        start = np.flatnonzero(first)
-        if len(start) == len(first):
+        is_merged = equals_previous(self.kept, ["patient", "set", "variable"])
+        start = np.flatnonzero(~is_merged)
+        if not is_merged.any():
             return
         value, minute = self.kept["value"].to_numpy(), self.kept["minute"].to_numpy()
         is_number = ~np.isnan(value)
+        min_minute = np.minimum.reduceat(minute, start)
         if how == "mean":
             total = np.add.reduceat(np.where(is_number, value, 0.0), start, dtype=np.float64)
             with np.errstate(invalid="ignore"):  # 0 / 0: no number at all
                 merged = (total / np.add.reduceat(is_number, start, dtype=np.int64)).astype(np.float32)
-            remaining = start
         else:
-            order = np.lexsort((value, minute, is_number, np.cumsum(first)))
-            remaining = order[np.append(start[1:], len(first)) - 1]
+            order = np.lexsort((value, minute, is_number, np.cumsum(~is_merged)))
+            remaining = order[np.append(start[1:], len(value)) - 1]
             merged = value[remaining]
-        others = np.ones(len(first), dtype=np.bool_)
-        others[remaining] = False
-        min_minute = np.minimum.reduceat(minute, start)
-        self.drop("aggregated", others)
+            is_merged[start] = True
+            is_merged[remaining] = False
+        self.drop("aggregated", is_merged)
         self.kept = self.kept.with_columns(pl.Series("value", merged), pl.Series("minute", min_minute))
 
     def drop_short(self, min_events: int) -> None:

@@ -7,14 +7,14 @@ that every worker sees, and put each in place whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 
@@ -22,7 +22,6 @@ from pipeline.machine import usable_cores
 from pipeline.options import Section, option
 from pipeline.schema import UserError
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 LOCAL: Final = "local"
@@ -41,23 +40,18 @@ ONE_PROCESS: Final = ExecutionOptions(workers=1)
 
 
 class InlineExecutor(Executor):
-    """An executor that runs a task in this process when it is submitted."""
+    """An executor whose ``map`` runs each task in this process when its result is asked for."""
 
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
+    def map(self, fn: Callable[..., T], *iterables: Iterable[Any], **_: Any) -> Iterator[T]:
+        return map(fn, *iterables)
 
 
 @contextmanager
 def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Executor]:
     """Open the executor of ``--executor``, with at most ``max_workers`` local processes of one thread each.
 
-    One process alone is this one, with all threads.
-
-    Raises:
-        UserError: there is no such scheduler, or Dask is not installed.
-        ChildProcessError: a worker was killed (on Dask: with the same task, as often as the scheduler allows).
+    One process alone is this one, with all threads.  A worker that is killed (on Dask: with the same task, as often as
+    the scheduler allows) ends the work with a ChildProcessError.
     """
     name, workers = options.executor, min(options.workers, max_workers)
     try:

@@ -21,10 +21,7 @@ from pipeline.schema import PATIENT_ID, SPLITS, UserError
 from pipeline.storage.files import file_sha256
 
 WORK_BYTES: Final = {".parquet": 4.0, ".gz": 6.0}
-"""Minimum number of bytes that the work takes on disk for each byte of input; 1 for plain text.
-
-A row takes 28 in the spills and 10 sorted; it comes as about 5 of compressed Parquet, or 20 to 40 of text.
-"""
+"""Minimum number of bytes of disk for a byte of input; 1 for text.  A row takes 28 spilled, 10 sorted, 5 as Parquet."""
 
 
 def compute_fingerprint(source: Source, options: Mapping[str, Any]) -> str:
@@ -52,23 +49,22 @@ def check_disk_space(source: Source, output: Path) -> None:
 def write_known_patients(source: Source, options: BuildOptions, work: Path) -> tuple[str | None, int]:
     """Write labels and splits of patients to ``known.arrow``, sorted by hash like the spills.
 
-    Returns:
-        Where the labels come from, and the number of patients that they name.
+    Return where the labels come from, and the number of patients that they name.
     """
-    labels_from, labels = source.read_labels() or (None, pl.DataFrame(schema={PATIENT_ID: pl.String, LABEL: pl.Int8}))
-    splits = source.read_splits() if options.reference is None else None
+    no_labels = pl.DataFrame(schema={PATIENT_ID: pl.String, LABEL: pl.Int8})
+    labels_from, labels = source.read_labels() or (None, no_labels)
+    splits = None if options.reference else source.read_splits()
     if splits is None:
         splits = pl.DataFrame(schema={PATIENT_ID: pl.String, SPLIT: pl.String})
+    if SUBJECT not in labels.columns:
+        labels = labels.with_columns(labels[PATIENT_ID].alias(SUBJECT))
     if options.pseudonyms is not None:
         hide = options.pseudonyms.hide_names
-        labels = labels.with_columns(hide(labels[name]) for name in (PATIENT_ID, SUBJECT) if name in labels.columns)
+        labels = labels.with_columns(hide(labels[PATIENT_ID]), hide(labels[SUBJECT]))
         splits = splits.with_columns(hide(splits[PATIENT_ID]))
-    known = labels.with_columns(in_labels=True).join(splits, on=PATIENT_ID, how="full", coalesce=True)
-    subjects = pl.coalesce(SUBJECT, PATIENT_ID) if SUBJECT in known.columns else pl.col(PATIENT_ID)
-    by_hash = pl.Series(options.split_rule.assign_splits(known.select(subjects).to_series().to_list()))
-    split = pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8).fill_null(by_hash)
+    number = pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8)
+    labelled = labels.join(splits.rename({PATIENT_ID: SUBJECT}), on=SUBJECT, how="left").with_columns(in_labels=True)
+    known = pl.concat([labelled, splits.join(labels, on=PATIENT_ID, how="anti")], how="diagonal")
     hashes = pl.Series("hash", options.split_rule.hash_patients(known[PATIENT_ID].to_list())[0])
-    in_labels, is_by_hash = pl.col("in_labels").fill_null(False), pl.col(SPLIT).is_null().alias("by_hash")
-    known = known.select(PATIENT_ID, LABEL, in_labels, is_by_hash, split, hashes)
-    write_table(work / "known.arrow", known.sort("hash").to_arrow())
+    write_table(work / "known.arrow", known.with_columns(number, hashes).sort("hash").to_arrow())
     return labels_from, labels.height

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
-
-T = TypeVar("T", bound=Any)  # a dataclass of JSON values, arrays and such dataclasses
 
 JOURNAL: Final = "journal"
 CLEARED_FOLDERS: Final = ("spills/", "sorted/")
@@ -28,7 +27,7 @@ CLEARED_FOLDERS: Final = ("spills/", "sorted/")
 
 
 class Progress(Protocol):
-    """Receives the progress of a stage, from any thread."""
+    """Receives the progress of a stage."""
 
     def __call__(self, stage: str, *, done: int, total: int, rows: int) -> None: ...
 
@@ -39,32 +38,18 @@ def ignore_progress(stage: str, *, done: int, total: int, rows: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Tasks of one kind.
-
-    Attributes:
-        name: a word for users.
-        task: the function that does a task.
-        result: the dataclass that a task returns.
-        size: the number of rows that a result is about.
-        leaves: patterns of the files below the work folder that task number ``{}`` writes.
-    """
+    """Tasks of one kind."""
 
     name: str
     task: Callable[..., Any]
-    result: type[Any]
-    size: Callable[[Any], int]
-    leaves: tuple[str, ...] = ()
+    result: type[Any]  # the dataclass that a task returns, of JSON values, arrays and such dataclasses
+    size: Callable[[Any], int]  # the number of rows that a result is about
+    leaves: tuple[str, ...] = ()  # patterns of the files below the work folder that task number {} writes
 
 
 @dataclass(frozen=True, slots=True)
 class StageRunner:
-    """Runs the tasks of stages on an executor and reports progress.
-
-    Attributes:
-        executor: of any kind; see ``pipeline.prepare.executors``.
-        work: the folder that holds the journal.
-        progress: is called after every task.
-    """
+    """Runs the tasks of stages on an executor, with a journal in the folder ``work``."""
 
     executor: Executor
     work: Path
@@ -76,115 +61,80 @@ class StageRunner:
         arguments: Sequence[tuple[Any, ...]],
         are_files_used_up: Callable[[list[Any]], bool] = lambda results: False,
     ) -> list[Any]:
-        """Return the results of the tasks in the order of ``arguments``; the first failure ends the stage.
+        """Return the results of the tasks in the order of their ``arguments``; the first failure ends the stage.
 
-        Args:
-            stage: the tasks.
-            arguments: those of each task, the same ones whenever this run is begun.
-            are_files_used_up: whether later stages are done, given all results, so that the files may be gone.
+        Given all results, ``are_files_used_up`` says whether later stages are done, so that the files may be gone.
         """
-        entries = self._entries(stage.name, len(arguments))
-        entries[0].parent.mkdir(parents=True, exist_ok=True)
-        results = self._read_results(stage, entries, are_files_used_up)
-        done, rows = len(results), sum(map(stage.size, results.values()))
-
-        def report() -> None:
-            self.progress(stage.name, done=done, total=len(arguments), rows=rows)
-
-        def count(future: Future[Any]) -> None:
-            nonlocal done, rows
-            if not future.cancelled() and future.exception() is None:
-                done, rows = done + 1, rows + stage.size(future.result())
-                report()
-
-        report()
-        futures: dict[int, Future[Any]] = {}
-        try:
-            for number, task_arguments in enumerate(arguments):
-                if number not in results:
-                    leaves = [pattern.format(number) for pattern in stage.leaves]
-                    entry, task = entries[number], stage.task
-                    futures[number] = self.executor.submit(_do, entry, self.work, leaves, task, task_arguments)
-                    futures[number].add_done_callback(count)
-            return [results[n] if n in results else futures[n].result() for n in range(len(arguments))]
-        finally:
-            for future in futures.values():
-                future.cancel()
-
-    def _read_results(
-        self, stage: Stage, entries: Sequence[Path], are_files_used_up: Callable[[list[Any]], bool]
-    ) -> dict[int, Any]:
-        """Return the results of tasks that are done and whose files are there or used up, by their numbers."""
-        journal = {number: _read_entry(entry, self.work) for number, entry in enumerate(entries)}
-        results = {n: _decode(stage.result, entry.result) for n, entry in journal.items() if entry is not None}
-        cleared = {number for number, entry in journal.items() if entry is not None and entry.is_cleared}
-        if cleared and not (len(results) == len(entries) and are_files_used_up(list(results.values()))):
-            return {number: result for number, result in results.items() if number not in cleared}
-        return results
+        total = len(arguments)
+        (self.work / JOURNAL / stage.name).mkdir(parents=True, exist_ok=True)
+        results = self._read_results(stage, total, are_used_up=True)
+        if len(results) < total or not are_files_used_up(list(results.values())):
+            results = self._read_results(stage, total, are_used_up=False)
+        rows = sum(map(stage.size, results.values()))
+        self.progress(stage.name, done=len(results), total=total, rows=rows)
+        missing = [number for number in range(total) if number not in results]
+        new = self.executor.map(partial(_do, stage, self.work), missing, [arguments[number] for number in missing])
+        for number, result in zip(missing, new, strict=True):
+            results[number] = result
+            rows += stage.size(result)
+            self.progress(stage.name, done=len(results), total=total, rows=rows)
+        return [results[number] for number in range(total)]
 
     def are_done(self, stages: Sequence[str], total: int) -> bool:
         """Return whether the first of ``stages``, of ``total`` tasks each, is done and left its files.
 
         Files that are gone must have been used up by the next of ``stages``.
         """
-        if not stages:
-            return False
-        journal = [_read_entry(entry, self.work) for entry in self._entries(stages[0], total)]
-        done = [entry.is_cleared for entry in journal if entry is not None]
-        return len(done) == total and (not any(done) or self.are_done(stages[1:], total))
+        are_used_up = len(stages) > 1 and self.are_done(stages[1:], total)
+        return all(entry is not None for entry in self._read_entries(stages[0], total, are_used_up=are_used_up))
 
-    def _entries(self, stage: str, total: int) -> list[Path]:
-        return [self.work / JOURNAL / stage / f"{number:06d}.json" for number in range(total)]
+    def _read_results(self, stage: Stage, total: int, *, are_used_up: bool) -> dict[int, Any]:
+        """Return the results of tasks that are done, by their numbers."""
+        entries = enumerate(self._read_entries(stage.name, total, are_used_up=are_used_up))
+        return {number: _decode(stage.result, entry) for number, entry in entries if entry is not None}
+
+    def _read_entries(self, stage: str, total: int, *, are_used_up: bool) -> Iterator[dict[str, Any] | None]:
+        return (_read_entry(self.work, stage, number, are_used_up=are_used_up) for number in range(total))
 
 
-def _do(entry: Path, work: Path, leaves: list[str], task: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+def _locate_entry(work: Path, stage: str, number: int) -> tuple[str, Path]:
+    """Return the name of a task, and the path of its entry in the journal."""
+    name = f"{stage}/{number:06d}"
+    return name, work / JOURNAL / f"{name}.json"
+
+
+def _do(stage: Stage, work: Path, number: int, arguments: tuple[Any, ...]) -> Any:
     """Run a task and write its entry of the journal."""
-    result = task(*arguments)
-    files = [path for pattern in leaves for path in sorted(work.glob(pattern))]
+    result = stage.task(*arguments)
+    files = [path for pattern in stage.leaves for path in sorted(work.glob(pattern.format(number)))]
     plain = json.loads(json.dumps(dataclasses.asdict(result), default=np.ndarray.tolist))
     checksums = {path.relative_to(work).as_posix(): file_sha256(path) for path in files}
-    content = seal({"task": _name(entry), "result": plain, "files": checksums})
-    write_atomically(entry, json.dumps(content).encode())
+    name, entry = _locate_entry(work, stage.name, number)
+    write_atomically(entry, json.dumps(seal({"task": name, "result": plain, "files": checksums})).encode())
     return result
 
 
-def _name(entry: Path) -> str:
-    return f"{entry.parent.name}/{entry.stem}"
+def _read_entry(work: Path, stage: str, number: int, *, are_used_up: bool) -> dict[str, Any] | None:
+    """Return the result of a task that is done; None where its entry or a file is missing or damaged.
 
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """The result of a task, and whether files that it left are gone with their whole folder."""
-
-    result: dict[str, Any]
-    is_cleared: bool
-
-
-def _read_entry(path: Path, work: Path) -> _Entry | None:
-    """Return the entry of a task that is done; None where it is missing, or it or a file is damaged."""
+    Files of ``CLEARED_FOLDERS`` are not looked at if they ``are_used_up``.
+    """
+    name, entry = _locate_entry(work, stage, number)
+    skipped = CLEARED_FOLDERS if are_used_up else ()
     try:
-        content = unseal(json.loads(path.read_bytes()), path, "")
-        if content["task"] != _name(path):
-            return None
-        is_cleared = False
-        for name, sha256 in content["files"].items():
-            file = work / name
-            if name.startswith(CLEARED_FOLDERS) and not file.exists() and not any(file.parent.iterdir()):
-                is_cleared = True
-            elif file_sha256(file) != sha256:
-                return None
+        content = unseal(json.loads(entry.read_bytes()), entry, "")
+        needed = {work / path: sha256 for path, sha256 in content["files"].items() if not path.startswith(skipped)}
+        is_whole = content["task"] == name and all(file_sha256(path) == sha256 for path, sha256 in needed.items())
     except (OSError, ValueError, RecursionError):
         return None
-    return _Entry(content["result"], is_cleared)
+    return content["result"] if is_whole else None
 
 
 def _decode(kind: Any, content: Any) -> Any:
     """Return the value of type ``kind`` that JSON content stands for."""
     arguments = get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        hints: dict[str, Any] = get_type_hints(kind)
-        make: Any = kind
-        return make(**{name: _decode(hints[name], value) for name, value in content.items()})
+    if hints := get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}:
+        return kind(**{name: _decode(hints[name], value) for name, value in content.items()})
     if get_origin(kind) is np.ndarray:
         return np.array(content, get_args(arguments[1])[0])
     if get_origin(kind) is dict:

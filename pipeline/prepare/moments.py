@@ -12,26 +12,16 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Number of events, number of values, mean and summed squared deviations of V variables.
-
-    Attributes:
-        variables: V names.
-        count: [V] int64, number of events.
-        num_values: [V] int64, number of events with a number.
-        mean: [V] float64; 0 where there is no number.
-        squares: [V] float64, sum of squared deviations from the mean.
-    """
+    """Number of events, number of values, mean and summed squared deviations of V variables, [V] each."""
 
     variables: list[str]
     count: npt.NDArray[np.int64]
-    num_values: npt.NDArray[np.int64]
-    mean: npt.NDArray[np.float64]
-    squares: npt.NDArray[np.float64]
+    num_values: npt.NDArray[np.int64]  # events with a number
+    mean: npt.NDArray[np.float64]  # 0 where there is no number
+    squares: npt.NDArray[np.float64]  # sum of squared deviations from the mean
 
     @classmethod
-    def measure(
-        cls, variables: list[str], variable: npt.NDArray[np.integer[Any]], value: npt.NDArray[np.float32]
-    ) -> Self:
+    def measure(cls, variables: list[str], variable: npt.NDArray[Any], value: npt.NDArray[np.float32]) -> Self:
         """Measure events: ``variable`` [E] positions in ``variables``, ``value`` [E] with NaN for no number.
 
         Sums of fewer than 2^29 equal float32 numbers are exact in float64: a constant has a variance of exactly 0.

@@ -19,12 +19,7 @@ def _as_text(values: pl.Series) -> pl.Series:
 
 
 def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_text) -> pl.Series:
-    """Return a column of numbers or texts [E] as names; null stays null.
-
-    Args:
-        column: the column.
-        as_text: makes texts of distinct values; values whose texts are equal are one name.
-    """
+    """Return a column of numbers or texts [E] as names; null stays null, values of equal texts are one name."""
     if isinstance(column.dtype, pl.Enum):
         return _gather(column.name, as_text(_names(column)), column.to_physical())
     if column.dtype == pl.Null:
@@ -34,11 +29,7 @@ def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_te
 
 
 def from_dictionary(name: str, chunks: pa.ChunkedArray) -> pl.Series:
-    """Return a dictionary column of strings, as Parquet reads it, as names.
-
-    Raises:
-        pa.ArrowInvalid: a name is no text.
-    """
+    """Return a dictionary column of strings, as Parquet reads it, as names; ArrowInvalid where one is no text."""
     encoded = pa.chunked_array(chunks.chunks, chunks.type).unify_dictionaries().combine_chunks()
     encoded.dictionary.validate(full=True)
     return _gather(name, _series(encoded.dictionary).cast(pl.String), _series(encoded.indices))

@@ -25,19 +25,12 @@ class ShardOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(ShardOptions):
-    """What decides the output besides the source.
+    """What decides the output besides the source."""
 
-    Attributes:
-        split_rule: how patients are split where the source does not say.
-        rules: which events count.
-        pseudonyms: what replaces patients' ids, if anything.
-        reference: the data set whose vocabulary and statistics replace those of the source, splits included.
-    """
-
-    split_rule: SplitRule = field(default_factory=SplitRule)
+    split_rule: SplitRule = field(default_factory=SplitRule)  # for patients of whom the source does not say
     rules: Rules = field(default_factory=Rules)
-    pseudonyms: Pseudonyms | None = None
-    reference: ReferenceDataSet | None = None
+    pseudonyms: Pseudonyms | None = None  # replaces patients' ids
+    reference: ReferenceDataSet | None = None  # its vocabulary and statistics replace the source's, splits included
 
     def describe(self, source: Source) -> dict[str, Any]:
         """Return everything that decides the output besides the input's files, as the manifest holds it."""

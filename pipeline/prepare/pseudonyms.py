@@ -25,11 +25,7 @@ class Pseudonyms:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read the key, which is the whole file.
-
-        Raises:
-            UserError: the file cannot be read, is short, or can be read by others than its owner.
-        """
+        """Read the key, which is the whole file; it must be long, and nobody but its owner may read it."""
         try:
             key, mode = path.read_bytes(), path.stat().st_mode
         except OSError as error:

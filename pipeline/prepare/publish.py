@@ -43,21 +43,15 @@ FILES: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE, REJECTS_FILE, SUMM
 def claim_output_folder(
     output: Path, read_fingerprint: Callable[[], str], *, overwrite: bool, log: Callable[[str], None]
 ) -> Iterator[tuple[Path, str] | None]:
-    """Claim ``output`` and give a work folder in it, whose ``data`` is published in the end.
+    """Claim ``output``; yield a work folder in it, whose ``data`` is published in the end, and the fingerprint.
 
     The work folder holds what a stopped run of the same fingerprint left, and nothing else.  It stays when the body is
     stopped by the system (a full disk, a lost worker) or by hand; on any other error it is removed, and so is the
-    output folder if this call made it.
+    output folder if this call made it.  Where the data set of this fingerprint exists already, None is yielded.
 
-    Args:
-        output: the folder.
-        read_fingerprint: returns the fingerprint of input and options.  It may take hours, so it is called when the
-            folder is claimed, and everything that can be refused without it has been.
-        overwrite: whether to replace an existing data set.
-        log: receives a line when the work does not begin from nothing.
-
-    Yields:
-        The work folder and the fingerprint; None where the data set of this fingerprint exists already.
+    ``read_fingerprint`` returns the fingerprint of input and options.  It may take hours, so it is called when the
+    folder is claimed, and everything that can be refused without it has been.  ``log`` receives a line when the work
+    does not begin from nothing.
 
     Raises:
         UserError: it holds files that are no data set, a data set that may not be overwritten, or another run's work.
@@ -83,15 +77,14 @@ def claim_output_folder(
                 return
             _resume_or_clear(work, fingerprint, log)
             keep = False
-            try:
-                yield work, fingerprint
-            except (OSError, MemoryError, KeyboardInterrupt):
-                keep = True
-                raise
+            yield work, fingerprint
             _refuse_collisions(work, output)
             keep = True  # from here on the next run ends the move
             _publish(work, output)
             keep = False
+        except (OSError, MemoryError, KeyboardInterrupt):
+            keep = keep or (work / RUN_FILE).exists()
+            raise
         finally:
             if not keep:
                 _remove(work)
@@ -130,27 +123,25 @@ def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
     if manifest.fingerprint != fingerprint:
         problem = f"{output}: holds a data set of other input or options"
         raise UserError(f"{problem}; give --overwrite to replace it, or name another --output")
-    bad = [entry.path for entry in manifest.all_shards() if _size(output / entry.path) != entry.num_bytes]
-    files = ((name, output / name, sha256) for name, sha256 in manifest.files.items())
-    bad += [name for name, path, sha256 in files if _size(path) is None or file_sha256(path) != sha256]
+    sizes = {output / entry.path: entry.num_bytes for entry in manifest.all_shards()}
+    files = {output / name: sha256 for name, sha256 in manifest.files.items()}
+    bad = [path for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
+    bad += [path for path, sha256 in files.items() if not path.is_file() or file_sha256(path) != sha256]
     if bad:
-        problem = f"{output / bad[0]}: missing, or not as it was written"
+        problem = f"{bad[0]}: missing, or not as it was written"
         raise UserError(f"{problem}; give --overwrite to make the data set again")
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def _resume_or_clear(work: Path, fingerprint: str, log: Callable[[str], None]) -> None:
     """Leave in the work folder only what a run of this fingerprint can go on with."""
     run = work / RUN_FILE
     content = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint}).encode()
-    if run.exists():
-        if run.read_bytes() == content:
-            log("an earlier run was stopped; it goes on where it was")
-            remove_leftovers(work, below=True)
-            return
+    earlier = run.read_bytes() if run.exists() else None
+    if earlier == content:
+        log("an earlier run was stopped; it goes on where it was")
+        remove_leftovers(work, below=True)
+        return
+    if earlier is not None:
         log("an earlier run was stopped, but input or options are others now; beginning afresh")
     _clear(work)
     write_atomically(run, content)

@@ -42,11 +42,7 @@ class ReferenceDataSet:
 
     @classmethod
     def open(cls, directory: str) -> Self:
-        """Open the data set in ``directory``, a path or a URL.
-
-        Raises:
-            UserError: there is none, or it is damaged.
-        """
+        """Open the data set in ``directory``, a path or a URL; raise UserError where it is missing or damaged."""
         folder = open_folder(directory)
         manifest = Manifest.load(folder)
         if manifest.embedding_dim is not None:
@@ -68,14 +64,13 @@ class ReferenceDataSet:
     def adapt_source(self, source: Source, explicit: Mapping[str, Any]) -> Source:
         """Return the source with the data set's definition of an event, if it is of the same format.
 
-        Raises:
-            UserError: options that were set explicitly define it otherwise.
+        Options that were set explicitly and define it otherwise are a UserError.
         """
         if source.name != self.manifest.options["format"]:
             return source
-        saved: dict[str, Any] = {name: self.manifest.options[name] for name in source.event_options}
-        self._refuse_others({name: source.options[name] for name in saved}, explicit)
-        return replace(source, **{name: _to_tuple(value) for name, value in saved.items()})
+        names = source.event_options
+        self._refuse_others({name: source.options[name] for name in names}, explicit)
+        return replace(source, **{name: _to_tuple(self.manifest.options[name]) for name in names})
 
     def _refuse_others(self, options: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
         for name in options.keys() & explicit.keys():
@@ -83,12 +78,13 @@ class ReferenceDataSet:
             if wanted != _to_tuple(saved):
                 raise UserError(f"--{name}: {self.folder} was prepared with {saved!r}; leave it out, --like gives it")
 
-    def copy_embeddings(self, target: Path) -> None:
-        """Copy the embeddings, if the data set has some, to the file ``target``."""
+    def copy_embeddings(self, target: Path) -> int | None:
+        """Copy the embeddings, if the data set has some, to the file ``target``, and return their width."""
         if self.manifest.embedding_dim is not None:
             with open_checked(self.folder, self.manifest, EMBEDDINGS_FILE) as embeddings:
                 shutil.copyfile(embeddings, target)
             sync(target)
+        return self.manifest.embedding_dim
 
 
 def _to_tuple(value: Any) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeAlias, get_args
+from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import numpy as np
 import polars as pl
@@ -22,35 +22,21 @@ Action: TypeAlias = Literal["clip", "reject"]
 Limits: TypeAlias = Mapping[str, tuple[float, float]]
 """Minimum and maximum value, by variable."""
 
-AGGREGATES: Final[tuple[Aggregate, ...]] = get_args(Aggregate)
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """Possible values of a variable; minus or plus infinity = no limit."""
 
     low: float
     high: float
     action: Action
 
-    def to_list(self) -> list[Any]:
-        """Return low, high and action as JSON can hold them: null = no limit."""
-        return [*(None if math.isinf(limit) else limit for limit in (self.low, self.high)), self.action]
-
-    @classmethod
-    def from_list(cls, values: Sequence[Any]) -> Self:
-        low, high, action = values
-        return cls(low=-math.inf if low is None else low, high=math.inf if high is None else high, action=action)
-
 
 def read_ranges(path: str | Path) -> dict[str, Range]:
     """Return possible values by variable, from a CSV of ``variable``, ``low``, ``high`` and perhaps ``action``.
 
-    An empty limit is none; an empty action is ``reject``.
-
-    Raises:
-        UserError: unreadable, a column is missing, a variable stands there twice, or a row makes no sense.
+    An empty limit is none; an empty action is ``reject``.  A row that makes no sense is a UserError.
     """
     frame = read_keyed_frame(Path(path), (VARIABLE, "low", "high"), "variable,low,high,action")
     ranges = {}
@@ -64,7 +50,7 @@ def read_ranges(path: str | Path) -> dict[str, Range]:
         if not (low <= high and low <= FLOAT32_MAX and high >= -FLOAT32_MAX) or action not in ACTIONS:
             rules = "low and high are float32 numbers or empty, low is not above high, action is clip or reject"
             raise UserError(f"{path}: the row of {row[VARIABLE]!r} is no range; {rules}")
-        ranges[row[VARIABLE]] = Range(low=low, high=high, action=action)
+        ranges[row[VARIABLE]] = Range(low, high, action)
     return ranges
 
 
@@ -81,13 +67,20 @@ class Rules(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the rules as the manifest holds them."""
-        return vars(self) | {"ranges": {name: self.ranges[name].to_list() for name in sorted(self.ranges)}}
+        """Return the rules as the manifest holds them; JSON has no infinity, so null is a limit that there is not."""
+        ranges = {
+            name: [None if value in (-math.inf, math.inf) else value for value in self.ranges[name]]
+            for name in sorted(self.ranges)
+        }
+        return vars(self) | {"ranges": ranges}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Return the rules that a manifest's options hold among others."""
-        ranges = {name: Range.from_list(values) for name, values in options["ranges"].items()}
+        ranges = {
+            name: Range(-math.inf if low is None else low, math.inf if high is None else high, action)
+            for name, (low, high, action) in options["ranges"].items()
+        }
         return cls(**{rule.name: options[rule.name] for rule in fields(cls)} | {"ranges": ranges})
 
 
@@ -102,21 +95,16 @@ def compute_outlier_limits(train: Moments, rules: Rules) -> dict[str, tuple[floa
 
 
 def apply_ranges(kept: pl.DataFrame, ranges: Mapping[str, Range]) -> tuple[pl.DataFrame, pl.DataFrame, int]:
-    """Apply ``--ranges`` to the rows that ``pipeline.prepare.clean`` keeps.
-
-    Returns:
-        The rows still kept, those rejected, and the number of clipped values.
-    """
+    """Return the rows that ``--ranges`` still keeps, those rejected, and the number of clipped values."""
     variables = kept.schema[VARIABLE]
     assert isinstance(variables, pl.Enum)
-    found = [(name, ranges[name]) for name in variables.categories if name in ranges]
-    limits = [(name, allowed.low, allowed.high, allowed.action == "clip") for name, allowed in found]
-    schema: dict[str, Any] = {VARIABLE: variables, "low": pl.Float32, "high": pl.Float32, "clips": pl.Boolean}
+    limits = [(name, *ranges[name]) for name in variables.categories if name in ranges]
+    schema: dict[str, Any] = {VARIABLE: variables, "low": pl.Float32, "high": pl.Float32, "action": pl.Enum(ACTIONS)}
     known = pl.DataFrame(limits, schema=schema, orient="row")
-    rows = kept.join(known, on=VARIABLE, how="left", maintain_order="left")
-    value = pl.col(VALUE)
+    value, clips = pl.col(VALUE), pl.col("action") == "clip"
     outside = ((value < pl.col("low")) | (value > pl.col("high"))).fill_null(False)
-    rows = rows.with_columns(outside=outside & ~pl.col("clips"), clipped=outside & pl.col("clips"))
+    rows = kept.join(known, on=VARIABLE, how="left", maintain_order="left")
+    rows = rows.with_columns(outside=outside & ~clips, clipped=outside & clips)
     rejected = rows.filter("outside").select(pl.lit("out_of_range").alias("reason"), FILE, ROW, AS_TEXT)
     within = pl.when("clipped").then(value.clip("low", "high")).otherwise(value).alias(VALUE)
     remaining = rows.filter(~pl.col("outside")).with_columns(within).select(kept.columns)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,11 @@ from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
 from pipeline.prepare.event_filter import EventFilter, equals_previous
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.rules import Limits, Rules
-from pipeline.prepare.sources.reading import FILE, LABEL, MICROSECONDS, ROW, SPLIT
+from pipeline.prepare.sources.reading import FILE, LABEL, MICROSECONDS, ROW, SPLIT, SUBJECT
 from pipeline.prepare.sources.source import Origin
 from pipeline.prepare.spill import STATIC_INSTANT, PartitionRows, read_partition
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE
-
-Ints: TypeAlias = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +49,15 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class SortedPartition:
-    """Counts and moments of a sorted partition.
-
-    Attributes:
-        train: moments of the train split.
-        num_events: events kept, of all splits.
-        without_events: patients that have no kept row, and are not written.
-        num_labels: rows of the label file that name one of its patients.
-        num_split_by_hash: patients to whom the input gives no split.
-        num_clipped: values that a rule changed.
-        rejects: rows of the spills that are not kept, by reason.
-    """
+    """Counts of a sorted partition, and moments of its train split."""
 
     train: Moments
-    num_events: int
-    without_events: list[str]
-    num_labels: int
-    num_split_by_hash: int
-    num_clipped: int
-    rejects: dict[str, int]
+    num_events: int  # kept, of all splits
+    without_events: list[str]  # patients that have no kept row, and are not written
+    num_labels: int  # rows of the label file that name one of its patients
+    num_split_by_hash: int  # patients to whom the input gives no split
+    num_clipped: int  # values that a rule changed
+    rejects: dict[str, int]  # rows of the spills that are not kept, by reason
 
 
 def measure_partition(partition: Partition) -> Moments:
@@ -90,45 +78,45 @@ def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> Sorted
         events.aggregate(rules.aggregate)
     if rules.min_events > 1:
         events.drop_short(rules.min_events)
-    name = f"{partition.number:05d}"
     rejects = _tabulate_rejects(rows, events.rejected)
-    write_parquet(partition.work / "late_rejects" / f"{name}.parquet", REJECTS_SCHEMA, [rejects])
+    write_parquet(partition.work / "late_rejects" / f"{partition.number:05d}.parquet", REJECTS_SCHEMA, [rejects])
     table, present = _tabulate_patients(patients, events.kept)
     table = table.replace_schema_metadata({"variables": json.dumps(rows.variables)})
-    write_table(partition.work / "sorted" / f"{name}.arrow", table)
-    without_events = np.delete(patients[PATIENT_ID].to_numpy(), present).tolist()
-    num_labels, num_by_hash = (int(patients[column].sum()) for column in ("in_labels", "by_hash"))
-    counts = {reason: rejected.height for reason, rejected in events.rejected.items()}
-    train, height = _measure_train(rows, patients, events), events.kept.height
-    return SortedPartition(train, height, without_events, num_labels, num_by_hash, events.num_clipped, counts)
-
-
-def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa.Table, Ints]:
-    """Return a row a patient in shard order, and the positions in ``patients`` of those that have events."""
-    patient = events["patient"].to_numpy()
-    set_start = np.flatnonzero(~equals_previous(events, ["patient", "set"]))
-    set_size = np.diff(set_start, append=len(patient))
-    set_minute = _reduce(np.minimum, events["minute"].to_numpy(), set_start)
-    set_patient = patient[set_start]
-    patient_start = np.flatnonzero(np.diff(set_patient, prepend=-1))
-    num_sets = np.diff(patient_start, append=len(set_start))
-    present = set_patient[patient_start]
-    num_events = np.bincount(patient, minlength=patients.height)[present]
-    table = pa.table(
-        {
-            **{name: patients[name].gather(present).to_arrow() for name in (PATIENT_ID, LABEL)},
-            "num_events": num_events.astype(np.int32),
-            "num_sets": num_sets.astype(np.int32),
-            "minute": to_lists(num_sets, np.where(np.isneginf(set_minute), np.nan, set_minute)),
-            "set_size": to_lists(num_sets, set_size.astype(np.int32)),
-            "code": to_lists(num_events, events["variable"].to_numpy()),
-            "value": to_lists(num_events, events["value"].to_numpy()),
-            "max_set_size": _reduce(np.maximum, set_size, patient_start).astype(np.int32),
-            "split_number": patients[SPLIT].to_numpy()[present],
-        },
+    write_table(partition.work / "sorted" / f"{partition.number:05d}.arrow", table)
+    return SortedPartition(
+        train=_measure_train(rows, patients, events),
+        num_events=events.kept.height,
+        without_events=np.delete(patients[PATIENT_ID].to_numpy(), present).tolist(),
+        num_labels=int(patients["in_labels"].sum()),
+        num_split_by_hash=int(patients["by_hash"].sum()),
+        num_clipped=events.num_clipped,
+        rejects={reason: rejected.height for reason, rejected in events.rejected.items()},
     )
+
+
+def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa.Table, npt.NDArray[Any]]:
+    """Return a row a patient in shard order, and the positions in ``patients`` of those that have events."""
+    patient, variable, value, minute = (events[name].to_numpy() for name in ("patient", "variable", "value", "minute"))
+    set_start = np.flatnonzero(~equals_previous(events, ["patient", "set"]))
+    set_size = np.diff(set_start, append=len(patient)).astype(np.int32)
+    set_minute = np.minimum.reduceat(minute, set_start)
+    patient_start = np.flatnonzero(np.diff(patient[set_start], prepend=-1))
+    num_sets = np.diff(patient_start, append=len(set_start)).astype(np.int32)
+    present = patient[set_start][patient_start]
+    num_events = np.bincount(patient, minlength=patients.height)[present].astype(np.int32)
+    columns = {
+        **{name: patients[name].gather(present).to_arrow() for name in (PATIENT_ID, LABEL)},
+        "num_events": num_events,
+        "num_sets": num_sets,
+        "minute": to_lists(num_sets, np.where(np.isneginf(set_minute), np.nan, set_minute)),
+        "set_size": to_lists(num_sets, set_size),
+        "code": to_lists(num_events, variable),
+        "value": to_lists(num_events, value),
+        "max_set_size": np.maximum.reduceat(set_size, patient_start),
+        "split_number": patients[SPLIT].to_numpy()[present],
+    }
     # Names are in order, so their positions are.
-    return table.take(np.lexsort((present, num_sets, num_events))), present
+    return pa.table(columns).take(np.lexsort((present, num_sets, num_events))), present
 
 
 def _measure_train(rows: PartitionRows, patients: pl.DataFrame, events: EventFilter) -> Moments:
@@ -144,23 +132,19 @@ def _sort_events(rows: PartitionRows, origin: Origin) -> EventFilter:
     value (null last) and minute; equal events as they came.  Static events come first: their minute is minus infinity.
     """
     minute, value = rows.table[MINUTE].to_numpy(), rows.table[VALUE].to_numpy()
-    instants = minute.dtype == np.int64
-    if instants:
+    if minute.dtype == np.int64:
         minute = _count_minutes(minute, rows, origin)
-    columns = {"patient": rows.patient, "variable": rows.variable, "value": value, "minute": minute}
+    has_index = SET_INDEX in rows.table.column_names
+    set_ = rows.table[SET_INDEX].to_numpy() if has_index else np.floor(minute)
+    columns = {"patient": rows.patient, "set": set_, "variable": rows.variable, "value": value, "minute": minute}
     events = EventFilter(pl.DataFrame(columns).with_row_index("position"))
-    if instants:
-        events.drop(NO_ORIGIN, np.isnan(minute))
-    if SET_INDEX in rows.table.column_names:
-        set_index = pl.Series("set", rows.table[SET_INDEX].to_numpy()).gather(events.kept["position"])
-        first = pl.col("minute").min().over("patient", "set")
+    events.drop(NO_ORIGIN, np.isnan(minute))
+    if has_index:
         keys = ["patient", "first", "set", "variable", "value", "minute"]
-        kept = events.kept.with_columns(set_index).with_columns(first=first)
+        kept = events.kept.with_columns(first=pl.col("minute").min().over("patient", "set"))
         events.kept = kept.sort(keys, maintain_order=True).drop("first")
     else:
-        events.kept = events.kept.with_columns(pl.col("minute").floor().alias("set"))
-        names = ("patient", "set", "variable", "value", "minute")
-        patient, set_, variable, value, minute = (events.kept[name].to_numpy() for name in names)
+        patient, set_, variable, value, minute = (events.kept[name].to_numpy() for name in columns)
         events.kept = events.kept[sort_order((patient, set_, variable), (value, minute))]
     return events
 
@@ -176,7 +160,7 @@ def _count_minutes(instant: npt.NDArray[np.int64], rows: PartitionRows, origin: 
     may_be_origin = is_timed & origin.may_be(rows.variables)[rows.variable]
     first = np.full((2, len(rows.patient_ids)), never)
     for of_patient, which in zip(first, (may_be_origin, is_timed), strict=True):
-        np.minimum.at(of_patient, rows.patient[start], _reduce(np.minimum, np.where(which, instant, never), start))
+        np.minimum.at(of_patient, rows.patient[start], np.minimum.reduceat(np.where(which, instant, never), start))
     if origin.variable is None:
         first[0] = np.where(first[0] == never, first[1], first[0])
     zero = first[0][rows.patient]
@@ -187,8 +171,7 @@ def _count_minutes(instant: npt.NDArray[np.int64], rows: PartitionRows, origin: 
 def sort_order(keys: Sequence[npt.NDArray[Any]], ties: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
     """Return the order by ``keys``, whole numbers or minus infinity, then by ``ties``, NaN last; stable.
 
-    The keys become one integer where 64 bits hold their ranges, which sorts several times as fast as columns do, and
-    ties are looked at only where there are any.
+    Where 64 bits hold their ranges the keys become one integer, which sorts several times as fast as columns do.
     """
     packed = np.zeros(len(keys[0]), np.uint64)
     bits = 0
@@ -213,17 +196,13 @@ def sort_order(keys: Sequence[npt.NDArray[Any]], ties: Sequence[npt.NDArray[Any]
 
 def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule) -> pl.DataFrame:
     """Return ``patient_id``, ``label``, ``split`` (position in ``SPLITS``), ``in_labels``, ``by_hash``, in order."""
-    frame = pl.from_arrow(known.drop_columns("hash"))
+    frame = pl.from_arrow(known)
     assert isinstance(frame, pl.DataFrame)
     patients = pl.DataFrame({PATIENT_ID: pl.Series(patient_ids, dtype=pl.String)})
     patients = patients.join(frame, on=PATIENT_ID, how="left", maintain_order="left")
-    split = pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(patient_ids)))
-    return patients.with_columns(split, pl.col("in_labels").fill_null(False), pl.col("by_hash").fill_null(True))
-
-
-def _reduce(function: np.ufunc, values: npt.NDArray[Any], starts: Ints) -> npt.NDArray[Any]:
-    reduced: npt.NDArray[Any] = function.reduceat(values, starts) if len(starts) else values[:0]
-    return reduced
+    subjects = patients[SUBJECT].fill_null(patients[PATIENT_ID])
+    split = pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(subjects.to_list())))
+    return patients.with_columns(split, by_hash=pl.col(SPLIT).is_null())
 
 
 def _tabulate_rejects(rows: PartitionRows, rejected: dict[str, pl.DataFrame]) -> pa.Table:

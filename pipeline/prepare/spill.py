@@ -26,7 +26,6 @@ from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.rules import apply_ranges
 from pipeline.prepare.sources.reading import FILE, ROW, Piece
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.splits import SplitRule
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 
 STATIC_INSTANT: Final = np.iinfo(np.int64).min
@@ -40,23 +39,14 @@ DICTIONARY: Final = pa.dictionary(pa.int32(), pa.string())
 
 @dataclass(frozen=True, slots=True)
 class SpilledPiece:
-    """Counts of a spilled piece.
-
-    Attributes:
-        num_rows: rows read.
-        num_source_rows: rows of the files, fewer where one row serves several patients.
-        num_kept: rows spilled.
-        num_clipped: values that a rule changed.
-        rejects: the other rows, by reason.
-        columns: names and dtypes of the kept columns besides patients and variables.
-    """
+    """Counts of a spilled piece."""
 
     num_rows: int
-    num_source_rows: int
+    num_source_rows: int  # fewer where one row of a file serves several patients
     num_kept: int
-    num_clipped: int
-    rejects: dict[str, int]
-    columns: dict[str, str]
+    num_clipped: int  # values that a rule changed
+    rejects: dict[str, int]  # the other rows, by reason
+    columns: dict[str, str]  # names and dtypes of the kept columns besides patients and variables
 
 
 def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions, work: Path) -> SpilledPiece:
@@ -73,33 +63,27 @@ def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions
         kept, rejected = pseudonyms.hide_kept(kept), pseudonyms.hide_rejected(rejected)
         others, files = pseudonyms.hide_names(others), [pseudonyms.hide(name) for name in files]
     present = pl.concat([frame[PATIENT_ID].unique().cast(pl.String) for frame in (kept, rejected)]).drop_nulls()
-    patients = [*present.filter(~is_blank(present)), *others]
-    write_spill(work / "spills", number, kept, files, patients, options.split_rule)
+    patients = list(dict.fromkeys([*present.filter(~is_blank(present)), *others]))
+    hashes = options.split_rule.hash_patients(patients)[0]
+    _write_spill(work / "spills" / f"{number:05d}", kept, files, patients, hashes)
     if rejected.height:
         names = pl.Series(files, dtype=pl.String).gather(rejected["file"]).alias("file")
         table = rejected.with_columns(names).select(REJECTS_SCHEMA.names).to_arrow().cast(REJECTS_SCHEMA)
         write_parquet(work / "rejects" / f"{number:05d}.parquet", REJECTS_SCHEMA, [table])
-    num_source_rows = raw.rows.height if raw.num_source_rows is None else raw.num_source_rows
-    rejects = dict(rejected["reason"].value_counts().iter_rows())
-    columns = {name: str(dtype) for name, dtype in kept.drop(PATIENT_ID, VARIABLE).schema.items()}
-    return SpilledPiece(raw.rows.height, num_source_rows, kept.height, num_clipped, rejects, columns)
+    return SpilledPiece(
+        num_rows=raw.rows.height,
+        num_source_rows=raw.rows.height if raw.num_source_rows is None else raw.num_source_rows,
+        num_kept=kept.height,
+        num_clipped=num_clipped,
+        rejects=dict(rejected["reason"].value_counts().iter_rows()),
+        columns={name: str(dtype) for name, dtype in kept.drop(PATIENT_ID, VARIABLE).schema.items()},
+    )
 
 
-def write_spill(
-    folder: Path, number: int, kept: pl.DataFrame, files: Sequence[str], patients: Sequence[str], rule: SplitRule
+def _write_spill(
+    stem: Path, kept: pl.DataFrame, files: list[str], patient_ids: list[str], hashes: npt.NDArray[np.uint64]
 ) -> None:
-    """Spill the kept rows of piece ``number``.
-
-    Args:
-        folder: the folder of spills.
-        number: number of the piece.
-        kept: rows as ``pipeline.prepare.clean.clean`` returns them.
-        files: names of the piece's files.
-        patients: every patient that the piece names, in any order, also those without a kept row.
-        rule: hashes the patients.
-    """
-    patient_ids = list(dict.fromkeys(patients))
-    hashes = rule.hash_patients(patient_ids)[0]
+    """Write ``<stem>.events.arrow`` and ``<stem>.patients.arrow``; patients without a kept row are named too."""
     by_hash = np.argsort(hashes, kind="stable")
     rank = np.empty(len(patient_ids), dtype=np.int32)
     rank[by_hash] = np.arange(len(patient_ids))
@@ -108,8 +92,7 @@ def write_spill(
     by_patient = np.argsort(patient[start], kind="stable")
     order = concatenate_ranges(start[by_patient], np.diff(start, append=len(patient))[by_patient])
     minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
-    if not minute.dtype.is_float():
-        minute = minute.fill_null(STATIC_INSTANT)
+    minute = minute if minute.dtype.is_float() else minute.fill_null(STATIC_INSTANT)
     variables = kept[VARIABLE].unique().cast(pl.String).to_list()
     numbers = {name: kept[name] for name in (ROW, SET_INDEX) if name in kept.columns} | {MINUTE: minute}
     columns = {name: pa.array(column.to_numpy()[order]) for name, column in numbers.items()}
@@ -118,11 +101,11 @@ def write_spill(
         VALUE: kept[VALUE].to_arrow().take(order),
         FILE: _to_dictionary(kept[FILE].to_numpy()[order].astype(np.int32), files),
     }
-    write_table(folder / f"{number:05d}.events.arrow", pa.table(columns), max_rows=BATCH_ROWS)
+    write_table(stem.with_suffix(".events.arrow"), pa.table(columns), max_rows=BATCH_ROWS)
     counts = np.bincount(patient, minlength=len(patient_ids)).astype(np.int64)
     names = pa.array(patient_ids, pa.string()).take(by_hash)
     table = pa.table({PATIENT_ID: names, "hash": hashes[by_hash], "num_events": counts})
-    write_table(folder / f"{number:05d}.patients.arrow", table)
+    write_table(stem.with_suffix(".patients.arrow"), table)
 
 
 def _to_dictionary(positions: npt.NDArray[np.int32], texts: Sequence[str]) -> pa.DictionaryArray:
@@ -139,21 +122,13 @@ def _find_positions(column: pl.Series, texts: list[str]) -> npt.NDArray[np.int32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartitionRows:
-    """The kept rows of a partition's patients, each patient's in the order of pieces and rows.
+    """The kept rows of a partition's patients, each patient's in the order of pieces and rows."""
 
-    Attributes:
-        patient_ids: P names in order, also of patients without a kept row.
-        variables: V names in order.
-        patient: [E] int32, position in ``patient_ids``.
-        variable: [E] int32, position in ``variables``.
-        table: E rows of ``minute``, ``value``, ``file``, ``row`` and perhaps ``set_index``.
-    """
-
-    patient_ids: list[str]
-    variables: list[str]
-    patient: npt.NDArray[np.int32]
-    variable: npt.NDArray[np.int32]
-    table: pa.Table
+    patient_ids: list[str]  # in order, also of patients without a kept row
+    variables: list[str]  # in order
+    patient: npt.NDArray[np.int32]  # [E] position in patient_ids
+    variable: npt.NDArray[np.int32]  # [E] position in variables
+    table: pa.Table  # E rows of minute, value, file, row and perhaps set_index
 
 
 def read_partition(folder: Path, num_pieces: int, partition: int, num_partitions: int) -> PartitionRows:

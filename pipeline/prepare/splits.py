@@ -22,17 +22,11 @@ FRACTIONS: Final = (0.64, 0.16, 0.20)
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
-    """Return the numbers of ``F,F,F``; raise ValueError where they are no fractions or leave no patient for train."""
-    fractions = tuple(float(part) for part in text.split(","))
-    check_fractions(fractions)
+    """Return the numbers of ``F,F,F``; raise ValueError where they are none or leave no patient for train."""
+    fractions = tuple(map(float, text.split(",")))
     if fractions[0] == 0:
         raise ValueError(f"{text!r} leaves no patient for train")
     return fractions
-
-
-def check_fractions(fractions: tuple[float, ...]) -> None:
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
-        raise UserError(f"--split_fractions {','.join(map(str, fractions))}: not three fractions that sum to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +41,9 @@ class SplitRule(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fractions(self.split_fractions)
+        fractions = self.split_fractions
+        if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
+            raise UserError(f"--split_fractions {','.join(map(str, fractions))}: not three fractions that sum to 1")
 
     @classmethod
     def all_in(cls, split: str) -> SplitRule:

@@ -23,15 +23,7 @@ from pipeline.prepare.sort import SortedPartition
 from pipeline.prepare.spill import SpilledPiece
 from pipeline.prepare.vocabulary import vocabulary_fingerprint
 from pipeline.prepare.write import WrittenPartition
-from pipeline.schema import (
-    EMBEDDINGS_FILE,
-    FIRST_CODE,
-    INDEX_FILE,
-    REJECTS_FILE,
-    SPLITS,
-    VOCABULARY_FILE,
-    UserError,
-)
+from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, INDEX_FILE, REJECTS_FILE, SPLITS, VOCABULARY_FILE, UserError
 from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
 
 READ_BY_TRAINING: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE)
@@ -44,18 +36,7 @@ MAX_NAMED_VARIABLES: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The results of all stages.
-
-    Attributes:
-        spilled: those of each piece.
-        parts: those of sorting each partition.
-        written: those of writing each partition.
-        vocabulary: the vocabulary; ``VOCABULARY_SCHEMA``.
-        statistics: mean and std by variable, where the input gives some.
-        embedding_dim: width of the embeddings, None without.
-        labels_from: where labels come from, None without.
-        num_labels: number of patients that have a row of labels.
-    """
+    """The results of all stages, and what was read besides events: ``statistics`` are mean and std by variable."""
 
     spilled: Sequence[SpilledPiece]
     parts: Sequence[SortedPartition]
@@ -64,12 +45,11 @@ class Results:
     statistics: Mapping[str, tuple[float, float]]
     embedding_dim: int | None
     labels_from: str | None
-    num_labels: int
+    num_labels: int  # patients that have a row of labels
 
     def join_tables(self, work: Path) -> dict[str, Any]:
         """Write index, vocabulary and rejects to ``data``; return counts of what is in the shards."""
-        data = work / "data"
-        written = list(enumerate(self.written))
+        data, written = work / "data", list(enumerate(self.written))
         indexes = {
             split: [work / "index" / f"{split}-{number:05d}.arrow" for number, part in written if split in part.shards]
             for split in SPLITS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.schemas import VOCABULARY_SCHEMA
@@ -23,42 +23,21 @@ def make_vocabulary(
     limits: Limits = MappingProxyType({}),
     descriptions: Mapping[str, str] = MappingProxyType({}),
 ) -> pa.Table:
-    """Return the vocabulary: padding, unknown, then the train split's variables in the order of their names.
+    """Return ``VOCABULARY_SCHEMA``: padding, unknown, then the train split's variables in the order of their names.
 
-    Args:
-        train: moments of the train split.
-        statistics: mean and std to use instead, by variable.
-        min_count: variables with fewer events are left out, unless they have limits.
-        limits: low and high of outliers, by variable; a variable that has them never becomes unknown.
-        descriptions: meaning of variables, where it is known.
-
-    Returns:
-        ``VOCABULARY_SCHEMA``; ``mean`` and ``std`` are what values are scaled with, so a std of 0 is 1.
+    Values are scaled with ``mean`` and ``std``, so a std of 0 is 1; ``statistics`` replace those of some variables.
+    Variables with fewer events than ``min_count`` are left out, unless they have ``limits``.
     """
-    limited = np.array([variable in limits for variable in train.variables], dtype=np.bool_)
-    seen = np.flatnonzero((train.count >= max(min_count, 1)) | limited)
-    variables = [train.variables[number] for number in seen]
-    mean, std = train.mean[seen], train.std[seen]
-    for number, variable in enumerate(variables):
-        if variable in statistics:
-            mean[number], std[number] = statistics[variable]
-    std[std == 0] = 1.0
-    reserved = len(RESERVED_VARIABLES)
-    assert reserved == FIRST_CODE
-    bounds = [(None, None)] * reserved + [limits.get(variable, (None, None)) for variable in variables]
-    return pa.table(
-        {
-            "code": np.arange(reserved + len(variables), dtype=np.int32),
-            "variable": [*RESERVED_VARIABLES, *variables],
-            "count": np.concatenate([np.zeros(reserved, np.int64), train.count[seen]]),
-            "mean": np.concatenate([np.zeros(reserved), mean]),
-            "std": np.concatenate([np.ones(reserved), std]),
-            "low": [low for low, _ in bounds],
-            "high": [high for _, high in bounds],
-            "description": [None] * reserved + [descriptions.get(variable) for variable in variables],
-        },
-        schema=VOCABULARY_SCHEMA,
-    )
+    rows: list[tuple[Any, ...]] = [(name, 0, 0.0, 1.0, None, None, None) for name in RESERVED_VARIABLES]
+    assert len(rows) == FIRST_CODE
+    moments = zip(train.variables, train.count.tolist(), train.mean.tolist(), train.std.tolist(), strict=True)
+    for variable, count, mean, std in moments:
+        if count >= min_count or variable in limits:
+            scale = statistics.get(variable, (mean, std))
+            low, high = limits.get(variable, (None, None))
+            rows.append((variable, count, scale[0], scale[1] or 1.0, low, high, descriptions.get(variable)))
+    columns = [range(len(rows)), *zip(*rows, strict=True)]
+    return pa.table(dict(zip(VOCABULARY_SCHEMA.names, map(list, columns), strict=True)), schema=VOCABULARY_SCHEMA)
 
 
 def vocabulary_fingerprint(vocabulary: pa.Table) -> str:

@@ -23,17 +23,11 @@ from pipeline.schema import FLOAT32_MAX, SPLITS, UNKNOWN_CODE
 
 @dataclass(frozen=True, slots=True)
 class WrittenPartition:
-    """The written shards of a partition.
+    """The written shards of a partition."""
 
-    Attributes:
-        shards: entries of the manifest by split, one for each file format.
-        num_events: number of events.
-        unknown: number of events of each unknown variable.
-    """
-
-    shards: dict[str, list[ShardEntry]]
+    shards: dict[str, list[ShardEntry]]  # by split, one for each file format
     num_events: int
-    unknown: dict[str, int]
+    unknown: dict[str, int]  # number of events of each unknown variable
 
 
 def write_partition(work: Path, partition: int, vocabulary: pa.Table, suffixes: Sequence[str]) -> WrittenPartition:

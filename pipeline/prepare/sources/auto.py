@@ -22,11 +22,7 @@ FORMATS: Final = {source.name: source for source in _SOURCES}
 
 
 def detect_format(path: Path) -> str:
-    """Return the format of what lies at ``path``; the bare word ``synthetic`` is a format of its own.
-
-    Raises:
-        UserError: nothing is there, or nothing of any format.
-    """
+    """Return the format of what lies at ``path``; raise UserError where it is none."""
     if path == Path("synthetic") and not path.exists():
         return "synthetic"
     if not path.is_dir():
@@ -43,15 +39,10 @@ def detect_format(path: Path) -> str:
 
 
 def open_source(path: Path, format_name: str, options: Mapping[str, Any]) -> Source:
-    """Return the source for ``path``.
-
-    Args:
-        path: a file, a folder, a pattern, or the word ``synthetic``.
-        format_name: a key of ``FORMATS``, or ``auto``.
-        options: the options of formats that were set, by name.
+    """Return the source for ``path``: a file, a folder, a pattern, or the word ``synthetic``.
 
     Raises:
-        UserError: there is no such input, or an option is not one of the format's.
+        UserError: there is no such input, or one of the ``options`` that were set is not one of the format's.
     """
     if format_name == "auto":
         format_name = detect_format(path)

@@ -17,9 +17,6 @@ def cut_csv(path: Path, name: str) -> list[Piece]:
 
     A line feed ends a row where the quotes before it are even in number: inside of quotes it is text, and a doubled
     quote counts twice.
-
-    Raises:
-        UserError: the file cannot be read.
     """
     pieces: list[Piece] = []
     position = start = num_quotes = num_rows = 0

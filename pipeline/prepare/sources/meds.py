@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
@@ -20,13 +19,13 @@ from pipeline.prepare.sources.reading import (
     Piece,
     cut_files,
     number_rows,
+    pick_column,
     read_parquet,
-    read_parquet_columns,
     to_plain_column,
     to_utc,
 )
-from pipeline.prepare.sources.side_files import merge_labels, parse_labels, pick_column, read_frame
-from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
+from pipeline.prepare.sources.side_files import merge_labels, parse_labels, read_frame
+from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits, list_parquet
 from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
 
@@ -96,10 +95,8 @@ class Meds(Source, MedsOptions):
         return Origin(variable=self.origin_code, never=BIRTH)
 
     def find_events(self) -> dict[str, Path]:
-        files = sorted((self.path / "data").rglob("*.parquet"))
-        if not files:
-            raise UserError(f"{self.path}: no data/**/*.parquet here; name the folder that holds data and metadata")
-        return {path.relative_to(self.path).as_posix(): path for path in files}
+        wanted = "data/**/*.parquet here; name the folder that holds data and metadata"
+        return self.name_files(sorted((self.path / "data").rglob("*.parquet")), wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
         paths = {name: self.path / "metadata" / f"{name}.parquet" for name in ("subject_splits", "codes")}
@@ -130,21 +127,21 @@ class Meds(Source, MedsOptions):
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
         """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
         path = self.path / piece.files[number]
-        columns = read_parquet_columns(path)
-        _need_columns(path, columns, *COLUMNS)
-        wanted = [*COLUMNS, *([NUMERIC_VALUE] if NUMERIC_VALUE in columns else [])]
-        frame, first = read_parquet(path, piece, wanted, name_columns=("code",))
+        frame, first = read_parquet(path, piece, COLUMNS, [NUMERIC_VALUE], name_columns=["code"])
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
         code, value = frame["code"], frame.get_column(NUMERIC_VALUE, default=no_value)
         is_encoded = isinstance(code.dtype, pl.Enum)
-        value = _check_type(path, value, value.dtype.is_numeric() or value.dtype == pl.Null)
-        variable = code if is_encoded else names.encode(to_plain_column(path, "code", code))
-        series = (_to_subjects(path, frame), _to_instants(path, frame["time"]), variable, value)
-        return number_rows(dict(zip((SUBJECT, MINUTE, VARIABLE, VALUE), series, strict=True)), file=number, first=first)
+        columns = {
+            SUBJECT: _to_subjects(path, frame),
+            MINUTE: _to_instants(path, frame["time"]),
+            VARIABLE: code if is_encoded else names.encode(to_plain_column(path, "code", code)),
+            VALUE: _check_type(path, value, value.dtype.is_numeric() or value.dtype == pl.Null),
+        }
+        return number_rows(columns, file=number, first=first)
 
     def _is_excluded(self, codes: pl.Series) -> pl.Series:
         """Return [N] bool, whether an expression of ``exclude_codes`` is found in a code."""
-        excluded = pl.Series([False]).new_from_index(0, len(codes))
+        excluded = pl.repeat(False, len(codes), eager=True)
         for expression in self._expressions:
             try:
                 excluded |= codes.str.contains(expression).fill_null(False)
@@ -154,7 +151,7 @@ class Meds(Source, MedsOptions):
 
     def _read_samples(self, labels: Path) -> pl.DataFrame:
         """Return ``subject``, ``prediction_time``, ``patient_id``, ``label``: a row a sample."""
-        files = sorted(labels.rglob("*.parquet")) if labels.is_dir() else [labels]
+        files = list_parquet(labels)
         if not files:
             raise UserError(f"{labels}: no **/*.parquet here; name the label file, or the folder of a task")
         time = pl.col(PREDICTION_TIME).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")
@@ -164,16 +161,15 @@ class Meds(Source, MedsOptions):
         return samples.drop(LABEL).unique().join(merged, on=PATIENT_ID).sort(SUBJECT, PREDICTION_TIME)
 
     def _read_sample_file(self, path: Path) -> pl.DataFrame:
-        frame = read_frame(path)
-        _need_columns(path, frame.columns, SUBJECT_ID, PREDICTION_TIME)
+        frame = read_frame(path, (SUBJECT_ID, PREDICTION_TIME))
         for name in (SUBJECT_ID, PREDICTION_TIME):
             if frame[name].null_count():
                 row = frame[name].is_null().arg_true()[0] + 1
                 raise UserError(f"{path}: row {row} has no {name}; give one, or leave the row out")
         label = pick_column(path, frame.columns, self.label_column, LABEL_COLUMNS, "--label_column")
         times = _to_instants(path, frame[PREDICTION_TIME])
-        columns = {SUBJECT: _to_subjects(path, frame), PREDICTION_TIME: times, LABEL: parse_labels(path, frame[label])}
-        return pl.DataFrame(columns)
+        labels = parse_labels(path, frame[label])
+        return pl.DataFrame({SUBJECT: _to_subjects(path, frame), PREDICTION_TIME: times, LABEL: labels})
 
     def read_labels(self) -> tuple[str, pl.DataFrame] | None:
         if self.labels is None:
@@ -185,41 +181,26 @@ class Meds(Source, MedsOptions):
         path = self.find_side_files().get("subject_splits")
         if path is None:
             return None
-        frame = read_frame(path)
-        _need_columns(path, frame.columns, SUBJECT_ID, SPLIT)
+        frame = read_frame(path, (SUBJECT_ID, SPLIT))
         known = dict(self.split_map)
         unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
         if len(unknown):
             where, name = f"{path}: row {unknown[0] + 1}", frame[SPLIT][unknown[0]]
             advice = "say which is which: --split_map NAME=train,OTHER=test"
             raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
-        subjects = _to_subjects(path, frame)
-        splits = frame[SPLIT].replace_strict(known)
-        patients = {split: subjects.filter(splits == split).cast(pl.String).to_list() for split in SPLITS}
-        of_subjects = check_splits(patients, path)
-        if self.labels is None:
-            return of_subjects
-        samples = self._read_samples(self.labels).select(PATIENT_ID, pl.col(SUBJECT).cast(pl.String))
-        of_samples = samples.join(of_subjects, left_on=SUBJECT, right_on=PATIENT_ID).select(PATIENT_ID, SPLIT)
-        return pl.concat([of_subjects, of_samples])
+        return check_splits(path, _to_subjects(path, frame).cast(pl.String), frame[SPLIT].replace_strict(known))
 
     def read_descriptions(self) -> dict[str, str]:
         """Return each code's descriptions, each once, in the order of ``codes.parquet``."""
         path = self.find_side_files().get("codes")
         if path is None:
             return {}
-        frame = read_frame(path)
-        _need_columns(path, frame.columns, "code")
+        frame = read_frame(path, ["code"])
         if "description" not in frame.columns:
             return {}
         text = frame.select(pl.col("code", "description").cast(pl.String).str.strip_chars()).drop_nulls()
         text = text.filter(pl.col("description") != "").unique(maintain_order=True)
         return dict(text.group_by("code").agg(pl.col("description").str.join("; ")).iter_rows())
-
-
-def _need_columns(path: Path, columns: Iterable[str], *names_: str) -> None:
-    for name in names_:
-        pick_column(path, columns, name, (), "MEDS's names")
 
 
 def _to_subjects(path: Path, frame: pl.DataFrame) -> pl.Series:

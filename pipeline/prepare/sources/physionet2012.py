@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 import numpy as np
 import polars as pl
 
-from pipeline.prepare.sources.reading import FILE, ROW, Piece, group_files, reading
+from pipeline.prepare.sources.reading import FILE, ROW, Piece, reading
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
@@ -44,10 +44,8 @@ class PhysioNet2012(Source):
     name: ClassVar[str] = "physionet2012"
 
     def find_events(self) -> dict[str, Path]:
-        records = {path.name: path for path in self.path.iterdir() if is_record(path)}
-        if not records:
-            raise UserError(f"{self.path}: no record files (<RecordID>.txt) here; name the folder that holds them")
-        return {name: records[name] for name in sorted(records)}
+        wanted = "record files (<RecordID>.txt) here; name the folder that holds them"
+        return self.name_files(sorted(filter(is_record, self.path.iterdir())), wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
         return super().find_side_files() | {"labels": self.labels or self._find_outcomes()}
@@ -62,9 +60,6 @@ class PhysioNet2012(Source):
             if outcomes:
                 return outcomes[0]
         return None
-
-    def pieces(self) -> list[Piece]:
-        return group_files([(name, path.stat().st_size) for name, path in self.find_events().items()])
 
     def read(self, piece: Piece) -> RawRows:
         bodies = [_read_body(self.path / name) for name in piece.files]

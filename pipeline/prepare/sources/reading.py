@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,25 +33,21 @@ PIECE_BYTES: Final = 1 << 26
 ROW_BYTES: Final = 24
 """Approximate bytes of a row of text."""
 
+FEW_ROWS: Final = 1 << 14
+"""Number of rows that are read faster without threads."""
+
 UNREADABLE: Final = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError)
 """What reading a damaged file can raise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A unit of input for one task: a few small files, or a part of a large one.
+    """A unit of input for one task: a few small files, or parts (row groups, bytes, synthetic patients) of one."""
 
-    Attributes:
-        files: names relative to the input, as rejects give them.
-        start: first of the file's parts (row groups, bytes, or synthetic patients); 0 where files are read whole.
-        stop: one past the last part.
-        first_row: number of the first data row of a range of bytes.
-    """
-
-    files: tuple[str, ...]
-    start: int = 0
-    stop: int = 0
-    first_row: int = 1
+    files: tuple[str, ...]  # names relative to the input, as rejects give them
+    start: int = 0  # the first part
+    stop: int = 0  # one past the last part; 0 where files are read whole
+    first_row: int = 1  # number of the first data row of a range of bytes
 
 
 @contextmanager
@@ -74,11 +70,7 @@ def number_rows(columns: dict[str, pl.Series], *, file: int = 0, first: int = 1)
 
 
 def to_plain_column(path: Path, name: str, column: pl.Series, *, instants: bool = False) -> pl.Series:
-    """Return a column of numbers, text or (if ``instants``) dates; categories become text.
-
-    Raises:
-        UserError: it holds anything else.
-    """
+    """Return a column of numbers, text or (if ``instants``) dates; categories become text, all else is a UserError."""
     dtype = column.dtype
     if isinstance(dtype, pl.Categorical | pl.Enum):
         return column.cast(pl.String)
@@ -106,11 +98,11 @@ def to_patient_ids(column: pl.Series) -> pl.Series:
     return text.alias(PATIENT_ID)
 
 
-def group_files(sizes: Sequence[tuple[str, int]]) -> list[Piece]:
-    """Return pieces of whole files, about ``PIECE_BYTES`` each, in the order of ``sizes``, (name, bytes) of each."""
+def group_files(sizes: Mapping[str, int]) -> list[Piece]:
+    """Return pieces of whole files, about ``PIECE_BYTES`` each, in the order of ``sizes``, bytes by name."""
     groups: list[list[str]] = []
     total = 0
-    for name, size in sizes:
+    for name, size in sizes.items():
         if not groups or total + size > PIECE_BYTES:
             groups.append([])
             total = 0
@@ -119,21 +111,19 @@ def group_files(sizes: Sequence[tuple[str, int]]) -> list[Piece]:
     return [Piece(files=tuple(group)) for group in groups]
 
 
-def cut_files(files: dict[str, Path]) -> list[Piece]:
+def cut_files(files: Mapping[str, Path]) -> list[Piece]:
     """Return pieces of files by their names: small files together, large Parquet files by row groups.
 
     Parquet is counted by its rows: packed, they may take a byte each or fifty.
     """
-    whole: list[tuple[str, int]] = []
+    whole: dict[str, int] = {}
     parts: list[Piece] = []
     for name, path in files.items():
-        if path.suffix != ".parquet":
-            whole.append((name, path.stat().st_size))
-            continue
         with reading(path):
-            metadata = pq.read_metadata(path)
-        if metadata.num_rows * ROW_BYTES <= PIECE_BYTES:
-            whole.append((name, metadata.num_rows * ROW_BYTES))
+            metadata = pq.read_metadata(path) if path.suffix == ".parquet" else None
+        num_bytes = metadata.num_rows * ROW_BYTES if metadata else path.stat().st_size
+        if metadata is None or num_bytes <= PIECE_BYTES:
+            whole[name] = num_bytes
             continue
         start = num_bytes = 0
         for group in range(metadata.num_row_groups):
@@ -144,42 +134,65 @@ def cut_files(files: dict[str, Path]) -> list[Piece]:
     return group_files(whole) + parts
 
 
-def read_parquet_columns(path: Path) -> list[str]:
-    """Return the names of a Parquet file's columns; raise UserError where it is none."""
-    with reading(path):
-        return list(pq.read_schema(path).names)
+def pick_column(path: Path, columns: Iterable[str], wanted: str | None, known: Sequence[str], flag: str) -> str:
+    """Return the column that a flag names, or the first of the ``known`` names that the file has.
+
+    Raises:
+        UserError: there is none, or more than one of that name.
+    """
+    columns = list(columns)
+    for name in [wanted] if wanted is not None else known:
+        if name in columns:
+            if columns.count(name) > 1 or f"{name}_duplicated_0" in columns:  # as Polars renames the second
+                raise UserError(f"{path}: column {name!r} is there more than once; keep one")
+            return name
+    missing = repr(wanted) if wanted is not None else " or ".join(map(repr, known))
+    raise UserError(f"{path}: no column {missing}; name one of {', '.join(map(repr, columns))} with {flag}")
 
 
 def read_parquet(
-    path: Path, piece: Piece, columns: list[str], name_columns: Sequence[str] = ()
+    path: Path, piece: Piece, columns: Sequence[str], optional: Sequence[str] = (), name_columns: Sequence[str] = ()
 ) -> tuple[pl.DataFrame, int]:
     """Return columns of one Parquet file of a piece, and the number of its first row, from 1.
 
     Args:
         path: the file.
         piece: says which row groups.
-        columns: which columns.
+        columns: which columns; one that is missing is a UserError, as is a file that cannot be read.
+        optional: further columns, read if they are there.
         name_columns: columns of repeated texts, read as names (``pipeline.prepare.names``) in a sixth of the time.
-
-    Raises:
-        UserError: the file cannot be read.
     """
     with reading(path, KeyError):  # a column of names that is nested
-        with pq.ParquetFile(path, read_dictionary=name_columns) as file:
-            groups = range(piece.start, piece.stop) if piece.stop else range(file.num_row_groups)
-            num_before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-            table = file.read_row_groups(groups, columns=columns)
+        file = pq.ParquetFile(path)
+        metadata, present = file.metadata, file.schema_arrow.names
+        wanted = [pick_column(path, present, name, (), f"a header {','.join(columns)}") for name in columns]
+        wanted += [name for name in optional if name in present]
+        groups = range(piece.start, piece.stop or metadata.num_row_groups)
+        num_before = sum(metadata.row_group(group).num_rows for group in range(piece.start))
+        if name_columns:
+            file = pq.ParquetFile(path, metadata=metadata, read_dictionary=name_columns)
+        table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
         encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
         series = [names.from_dictionary(name, table[name]) for name in encoded]
-        return to_frame(table.drop_columns(encoded)).with_columns(series), 1 + num_before
+        return _to_frame(table.drop_columns(encoded)).hstack(series), 1 + num_before
 
 
-def to_frame(table: pa.Table) -> pl.DataFrame:
-    """Return the columns without metadata, after checking their text: Polars takes both on trust, and panics.
+def concat_files(top: Path, piece: Piece, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Join the rows of a piece's files below ``top``; raise UserError where columns or dtypes differ."""
+    columns = [frame.columns[2:] for frame in frames]  # without file and row
+    for name, present in zip(piece.files, columns, strict=True):
+        if present != columns[0]:
+            odd = min(set(present) ^ set(columns[0]))
+            held = f"holds {', '.join(present)}, {piece.files[0]} {', '.join(columns[0])}"
+            raise UserError(f"{top / name}: {held}; {odd!r} is in some files only: prepare alike files together")
+    try:
+        return pl.concat(frames, how="vertical_relaxed")
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{top}: {piece.files[0]} and others differ in dtype ({error}); make them alike") from None
 
-    Raises:
-        pa.ArrowException, pl.exceptions.PolarsError: they are damaged, or of a type that Polars does not have.
-    """
+
+def _to_frame(table: pa.Table) -> pl.DataFrame:
+    """Return the columns without metadata, after checking their text: Polars takes both on trust, and panics."""
     table.validate(full=True)
     frame = pl.from_arrow(pa.Table.from_arrays(table.columns, names=table.column_names))
     assert isinstance(frame, pl.DataFrame)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,54 +11,39 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from pipeline.prepare.sources.reading import LABEL, reading, to_patient_ids
+from pipeline.prepare.sources.reading import LABEL, pick_column, reading, to_patient_ids
 from pipeline.schema import FIRST_CODE, PATIENT_ID, VARIABLE, UserError
 
 LABEL_COLUMNS: Final = ("label", "in_hospital_mortality", "In-hospital_death")
 ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
 
 
-def read_frame(path: Path) -> pl.DataFrame:
-    """Return a whole CSV file (every column as text) or Parquet file; raise UserError where it cannot be read."""
+def read_frame(path: Path, needed: Sequence[str] = (), header: str | None = None) -> pl.DataFrame:
+    """Return a whole CSV file (every column as text) or Parquet file.
+
+    One that has not all ``needed`` columns is a UserError that shows the ``header`` that it should have.
+    """
     with reading(path):
         if path.suffix == ".parquet":
-            return pl.read_parquet(path, glob=False, hive_partitioning=False)
-        return pl.read_csv(path, infer_schema=False, separator=separator_of(path), glob=False)
+            frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
+        else:
+            frame = pl.read_csv(path, infer_schema=False, separator=separator_of(path), glob=False)
+    for name in needed:
+        pick_column(path, frame.columns, name, (), f"a header {header or ','.join(needed)}")
+    return frame
 
 
 def separator_of(path: Path) -> str:
     return "\t" if ".tsv" in path.suffixes else ","
 
 
-def pick_column(path: Path, columns: Iterable[str], wanted: str | None, known: Sequence[str], flag: str) -> str:
-    """Return the column that a flag names, or the first of the ``known`` names that the file has.
-
-    Raises:
-        UserError: there is none, or more than one of that name.
-    """
-    columns = list(columns)
-    for name in [wanted] if wanted is not None else known:
-        if name in columns:
-            if columns.count(name) > 1 or f"{name}_duplicated_0" in columns:  # as Polars renames the second
-                raise UserError(f"{path}: column {name!r} is there more than once; keep one")
-            return name
-    missing = repr(wanted) if wanted is not None else " or ".join(map(repr, known))
-    raise UserError(f"{path}: no column {missing}; name one of {', '.join(map(repr, columns))} with {flag}")
-
-
 def read_labels(path: Path, label_column: str | None = None, id_column: str | None = None) -> pl.DataFrame:
     """Return ``patient_id``, ``label`` of a CSV or Parquet file, a row a patient; empty and -1 mean unlabelled.
 
-    Args:
-        path: the file.
-        label_column: column of the outcome; None = one of ``LABEL_COLUMNS``.
-        id_column: column of the patient, where the file has it; else one of ``ID_COLUMNS``.
-
-    Raises:
-        UserError: unreadable, a column is missing, a label is none of 0, 1, -1, or two labels contradict.
+    Where the file has no ``id_column``, the patient is one of ``ID_COLUMNS``.
     """
     frame = read_frame(path)
-    id_columns = (id_column, *ID_COLUMNS) if id_column else ID_COLUMNS
+    id_columns = [id_column, *ID_COLUMNS] if id_column else ID_COLUMNS
     id_name = pick_column(path, frame.columns, None, id_columns, "one of these headers")
     label_name = pick_column(path, frame.columns, label_column, LABEL_COLUMNS, "--label_column")
     return merge_labels(path, to_patient_ids(frame[id_name]), parse_labels(path, frame[label_name]))
@@ -90,9 +75,7 @@ def merge_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.DataFrame:
 
 def read_keyed_frame(path: Path, columns: Sequence[str], header: str) -> pl.DataFrame:
     """Return a file whose first of the needed ``columns`` names each row; raise UserError where one repeats."""
-    frame = read_frame(path)
-    for name in columns:
-        pick_column(path, frame.columns, name, (), f"a header {header}")
+    frame = read_frame(path, columns, header)
     keys = frame[columns[0]]
     repeated = keys.filter(keys.is_duplicated())
     if len(repeated):
@@ -104,9 +87,6 @@ def read_statistics(path: Path) -> dict[str, tuple[float, float]]:
     """Return mean and standard deviation by variable, from a CSV of ``variable``, ``mean``, ``std``.
 
     A std of 0 or none is 1; a variable without a mean is left out.
-
-    Raises:
-        UserError: unreadable, a column is missing, or a variable stands there twice.
     """
     frame = read_keyed_frame(path, (VARIABLE, "mean", "std"), "variable,mean,std")
     numbers = frame.select(VARIABLE, pl.col("mean", "std").cast(pl.Float64, strict=False))
@@ -117,17 +97,9 @@ def read_statistics(path: Path) -> dict[str, tuple[float, float]]:
 
 
 def read_embeddings(path: Path, variables: Sequence[str]) -> npt.NDArray[np.float32]:
-    """Return the vectors of ``variables``, from a CSV of ``Key`` and D numbers.
+    """Return [num_codes, D] the vectors of the vocabulary's ``variables``, from a CSV of ``Key`` and D numbers.
 
-    Args:
-        path: the file.
-        variables: those of the vocabulary, padding and unknown first.
-
-    Returns:
-        [num_codes, D] float32; padding and unknown are zeros.
-
-    Raises:
-        UserError: unreadable, no ``Key``, a key twice, a variable without a vector, or one that is not all numbers.
+    Those of padding and unknown, the first two variables, are zeros.
     """
     frame = read_keyed_frame(path, ("Key",), "Key,0,1,2 …")
     if frame.width == 1:

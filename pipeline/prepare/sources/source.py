@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.options import Section, option
-from pipeline.prepare.sources.reading import SPLIT, Piece
+from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
 from pipeline.prepare.sources.side_files import read_labels
 from pipeline.schema import PATIENT_ID, UserError
 
@@ -23,44 +23,36 @@ from pipeline.schema import PATIENT_ID, UserError
 class RawRows:
     """The rows of a piece, none left out.
 
-    Attributes:
-        rows: ``file``, ``row``, then ``patient_id``, ``minute``, ``variable``, ``value`` and perhaps ``set_index`` in
-            whatever dtype they came; other columns serve the expressions below.
-        minute: the expression that makes of the rows minutes (float64), or instants (``Datetime("us")``) that become
-            minutes from the patient's origin; null or not finite = cannot be used.  None where ``minute`` holds plain
-            numbers.
-        static: whether an event without an instant belongs to the patient's static set, and can be used.
-        rules: reasons to reject that only this format knows, tried first and in this order.
-        patients: patients that the input names besides those in ``rows``.
-        num_source_rows: number of rows of the files, where ``rows`` repeats some of them; else None.
+    ``rows`` has ``file``, ``row``, then ``patient_id``, ``minute``, ``variable``, ``value`` and perhaps ``set_index``
+    in whatever dtype they came; other columns serve the expressions.  ``minute`` makes of them minutes (float64), or
+    instants (``Datetime("us")``) that become minutes from the patient's origin; null or not finite = cannot be used.
+    It is None where the column ``minute`` holds plain numbers.
     """
 
     rows: pl.DataFrame
     minute: pl.Expr | None = None
-    static: bool = False
-    rules: tuple[tuple[str, pl.Expr], ...] = ()
-    patients: tuple[str, ...] = ()
-    num_source_rows: int | None = None
+    static: bool = False  # whether an event without an instant belongs to the patient's static set
+    rules: tuple[tuple[str, pl.Expr], ...] = ()  # reasons to reject that only this format knows, tried first
+    patients: tuple[str, ...] = ()  # that the input names besides those in rows
+    num_source_rows: int | None = None  # of the files, where rows repeats some of them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
     """The event from which a patient's minutes count, in an input of instants.
 
-    Attributes:
-        variable: the first event of this variable; without one, the patient's timed events are rejected.  None: the
-            first event of any variable but those of ``never``, or of those where there is no other.
-        never: a regular expression.
+    It is the first event of ``variable``; without one, the patient's timed events are rejected.  Where that is None, it
+    is the first event of any variable but those that fit the expression ``never``, or of those where there is no other.
     """
 
     variable: str | None = None
-    never: str | None = None
+    never: str = "(?!)"  # fits nothing
 
     def may_be(self, variables: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Return [V] whether an event of each variable may be the origin."""
         if self.variable is not None:
             return np.array([name == self.variable for name in variables], dtype=np.bool_)
-        never = re.compile(self.never or "(?!)")  # an expression that fits nothing
+        never = re.compile(self.never)
         return np.array([never.search(name) is None for name in variables], dtype=np.bool_)
 
 
@@ -75,11 +67,7 @@ class SideFileOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Source(SideFileOptions, ABC):
-    """One input.  It is frozen and picklable: it travels to worker processes with each piece.
-
-    Attributes:
-        path: the file, folder or pattern that was named.
-    """
+    """One input.  It is frozen and picklable: it travels to worker processes with each piece."""
 
     name: ClassVar[str]
     """The value of ``--format``."""
@@ -88,7 +76,7 @@ class Source(SideFileOptions, ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     """Options that this format does not take."""
 
-    path: Path
+    path: Path  # the file, folder or pattern that was named
 
     @property
     def options(self) -> dict[str, Any]:
@@ -100,13 +88,25 @@ class Source(SideFileOptions, ABC):
     def origin(self) -> Origin:
         return Origin()
 
+    @property
+    def base(self) -> Path:
+        """The folder that names of files are relative to."""
+        return self.path
+
     @abstractmethod
     def find_events(self) -> dict[str, Path]:
         """Return the files of events, by their names relative to the input."""
 
-    @abstractmethod
+    def name_files(self, files: Iterable[Path], wanted: str) -> dict[str, Path]:
+        """Return files by their names; raise UserError, saying what is ``wanted``, where there are none."""
+        named = {path.relative_to(self.base).as_posix(): path for path in files}
+        if not named:
+            raise UserError(f"{self.path}: no {wanted}")
+        return named
+
     def pieces(self) -> list[Piece]:
         """Divide the input into pieces, which do not depend on the number of workers."""
+        return group_files({name: path.stat().st_size for name, path in self.find_events().items()})
 
     @abstractmethod
     def read(self, piece: Piece) -> RawRows:
@@ -115,8 +115,7 @@ class Source(SideFileOptions, ABC):
     def find_side_files(self) -> dict[str, Path | None]:
         """Return the other files that are read, by what they are read as.
 
-        ``labels`` and ``embeddings`` are described by :class:`SideFileOptions`; ``statistics`` is a CSV file of
-        ``variable``, ``mean``, ``std`` that replace those of the train split.
+        ``statistics`` is a CSV file of ``variable``, ``mean``, ``std`` that replace those of the train split.
         """
         return {"labels": self.labels, "embeddings": self.embeddings}
 
@@ -125,20 +124,22 @@ class Source(SideFileOptions, ABC):
 
         Both decide the output as the content of the file does: a file in another folder may be of another split.
         """
-        events = {f"events/{name}": path for name, path in self.find_events().items()}
-        others = [(role, path) for role, path in self.find_side_files().items() if path is not None]
-        return events | {name: path for role, top in others for name, path in _list_files(role, top)}
+        found = {f"events/{name}": path for name, path in self.find_events().items()}
+        side_files = [(role, top) for role, top in self.find_side_files().items() if top is not None]
+        for role, top in side_files:
+            found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_parquet(top)}
+        return found
 
     def read_labels(self) -> tuple[str, pl.DataFrame] | None:
         """Return the labels' origin, and ``patient_id``, ``label``, a row a patient; None without labels.
 
-        A column ``subject``, where there is one, says whose hash decides the patient's split instead of its own.
+        A column ``subject``, where there is one, says whose split, given or by hash, the patient shares.
         """
         path, patient_column = self.find_side_files()["labels"], getattr(self, "patient_column", None)
         return None if path is None else (str(path), read_labels(path, self.label_column, patient_column))
 
     def read_splits(self) -> pl.DataFrame | None:
-        """Return ``patient_id``, ``split``, a row a patient; None where a hash splits patients."""
+        """Return ``patient_id``, ``split``, a row a patient (or subject); None where a hash splits patients."""
         return None
 
     def read_descriptions(self) -> dict[str, str]:
@@ -146,23 +147,17 @@ class Source(SideFileOptions, ABC):
         return {}
 
 
-def _list_files(role: str, top: Path) -> Iterable[tuple[str, Path]]:
-    files = sorted(top.rglob("*.parquet")) if top.is_dir() else [top]
-    return [(f"{role}/{path.relative_to(top.parent).as_posix()}", path) for path in files]
+def list_parquet(top: Path) -> list[Path]:
+    """Return the Parquet files of a folder and its folders; of a file itself."""
+    return sorted(top.rglob("*.parquet")) if top.is_dir() else [top]
 
 
-def check_splits(patients: dict[str, list[str]], origin: Path) -> pl.DataFrame:
-    """Return ``patient_id``, ``split`` from the patients of each split.
-
-    Raises:
-        UserError: a patient is in two of them.
-    """
-    schema = {PATIENT_ID: pl.String, SPLIT: pl.String}
-    rows = [(patient, split) for split, of_split in patients.items() for patient in of_split]
-    frame = pl.DataFrame(rows, schema=schema, orient="row").unique().sort(PATIENT_ID, SPLIT)
+def check_splits(path: Path, patients: pl.Series, splits: pl.Series) -> pl.DataFrame:
+    """Return ``patient_id``, ``split``, each pair once; raise UserError where a patient is in two splits."""
+    frame = pl.DataFrame({PATIENT_ID: patients, SPLIT: splits}).unique().sort(PATIENT_ID, SPLIT)
     repeated = frame.filter(pl.col(PATIENT_ID).is_duplicated())
     if repeated.height:
         (patient, first), (_, second) = repeated.rows()[:2]
-        number = patients[first].index(patient) + 1
-        raise UserError(f"{origin}: patient number {number} of {first} is in {second} too; leave it in one")
+        number = patients.filter(splits == first).to_list().index(patient) + 1
+        raise UserError(f"{path}: patient number {number} of {first} is in {second} too; leave it in one")
     return frame

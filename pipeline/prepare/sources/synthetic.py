@@ -6,19 +6,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import ClassVar, Final, Literal, TypeAlias
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from pipeline.arrays import Floats, Ints
 from pipeline.options import Section, option
 from pipeline.prepare.sources.reading import LABEL, Piece, number_rows
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE
-
-FloatArray: TypeAlias = npt.NDArray[np.float64]
-IntArray: TypeAlias = npt.NDArray[np.int64]
 
 NUM_VARIABLES: Final = 40
 EVENTS_PER_SET: Final = 6.0
@@ -93,14 +91,14 @@ class Synthetic(Source, SyntheticOptions):
         }
         return RawRows(rows=number_rows(columns))
 
-    def _draw_outcomes(self, piece: Piece) -> tuple[FloatArray, npt.NDArray[np.int8]]:
+    def _draw_outcomes(self, piece: Piece) -> tuple[Floats, npt.NDArray[np.int8]]:
         """Return [P] severity, standard normal, and [P] outcome, 0 or 1."""
         generator = np.random.default_rng([self.seed, _OUTCOMES, piece.start])
         severity, chance = generator.standard_normal((2, piece.stop - piece.start))
         threshold = NormalDist(sigma=math.hypot(1.0, CHANCE_STD)).inv_cdf(1 - OUTCOME_RATE)
         return severity, (severity + CHANCE_STD * chance > threshold).astype(np.int8)
 
-    def _draw_lengths(self, generator: np.random.Generator, num_patients: int) -> tuple[IntArray, FloatArray]:
+    def _draw_lengths(self, generator: np.random.Generator, num_patients: int) -> tuple[Ints, Floats]:
         """Return [P] number of sets and [P] duration in minutes of each patient."""
         if self.profile == "icu":
             num_sets = generator.lognormal(math.log(66.0), 0.35, num_patients).clip(5, 200)

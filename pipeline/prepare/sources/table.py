@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
 from pipeline.prepare.sources.csv_pieces import cut_csv
@@ -16,16 +17,17 @@ from pipeline.prepare.sources.reading import (
     MICROSECONDS,
     PIECE_BYTES,
     Piece,
+    concat_files,
     cut_files,
     number_rows,
+    pick_column,
     read_parquet,
-    read_parquet_columns,
     reading,
     to_patient_ids,
     to_plain_column,
     to_utc,
 )
-from pipeline.prepare.sources.side_files import ID_COLUMNS, pick_column, separator_of
+from pipeline.prepare.sources.side_files import ID_COLUMNS, separator_of
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
@@ -64,8 +66,7 @@ class Table(Source, TableOptions):
     name: ClassVar[str] = "table"
 
     @property
-    def _base(self) -> Path:
-        """The folder that names in rejects are relative to."""
+    def base(self) -> Path:
         base = self.path
         while glob.has_magic(str(base)) and not base.exists():
             base = base.parent
@@ -79,43 +80,37 @@ class Table(Source, TableOptions):
             found = map(Path, glob.iglob(str(self.path), recursive=True))
         others = {path.resolve() for path in (self.labels, self.embeddings) if path}
         files = sorted(path for path in found if is_table(path) and path.resolve() not in others)
-        if not files:
-            raise UserError(f"{self.path}: no files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern")
-        return {path.relative_to(self._base).as_posix(): path for path in files}
+        return self.name_files(files, f"files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern")
 
     def pieces(self) -> list[Piece]:
         files = self.find_events()
-        large = {name: path for name, path in files.items() if _is_large_text(path)}
+        texts = {name: path for name, path in files.items() if path.suffix in (".csv", ".tsv")}
+        large = [name for name, path in texts.items() if path.stat().st_size > PIECE_BYTES]
         whole = cut_files({name: path for name, path in files.items() if name not in large})
-        return whole + [piece for name, path in large.items() for piece in cut_csv(path, name)]
+        return whole + [piece for name in large for piece in cut_csv(files[name], name)]
 
     def read(self, piece: Piece) -> RawRows:
-        columns: list[dict[str, str]] = []
-        frames: list[pl.DataFrame] = []
-        for number, name in enumerate(piece.files):
-            path = self._base / name
-            columns.append(self._pick_columns(path, _read_column_names(path)))
-            if columns[-1].keys() != columns[0].keys():
-                others = f"{piece.files[0]} {', '.join(columns[0])}"
-                raise UserError(f"{path}: holds {', '.join(columns[-1])}, {others}; prepare alike files together")
-            frame, first = _read_columns(path, list(dict.fromkeys(columns[-1].values())), piece)
-            series = {}
-            for role, column in columns[-1].items():
-                name = MINUTE if role == TIME else role  # where minutes would stand, so that rejects show times
-                series[name] = to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
-            frames.append(number_rows(series, file=number, first=first))
-        try:
-            rows = pl.concat(frames, how="vertical_relaxed")
-        except pl.exceptions.PolarsError as error:
-            which = f"{self._base}: {piece.files[0]} and others"
-            raise UserError(f"{which} differ in dtype ({error}); make them alike") from None
+        base = self.base
+        frames = [self._read_file(base / name, piece, number) for number, name in enumerate(piece.files)]
+        rows = concat_files(base, piece, frames)
         rows = rows.with_columns(to_patient_ids(rows[PATIENT_ID]))
-        if TIME not in columns[0]:
+        if TIME not in rows.columns:
             return RawRows(rows=rows)
-        time = self._to_instants(rows[MINUTE])
-        if ORIGIN in columns[0]:
-            time = (time - self._to_instants(rows[ORIGIN])).dt.total_microseconds() / MICROSECONDS
-        return RawRows(rows=rows.with_columns(time.alias(TIME)), minute=pl.col(TIME))
+        minute = self._to_instants(rows[TIME])
+        if ORIGIN in rows.columns:
+            minute = (minute - self._to_instants(rows[ORIGIN])).dt.total_microseconds() / MICROSECONDS
+        rows = rows.rename({TIME: MINUTE})  # rejects show times as they came
+        return RawRows(rows=rows.with_columns(minute.alias(TIME)), minute=pl.col(TIME))
+
+    def _read_file(self, path: Path, piece: Piece, number: int) -> pl.DataFrame:
+        """Return ``file``, ``row`` and the file's columns by their roles."""
+        columns = self._pick_columns(path, _read_column_names(path))
+        frame, first = _read_columns(path, list(dict.fromkeys(columns.values())), piece)
+        series = {
+            role: to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
+            for role, column in columns.items()
+        }
+        return number_rows(series, file=number, first=first)
 
     def _pick_columns(self, path: Path, names: list[str]) -> dict[str, str]:
         """Return the file's columns by their roles."""
@@ -126,7 +121,7 @@ class Table(Source, TableOptions):
         columns = {PATIENT_ID: pick("patient_column", ID_COLUMNS), VARIABLE: pick("variable_column", VARIABLE_COLUMNS)}
         columns[VALUE] = pick("value_column", VALUE_COLUMNS)
         if self.time_column or not (self.minute_column or any(name in names for name in MINUTE_COLUMNS)):
-            known = () if self.time_column else (*MINUTE_COLUMNS, *TIME_COLUMNS)
+            known = (*MINUTE_COLUMNS, *TIME_COLUMNS)
             columns[TIME] = pick_column(path, names, self.time_column, known, "--minute_column or --time_column")
             if self.origin_column:
                 columns[ORIGIN] = pick("origin_column", ())
@@ -153,14 +148,10 @@ class Table(Source, TableOptions):
         return to_utc(column)
 
 
-def _is_large_text(path: Path) -> bool:
-    return path.suffix in (".csv", ".tsv") and path.stat().st_size > PIECE_BYTES
-
-
 def _read_column_names(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        return read_parquet_columns(path)
     with reading(path):
+        if path.suffix == ".parquet":
+            return list(pq.read_schema(path).names)
         return pl.read_csv(path, n_rows=0, infer_schema=False, separator=separator_of(path), glob=False).columns
 
 

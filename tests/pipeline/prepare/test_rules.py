@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import polars as pl
@@ -17,7 +17,7 @@ from pipeline.prepare.build import build
 from pipeline.prepare.event_filter import EventFilter
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.options import BuildOptions
-from pipeline.prepare.rules import ACTIONS, AGGREGATES, Range, Rules, compute_outlier_limits, read_ranges
+from pipeline.prepare.rules import ACTIONS, Aggregate, Range, Rules, compute_outlier_limits, read_ranges
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import UserError
@@ -50,7 +50,7 @@ rules = st.builds(
     ranges=ranges,
     outlier_std=st.sampled_from([None, 0.9, 1.3, 4.0]),
     outlier_action=st.sampled_from(ACTIONS),
-    aggregate=st.sampled_from(AGGREGATES),
+    aggregate=st.sampled_from(get_args(Aggregate)),
     min_events=st.sampled_from([1, 3, 9]),
     min_count=st.sampled_from([1, 4, 12]),
 )
