@@ -14,11 +14,11 @@ FILES = sorted(
     for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
 )
 
-MAX_STATEMENT_LINES = 7_200
+MAX_STATEMENT_LINES = 6_650
 """Lines of all files together that are neither blank nor a comment, a docstring or an import.  The aim is 6,000: a
 round of taking away is due before anything is added."""
 
-MAX_LINES = 13_200
+MAX_LINES = 11_900
 """All lines of all files; the aim is 10,000."""
 
 MAX_FILE_LINES = 300
