@@ -9,6 +9,13 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+import psutil
+
+MAX_GAPS: Final = 1.15
+"""Times the most that one step has added to the heap that steps may have added before memory is given back.  With 1.25
+a run of 2,500 stays peaked 9 % higher in its third epoch than in its first, with 1.0 it took 5 % more time."""
 
 
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
@@ -50,12 +57,35 @@ def peak_rss_bytes() -> int:
     return max(own, ended)
 
 
-def release_free_memory() -> None:
-    """Return free memory of the C heap to the system, where the C library can (glibc; musl cannot).
+class HeapTrimmer:
+    """Gives free memory back when the gaps that steps leave in the heap have grown above what one step needs.
 
-    Batches differ in shape, and glibc keeps the gaps that they leave: a run's memory would grow for thousands of
-    steps (measured: 2 MB a step) although nothing holds it.
+    Batches differ in shape, and a large block fits into no gap that smaller ones left: after each step the heap may be
+    higher, although nothing holds the memory.  Giving it back after every step would cost a quarter of the time.
     """
+
+    def __init__(self) -> None:
+        self._floor = self._largest = 0  # so memory goes back after the first step, which makes what lasts
+        self._is_first = False
+
+    def end_step(self) -> None:
+        """Look at this process's memory after a step; the first after memory went back says what a step needs."""
+        grown = rss_bytes() - self._floor
+        if self._is_first:
+            self._largest = max(self._largest, grown)
+        self._is_first = grown > MAX_GAPS * self._largest
+        if self._is_first:
+            release_free_memory()
+            self._floor = rss_bytes()
+
+
+def rss_bytes() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def release_free_memory() -> None:
+    """Return free memory of the C heap to the system, where the C library can (glibc; musl cannot)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 import yaml
 from torch import Tensor
 
 from model.losses import Losses, beta_at
-from pipeline.machine import peak_rss_bytes, release_free_memory
+from pipeline.machine import HeapTrimmer, peak_rss_bytes, release_free_memory, rss_bytes
 from pipeline.options import to_dict
 from pipeline.schema import UserError
 from pipeline.storage.files import remove_leftovers, write_atomically
@@ -62,7 +61,7 @@ class Run:
     def __post_init__(self) -> None:
         self.directory = Path(self.options.run.output_dir)
         self.evaluator = Evaluator(self.options, self.data, self.world, self.memory, self.check_stop)
-        self._meters = Meters(self.world, self.state.progress)
+        self._meters, self._heap = Meters(self.world, self.state.progress), HeapTrimmer()
         self._began = time.perf_counter() - self.state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()
 
@@ -141,6 +140,7 @@ class Run:
         waited, seconds = self._step_started - self._step_ended, now - self._step_ended
         self._step_ended = now
         self._meters.add(ready.amounts, losses, grad_norm, seconds=seconds, waited=waited)
+        self._heap.end_step()
         self.profiler.step(ready.parts)
         if step == 1:
             self.monitor.mark("first step")
@@ -168,7 +168,6 @@ class Run:
         watched = means["loss"] + (0.0 if optimisation.precision == "fp16" else means["grad_norm"])
         if not math.isfinite(watched):
             self.state.check_finite(last_loss=watched)
-        release_free_memory()
         loss = self.options.loss
         unused = [] if loss.learns_sets else ["reconstruction", "kl"]
         unused += [] if loss.learns_outcome else ["classification"]
@@ -180,7 +179,7 @@ class Run:
             **interval.rates(),
             "learning_rate": learning_rate_at(optimisation, step - 1, self.settings.total_steps),
             "beta": beta_at(loss, step - 1),
-            "rss_bytes": psutil.Process().memory_info().rss,
+            "rss_bytes": rss_bytes(),
         }
         self.log("train", **line)
         if self.options.run.verbose:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import machine
 from pipeline.machine import peak_rss_bytes, release_free_memory, usable_cores
 
 
@@ -66,3 +67,16 @@ def test_this_machine_has_a_core_and_memory() -> None:
     assert 1 <= usable_cores() <= 16
     release_free_memory()
     assert peak_rss_bytes() > 1 << 20
+
+
+def test_memory_is_given_back_where_gaps_have_grown_above_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: memory after each step, and again after each time that it was given back."""
+    looks = iter([300, 100, 150, 155, 160, 110, 170, 169, 178, 180, 105])
+    monkeypatch.setattr(machine, "rss_bytes", lambda: next(looks))
+    returned: list[int] = []
+    monkeypatch.setattr(machine, "release_free_memory", lambda: returned.append(step))
+    trimmer = machine.HeapTrimmer()
+    for step in range(8):  # noqa: B007 # seen by the function above
+        trimmer.end_step()
+    # After the first step too.  A step adds 50, so 160 is too much; then one adds 60, so 178 is not and 180 is.
+    assert returned == [0, 3, 7]
