@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.steps import count_batch
+from model.events import has_number
 from model.losses import (
     DIRECTION_WEIGHT,
     MAGNITUDE_WEIGHT,
@@ -20,6 +21,7 @@ from model.losses import (
 )
 from model.prepared import PreparedBatch
 from model.ragged import SetLayout
+from model.segments import Segments
 from model.seqsetvae import SeqSetVAE
 from model.set_vae import Posterior
 from pipeline import PatientBatch
@@ -49,17 +51,20 @@ def loss_of_loop(model: SeqSetVAE, batch: PatientBatch, *, device: str = "cpu") 
         events, posteriors, start = [], [], 0
         for size, layout in zip(sizes, layouts, strict=True):
             event = start + layout.event_of_slot
-            events.append(model.events(patient.code[event], patient.value[event], patient.has_value[event]))
+            code, number = patient.code[event], has_number(patient.code[event], patient.has_value[event])
+            events.append(model.events(model.events.embedding, Segments.build(code), patient.value[event], number))
             posteriors.append(model.encoder(events[-1], layout))
             start += size
         posterior = Posterior(*(torch.cat(parts) for parts in zip(*posteriors, strict=True)))
-        context = model.transformer(posterior.mu, patient.minute, prepared.sequences, None)
+        context = model.transformer(posterior.mu, prepared.time, prepared.sequences, None)
         distances = torch.zeros((), device=device)
         for number, (layout, target) in enumerate(zip(layouts, events, strict=True)):
             decoded = model.decoder(context[number : number + 1], layout)
             distances = distances + (torch.stack(chamfer_sums(target.detach(), decoded, layout)) * weights).sum()
         flat = torch.cat([slots[:size] for slots, size in zip(events, sizes, strict=True)])  # padding comes last
-        logits = model.head(prepared, flat[prepared.sets.event_of_slot], context, posterior.mu, None).flatten(0, 1)
+        embedding = model.events.embedding[prepared.codes]
+        slots = flat[prepared.sets.event_of_slot]
+        logits = model.head(prepared, embedding, slots, context, posterior.mu, None).flatten(0, 1)
         entropy = cross_entropy_sum(logits, patient.label.repeat_interleave(len(logits)))
         total = total + options.vae_weight * distances / counts.num_events
         total = total + options.vae_weight * options.beta * kl_sum(posterior, options.free_bits) / counts.num_sets

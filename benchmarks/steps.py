@@ -100,7 +100,7 @@ class Stepper:
     Args:
         model: What is trained; it is moved to the device.
         precision: Of matrix products.
-        device: Where the steps are computed.
+        device: Where the steps are computed; on ``meta`` they are shapes alone.
         optimisation: Other options of the optimisation.
     """
 
@@ -112,7 +112,7 @@ class Stepper:
         device: str = "cpu",
         **optimisation: Any,
     ) -> None:
-        self.world = World(0, 1, choose_device(device, 0))
+        self.world = World(0, 1, torch.device(device) if device == "meta" else choose_device(device, 0))
         self.settings = StepSettings(
             loss=LossOptions(),
             optimisation=OptimisationOptions(precision=precision, **optimisation),

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.feed_forward import FeedForward
+from model.kernels import ops
+from model.kernels.ops import uses_kernels
 from model.ragged import SetLayout
 
 
@@ -55,7 +57,7 @@ class MAB(nn.Module):
 
     def __init__(self, width: int, heads: int, feed_forward: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self._scale = heads, 1 / math.sqrt(width // heads)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
@@ -69,19 +71,22 @@ class MAB(nn.Module):
             [·, D]: M rows for each set, sets in the layout's order; a set of one slot has one row, which stands for M
             equal ones.
         """
-        width = queries_MD.shape[1]
+        points, width = queries_MD.shape
         projected_HMK = self.query(queries_MD).view(-1, self.heads, width // self.heads).transpose(0, 1)
-        key_HKD = self.key.weight.view(self.heads, -1, width)
-        queries_HMD = projected_HMK @ key_HKD / math.sqrt(width // self.heads)
-        values_RHD = F.linear(x_RD, self._value_output().reshape(-1, width))
-        attended = []
+        queries_HMD = projected_HMK @ self.key.weight.view(self.heads, -1, width)
+        queries_D, values_D = queries_HMD.reshape(-1, width), self._value_output().reshape(-1, width)
+        if uses_kernels(x_RD.device):
+            sizes = points, layout.num_rows(points)
+            projected = F.linear(x_RD, torch.cat([values_D, queries_D]))
+            return self._after_attention(ops.gather(projected, layout.sets, self.heads, *sizes, self._scale)[0])
+        queries_D, values_RHD, attended = queries_D * self._scale, F.linear(x_RD, values_D), []
         parts = zip(layout.classes, layout.split_mask(), layout.split(x_RD), layout.split(values_RHD), strict=True)
         for c, mask, keys, values in parts:
             values = values.view(c.num_sets, c.size * self.heads, width)
             if c.size == 1:
                 attended.append(values.sum(1))
                 continue
-            scores = F.linear(keys, queries_HMD.reshape(-1, width)).view(c.num_sets, c.size, self.heads, -1)
+            scores = F.linear(keys, queries_D).view(c.num_sets, c.size, self.heads, -1)
             if mask is not None:
                 scores = scores.masked_fill(~mask[:, :, None, None], -math.inf)
             weights = scores.softmax(1, dtype=torch.float32).to(values.dtype).view(c.num_sets, c.size * self.heads, -1)
@@ -91,12 +96,16 @@ class MAB(nn.Module):
     def own_queries(self, x_RD: Tensor, keys: Tensor, layout: SetLayout) -> Tensor:
         """Return [R, D]: the slots of each set attend to the rows that :meth:`shared_queries` returned for the set."""
         width = x_RD.shape[1]
-        scale = 1 / math.sqrt(width // self.heads)
         key_HKD = self.key.weight.view(self.heads, -1, width)
-        query_HKD = self.query.weight.view(self.heads, -1, width)
-        folded_HDD = key_HKD.transpose(1, 2) @ query_HKD * scale
-        bias_HD = (self.query.bias.view(self.heads, 1, -1) @ key_HKD * scale).view(-1)
-        queries_RHD = F.linear(x_RD, folded_HDD.reshape(-1, width), bias_HD)
+        folded_HDD = key_HKD.transpose(1, 2) @ self.query.weight.view(self.heads, -1, width)
+        bias_HD = (self.query.bias.view(self.heads, 1, -1) @ key_HKD).view(-1)
+        output = self._value_output().transpose(0, 1).reshape(width, -1)
+        if uses_kernels(x_RD.device):
+            queries_RHD = F.linear(x_RD, folded_HDD.reshape(-1, width), bias_HD)
+            points = layout.points_of(keys.shape[0])
+            pooled_RHD = ops.scatter(queries_RHD, keys, layout.sets, self.heads, points, self._scale)
+            return self._after_attention(F.linear(pooled_RHD, output))
+        queries_RHD = F.linear(x_RD, folded_HDD.reshape(-1, width) * self._scale, bias_HD * self._scale)
         pooled = []
         parts = zip(layout.classes, layout.split(queries_RHD), layout.split_shared(keys), strict=True)
         for c, queries, keys_of_class in parts:
@@ -107,8 +116,7 @@ class MAB(nn.Module):
             queries = queries.view(c.num_sets, c.size * self.heads, width)
             weights = (queries @ keys_GMD.transpose(1, 2)).softmax(-1, dtype=torch.float32).to(keys.dtype)
             pooled.append((weights @ keys_GMD).view(c.num_slots, self.heads * width))
-        folded = self._value_output().transpose(0, 1).reshape(width, -1)
-        return self._after_attention(F.linear(torch.cat(pooled), folded) if pooled else x_RD[:0])
+        return self._after_attention(F.linear(torch.cat(pooled), output) if pooled else x_RD[:0])
 
     def _value_output(self) -> Tensor:
         """Return [H, D, D], the matrix of each head that takes a key to its contribution to the output."""

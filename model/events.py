@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from model.config import SeqSetVAEConfig
 from model.precision import full_precision
+from model.segments import Segments, take_rows
 from pipeline.schema import PADDING_CODE, UNKNOWN_CODE
 
 
@@ -49,14 +50,18 @@ class EventEncoder(nn.Module):
             self.scale = nn.Linear(config.embedding_dim, config.width, bias=False)
             self.no_number = nn.Parameter(torch.zeros(config.width))
 
-    def forward(self, code: Tensor, value: Tensor, has_value: Tensor) -> Tensor:
-        """Encode [·] int64, [·] float32, [·] bool as [·, width] float32, also under autocast: it is the target of the
-        reconstruction.
+    def forward(self, embedding_UE: Tensor, codes: Segments, value: Tensor, number: Tensor) -> Tensor:
+        """Encode events as [N, width] float32, also under autocast: they are the target of the reconstruction.
+
+        Args:
+            embedding_UE: the embeddings of the codes that occur.
+            codes: which of these each of N events has, as its segment.
+            value: [N] float32.
+            number: [N] bool, see :func:`has_number`.
         """
-        number = has_number(code, has_value)
-        with full_precision(code.device):
-            direction = F.normalize(self.variable(self.embedding), dim=1)[code]
+        with full_precision(value.device):
+            direction = take_rows(F.normalize(self.variable(embedding_UE), dim=1), codes)
             if self.event_form == "product":
                 return direction * (value * number)[:, None]
-            scale = F.normalize(self.scale(self.embedding), dim=1)[code]
+            scale = take_rows(F.normalize(self.scale(embedding_UE), dim=1), codes)
             return direction + torch.where(number[:, None], scale * value.asinh()[:, None], self.no_number)

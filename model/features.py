@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.events import has_number
 from model.ragged import SetLayout
+from model.segments import number_values
 from pipeline.loading.batch import PatientBatch
 
 NUM_FEATURES = 11
@@ -44,7 +45,7 @@ class VariableLayout:
         patient_S = torch.repeat_interleave(torch.arange(batch.num_patients), batch.sets_per_patient)
         patient_E = torch.repeat_interleave(patient_S, batch.set_sizes)
         num_codes = int(batch.code.max()) + 1 if batch.num_events else 1
-        key, pair_E = torch.unique(patient_E * num_codes + batch.code, return_inverse=True)
+        key, pair_E = number_values(patient_E * num_codes + batch.code)
         patient = key // num_codes
         counts = torch.bincount(patient, minlength=batch.num_patients)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.kernels import ops
+from model.kernels.ops import uses_kernels
 from model.precision import full_precision
 from model.ragged import SetLayout
 from model.seqsetvae import SeqSetVAEOutput
@@ -176,7 +178,9 @@ def chamfer_sums(target_RD: Tensor, output_RD: Tensor, layout: SetLayout) -> tup
         distance, float32 scalars.
     """
     sums = target_RD.new_zeros(3, dtype=torch.float32)
-    if layout.classes:
+    if uses_kernels(target_RD.device):
+        sums = ops.chamfer(target_RD, output_RD, layout.tiles, MIN_NORM)[0]
+    elif layout.classes:
         with full_precision(target_RD.device):
             target, output = (_measure(x.float(), layout.mask) for x in (target_RD, output_RD))
             to_output, to_target = _find_nearest(target, output, layout)
@@ -215,7 +219,7 @@ def _find_nearest(target: _Vectors, output: _Vectors, layout: SetLayout) -> list
             if slots != slice(None):
                 products, distances = _compare(t, o.select(slots), is_padded=c.is_padded)
             found[1].append(_nearest(products, distances, 2))
-    first_of_set_R = torch.arange(layout.num_slots, device=layout.mask.device) - layout.position_in_set
+    first_of_set_R = torch.arange(layout.num_slots, device=layout.mask.device) - layout.slots_of_position.of_row
     return [(torch.cat([p for p, _ in x], 1), torch.cat([i for _, i in x], 1) + first_of_set_R) for x in found]
 
 
@@ -269,6 +273,9 @@ def kl_sum(posterior: Posterior, free_bits: float) -> Tensor:
     The floor is that of single sets, not of a batch's mean as in Kingma et al. 2016 (§C.8), so that the loss of a
     patient does not depend on who shares its batch.
     """
+    if uses_kernels(posterior.mu.device):
+        divergence: Tensor = ops.divergence(posterior.mu, posterior.logvar, free_bits)
+        return divergence
     return kl_per_dimension(posterior).clamp_min(free_bits).sum()
 
 

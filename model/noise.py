@@ -18,7 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.kernels import ops
+from model.kernels.ops import uses_kernels
+
 _GOLDEN = 0x9E3779B97F4A7C15
+_SALT = 0xA0761D6478BD642F
 _MASK = (1 << 64) - 1
 
 
@@ -77,7 +81,7 @@ class Noise:
     def _bits(self, salt: int, width: int) -> Tensor:
         """Return [S, width] int64, 64 random bits each."""
         channel = (torch.arange(width, device=self.key.device) + 1) * _signed(_GOLDEN)
-        return _mix(_mix(self.key + _signed((salt + 1) * 0xA0761D6478BD642F))[:, None] + channel)
+        return _mix(_mix(self.key + _signed((salt + 1) * _SALT))[:, None] + channel)
 
     def uniform(self, salt: int) -> Tensor:
         """Return [S] float32 from [0, 1); each use has a ``salt`` of its own."""
@@ -85,6 +89,8 @@ class Noise:
 
     def normal(self, salt: int, width: int) -> Tensor:
         """Return [S, width] float32, standard normal (Box and Muller 1958); ``width`` is even."""
+        if uses_kernels(self.key.device):
+            return ops.normal(self.key, _signed((salt + 1) * _SALT), width)
         bits = self._bits(salt, width // 2)
         unit = 1.0 / (1 << 24)
         first = ((bits & 0xFFFFFF).float() + 0.5) * unit
@@ -96,6 +102,8 @@ class Noise:
         """Apply inverted dropout to x [S, D]; probabilities are rounded to 1/65,536."""
         if probability == 0.0:
             return x
+        if uses_kernels(x.device):
+            return ops.dropout(x, self.key, _signed((salt + 1) * _SALT), probability)
         width = x.shape[1]
         draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
         keep = draws >= round(probability * (1 << 16)) - (1 << 15)

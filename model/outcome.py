@@ -8,8 +8,8 @@ last layers by a shorter way too, a dense layer over the features of all variabl
 last layers are an ensemble (compare TabM, arXiv:2410.24210): each ensemble head is trained on its own, their mean
 probability predicts.
 
-Shape suffixes: B patients, S sets, R slots of the set layout, V (patient, variable) pairs that occur, C codes, D width,
-F features, K ensemble heads.
+Shape suffixes: B patients, S sets, R slots of the set layout or factors of a code, V (patient, variable) pairs that
+occur, U codes that occur, C all codes, E width of their embeddings, D width, F features, K ensemble heads.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.attention import ISAB
+from model.codes import CodeFactors, CodeLinear, has_factors
 from model.config import SeqSetVAEConfig
 from model.features import NUM_FEATURES, VariableLayout, summary_features
 from model.noise import StepNoise
 from model.prepared import PreparedBatch
-from model.segments import attention_pool
+from model.segments import Segments, attention_pool, take_rows
+from model.set_vae import run_block
 from pipeline.loading.batch import PatientBatch
 
 AXIS_SALT, ENSEMBLE_SALT = 2, 1024
-"""Salts of dropout; ensemble head k takes ENSEMBLE_SALT + 2 k and the one after."""
+"""Salts of dropout; the ensemble takes one for its summaries and the one after for what it joins them with."""
 
 FEATURE_CHANNELS = 64
 """Channels of a variable's vector that its summary features reach."""
@@ -40,8 +42,8 @@ ENCODED_FEATURES = 2 * NUM_FEATURES
 SUMMARY_CHANNELS = 32
 """Channels of an ensemble head's summary of all variables."""
 
-MAX_SUMMARY_WEIGHTS = 1 << 22
-"""Maximum number of weights of all summaries: for 30,000 codes full ones would have 84 million."""
+USUAL_VARIABLES = 64
+"""Number of variables from which on summaries begin no smaller; a patient seldom has more."""
 
 MIN_STD = 1e-3
 """A feature that varies less in the train split is constant, and is not scaled."""
@@ -58,12 +60,10 @@ class VariableAxis(nn.Module):
         self.event = nn.Linear(width, width)
         self.context = nn.Linear(width, width, bias=False)
         self.score = nn.Linear(width, config.heads, bias=False)  # a bias has no effect on a softmax
-        self.variable = nn.Embedding(config.num_codes, width)
-        # A feature means something else for each variable, so each has a projection of its own; to some of the channels
-        # only, because projections to all channels would outweigh the rest of the model where there are 30,000 codes.
+        self.variable = CodeLinear(config, 1, 1, width, fan_in=1)
+        # A feature means something else for each variable, so each has a projection of its own.
         channels = min(width, FEATURE_CHANNELS)
-        scale = math.sqrt(ENCODED_FEATURES)
-        self.features = nn.Parameter(torch.randn(config.num_codes, ENCODED_FEATURES, channels) / scale)
+        self.features = CodeLinear(config, 1, ENCODED_FEATURES, channels, fan_in=ENCODED_FEATURES)
         self.norm = nn.LayerNorm(width)
         self.block = ISAB(width, config.heads, config.set_feed_forward, config.inducing_points)
         self.scale = math.sqrt(width)
@@ -72,31 +72,33 @@ class VariableAxis(nn.Module):
     def forward(
         self,
         prepared: PreparedBatch,
+        factors_VR: Tensor | None,
         events_RD: Tensor,
         context_SD: Tensor,
         features_VF: Tensor,
         noise: StepNoise | None,
+        *,
+        checkpointed: bool,
     ) -> Tensor:
         """Return [B, D] from events, the contexts of sets in the batch's order, and encoded features of pairs."""
         sets, variables = prepared.sets, prepared.variables
-        context_SD = self.context(context_SD)[sets.set_order]
-        x_RD = F.gelu(self.event(events_RD * self.scale) + context_SD[sets.set_of_slot])
+        context_SD = sets.sort_sets(self.context(context_SD))
+        x_RD = F.gelu(self.event(events_RD * self.scale) + take_rows(context_SD, sets.slots))
         score_RH = self.score(x_RD).float().masked_fill(~sets.mask[:, None], -torch.inf)
-        heads, pair_R = x_RD.chunk(score_RH.shape[1], dim=1), variables.pair[sets.event_of_slot]
-        parts = zip(heads, score_RH.unbind(1), strict=True)
-        pooled_VD = torch.cat([attention_pool(x, score, pair_R, len(variables.code)) for x, score in parts], dim=1)
-        projected_VD = (features_VF[:, None] @ self.features[variables.code])[:, 0]
+        pooled_VD = attention_pool(x_RD, score_RH, prepared.slots_of_pair)
+        own = factors_VR, prepared
+        projected_VD = run_block(self.features, features_VF[:, None], *own, checkpointed=checkpointed)[:, 0]
         pooled_VD = pooled_VD + F.pad(projected_VD, (0, pooled_VD.shape[1] - projected_VD.shape[1]))
-        pooled_VD = self.norm(pooled_VD + self.variable(variables.code))
+        pooled_VD = self.norm(pooled_VD + self.variable(torch.ones_like(features_VF[:, None, :1]), *own)[:, 0])
         if noise is not None:
             pooled_VD = noise.pair.dropout(pooled_VD, AXIS_SALT, self.dropout)
-        x = pooled_VD[variables.layout.event_of_slot]
-        x = x + self.block(x, variables.layout)
-        return variables.layout.mean(x)[variables.layout.set_rank]
+        x = take_rows(pooled_VD, prepared.slots_of_variable)
+        x = x + run_block(self.block, x, variables.layout, checkpointed=checkpointed)
+        return variables.layout.unsort_sets(variables.layout.mean(x))
 
 
-class EnsembleHead(nn.Module):
-    """One ensemble head: two layers on the pooled patient and on a summary of its own.
+class Ensemble(nn.Module):
+    """K ensemble heads in one product: each two layers on the pooled patient and on a summary of its own.
 
     The summary is a dense layer over the features of all variables of a patient and, for each variable, a 1 that says
     that it occurs; a variable that does not occur adds nothing.
@@ -104,38 +106,48 @@ class EnsembleHead(nn.Module):
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
-        inputs, width = (2 if config.variable_axis else 1) * config.width, config.width
-        self.summary = None
+        heads, width = config.ensemble_heads, config.width
+        inputs = (2 if config.variable_axis else 1) * width
+        self.heads, self.dropout, self.summary = heads, config.dropout, None
         if config.variable_axis:
-            affordable = MAX_SUMMARY_WEIGHTS // (config.num_codes * (ENCODED_FEATURES + 1) * config.ensemble_heads)
-            channels = max(1, min(width, SUMMARY_CHANNELS, affordable))
-            scale = math.sqrt(config.num_codes * (NUM_FEATURES + 1))  # of the z-scores alone, as it was measured
-            self.summary = nn.Parameter(torch.randn(config.num_codes, ENCODED_FEATURES + 1, channels) / scale)
-            self.summary_bias = nn.Parameter(torch.zeros(channels))
+            channels = min(width, SUMMARY_CHANNELS)
+            usual = min(config.num_codes, USUAL_VARIABLES)
+            fan_in = usual * (NUM_FEATURES + 1)  # of the z-scores alone, as it was measured
+            self.summary = CodeLinear(config, heads, ENCODED_FEATURES + 1, channels, fan_in=fan_in)
+            self.summary_bias = nn.Parameter(torch.zeros(heads, channels))
             inputs += channels
-        self.hidden = nn.Linear(inputs, width)
-        self.output = nn.Linear(width, 2)
-        self.dropout = config.dropout
+        self.hidden, self.hidden_bias = _dense_layers(heads, inputs, width)
+        self.output, self.output_bias = _dense_layers(heads, width, 2)
 
     def forward(
         self,
+        prepared: PreparedBatch,
+        factors_VR: Tensor | None,
         pooled_BD: Tensor,
         features_VF: Tensor | None,
-        variables: VariableLayout,
         noise: StepNoise | None,
-        salt: int,
     ) -> Tensor:
-        """Return logits [B, 2]; ``salt`` and the one after it are this head's own."""
+        """Return logits [B, K, 2]."""
+        x_BKD = pooled_BD[:, None].expand(-1, self.heads, -1)
         if self.summary is not None and features_VF is not None:
+            features_VF = features_VF.repeat(1, self.heads)
             if noise is not None:
-                features_VF = noise.pair.dropout(features_VF, salt, self.dropout)
-            summary_VC = (F.pad(features_VF, (0, 1), value=1.0)[:, None] @ self.summary[variables.code])[:, 0]
-            bias_BC = self.summary_bias.repeat(len(pooled_BD), 1)
-            summary_BC = F.gelu(bias_BC.index_add(0, variables.patient, summary_VC.float()))
-            pooled_BD = torch.cat([pooled_BD, summary_BC.to(pooled_BD.dtype)], dim=1)
+                features_VF = noise.pair.dropout(features_VF, ENSEMBLE_SALT, self.dropout)
+            features_VKF = F.pad(features_VF.unflatten(1, (self.heads, -1)), (0, 1), value=1.0)
+            summary_BKC = self.summary.sum_over_variables(features_VKF, factors_VR, prepared) + self.summary_bias
+            x_BKD = torch.cat([x_BKD, F.gelu(summary_BKC).to(x_BKD.dtype)], dim=2)
         if noise is not None:
-            pooled_BD = noise.patient.dropout(pooled_BD, salt + 1, self.dropout)
-        return self.output(F.gelu(self.hidden(pooled_BD)))
+            x_BKD = noise.patient.dropout(x_BKD.flatten(1), ENSEMBLE_SALT + 1, self.dropout).view(x_BKD.shape)
+        hidden_KBD = F.gelu(torch.baddbmm(self.hidden_bias[:, None], x_BKD.transpose(0, 1), self.hidden))
+        return torch.baddbmm(self.output_bias[:, None], hidden_KBD, self.output).transpose(0, 1)
+
+
+def _dense_layers(heads: int, inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return weights [heads, inputs, outputs] and biases [heads, outputs], as ``nn.Linear`` begins with them."""
+    bound = 1 / math.sqrt(inputs)
+    shapes = (heads, inputs, outputs), (heads, outputs)
+    weight, bias = (nn.Parameter(torch.empty(shape).uniform_(-bound, bound)) for shape in shapes)
+    return weight, bias
 
 
 class OutcomeHead(nn.Module):
@@ -151,33 +163,45 @@ class OutcomeHead(nn.Module):
         self.register_buffer("feature_std", torch.ones(config.num_codes, NUM_FEATURES))
         axes = 2 if config.variable_axis else 1
         self.norm = nn.LayerNorm(axes * config.width)
-        self.ensemble = nn.ModuleList(EnsembleHead(config) for _ in range(config.ensemble_heads))
+        self.ensemble = Ensemble(config)
+        self.factors = CodeFactors(config) if config.variable_axis and has_factors(config) else None
 
     def forward(
-        self, prepared: PreparedBatch, events_RD: Tensor, context_SD: Tensor, z_SD: Tensor, noise: StepNoise | None
+        self,
+        prepared: PreparedBatch,
+        embedding_UE: Tensor,
+        events_RD: Tensor,
+        context_SD: Tensor,
+        z_SD: Tensor,
+        noise: StepNoise | None,
+        *,
+        checkpointed: bool = False,
     ) -> Tensor:
         """Return logits [B, K, 2].
 
         Args:
             prepared: the batch.
+            embedding_UE: the embeddings of the codes that occur.
             events_RD: its encoded events.
             context_SD: the contexts of its sets, in the batch's order.
             z_SD: their latents.
             noise: the noise of dropout; None = no dropout.
+            checkpointed: whether activations are computed again for the gradient.
         """
         sequences, variables = prepared.sequences, prepared.variables
-        score_S = (context_SD.float() * z_SD.float()).sum(1) / math.sqrt(context_SD.shape[1])
-        pooled_BD = attention_pool(context_SD, score_S, sequences.patient, sequences.num_patients)
-        features_VF = None
+        score_S1 = (context_SD.float() * z_SD.float()).sum(1, keepdim=True) / math.sqrt(context_SD.shape[1])
+        patients = Segments(sequences.patient, sequences.offsets)
+        pooled_BD = attention_pool(context_SD, score_S1, patients)
+        features_VF, factors_VR = None, None
         if self.variables is not None:
             features_VF = self.encode_features(prepared.features, variables.code)
-            axis_BD = self.variables(prepared, events_RD, context_SD, features_VF, noise)
+            if self.factors is not None:
+                factors_VR = take_rows(self.factors(embedding_UE), prepared.pairs_of_code)
+            axis_BD = self.variables(
+                prepared, factors_VR, events_RD, context_SD, features_VF, noise, checkpointed=checkpointed
+            )
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
-        pooled_BD = self.norm(pooled_BD)
-        salts = range(ENSEMBLE_SALT, ENSEMBLE_SALT + 2 * len(self.ensemble), 2)
-        heads = zip(self.ensemble, salts, strict=True)
-        logits = [head(pooled_BD, features_VF, variables, noise, salt) for head, salt in heads]
-        return torch.stack(logits, dim=1)
+        return self.ensemble(prepared, factors_VR, self.norm(pooled_BD), features_VF, noise)
 
     def encode_features(self, features_VF: Tensor, code_V: Tensor) -> Tensor:
         """Return [V, 2 F], the features as z-scores within their variable, and the cosines of the z-scores.

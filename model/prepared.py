@@ -3,7 +3,7 @@
 It is made on the CPU in the prefetch thread, so that the step itself neither waits for the device nor copies piece by
 piece.
 
-Shape suffixes: B patients, S sets, V (patient, variable) pairs that occur, F features.
+Shape suffixes: B patients, S sets, R slots of the set layout, V (patient, variable) pairs that occur, F features.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.events import has_number
 from model.features import VariableLayout, summary_features
 from model.noise import PatientNoise, StepNoise
 from model.ragged import SetLayout
-from model.sequence import SequenceLayout
+from model.segments import Segments, number_values
+from model.sequence import SequenceLayout, time_features
 from pipeline.loading.batch import PatientBatch
 
 ALIGNMENT = 16
@@ -34,6 +36,13 @@ class PreparedBatch:
         sets: the slots of events and sets.
         sequences: the rectangles of the patients' sets.
         variables: the pairs of patient and variable.
+        codes: [U] int64, the codes that occur.
+        slots_of_code, pairs_of_code: the slots and the pairs of each of these.
+        slots_of_pair, pairs_of_patient: the slots of each pair, the pairs of each patient.
+        slots_of_variable: the slots of each pair in the layout of the variables.
+        value: [R] float32, of the event of each slot.
+        has_number: [R] bool, whether it counts as a number.
+        time: [S, ·] float32, what encodes the minutes of sets.
         features: [V, F] float32, the summary features of each pair, not yet scaled.
         noise: the noise of the step; None = none, for evaluation.
         buffer: [·] uint8, what all tensors are views of; None = not packed.
@@ -43,6 +52,15 @@ class PreparedBatch:
     sets: SetLayout
     sequences: SequenceLayout
     variables: VariableLayout
+    codes: Tensor
+    slots_of_code: Segments
+    slots_of_pair: Segments
+    pairs_of_patient: Segments
+    pairs_of_code: Segments
+    slots_of_variable: Segments
+    value: Tensor
+    has_number: Tensor
+    time: Tensor
     features: Tensor
     noise: StepNoise | None
     buffer: Tensor | None = field(default=None, repr=False)
@@ -57,7 +75,11 @@ class PreparedBatch:
             step: the training step, counted from 0.
         """
         sequences, variables = SequenceLayout.build(batch.patient_offsets), VariableLayout.build(batch)
-        noise = None
+        sets, noise = SetLayout.build(batch.set_offsets), None
+        event = sets.event_of_slot
+        pair_of_slot = variables.pair[event]
+        codes, code_of_pair = number_values(variables.code)
+        pair_offsets = torch.searchsorted(variables.patient, torch.arange(batch.num_patients + 1))
         if seed is not None:
             patients = PatientNoise.for_step(batch.patient_id, seed=seed, step=step)
             noise = StepNoise(
@@ -67,9 +89,18 @@ class PreparedBatch:
             )
         return cls(
             batch=batch,
-            sets=SetLayout.build(batch.set_offsets),
+            sets=sets,
             sequences=sequences,
             variables=variables,
+            codes=codes,
+            slots_of_code=Segments.build(code_of_pair[pair_of_slot]),
+            slots_of_pair=Segments.build(pair_of_slot),
+            pairs_of_code=Segments.build(code_of_pair),
+            pairs_of_patient=Segments(variables.patient, pair_offsets),
+            slots_of_variable=Segments.build(variables.layout.event_of_slot),
+            value=batch.value[event],
+            has_number=has_number(batch.code[event], batch.has_value[event]),
+            time=time_features(batch.minute),
             features=summary_features(batch, variables),
             noise=noise,
         )

@@ -17,6 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.kernels import ops
+from model.kernels.ops import TILE, uses_kernels
+from model.segments import Segments, permute_rows
+from pipeline.arrays import offsets_from_sizes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizeClass:
@@ -45,19 +50,28 @@ class SetLayout:
         classes: size classes, by ascending size.
         event_of_slot: [R] int64; padding slots repeat an event of their own set, so that every slot holds an event.
         mask: [R] bool, False = padding.
-        position_in_set: [R] int64, 0, 1, 2 … within the set.
+        slots_of_position: the slots of each position 0, 1, 2 … within a set.
         set_of_slot: [R] int64, the set of each slot, as its position in the sorted order.
         set_order: [S] int64, the set at each position of the sorted order.
         set_rank: [S] int64, the position of each set in the sorted order; inverse of ``set_order``.
+        slot_offsets: [S+1] int64, the first slot of each set, in the sorted order.
+        sizes: [S] int64, the number of events of each set, in the sorted order.
+        num_single: [1] int64, the number of sets of one slot; they come first.
+        tile_set, tile_begin: [T] int64, the set and the first position of tiles of ``TILE`` slots of one set.
     """
 
     classes: tuple[SizeClass, ...]
     event_of_slot: Tensor
     mask: Tensor
-    position_in_set: Tensor
+    slots_of_position: Segments
     set_of_slot: Tensor
     set_order: Tensor
     set_rank: Tensor
+    slot_offsets: Tensor
+    sizes: Tensor
+    num_single: Tensor
+    tile_set: Tensor
+    tile_begin: Tensor
 
     @property
     def num_slots(self) -> int:
@@ -92,15 +106,45 @@ class SetLayout:
             classes.append(SizeClass(num_sets=int(count), size=int(size), is_padded=is_padded))
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
+        num_tiles = -(-padded // TILE)
+        tile = np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
         return cls(
             classes=tuple(classes),
+            slot_offsets=torch.from_numpy(offsets_from_sizes(padded)),
+            sizes=torch.from_numpy(sorted_sizes),
+            num_single=torch.from_numpy(np.count_nonzero(padded == 1, keepdims=True)),
+            tile_set=torch.from_numpy(np.repeat(np.arange(len(order)), num_tiles)),
+            tile_begin=torch.from_numpy(TILE * tile),
             event_of_slot=torch.from_numpy(event_of_slot),
             mask=torch.from_numpy(position < size_of_slot),
-            position_in_set=torch.from_numpy(position),
+            slots_of_position=Segments.build(torch.from_numpy(position)),
             set_of_slot=torch.from_numpy(np.repeat(np.arange(len(order)), padded)),
             set_order=torch.from_numpy(order),
             set_rank=torch.from_numpy(rank),
         )
+
+    @property
+    def sets(self) -> list[Tensor]:
+        """What the kernels of attention need to know of the sets."""
+        return [self.slot_offsets, self.sizes, self.num_single]
+
+    @property
+    def tiles(self) -> list[Tensor]:
+        """What the kernels of distances need to know of the tiles."""
+        return [self.tile_set, self.tile_begin, self.slot_offsets, self.sizes]
+
+    @property
+    def slots(self) -> Segments:
+        """The slots of each set, in the sorted order."""
+        return Segments(self.set_of_slot, self.slot_offsets)
+
+    def sort_sets(self, x_SD: Tensor) -> Tensor:
+        """Return rows of the batch's order of sets in the sorted order."""
+        return permute_rows(x_SD, self.set_order, self.set_rank)
+
+    def unsort_sets(self, x_SD: Tensor) -> Tensor:
+        """Return rows of the sorted order of sets in the batch's order."""
+        return permute_rows(x_SD, self.set_rank, self.set_order)
 
     def split(self, x_RD: Tensor) -> tuple[Tensor, ...]:
         """Return the slots of each class, as views of one operation, so that its gradient is one concatenation."""
@@ -116,15 +160,26 @@ class SetLayout:
 
         A set of one slot has one row there, every other set the same number.
         """
-        if not self.classes:
-            return ()
-        single = self.classes[0].num_sets if self.classes[0].size == 1 else 0
+        points = self.points_of(x.shape[0])
+        return (
+            x.split([c.num_sets if c.size == 1 else c.num_sets * points for c in self.classes]) if self.classes else ()
+        )
+
+    def num_rows(self, points: int) -> int:
+        """Return the number of rows that :meth:`model.attention.MAB.shared_queries` returns for ``points`` queries."""
+        return sum(c.num_sets * (1 if c.size == 1 else points) for c in self.classes)
+
+    def points_of(self, num_rows: int) -> int:
+        """Return the number of queries whose ``num_rows`` rows these are; 1 where all sets have one slot."""
+        single = self.num_rows(0)
         several = self.set_order.shape[0] - single
-        points = (x.shape[0] - single) // several if several else 1
-        return x.split([c.num_sets if c.size == 1 else c.num_sets * points for c in self.classes])
+        return (num_rows - single) // several if several else 1
 
     def mean(self, x_RD: Tensor) -> Tensor:
         """Return [S, D], the mean over the events of each set, without padding, in the sorted order of sets."""
+        if uses_kernels(x_RD.device):
+            every_event = self.mask.float().log()[:, None]  # of weight 1, padding of weight 0
+            return ops.pool(x_RD, every_event, None, self.slot_offsets)[0].to(x_RD.dtype)
         means = []
         for c, mask, x in zip(self.classes, self.split_mask(), self.split(x_RD), strict=True):
             x_GND = x.view(c.num_sets, c.size, -1)

@@ -17,6 +17,7 @@ from model.events import EventEncoder
 from model.outcome import OutcomeHead
 from model.prepared import PreparedBatch
 from model.ragged import SetLayout
+from model.segments import take_unique
 from model.sequence import CausalTransformer
 from model.set_vae import Posterior, SetDecoder, SetEncoder
 from pipeline.loading.batch import PatientBatch
@@ -90,25 +91,27 @@ class SeqSetVAE(nn.Module):
         noise = prepared.noise if self.training else None
         if self.training and noise is None:
             raise ValueError("training needs noise: prepare the batch with a seed, or call model.eval()")
-        batch, sets, sequences = prepared.batch, prepared.sets, prepared.sequences
+        sets, sequences = prepared.sets, prepared.sequences
         checkpointed, decoded_RD, logits_BK2 = self.gradient_checkpointing, None, None
         with record_function("encoder"):
-            event = sets.event_of_slot
-            events_RD = self.events(batch.code[event], batch.value[event], batch.has_value[event])
+            embedding_UE = take_unique(self.events.embedding, prepared.codes)
+            events_RD = self.events(embedding_UE, prepared.slots_of_code, prepared.value, prepared.has_number)
             sorted_posterior = self.encoder(events_RD, sets, checkpointed=checkpointed)
-            posterior = Posterior(*(x_SD[sets.set_rank] for x_SD in sorted_posterior))
+            posterior = Posterior(*map(sets.unsort_sets, sorted_posterior))
             z_SD = posterior.mu
             if noise is not None:
                 z_SD = z_SD + (posterior.logvar / 2).exp() * noise.set.normal(_SAMPLE_SALT, z_SD.shape[1])
         with record_function("transformer"):
             set_noise = None if noise is None else noise.set
-            context_SD = self.transformer(z_SD, batch.minute, sequences, set_noise, checkpointed=checkpointed)
+            context_SD = self.transformer(z_SD, prepared.time, sequences, set_noise, checkpointed=checkpointed)
         if reconstruct:
             with record_function("decoder"):
-                decoded_RD = self.decoder(context_SD[sets.set_order], sets, checkpointed=checkpointed)
+                decoded_RD = self.decoder(sets.sort_sets(context_SD), sets, checkpointed=checkpointed)
         if classify:
             with record_function("head"):
-                logits_BK2 = self.head(prepared, events_RD, context_SD, z_SD, noise)
+                logits_BK2 = self.head(
+                    prepared, embedding_UE, events_RD, context_SD, z_SD, noise, checkpointed=checkpointed
+                )
         return SeqSetVAEOutput(
             posterior=posterior,
             context=context_SD,

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import SeqSetVAEConfig
+from model.kernels import ops
+from model.kernels.ops import SEQUENCE_TILE, uses_kernels
 from model.noise import Noise
 from model.set_vae import run_block, sinusoids
 
@@ -26,10 +28,12 @@ MIN_FILL = 0.75
 DROPOUT_SALT = 16
 """First salt of dropout; smaller ones belong to the sample of the posterior and to the outcome head."""
 
-_SHORTEST_HOURS, _LONGEST_HOURS = 0.5, 24 * 365.25 * 20
+_SHORTEST_HOURS, _LONGEST_HOURS, _NUM_PERIODS = 0.5, 24 * 365.25 * 20, 16
+
+TIME_FEATURES = 2 * _NUM_PERIODS + 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceLayout:
     """The positions of a batch's sets in their patients and in the rectangles.
 
@@ -39,6 +43,8 @@ class SequenceLayout:
         patient: [S] int64, the patient of each set.
         position: [S] int64, 0, 1, 2 … within the patient.
         cell: [S] int64, the cell of each set among those of all rectangles, row by row.
+        offsets: [B+1] int64, the first set of each patient.
+        tile_patient, tile_begin: [T] int64, the patient and the first position of tiles of sets of one patient.
     """
 
     num_patients: int
@@ -46,6 +52,9 @@ class SequenceLayout:
     patient: Tensor
     position: Tensor
     cell: Tensor
+    offsets: Tensor
+    tile_patient: Tensor
+    tile_begin: Tensor
 
     @classmethod
     def build(cls, patient_offsets: Tensor) -> SequenceLayout:
@@ -63,38 +72,31 @@ class SequenceLayout:
         width = torch.tensor([columns for rows, columns in rectangles for _ in range(rows)], dtype=torch.int64)
         first_cell = torch.zeros_like(num_sets)
         first_cell[order[: len(width)]] = width.cumsum(0) - width
-        return cls(len(num_sets), tuple(rectangles), patient, position, first_cell[patient] + position)
-
-
-class TimeEncoding(nn.Module):
-    """Encode minutes as [S, D]: a projection of asinh of the hours and of sinusoids of the hours.
-
-    Periods run from half an hour to twenty years in equal ratios.  The encoding is continuous, of bounded scale, and
-    defined for negative and for very late times.
-    """
-
-    turns_per_minute: Tensor
-
-    def __init__(self, width: int, frequencies: int = 16) -> None:
-        super().__init__()
-        hours = torch.logspace(
-            math.log10(_SHORTEST_HOURS), math.log10(_LONGEST_HOURS), frequencies, dtype=torch.float64
+        is_first = position % SEQUENCE_TILE == 0
+        return cls(
+            num_patients=len(num_sets),
+            rectangles=tuple(rectangles),
+            patient=patient,
+            position=position,
+            cell=first_cell[patient] + position,
+            offsets=patient_offsets,
+            tile_patient=patient[is_first],
+            tile_begin=position[is_first],
         )
-        self.register_buffer("turns_per_minute", 1 / (60 * hours), persistent=False)
-        self.project = nn.Linear(2 * frequencies + 1, width)
 
-    def forward(self, minute_S: Tensor) -> Tensor:
-        return self.project(torch.cat([*self.sinusoids(minute_S), (minute_S[:, None] / 60).asinh()], dim=1))
 
-    def sinusoids(self, minute_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sines and cosines [S, frequencies] float32.
+def time_features(minute_S: Tensor) -> Tensor:
+    """Return [S, TIME_FEATURES] float32: sines and cosines of the hours, and their asinh.
 
-        Whole turns are taken off in float64: after twenty years the fastest sinusoid has made 350,000 of them, and in
-        float32 its angle would be off by a tenth of a radian and more.
-        """
-        turns = minute_S.double()[:, None] * self.turns_per_minute
-        angle = ((turns - turns.round()) * (2 * math.pi)).float()
-        return angle.sin(), angle.cos()
+    Periods run from half an hour to twenty years in equal ratios.  The features are continuous, of bounded scale, and
+    defined for negative and for very late times.  Whole turns are taken off in float64: after twenty years the fastest
+    sinusoid has made 350,000 of them, and in float32 its angle would be off by a tenth of a radian and more.
+    """
+    shortest, longest = map(math.log10, (_SHORTEST_HOURS, _LONGEST_HOURS))
+    hours = torch.logspace(shortest, longest, _NUM_PERIODS, dtype=torch.float64)
+    turns = minute_S.double()[:, None] * (1 / (60 * hours))
+    angle = ((turns - turns.round()) * (2 * math.pi)).float()
+    return torch.cat([angle.sin(), angle.cos(), (minute_S[:, None] / 60).asinh()], dim=1)
 
 
 class CausalLayer(nn.Module):
@@ -118,6 +120,9 @@ class CausalLayer(nn.Module):
         return x_SD + self._drop(fed, noise, 2 * self.index + 1)
 
     def _attend(self, qkv_S3D: Tensor, layout: SequenceLayout) -> Tensor:
+        if uses_kernels(qkv_S3D.device):
+            qkv_S3HK = qkv_S3D.unflatten(1, (3, self.heads, -1))
+            return ops.causal(qkv_S3HK, layout.tile_patient, layout.tile_begin, layout.offsets)[0].flatten(1)
         sizes = [rows * columns for rows, columns in layout.rectangles]
         cells_3D = qkv_S3D.new_zeros(sum(sizes), qkv_S3D.shape[1]).index_copy(0, layout.cell, qkv_S3D)
         attended = [qkv_S3D[:0].chunk(3, dim=1)[0]]
@@ -136,16 +141,16 @@ class CausalTransformer(nn.Module):
 
     def __init__(self, config: SeqSetVAEConfig) -> None:
         super().__init__()
-        self.time = TimeEncoding(config.width)
+        self.time = nn.Linear(TIME_FEATURES, config.width)
         self.norm_input = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(CausalLayer(config, index) for index in range(config.layers))
         self.norm_output = nn.LayerNorm(config.width)
 
     def forward(
-        self, z_SD: Tensor, minute_S: Tensor, layout: SequenceLayout, noise: Noise | None, *, checkpointed: bool = False
+        self, z_SD: Tensor, time_ST: Tensor, layout: SequenceLayout, noise: Noise | None, *, checkpointed: bool = False
     ) -> Tensor:
-        """Return the contexts [S, D] of latents [S, D] and minutes [S], all in the batch's order of sets."""
-        x_SD = self.norm_input(z_SD + sinusoids(layout.position, z_SD.shape[1]) + self.time(minute_S))
+        """Return the contexts [S, D] of latents [S, D] and time features, all in the batch's order of sets."""
+        x_SD = self.norm_input(z_SD + sinusoids(layout.position, z_SD.shape[1]) + self.time(time_ST))
         for layer in self.layers:
             x_SD = run_block(layer, x_SD, layout, noise, checkpointed=checkpointed)
         return self.norm_output(x_SD)

@@ -17,8 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import ISAB
 from model.config import SeqSetVAEConfig
 from model.feed_forward import FeedForward
+from model.kernels import ops
+from model.kernels.ops import uses_kernels
 from model.precision import full_precision
 from model.ragged import SetLayout
+from model.segments import take_rows
 
 
 class Posterior(NamedTuple):
@@ -30,6 +33,9 @@ class Posterior(NamedTuple):
 
 def sinusoids(position: Tensor, width: int, longest_period: float = 10_000.0) -> Tensor:
     """Encode positions [·] as [·, width] float32 (Vaswani et al. 2017, §3.5), without a bound on the position."""
+    if uses_kernels(position.device):
+        encoded: Tensor = ops.sinusoids(position, width, math.log(longest_period))
+        return encoded
     half = width // 2
     frequency = torch.exp(-math.log(longest_period) / half * torch.arange(half, device=position.device))
     angle = position.float()[:, None] * frequency
@@ -112,5 +118,5 @@ class SetDecoder(nn.Module):
         longest = layout.classes[-1].size if layout.classes else 0
         positions = torch.arange(longest, device=latent_SD.device)
         seeds = self.seed(sinusoids(positions, latent_SD.shape[1], LONGEST_POSITION_PERIOD))
-        gate_RF = F.silu(self.gate(latent_SD)[layout.set_of_slot] + seeds[layout.position_in_set])
-        return self.joint(gate_RF * self.value(latent_SD)[layout.set_of_slot])
+        gate_RF = F.silu(take_rows(self.gate(latent_SD), layout.slots) + take_rows(seeds, layout.slots_of_position))
+        return self.joint(gate_RF * take_rows(self.value(latent_SD), layout.slots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import tarfile
 import warnings
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from tests.data_dirs import Patient, make_patients, write_data_dir
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts the tests in the background ignores it, and so would the processes that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if not torch.cuda.is_available():
+    # Kernels are interpreted where they cannot run; Triton asks for it when it is imported, by whatever comes first.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "physionet2012"
 

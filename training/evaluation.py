@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, LossOptions, chamfer_sums
+from model.prepared import PreparedBatch
+from model.segments import take_unique
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from model.set_vae import Posterior
 from pipeline.loading.batch import PatientBatch
@@ -87,7 +89,7 @@ class Evaluator:
                 self.check_stop()
                 for prepared, output in forward_in_parts(model, ready.parts, self.world, optimisation, loss):
                     if output.decoded is not None:
-                        errors += reconstruction_sums(model, prepared.batch, output)
+                        errors += reconstruction_sums(model, prepared, output)
                     if latents is not None:
                         latents.write_table(latent_rows(prepared.batch.to("cpu"), output.posterior))
                 total_events += ready.counts.num_events
@@ -153,14 +155,14 @@ def first_hours(batch: PatientBatch, hours: float) -> PatientBatch:
     return batch.keep_events(early_S[batch.set_of_event])
 
 
-def reconstruction_sums(model: SeqSetVAE, batch: PatientBatch, output: SeqSetVAEOutput) -> Tensor:
+def reconstruction_sums(model: SeqSetVAE, prepared: PreparedBatch, output: SeqSetVAEOutput) -> Tensor:
     """Return [2] float32: the reconstruction loss of the model, and that of decoding each event's own variable at its
     mean, summed over events.
 
     The latter is told which variables a set holds, which the decoder is not.
     """
-    event = output.sets.event_of_slot
-    at_mean = model.events(batch.code[event], torch.zeros_like(batch.value[event]), batch.has_value[event])
+    embedding_UE = take_unique(model.events.embedding, prepared.codes)
+    at_mean = model.events(embedding_UE, prepared.slots_of_code, torch.zeros_like(prepared.value), prepared.has_number)
     assert output.decoded is not None
     weights = torch.tensor([DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT])
     sums = [torch.stack(chamfer_sums(output.events, each, output.sets)) for each in (output.decoded, at_mean)]

@@ -19,6 +19,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.kernels.ops import choose_kernels
 from model.losses import LossOptions
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
@@ -39,7 +40,7 @@ def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) ->
     """
     on_meta, batch = copy.deepcopy(model).to("meta").eval(), prepared.to("meta")
     on_meta.gradient_checkpointing = False
-    with FlopCounterMode(display=False) as counter:
+    with choose_kernels(False), FlopCounterMode(display=False) as counter:
         output = on_meta(batch, reconstruct=loss.learns_sets, classify=loss.learns_outcome)
         forward = counter.get_total_flops()
         outputs = (output.context, output.decoded, output.logits, output.posterior.mu)

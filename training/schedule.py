@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,9 +46,11 @@ class OptimisationOptions(Section):
     def dtype(self) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
-    def autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which matrix products on ``device`` have the precision asked for."""
         enabled = self.precision != "fp32"
+        if not torch.amp.is_autocast_available(device.type):
+            return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.dtype if enabled else None, enabled=enabled)
 
 
@@ -70,7 +73,8 @@ def parameter_groups(model: SeqSetVAE, weight_decay: float) -> list[dict[str, An
     width_scale = min(1.0, LR_SCALES_WIDTH / model.config.width)
     for name, parameter in model.named_parameters():
         lr_scale = max(LR_SCALES.get(name.partition(".")[0], 1.0) * width_scale, 1.0)
-        groups.setdefault((lr_scale, parameter.ndim > 1), []).append(parameter)
+        is_matrix = parameter.ndim > 1 and not name.endswith("bias")
+        groups.setdefault((lr_scale, is_matrix), []).append(parameter)
     return [
         # AdamW multiplies the decay by the group's learning rate.
         {"params": parameters, "lr_scale": lr_scale, "weight_decay": weight_decay / lr_scale if is_matrix else 0.0}

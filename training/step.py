@@ -72,7 +72,8 @@ def train_step(state: TrainState, ready: ReadyBatch, settings: StepSettings) -> 
     with record_function("optimiser"):
         sum_gradients([*state.model.parameters()], settings.world)
         state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), optimisation.gradient_clip or math.inf)
+        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        norm = clip_gradients(gradients, optimisation.gradient_clip or math.inf)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         update_ema(state, optimisation.ema_decay)
@@ -141,6 +142,14 @@ def smaller_parts(parts: list[PreparedBatch], step: int, settings: StepSettings)
     again = f"taken again in {len(smaller)} parts"
     log_main(settings.world, f"warning: out of memory in step {step + 1}, on {size}: {again}")
     return smaller
+
+
+@torch.no_grad()
+def clip_gradients(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients so that their norm is at most ``max_norm``; return the norm before, without waiting for it."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 @torch.no_grad()

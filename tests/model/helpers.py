@@ -19,7 +19,7 @@ NUM_CODES = 9
 def tiny_model(**changes: Any) -> SeqSetVAE:
     torch.manual_seed(3)
     shape = {"embedding_dim": 6, "width": 16, "inducing_points": 3, "set_feed_forward": 20, "feed_forward": 12}
-    return SeqSetVAE(SeqSetVAEConfig(num_codes=NUM_CODES, **{**shape, **changes}))
+    return SeqSetVAE(SeqSetVAEConfig(**{"num_codes": NUM_CODES, **shape, **changes}))
 
 
 def random_batch(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.attention import ISAB, MAB
+from model.codes import CodeLinear
 from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, LossOptions
 from model.seqsetvae import SeqSetVAE
-from model.sequence import TimeEncoding
 from model.set_vae import LONGEST_POSITION_PERIOD, sinusoids
 from pipeline.loading.batch import PatientBatch
 from pipeline.schema import UNKNOWN_CODE
@@ -54,13 +54,13 @@ def event(model: SeqSetVAE, code: int, value: float, has_value: bool) -> Tensor:
     return direction + (math.asinh(value) * s / s.norm() if number else encoder.no_number)
 
 
-def time_encoding(module: TimeEncoding, minutes: Tensor) -> Tensor:
+def time_encoding(module: nn.Linear, minutes: Tensor) -> Tensor:
     """[S] -> [S, D], with periods from half an hour to twenty years in equal ratios, by Python's own sines."""
     rows = []
     for hours in (minute / 60 for minute in minutes.tolist()):
         angles = [2 * math.pi * hours / (0.5 * (2 * 24 * 365.25 * 20) ** (number / 15)) for number in range(16)]
         rows.append([*map(math.sin, angles), *map(math.cos, angles), math.asinh(hours)])
-    return module.project(torch.tensor(rows))
+    return module(torch.tensor(rows))
 
 
 @dataclass
@@ -120,22 +120,32 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     if model.head.variables is not None:
         pooled = torch.cat([pooled, variable_axis(model, batch, b, sets, context)])
     pooled = model.head.norm(pooled)
-    ensemble = []
-    for head in model.head.ensemble:
+    ensemble, logits = model.head.ensemble, torch.zeros(model.config.ensemble_heads, 2)
+    for head in range(model.config.ensemble_heads):
         inputs = [pooled]
-        if head.summary is not None:
-            total = head.summary_bias
+        if ensemble.summary is not None:
+            total = ensemble.summary_bias[head]
             for code, features in summary_features(batch, b).items():
-                total = total + torch.cat([encode_features(model, code, features), torch.ones(1)]) @ head.summary[code]
+                encoded = torch.cat([encode_features(model, code, features), torch.ones(1)])
+                total = total + encoded @ weight(model, ensemble.summary, code)[head]
             inputs.append(F.gelu(total))
-        ensemble.append(head.output(F.gelu(head.hidden(torch.cat(inputs)))))
-    logits = torch.stack(ensemble)
+        hidden = F.gelu(torch.cat(inputs) @ ensemble.hidden[head] + ensemble.hidden_bias[head])
+        logits[head] = hidden @ ensemble.output[head] + ensemble.output_bias[head]
     distances = [
         decoded_distances(target.detach(), decode(model, h, len(target)))
         for target, h in zip(sets, context, strict=True)
     ]
     direction, magnitude, squared = (torch.stack(part).sum() for part in zip(*distances, strict=True))
     return PatientResult(z, torch.stack(logvar), context, logits, direction, magnitude, squared)
+
+
+def weight(model: SeqSetVAE, module: CodeLinear, code: int) -> Tensor:
+    """[maps, inputs, outputs], a code's own or the sum of shared matrices that its factors weigh."""
+    if not module.is_factored:
+        return module.weight[code]
+    embedding = model.events.embedding[code]
+    factors = model.head.factors.weight @ (embedding / embedding.norm())
+    return torch.einsum("r,gfro->gfo", factors, module.weight.unflatten(1, (-1, len(factors))))
 
 
 def encode_features(model: SeqSetVAE, code: int, features: list[float]) -> Tensor:
@@ -161,9 +171,10 @@ def variable_axis(model: SeqSetVAE, batch: PatientBatch, b: int, sets: list[Tens
         weights = torch.softmax(axis.score(stacked), dim=0)
         parts = stacked.chunk(model.config.heads, dim=1)
         pooled = torch.cat([weights[:, head] @ part for head, part in enumerate(parts)])
-        projected = encode_features(model, code, features[code]) @ axis.features[code]
+        encoded = encode_features(model, code, features[code])
+        projected = encoded @ weight(model, axis.features, code)[0]
         pooled = torch.cat([pooled[: len(projected)] + projected, pooled[len(projected) :]])
-        variables.append(axis.norm(pooled + axis.variable.weight[code]))
+        variables.append(axis.norm(pooled + weight(model, axis.variable, code)[0, 0]))
     x = torch.stack(variables)
     return (x + isab(axis.block, x)).mean(0)
 

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from model.config import SeqSetVAEConfig
 from model.features import NUM_FEATURES
-from model.outcome import EnsembleHead, feature_moments
+from model.outcome import feature_moments
+from model.seqsetvae import SeqSetVAE
 from tests.model import reference
 from tests.model.helpers import NUM_CODES, random_batch, tiny_model
 
@@ -36,16 +36,19 @@ def test_the_head_sees_features_as_z_scores_four_at_most() -> None:
     generator = torch.Generator().manual_seed(0)
     model.head.feature_mean.copy_(torch.randn(NUM_CODES, NUM_FEATURES, generator=generator))
     model.head.feature_std.copy_(torch.rand(NUM_CODES, NUM_FEATURES, generator=generator) + 0.05)
-    for head in model.head.ensemble:
-        torch.nn.init.normal_(head.summary_bias)
+    torch.nn.init.normal_(model.head.ensemble.summary_bias)
     with torch.no_grad():
         found = model(batch).logits
         expected = torch.stack([reference.patient(model, batch, b).logits for b in range(3)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("num_codes", "channels"), [(43, 32), (10_000, 2), (100_000, 1)])
-def test_summaries_of_many_variables_are_narrower(num_codes: int, channels: int) -> None:
-    head = EnsembleHead(SeqSetVAEConfig.preset("small", num_codes=num_codes))
-    assert head.summary is not None
-    assert head.summary.shape == (num_codes, 2 * NUM_FEATURES + 1, channels)
+def test_a_large_vocabulary_has_an_embedding_a_code_and_no_more() -> None:
+    """Of what is learned; moments of summary features are a row a code too."""
+    few, many = (SeqSetVAE(SeqSetVAEConfig.preset("small", num_codes=number)) for number in (1_000, 30_000))
+    grown = {
+        name: of_many.numel() - of_few.numel()
+        for (name, of_few), of_many in zip(few.named_parameters(), many.parameters(), strict=True)
+        if of_few.shape != of_many.shape
+    }
+    assert grown == {"events.embedding": 29_000 * 64}

@@ -12,7 +12,7 @@ from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from tests.model import reference
-from tests.model.helpers import counts_of, random_batch, run_model, select, tiny_model
+from tests.model.helpers import NUM_CODES, counts_of, random_batch, run_model, select, tiny_model
 
 SETS = [[1, 3, 2, 1, 9], [5], [2, 2, 12, 1, 1, 1, 4], [1], [11, 3]]
 OPTIONS = LossOptions()
@@ -25,11 +25,13 @@ def gradients(model: SeqSetVAE, batch: PatientBatch, counts: LossCounts, seed: i
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("event_form", ["additive", "product"])
-@pytest.mark.parametrize("variable_axis", [True, False])
-def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool) -> None:
+@pytest.mark.parametrize(
+    ("event_form", "variable_axis", "num_codes"),
+    [("additive", True, NUM_CODES), ("product", False, NUM_CODES), ("product", True, 1000), ("additive", False, 1000)],
+)
+def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool, num_codes: int) -> None:
     model, batch = (
-        tiny_model(event_form=event_form, variable_axis=variable_axis),
+        tiny_model(event_form=event_form, variable_axis=variable_axis, num_codes=num_codes),
         random_batch(SETS, labels=[1, -1, 0, 1, -1]),
     )
     output = run_model(model, batch)

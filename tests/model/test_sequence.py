@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sequence import MIN_FILL, SequenceLayout, TimeEncoding
+from model.sequence import MIN_FILL, SequenceLayout, time_features
 
 
 def layout_of(num_sets: list[int]) -> SequenceLayout:
@@ -48,7 +48,8 @@ TWENTY_YEARS = 20 * 365.25 * 24 * 60
 @given(st.lists(st.floats(-TWENTY_YEARS, TWENTY_YEARS, width=32), min_size=1, max_size=20))
 def test_time_is_encoded_exactly_for_twenty_years(minutes: list[float]) -> None:
     """Against Python's own sines, whose angles are reduced exactly; fractions of minutes included."""
-    sines, cosines = TimeEncoding(8).sinusoids(torch.tensor(minutes))
+    features = time_features(torch.tensor(minutes))
+    sines, cosines = features[:, :16], features[:, 16:32]
     longest = 24 * 365.25 * 20
     for row, minute in enumerate(minutes):
         for number in range(16):
@@ -60,6 +61,6 @@ def test_time_is_encoded_exactly_for_twenty_years(minutes: list[float]) -> None:
 
 def test_time_encoding_of_a_late_minute_by_hand() -> None:
     """Eight years and 7.5 minutes are a whole number of half hours and a quarter of one."""
-    sines, cosines = TimeEncoding(8).sinusoids(torch.tensor([0.4 * TWENTY_YEARS + 7.5]))
-    assert sines[0, 0].item() == pytest.approx(1.0, abs=1e-6)
-    assert cosines[0, 0].item() == pytest.approx(0.0, abs=1e-6)
+    features = time_features(torch.tensor([0.4 * TWENTY_YEARS + 7.5]))
+    assert features[0, 0].item() == pytest.approx(1.0, abs=1e-6)
+    assert features[0, 16].item() == pytest.approx(0.0, abs=1e-6)

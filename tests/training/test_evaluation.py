@@ -43,8 +43,8 @@ def test_means_reconstruct_what_lies_at_the_mean() -> None:
     batch = random_batch([[3, 1], [2]])
     model = tiny_model().eval()
     batch = dataclasses.replace(batch, value=batch.value * 0)
-    output = model(PreparedBatch.build(batch))
-    ours, at_mean = reconstruction_sums(model, batch, output).tolist()
+    prepared = PreparedBatch.build(batch)
+    ours, at_mean = reconstruction_sums(model, prepared, model(prepared)).tolist()
     assert ours > 1e-3
     assert abs(at_mean) < 1e-4
 

@@ -1,0 +1,51 @@
+"""The model with its kernels is the model with their references: outputs, losses and gradients of a training step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernels.ops import choose_kernels
+from model.losses import LossCounts, LossOptions, compute_losses
+from model.prepared import PreparedBatch
+from pipeline import PatientBatch
+from tests.model.helpers import NUM_CODES, random_batch, tiny_model
+
+
+def results(batch: PatientBatch, num_codes: int, *, checkpointed: bool = False) -> dict[str, Tensor]:
+    model = tiny_model(dropout=0.2, num_codes=num_codes).train()
+    model.gradient_checkpointing = checkpointed
+    prepared = PreparedBatch.build(batch, seed=1, step=2)
+    output = model(prepared)
+    counts = LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=batch.num_patients)
+    losses = compute_losses(output, batch.label, LossOptions(), counts, beta=0.1)
+    losses.total.backward()
+    assert output.decoded is not None
+    assert output.logits is not None
+    found = {"loss": losses.total, "logits": output.logits, "context": output.context}
+    found["decoded"] = output.decoded[prepared.sets.mask]
+    found |= {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("sets", "num_codes", "checkpointed"),
+    [
+        ([[3, 4, 1], [5, 17], [16, 15]], NUM_CODES, False),
+        ([[7]], NUM_CODES, False),
+        ([[1], [1, 1]], NUM_CODES, True),
+        ([[3, 1], [2]], 1000, True),
+        ([], NUM_CODES, False),
+    ],
+    ids=["corners", "one patient", "single events", "many codes", "no patient"],
+)
+def test_outputs_and_gradients(sets: list[list[int]], num_codes: int, checkpointed: bool) -> None:
+    batch = random_batch(sets)
+    found = results(batch, num_codes, checkpointed=checkpointed)
+    with choose_kernels(False):
+        expected = results(batch, num_codes)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5 * largest + 1e-7, msg=name)
