@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 TILE = 16
 """Slots that a program takes at a time: the fewest rows of a product of a GPU's matrix units."""
@@ -50,7 +49,7 @@ def _define(function: str, schema: str, fake: Callable[..., Any]) -> Any:
     module, name = function.split(".")
 
     def call(*arguments: Any) -> Any:
-        dense = tree_map_only(Tensor, Tensor.contiguous, arguments)  # kernels know of no strides
+        dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]  # kernels know of no strides
         return getattr(importlib.import_module(f"model.kernels.{module}"), name)(*dense)
 
     operation = torch.library.custom_op(f"seqsetvae::{name}", call, mutates_args=(), schema=schema)
