@@ -253,9 +253,10 @@ def _sum_distances(own: _Vectors, others: _Vectors, products_2R: Tensor, nearest
     norm, square, mask = (x.squeeze(1) for x in own[1:])
     other_norm, other_square = others.norm.squeeze(1), others.square.squeeze(1)
     by_direction, by_square, by_magnitude = nearest_3R.unbind()
-    direction = 1 - products_2R[0] / (norm * other_norm[by_direction])
-    squared = (square + other_square[by_square] - 2 * products_2R[1]).clamp_min(0)
-    magnitude = (norm - other_norm[by_magnitude]).abs()
+    # The gradient of indexing by brackets depends on the order in which threads come.
+    direction = 1 - products_2R[0] / (norm * other_norm.index_select(0, by_direction))
+    squared = (square + other_square.index_select(0, by_square) - 2 * products_2R[1]).clamp_min(0)
+    magnitude = (norm - other_norm.index_select(0, by_magnitude)).abs()
     return torch.stack([direction, magnitude, squared]) @ mask.float()
 
 

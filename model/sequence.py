@@ -20,6 +20,7 @@ from model.config import SeqSetVAEConfig
 from model.kernels import ops
 from model.kernels.ops import SEQUENCE_TILE, uses_kernels
 from model.noise import Noise
+from model.segments import take_unique
 from model.set_vae import run_block, sinusoids
 
 MIN_FILL = 0.75
@@ -130,7 +131,7 @@ class CausalLayer(nn.Module):
             query, key, value = cells.view(rows, columns, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             attended_BHKD = F.scaled_dot_product_attention(query, key, value, is_causal=True)
             attended.append(attended_BHKD.transpose(1, 2).reshape(rows * columns, -1))
-        return torch.cat(attended)[layout.cell]
+        return take_unique(torch.cat(attended), layout.cell)
 
     def _drop(self, x: Tensor, noise: Noise | None, salt: int) -> Tensor:
         return x if noise is None else noise.dropout(x, DROPOUT_SALT + salt, self.dropout)
