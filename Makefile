@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	rm -rf demo
-	$(BIN)/python preprocess.py synthetic --format synthetic --num_patients 2000 --output demo/data
+	$(BIN)/python preprocess.py synthetic --format synthetic --num_patients 1200 --output demo/data
 	$(BIN)/python train.py --data_dir demo/data --output_dir demo/run --preset small --max_epochs 4
 
 test: $(READY)
