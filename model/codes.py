@@ -71,9 +71,9 @@ class CodeLinear(nn.Module):
     def sum_over_variables(self, x_VGF: Tensor, factors_VR: Tensor | None, prepared: PreparedBatch) -> Tensor:
         """Return [B, G, outputs], the sums of what :meth:`forward` gives the pairs of each patient."""
         if factors_VR is None:
-            return sum_rows(self(x_VGF, None, prepared).float(), prepared.pairs_of_patient)
+            return sum_rows(self(x_VGF, None, prepared).float(), prepared.variables.pairs_of_patient)
         # Products are summed up before they meet the weights, which are then met by a row a patient.
-        return self._join(sum_rows(self._multiply(x_VGF, factors_VR), prepared.pairs_of_patient))
+        return self._join(sum_rows(self._multiply(x_VGF, factors_VR), prepared.variables.pairs_of_patient))
 
     def _multiply(self, x_VGF: Tensor, factors_VR: Tensor) -> Tensor:
         return (x_VGF[..., None] * factors_VR[:, None, None]).flatten(2)

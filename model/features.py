@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.events import has_number
 from model.ragged import SetLayout
-from model.segments import number_values
+from model.segments import Segments, number_values
+from pipeline.arrays import offsets_from_sizes
 from pipeline.loading.batch import PatientBatch
 
 NUM_FEATURES = 11
@@ -31,13 +33,19 @@ class VariableLayout:
     Attributes:
         pair: [E] int64, the pair of patient and variable of each event.
         patient, code: [V] int64, of each pair; pairs are sorted by patient, then by code.
+        offsets: [B+1] int64, the first pair of each patient.
         layout: the slots of the pairs, the variables of a patient as one set.
     """
 
     pair: Tensor
     patient: Tensor
     code: Tensor
+    offsets: Tensor
     layout: SetLayout
+
+    @property
+    def pairs_of_patient(self) -> Segments:
+        return Segments(self.patient, self.offsets)
 
     @classmethod
     def build(cls, batch: PatientBatch) -> VariableLayout:
@@ -47,9 +55,9 @@ class VariableLayout:
         num_codes = int(batch.code.max()) + 1 if batch.num_events else 1
         key, pair_E = number_values(patient_E * num_codes + batch.code)
         patient = key // num_codes
-        counts = torch.bincount(patient, minlength=batch.num_patients)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(pair_E, patient, key % num_codes, SetLayout.build(offsets))
+        counts = np.bincount(patient.numpy(), minlength=batch.num_patients)
+        offsets = torch.from_numpy(offsets_from_sizes(counts))
+        return cls(pair_E, patient, key % num_codes, offsets, SetLayout.build(offsets))
 
 
 def summary_features(batch: PatientBatch, variables: VariableLayout) -> Tensor:

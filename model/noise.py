@@ -31,6 +31,11 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
+def _offset(salt: int) -> int:
+    """Return what a use of noise adds to the keys of rows, so that each has noise of its own."""
+    return _signed((salt + 1) * _SALT)
+
+
 def _mix(x: Tensor) -> Tensor:
     """Apply the finaliser of SplitMix64 to each int64; torch's products wrap, its right shift copies the sign."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
@@ -81,7 +86,7 @@ class Noise:
     def _bits(self, salt: int, width: int) -> Tensor:
         """Return [S, width] int64, 64 random bits each."""
         channel = (torch.arange(width, device=self.key.device) + 1) * _signed(_GOLDEN)
-        return _mix(_mix(self.key + _signed((salt + 1) * _SALT))[:, None] + channel)
+        return _mix(_mix(self.key + _offset(salt))[:, None] + channel)
 
     def uniform(self, salt: int) -> Tensor:
         """Return [S] float32 from [0, 1); each use has a ``salt`` of its own."""
@@ -90,7 +95,7 @@ class Noise:
     def normal(self, salt: int, width: int) -> Tensor:
         """Return [S, width] float32, standard normal (Box and Muller 1958); ``width`` is even."""
         if uses_kernels(self.key.device):
-            return ops.normal(self.key, _signed((salt + 1) * _SALT), width)
+            return ops.normal(self.key, _offset(salt), width)
         bits = self._bits(salt, width // 2)
         unit = 1.0 / (1 << 24)
         first = ((bits & 0xFFFFFF).float() + 0.5) * unit
@@ -103,7 +108,7 @@ class Noise:
         if probability == 0.0:
             return x
         if uses_kernels(x.device):
-            return ops.dropout(x, self.key, _signed((salt + 1) * _SALT), probability)
+            return ops.dropout(x, self.key, _offset(salt), probability)
         width = x.shape[1]
         draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
         keep = draws >= round(probability * (1 << 16)) - (1 << 15)

@@ -26,7 +26,7 @@ from model.config import SeqSetVAEConfig
 from model.features import NUM_FEATURES, VariableLayout, summary_features
 from model.noise import StepNoise
 from model.prepared import PreparedBatch
-from model.segments import Segments, attention_pool, take_rows
+from model.segments import attention_pool, take_rows
 from model.set_vae import run_block
 from pipeline.loading.batch import PatientBatch
 
@@ -190,8 +190,7 @@ class OutcomeHead(nn.Module):
         """
         sequences, variables = prepared.sequences, prepared.variables
         score_S1 = (context_SD.float() * z_SD.float()).sum(1, keepdim=True) / math.sqrt(context_SD.shape[1])
-        patients = Segments(sequences.patient, sequences.offsets)
-        pooled_BD = attention_pool(context_SD, score_S1, patients)
+        pooled_BD = attention_pool(context_SD, score_S1, sequences.sets_of_patient)
         features_VF, factors_VR = None, None
         if self.variables is not None:
             features_VF = self.encode_features(prepared.features, variables.code)

@@ -38,7 +38,7 @@ class PreparedBatch:
         variables: the pairs of patient and variable.
         codes: [U] int64, the codes that occur.
         slots_of_code, pairs_of_code: the slots and the pairs of each of these.
-        slots_of_pair, pairs_of_patient: the slots of each pair, the pairs of each patient.
+        slots_of_pair: the slots of each pair.
         slots_of_variable: the slots of each pair in the layout of the variables.
         value: [R] float32, of the event of each slot.
         has_number: [R] bool, whether it counts as a number.
@@ -55,7 +55,6 @@ class PreparedBatch:
     codes: Tensor
     slots_of_code: Segments
     slots_of_pair: Segments
-    pairs_of_patient: Segments
     pairs_of_code: Segments
     slots_of_variable: Segments
     value: Tensor
@@ -79,7 +78,6 @@ class PreparedBatch:
         event = sets.event_of_slot
         pair_of_slot = variables.pair[event]
         codes, code_of_pair = number_values(variables.code)
-        pair_offsets = torch.searchsorted(variables.patient, torch.arange(batch.num_patients + 1))
         if seed is not None:
             patients = PatientNoise.for_step(batch.patient_id, seed=seed, step=step)
             noise = StepNoise(
@@ -96,7 +94,6 @@ class PreparedBatch:
             slots_of_code=Segments.build(code_of_pair[pair_of_slot]),
             slots_of_pair=Segments.build(pair_of_slot),
             pairs_of_code=Segments.build(code_of_pair),
-            pairs_of_patient=Segments(variables.patient, pair_offsets),
             slots_of_variable=Segments.build(variables.layout.event_of_slot),
             value=batch.value[event],
             has_number=has_number(batch.code[event], batch.has_value[event]),

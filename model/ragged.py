@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.kernels import ops
 from model.kernels.ops import TILE, uses_kernels
-from model.segments import Segments, permute_rows
+from model.segments import Segments, attention_pool, permute_rows
 from pipeline.arrays import offsets_from_sizes
 
 
@@ -161,9 +160,8 @@ class SetLayout:
         A set of one slot has one row there, every other set the same number.
         """
         points = self.points_of(x.shape[0])
-        return (
-            x.split([c.num_sets if c.size == 1 else c.num_sets * points for c in self.classes]) if self.classes else ()
-        )
+        rows = [c.num_sets if c.size == 1 else c.num_sets * points for c in self.classes]
+        return x.split(rows) if rows else ()
 
     def num_rows(self, points: int) -> int:
         """Return the number of rows that :meth:`model.attention.MAB.shared_queries` returns for ``points`` queries."""
@@ -179,7 +177,7 @@ class SetLayout:
         """Return [S, D], the mean over the events of each set, without padding, in the sorted order of sets."""
         if uses_kernels(x_RD.device):
             every_event = self.mask.float().log()[:, None]  # of weight 1, padding of weight 0
-            return ops.pool(x_RD, every_event, None, self.slot_offsets)[0].to(x_RD.dtype)
+            return attention_pool(x_RD, every_event, self.slots).to(x_RD.dtype)
         means = []
         for c, mask, x in zip(self.classes, self.split_mask(), self.split(x_RD), strict=True):
             x_GND = x.view(c.num_sets, c.size, -1)

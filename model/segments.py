@@ -43,10 +43,8 @@ class Segments:
         """Collect rows [N] int64 that come in any order, on the CPU; the segment after the last one is not there."""
         rows = of_row.numpy()
         counts = np.bincount(rows)
-        narrow = (
-            rows.astype(np.uint16) if len(counts) <= 1 << 16 else rows
-        )  # NumPy sorts 16 bits by radix, 10 × as fast
-        order = np.argsort(narrow, kind="stable")
+        fits = len(counts) <= 1 << 16  # NumPy sorts 16 bits by radix, 10 × as fast
+        order = np.argsort(rows.astype(np.uint16) if fits else rows, kind="stable")
         return cls(of_row, *map(torch.from_numpy, (offsets_from_sizes(counts), order)))
 
 
@@ -63,6 +61,15 @@ def number_values(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(found), torch.from_numpy(number)
 
 
+def _add_up(x: Tensor, segments: Segments, num_segments: int) -> Tensor:
+    """Return the sums of the rows of each segment, [num_segments, …]; segments after the last one have none."""
+    if uses_kernels(x.device):
+        summed: Tensor = ops.sum_segments(x, segments.order, segments.offsets, num_segments)
+        return summed
+    # PyTorch's gradient of ``x[of_row]`` adds up in whatever order threads come, and takes 3 to 20 times as long.
+    return x.new_zeros(num_segments, *x.shape[1:]).index_add_(0, segments.of_row, x)
+
+
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, segments: Segments) -> Tensor:
@@ -71,11 +78,7 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        segments: Segments = ctx.segments
-        if uses_kernels(grad.device):
-            return ops.sum_segments(grad, segments.order, segments.offsets, ctx.num_segments), None
-        # That of ``x[of_row]`` adds rows up in whatever order threads come, and takes 3 to 20 times as long.
-        return grad.new_zeros(ctx.num_segments, *grad.shape[1:]).index_add_(0, segments.of_row, grad), None
+        return _add_up(grad, ctx.segments, ctx.num_segments), None
 
 
 def take_rows(x: Tensor, segments: Segments) -> Tensor:
@@ -106,10 +109,7 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, segments: Segments) -> Tensor:
         ctx.save_for_backward(segments.of_row)  # ``index_add`` would keep all of x
-        if not uses_kernels(x.device):
-            return x.new_zeros(len(segments), *x.shape[1:]).index_add_(0, segments.of_row, x)
-        summed: Tensor = ops.sum_segments(x, segments.order, segments.offsets, len(segments))
-        return summed
+        return _add_up(x, segments, len(segments))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -20,7 +20,7 @@ from model.config import SeqSetVAEConfig
 from model.kernels import ops
 from model.kernels.ops import SEQUENCE_TILE, uses_kernels
 from model.noise import Noise
-from model.segments import take_unique
+from model.segments import Segments, take_unique
 from model.set_vae import run_block, sinusoids
 
 MIN_FILL = 0.75
@@ -39,7 +39,6 @@ class SequenceLayout:
     """The positions of a batch's sets in their patients and in the rectangles.
 
     Attributes:
-        num_patients: B.
         rectangles: (rows, columns) of each rectangle, the one with most columns first; a row is a patient.
         patient: [S] int64, the patient of each set.
         position: [S] int64, 0, 1, 2 … within the patient.
@@ -48,7 +47,6 @@ class SequenceLayout:
         tile_patient, tile_begin: [T] int64, the patient and the first position of tiles of sets of one patient.
     """
 
-    num_patients: int
     rectangles: tuple[tuple[int, int], ...]
     patient: Tensor
     position: Tensor
@@ -56,6 +54,10 @@ class SequenceLayout:
     offsets: Tensor
     tile_patient: Tensor
     tile_begin: Tensor
+
+    @property
+    def sets_of_patient(self) -> Segments:
+        return Segments(self.patient, self.offsets)
 
     @classmethod
     def build(cls, patient_offsets: Tensor) -> SequenceLayout:
@@ -75,7 +77,6 @@ class SequenceLayout:
         first_cell[order[: len(width)]] = width.cumsum(0) - width
         is_first = position % SEQUENCE_TILE == 0
         return cls(
-            num_patients=len(num_sets),
             rectangles=tuple(rectangles),
             patient=patient,
             position=position,

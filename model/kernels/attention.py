@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.ops import TILE
+from model.kernels.tiles import load_tile, store_tile
 
 MAX_COLUMNS = 128
 """Most channels of a program that gathers; wider values are shared out among programs."""
@@ -29,19 +30,6 @@ def _set_bounds(slot_offsets, sizes, num_single, s, M: tl.constexpr):
     first, single = tl.load(slot_offsets + s), tl.load(num_single)
     row = tl.where(s < single, s, single + (s - single) * M)
     return first, tl.load(slot_offsets + s + 1) - first, tl.load(sizes + s), row, tl.where(s < single, 1, M)
-
-
-@triton.jit
-def _load(pointer, rows, columns, stride, row_mask, WIDTH: tl.constexpr):
-    """Return the tile [rows, columns] of a matrix; 0 outside."""
-    mask = row_mask[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(pointer, tile, rows, columns, stride, row_mask, WIDTH: tl.constexpr):
-    mask = row_mask[:, None] & (columns < WIDTH)[None, :]
-    tl.store(pointer + rows[:, None] * stride + columns[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -74,12 +62,12 @@ def gather_forward(
             score = _scores_of(scores, slots, inside, stride, scale, M, BLOCK_M)
             new_top = tl.maximum(top, tl.max(score, 1))
             shrink, weight = tl.exp(top - new_top), tl.exp(score - new_top[:, None])
-            value = _load(values, slots, d, stride, inside, WIDTH)
+            value = load_tile(values, slots, d, stride, inside, WIDTH)
             pooled = pooled * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
             norm, top = norm * shrink + tl.sum(weight, 1), new_top
         total += pooled / norm[:, None]
         tl.store(log_sums + (s * H + head) * M + m, top + tl.log(norm), mask=m < M)
-    _store(out, total, row + m, d, WIDTH, m < rows, WIDTH)
+    store_tile(out, total, row + m, d, WIDTH, m < rows, WIDTH)
 
 
 @triton.jit
@@ -91,8 +79,8 @@ def _grad_weights(
     m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M, TILE], tl.float32)
     for channel in range(0, WIDTH, BLOCK_D):
         d = channel + tl.arange(0, BLOCK_D)
-        grad = _load(grad_out, row + m, d, WIDTH, m < rows, WIDTH)
-        value = _load(values, slots, d, stride, inside, WIDTH)
+        grad = load_tile(grad_out, row + m, d, WIDTH, m < rows, WIDTH)
+        value = load_tile(values, slots, d, stride, inside, WIDTH)
         total += tl.dot(grad, tl.trans(value), input_precision="ieee")
     return total
 
@@ -119,12 +107,12 @@ def gather_backward(
         weight = tl.exp(_scores_of(scores, slots, inside, stride, scale, M, BLOCK_M) - log_sum[:, None])
         grad_weight = _grad_weights(grad_out, values, row, rows, slots, inside, stride, WIDTH, BLOCK_M, BLOCK_D, TILE)
         grad_score = weight * (grad_weight - mean[:, None]) * scale
-        _store(grad_projected + H * WIDTH + head * M, tl.trans(grad_score), slots, m, stride, kept, M)
+        store_tile(grad_projected + H * WIDTH + head * M, tl.trans(grad_score), slots, m, stride, kept, M)
         for channel in range(0, WIDTH, BLOCK_D):
             d = channel + tl.arange(0, BLOCK_D)
-            grad = _load(grad_out, row + m, d, WIDTH, m < rows, WIDTH)
+            grad = load_tile(grad_out, row + m, d, WIDTH, m < rows, WIDTH)
             grad_value = tl.dot(tl.trans(weight.to(grad.dtype)), grad, input_precision="ieee")
-            _store(grad_projected + head * WIDTH, grad_value, slots, d, stride, kept, WIDTH)
+            store_tile(grad_projected + head * WIDTH, grad_value, slots, d, stride, kept, WIDTH)
 
 
 @triton.jit
@@ -145,13 +133,13 @@ def scatter_forward(
     s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, num_slots, _, row, rows = _set_bounds(slot_offsets, sizes, num_single, s, M)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    key = _load(keys, row + m, d, WIDTH, m < rows, WIDTH).to(queries.dtype.element_ty)
+    key = load_tile(keys, row + m, d, WIDTH, m < rows, WIDTH).to(queries.dtype.element_ty)
     for begin in range(0, num_slots, TILE):
         slots, inside = first + begin + tl.arange(0, TILE), begin + tl.arange(0, TILE) < num_slots
-        query = _load(queries + head * WIDTH, slots, d, H * WIDTH, inside, WIDTH)
+        query = load_tile(queries + head * WIDTH, slots, d, H * WIDTH, inside, WIDTH)
         weight = _weights_of_queries(query, key, rows, scale, BLOCK_M)
         pooled = tl.dot(weight.to(key.dtype), key, input_precision="ieee")
-        _store(out + head * WIDTH, pooled, slots, d, H * WIDTH, inside, WIDTH)
+        store_tile(out + head * WIDTH, pooled, slots, d, H * WIDTH, inside, WIDTH)
 
 
 @triton.jit
@@ -163,22 +151,22 @@ def scatter_backward(
     s = tl.program_id(0).to(tl.int64)
     first, num_slots, _, row, rows = _set_bounds(slot_offsets, sizes, num_single, s, M)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    key = _load(keys, row + m, d, WIDTH, m < rows, WIDTH).to(queries.dtype.element_ty)
+    key = load_tile(keys, row + m, d, WIDTH, m < rows, WIDTH).to(queries.dtype.element_ty)
     grad_key = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for head in range(H):
         for begin in range(0, num_slots, TILE):
             slots, inside = first + begin + tl.arange(0, TILE), begin + tl.arange(0, TILE) < num_slots
-            query = _load(queries + head * WIDTH, slots, d, H * WIDTH, inside, WIDTH)
-            grad = _load(grad_out + head * WIDTH, slots, d, H * WIDTH, inside, WIDTH)
+            query = load_tile(queries + head * WIDTH, slots, d, H * WIDTH, inside, WIDTH)
+            grad = load_tile(grad_out + head * WIDTH, slots, d, H * WIDTH, inside, WIDTH)
             weight = _weights_of_queries(query, key, rows, scale, BLOCK_M)
             grad_weight = tl.dot(grad, tl.trans(key), input_precision="ieee")
             mean = tl.sum(weight * grad_weight, 1)
             grad_score = (weight * (grad_weight - mean[:, None]) * scale).to(key.dtype)
             grad_query = tl.dot(grad_score, key, input_precision="ieee")
-            _store(grad_queries + head * WIDTH, grad_query, slots, d, H * WIDTH, inside, WIDTH)
+            store_tile(grad_queries + head * WIDTH, grad_query, slots, d, H * WIDTH, inside, WIDTH)
             grad_key += tl.dot(tl.trans(grad_score), query, input_precision="ieee")
             grad_key += tl.dot(tl.trans(weight.to(key.dtype)), grad, input_precision="ieee")
-    _store(grad_keys, grad_key, row + m, d, WIDTH, m < rows, WIDTH)
+    store_tile(grad_keys, grad_key, row + m, d, WIDTH, m < rows, WIDTH)
 
 
 def gather(

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.attention import _load, _store
 from model.kernels.ops import SEQUENCE_TILE
+from model.kernels.tiles import load_tile, store_tile
 
 WIDE = 128
 """Width of a head from which on a program in float32 has to be shared out among twice as many warps."""
@@ -30,29 +30,35 @@ def _scores(query, key, rows, columns, end, scale):
 
 
 @triton.jit
+def _tile_bounds(tile_patient, tile_begin, offsets, tile, TILE: tl.constexpr):
+    """Return the first row of the tile's patient, the tile's first position, and the row after the patient's last."""
+    patient, begin = tl.load(tile_patient + tile), tl.load(tile_begin + tile) + tl.program_id(2) * TILE
+    return tl.load(offsets + patient), begin, tl.load(offsets + patient + 1)
+
+
+@triton.jit
 def causal_forward(
     qkv, tile_patient, tile_begin, offsets, out, log_sums, scale,
     H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    patient, begin = tl.load(tile_patient + tile), tl.load(tile_begin + tile) + tl.program_id(2) * TILE
-    first, end = tl.load(offsets + patient), tl.load(offsets + patient + 1)
+    first, begin, end = _tile_bounds(tile_patient, tile_begin, offsets, tile, TILE)
     n, d = tl.arange(0, TILE), tl.arange(0, BLOCK_K)
     rows = first + begin + n
     own = qkv + head * K
-    query = _load(own, rows, d, 3 * H * K, rows < end, K)
+    query = load_tile(own, rows, d, 3 * H * K, rows < end, K)
     top, norm = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32)
     pooled = tl.zeros([TILE, BLOCK_K], tl.float32)
     for at in range(0, begin + TILE, TILE):
         columns = first + at + n
-        key = _load(own + H * K, columns, d, 3 * H * K, columns < end, K)
-        value = _load(own + 2 * H * K, columns, d, 3 * H * K, columns < end, K)
+        key = load_tile(own + H * K, columns, d, 3 * H * K, columns < end, K)
+        value = load_tile(own + 2 * H * K, columns, d, 3 * H * K, columns < end, K)
         score = _scores(query, key, rows, columns, end, scale)
         new_top = tl.maximum(top, tl.max(score, 1))
         shrink, weight = tl.exp(top - new_top), tl.exp(score - new_top[:, None])
         pooled = pooled * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         norm, top = norm * shrink + tl.sum(weight, 1), new_top
-    _store(out + head * K, pooled / norm[:, None], rows, d, H * K, rows < end, K)
+    store_tile(out + head * K, pooled / norm[:, None], rows, d, H * K, rows < end, K)
     tl.store(log_sums + rows * H + head, top + tl.log(norm), mask=rows < end)
 
 
@@ -71,38 +77,37 @@ def causal_backward(
     H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    patient, begin = tl.load(tile_patient + tile), tl.load(tile_begin + tile) + tl.program_id(2) * TILE
-    first, end = tl.load(offsets + patient), tl.load(offsets + patient + 1)
+    first, begin, end = _tile_bounds(tile_patient, tile_begin, offsets, tile, TILE)
     n, d = tl.arange(0, TILE), tl.arange(0, BLOCK_K)
     rows = first + begin + n
     inside, own, stride = rows < end, qkv + head * K, 3 * H * K
-    query, key = _load(own, rows, d, stride, inside, K), _load(own + H * K, rows, d, stride, inside, K)
-    value = _load(own + 2 * H * K, rows, d, stride, inside, K)
-    grad = _load(grad_out + head * K, rows, d, H * K, inside, K)
-    pooled = _load(out + head * K, rows, d, H * K, inside, K)
+    query, key = load_tile(own, rows, d, stride, inside, K), load_tile(own + H * K, rows, d, stride, inside, K)
+    value = load_tile(own + 2 * H * K, rows, d, stride, inside, K)
+    grad = load_tile(grad_out + head * K, rows, d, H * K, inside, K)
+    pooled = load_tile(out + head * K, rows, d, H * K, inside, K)
     log_sum = tl.load(log_sums + rows * H + head, mask=inside, other=0.0)
     grad_query = tl.zeros([TILE, BLOCK_K], tl.float32)
     for at in range(0, begin + TILE, TILE):
         columns = first + at + n
-        other_key = _load(own + H * K, columns, d, stride, columns < end, K)
-        other_value = _load(own + 2 * H * K, columns, d, stride, columns < end, K)
+        other_key = load_tile(own + H * K, columns, d, stride, columns < end, K)
+        other_value = load_tile(own + 2 * H * K, columns, d, stride, columns < end, K)
         _, grad_score = _grad_scores(query, other_key, other_value, grad, pooled, log_sum, rows, columns, end, scale)
         grad_query += tl.dot(grad_score.to(key.dtype), other_key, input_precision="ieee")
-    _store(grad_qkv + head * K, grad_query, rows, d, stride, inside, K)
+    store_tile(grad_qkv + head * K, grad_query, rows, d, stride, inside, K)
     grad_key, grad_value = tl.zeros([TILE, BLOCK_K], tl.float32), tl.zeros([TILE, BLOCK_K], tl.float32)
     for at in range(begin, end - first, TILE):
         later = first + at + n
-        other_query = _load(own, later, d, stride, later < end, K)
-        other_grad = _load(grad_out + head * K, later, d, H * K, later < end, K)
-        other_pooled = _load(out + head * K, later, d, H * K, later < end, K)
+        other_query = load_tile(own, later, d, stride, later < end, K)
+        other_grad = load_tile(grad_out + head * K, later, d, H * K, later < end, K)
+        other_pooled = load_tile(out + head * K, later, d, H * K, later < end, K)
         other_log_sum = tl.load(log_sums + later * H + head, mask=later < end, other=0.0)
         weight, grad_score = _grad_scores(
             other_query, key, value, other_grad, other_pooled, other_log_sum, later, rows, end, scale
         )
         grad_key += tl.dot(tl.trans(grad_score.to(key.dtype)), other_query, input_precision="ieee")
         grad_value += tl.dot(tl.trans(weight.to(key.dtype)), other_grad, input_precision="ieee")
-    _store(grad_qkv + (H + head) * K, grad_key, rows, d, stride, inside, K)
-    _store(grad_qkv + (2 * H + head) * K, grad_value, rows, d, stride, inside, K)
+    store_tile(grad_qkv + (H + head) * K, grad_key, rows, d, stride, inside, K)
+    store_tile(grad_qkv + (2 * H + head) * K, grad_value, rows, d, stride, inside, K)
 
 
 def causal(qkv: Tensor, tile_patient: Tensor, tile_begin: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

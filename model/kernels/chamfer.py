@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.attention import _load, _store
 from model.kernels.ops import TILE
+from model.kernels.tiles import load_tile, store_tile
 
 NUM_DISTANCES = 3
 
@@ -31,8 +31,8 @@ def _measure(tile, MIN_SQUARE: tl.constexpr):
 @triton.jit
 def _load_side(matrix, other_matrix, sides, rows, columns, row_mask, WIDTH: tl.constexpr):
     """Return a tile of ``matrix``, float32; of the other one, whose dtype may be another, where ``sides`` is 1."""
-    tile = _load(matrix, rows, columns, WIDTH, row_mask & (sides == 0), WIDTH).to(tl.float32)
-    return tile + _load(other_matrix, rows, columns, WIDTH, row_mask & (sides == 1), WIDTH).to(tl.float32)
+    tile = load_tile(matrix, rows, columns, WIDTH, row_mask & (sides == 0), WIDTH).to(tl.float32)
+    return tile + load_tile(other_matrix, rows, columns, WIDTH, row_mask & (sides == 1), WIDTH).to(tl.float32)
 
 
 @triton.jit
@@ -102,13 +102,13 @@ def gradient_kernel(
     by_direction, by_magnitude, by_square = tl.load(grad), tl.load(grad + 1), tl.load(grad + 2)
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, TILE)
     o, output_inside = begin + n, begin + n < size
-    own = _load(output, first + o, d, WIDTH, output_inside, WIDTH).to(tl.float32)
+    own = load_tile(output, first + o, d, WIDTH, output_inside, WIDTH).to(tl.float32)
     square, norm = _measure(own, MIN_SQUARE)
     has_norm = tl.where(square >= MIN_SQUARE, 1.0, 0.0)  # a clamped norm has no gradient
     own_factor, moved = tl.zeros([TILE], tl.float32), tl.zeros([TILE, BLOCK_D], tl.float32)
     for target_begin in range(0, size, TILE):
         t, target_inside = target_begin + n, target_begin + n < size
-        other = _load(target, first + t, d, WIDTH, target_inside, WIDTH).to(tl.float32)
+        other = load_tile(target, first + t, d, WIDTH, target_inside, WIDTH).to(tl.float32)
         other_square, other_norm = _measure(other, MIN_SQUARE)
         product = tl.dot(own, tl.trans(other), input_precision="ieee")
         direction = by_direction * _times_selected(nearest, num_slots, first, o, t, output_inside, target_inside)
@@ -124,15 +124,10 @@ def gradient_kernel(
         own_factor += tl.sum(tl.where(has_norm[:, None] > 0, factor, 0.0) + 2 * squared, 1)
         moved -= tl.dot(direction / norms + 2 * squared, other, input_precision="ieee")
     total = moved + own_factor[:, None] * own
-    _store(grad_output, total, first + o, d, WIDTH, kept, WIDTH)
+    store_tile(grad_output, total, first + o, d, WIDTH, kept, WIDTH)
 
 
-def chamfer(
-    target: Tensor,
-    output: Tensor,
-    tiles: list[Tensor],
-    min_norm: float,
-) -> tuple[Tensor, Tensor]:
+def chamfer(target: Tensor, output: Tensor, tiles: list[Tensor], min_norm: float) -> tuple[Tensor, Tensor]:
     """Return sums of direction, magnitude and squared distance, and the positions of the nearest within their sets.
 
     Args:

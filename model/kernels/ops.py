@@ -154,10 +154,15 @@ normal = _define(
 )
 
 
-def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], *inputs[1], output[1])
+def _leave_second(ctx: Any, output: tuple[Tensor, Tensor]) -> None:
+    """Say that the second output, which the gradient needs, has none of its own, not even zeros."""
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], *inputs[1], output[1])
+    _leave_second(ctx, output)
     ctx.scale = inputs[-1]
 
 
@@ -178,8 +183,7 @@ def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    _leave_second(ctx, output)
 
 
 def _pool_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
@@ -188,8 +192,7 @@ def _pool_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 def _save_chamfer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:2], output[1], *inputs[2])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    _leave_second(ctx, output)
     ctx.min_norm = inputs[-1]
 
 
@@ -200,8 +203,7 @@ def _chamfer_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 def _save_causal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    _leave_second(ctx, output)
 
 
 def _causal_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.tiles import load_tile, rows_at, store_tile
+
 ROWS = 16
 
 
@@ -27,15 +29,9 @@ def pool_forward(
     top, norm = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
     pooled = tl.zeros([BLOCK_D], tl.float32)
     for begin in range(first, end, ROWS):
-        inside = begin + tl.arange(0, ROWS) < end
-        row = begin + tl.arange(0, ROWS)
-        if HAS_ORDER:
-            row = tl.load(order + row, mask=inside, other=0)
+        row, inside = rows_at(order, begin, end, ROWS, HAS_ORDER)
         score = tl.load(scores + row * H + head, mask=inside, other=float("-inf")).to(tl.float32)
-        mask = inside[:, None] & (d < WIDTH)[None, :]
-        value = tl.load(values + row[:, None] * (H * WIDTH) + head * WIDTH + d[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        value = load_tile(values + head * WIDTH, row, d, H * WIDTH, inside, WIDTH).to(tl.float32)
         new_top = tl.maximum(top, tl.max(score, 0))
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that are left out may come first
         shrink, weight = tl.exp(top - anchor), tl.exp(score - anchor)
@@ -59,19 +55,13 @@ def pool_backward(
     mean = tl.sum(grad * tl.load(out + at, mask=d < WIDTH, other=0.0), 0)
     log_sum = tl.load(log_sums + segment * H + head)
     for begin in range(first, end, ROWS):
-        inside = begin + tl.arange(0, ROWS) < end
-        row = begin + tl.arange(0, ROWS)
-        if HAS_ORDER:
-            row = tl.load(order + row, mask=inside, other=0)
+        row, inside = rows_at(order, begin, end, ROWS, HAS_ORDER)
         score = tl.load(scores + row * H + head, mask=inside, other=float("-inf")).to(tl.float32)
-        mask = inside[:, None] & (d < WIDTH)[None, :]
-        at_value = row[:, None] * (H * WIDTH) + head * WIDTH + d[None, :]
-        value = tl.load(values + at_value, mask=mask, other=0.0).to(tl.float32)
+        value = load_tile(values + head * WIDTH, row, d, H * WIDTH, inside, WIDTH).to(tl.float32)
         weight = tl.exp(score - log_sum)
         grad_score = weight * (tl.sum(value * grad[None, :], 1) - mean)
         tl.store(grad_scores + row * H + head, grad_score.to(grad_scores.dtype.element_ty), mask=inside)
-        grad_value = weight[:, None] * grad[None, :]
-        tl.store(grad_values + at_value, grad_value.to(grad_values.dtype.element_ty), mask=mask)
+        store_tile(grad_values + head * WIDTH, weight[:, None] * grad[None, :], row, d, H * WIDTH, inside, WIDTH)
 
 
 def pool(values: Tensor, scores: Tensor, order: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.tiles import load_tile, rows_at
+
 ROWS, COLUMNS = 16, 128
 
 
@@ -21,12 +23,8 @@ def sum_kernel(
     end = tl.load(offsets + segment + 1, mask=exists, other=0)
     total = tl.zeros([COLUMNS], tl.float32)
     for begin in range(first, end, ROWS):
-        inside = begin + tl.arange(0, ROWS) < end
-        row = begin + tl.arange(0, ROWS)
-        if HAS_ORDER:
-            row = tl.load(order + row, mask=inside, other=0)
-        mask = inside[:, None] & (column < WIDTH)[None, :]
-        total += tl.sum(tl.load(rows + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+        row, inside = rows_at(order, begin, end, ROWS, HAS_ORDER)
+        total += tl.sum(load_tile(rows, row, column, WIDTH, inside, WIDTH).to(tl.float32), 0)
     tl.store(out + segment * WIDTH + column, total.to(out.dtype.element_ty), mask=column < WIDTH)
 
 
