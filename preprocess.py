@@ -24,6 +24,7 @@ from pipeline.reports.data_report import write_data_report
 from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, UserError
 from pipeline.storage.files import remove_leftovers
 
+OUT_OF_MEMORY: Final = "out of memory; the same command goes on with fewer --workers, or afresh with smaller shards"
 DISK_FULL: Final = "{}: no space left on the disk; free some, and the same command goes on from here"
 
 
@@ -48,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (output / REPORT_FILE).exists():
             remove_leftovers(output, REPORT_FILE)
             write_data_report(output)
-    except (UserError, OSError) as error:
-        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        print(f"preprocess.py: {DISK_FULL.format(output) if is_full else error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError) as error:
+        number = error.errno if isinstance(error, OSError) else errno.ENOMEM if isinstance(error, MemoryError) else None
+        known: dict[int | None, str] = {errno.ENOSPC: DISK_FULL.format(output), errno.ENOMEM: OUT_OF_MEMORY}
+        print(f"preprocess.py: {known.get(number, error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("preprocess.py: interrupted; the same command goes on from here", file=sys.stderr)

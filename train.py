@@ -49,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return inspect_batches(options, manifest)
         worker = evaluate if options.evaluation.evaluate else train
         return run(functools.partial(worker, options, manifest), devices=options.run.devices, device=options.run.device)
-    except (UserError, OSError) as error:  # such as a full disk
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (UserError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            advice = "lower --batch_size, or give --max_memory or --gradient_checkpointing"
+            print(f"train.py: out of memory; {advice}", file=sys.stderr)
+        elif isinstance(error, UserError | OSError):  # such as a full disk
+            print(f"train.py: {error}", file=sys.stderr)
+        else:
             raise
-        advice = "lower --batch_size, or give --max_memory or --gradient_checkpointing"
-        print(f"train.py: out of memory; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; --resume goes on from the last checkpoint, where there is one", file=sys.stderr)

@@ -159,12 +159,13 @@ def test_a_second_run_does_nothing_and_another_needs_overwrite(
     assert (output / MANIFEST_FILE).read_bytes() != first
 
 
-def test_a_full_disk_and_an_interrupt_are_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_no_memory_and_an_interrupt_are_one_line_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "data"
     for stop, status, message in (
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), 2, "no space left on the disk; free some"),
+        (MemoryError(), 2, "out of memory; the same command goes on with fewer --workers"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
     ):
 

@@ -115,9 +115,9 @@ def halve(batch: PatientBatch) -> list[PatientBatch]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ended: for Python, for PyTorch on a GPU or the CPU, or for the stack of a thread."""
-    # PyTorch has no class of its own for these; the last is what oneDNN says.
-    signs = ("can't allocate memory", "can't start new thread", "could not create a primitive")
+    """Return whether memory ended: for Python, PyTorch on a GPU or the CPU, a file, a library or a thread's stack."""
+    # There is no class for these: what PyTorch, the system (opening a file, loading a library), Python and oneDNN say.
+    signs = ("n't allocate memory", "Cannot allocate memory", "can't start new thread", "could not create a primitive")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 

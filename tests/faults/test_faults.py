@@ -137,10 +137,12 @@ def test_a_small_file_system_of_its_own(tmp_path: Path, tried: Tried) -> None:
 def test_too_little_memory(data: Path, tmp_path: Path, tried: Tried) -> None:
     # Without a thread that prepares batches: glibc itself aborts a thread that it has no address space to unwind.
     flags = ["--data_dir", data, "--batch_size=26", "--preset=reference", "--max_epochs=1", "--prefetch=0"]
-    status, line = run("RLIMIT_AS", 120 << 20, "train", *flags, "--output_dir", tmp_path / "run")
-    assert status == 2
-    assert line.startswith("train.py: out of memory")
-    tried("too little memory", 1)
+    sizes = [120, 1, 10, 30, 60, 100, 140, 200, 300, 400][: cases(1, 10)]  # where memory ends differs with each
+    for size in sizes:
+        status, line = run("RLIMIT_AS", size << 20, "train", *flags, "--output_dir", tmp_path / str(size))
+        assert status == 2
+        assert line.startswith("train.py: out of memory")
+    tried("too little memory", len(sizes))
 
 
 def test_a_killed_rank_ends_the_run_with_a_line(data: Path, tmp_path: Path, tried: Tried) -> None:

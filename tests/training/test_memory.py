@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,4 +98,7 @@ def test_no_memory_is_told_from_other_failures() -> None:
     assert is_out_of_memory(failure.value)
     assert is_out_of_memory(torch.OutOfMemoryError())
     assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "torch/distributed"))
+    assert is_out_of_memory(ImportError(f"x.so: failed to map segment: {os.strerror(errno.ENOMEM)}"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
