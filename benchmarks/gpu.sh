@@ -90,9 +90,9 @@ if [ -z "$data" ]; then
 fi
 
 part checks 95
-part speed 135
+part speed 125
 part launches 45
-part prefetch 50
+part prefetch 60
 part training 60
 part loop 25
 

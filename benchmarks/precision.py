@@ -27,7 +27,7 @@ from benchmarks.synthetic import invented
 from model.losses import Losses
 from model.seqsetvae import SeqSetVAE
 from training.schedule import learning_rate_at
-from training.step import accumulate_gradients
+from training.step import accumulate_gradients, step_numbers
 
 PARTS = ("total", "reconstruction", "kl", "classification")
 
@@ -43,7 +43,8 @@ class Run:
         """Return the losses, and the gradient as one vector; both stay with the model for :meth:`update`."""
         self.state.progress.step = step
         self.state.optimizer.zero_grad(set_to_none=True)
-        losses = accumulate_gradients(ready.parts, ready.counts, self.state, self.settings)
+        numbers = step_numbers(self.state, ready.counts, self.settings)
+        losses = accumulate_gradients(ready.parts, numbers, self.state, self.settings)
         gradients = []
         for parameter in self.model.parameters():
             assert parameter.grad is not None

@@ -67,6 +67,12 @@ def loss_of_loop(model: SeqSetVAE, batch: PatientBatch, *, device: str = "cpu") 
         logits = model.head(prepared, embedding, slots, context, posterior.mu, None).flatten(0, 1)
         entropy = cross_entropy_sum(logits, patient.label.repeat_interleave(len(logits)))
         total = total + options.vae_weight * distances / counts.num_events
-        total = total + options.vae_weight * options.beta * kl_sum(posterior, options.free_bits) / counts.num_sets
+        total = (
+            total
+            + options.vae_weight
+            * options.beta
+            * kl_sum(posterior, options.free_bits, prepared.sets.num_counted)
+            / counts.num_sets
+        )
         total = total + options.classification_weight * entropy / len(logits) / max(counts.num_labelled, 1)
     return total

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from model.capacity import BatchShape
 from model.config import ModelOptions, Preset, SeqSetVAEConfig
 from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch
@@ -50,9 +51,11 @@ def endless_batches(
     device: str = "cpu",
     prefetch: int = 4,
     event_dropout: float = EVENT_DROPOUT,
+    capacities: tuple[BatchShape, ...] = (),
 ) -> Iterator[Batch]:
     """Yield the training batches of a data directory, epoch after epoch, as ``train.py`` prepares them."""
-    preparer = BatchPreparer(seed=0, event_dropout=event_dropout, pin=torch.device(device).type == "cuda")
+    pin = torch.device(device).type == "cuda"
+    preparer = BatchPreparer(seed=0, event_dropout=event_dropout, pin=pin, capacities=capacities)
     loader = make_loader(
         data_dir, split="train", batch_size=batch_size, seed=0, prefetch=prefetch, verify=False, transform=preparer
     )

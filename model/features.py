@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.events import has_number
-from model.ragged import SetLayout
+from model.ragged import LayoutRoom, SetLayout
 from model.segments import Segments, number_values
 from pipeline.arrays import offsets_from_sizes
 from pipeline.loading.batch import PatientBatch
@@ -48,8 +48,8 @@ class VariableLayout:
         return Segments(self.patient, self.offsets)
 
     @classmethod
-    def build(cls, batch: PatientBatch) -> VariableLayout:
-        """Lay out the variables of a batch on the CPU: the number of pairs decides shapes."""
+    def build(cls, batch: PatientBatch, room: LayoutRoom | None = None) -> VariableLayout:
+        """Lay out the variables of a batch on the CPU: the number of pairs decides shapes, unless ``room`` does."""
         patient_S = torch.repeat_interleave(torch.arange(batch.num_patients), batch.sets_per_patient)
         patient_E = torch.repeat_interleave(patient_S, batch.set_sizes)
         num_codes = int(batch.code.max()) + 1 if batch.num_events else 1
@@ -57,7 +57,7 @@ class VariableLayout:
         patient = key // num_codes
         counts = np.bincount(patient.numpy(), minlength=batch.num_patients)
         offsets = torch.from_numpy(offsets_from_sizes(counts))
-        return cls(pair_E, patient, key % num_codes, offsets, SetLayout.build(offsets))
+        return cls(pair_E, patient, key % num_codes, offsets, SetLayout.build(offsets, room))
 
 
 def summary_features(batch: PatientBatch, variables: VariableLayout) -> Tensor:

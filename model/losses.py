@@ -85,11 +85,14 @@ class LossOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCounts:
-    """Numbers of events, sets and labelled patients of the global batch, by which sums are divided."""
+    """Numbers of events, sets and labelled patients of the global batch, by which sums are divided.
 
-    num_events: int
-    num_sets: int
-    num_labelled: int
+    In a captured graph they are scalars on the device: numbers would be constants there.
+    """
+
+    num_events: int | Tensor
+    num_sets: int | Tensor
+    num_labelled: int | Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +126,7 @@ def beta_at(options: LossOptions, step: int) -> float:
 
 
 def compute_losses(
-    output: SeqSetVAEOutput, label_B: Tensor, options: LossOptions, counts: LossCounts, *, beta: float
+    output: SeqSetVAEOutput, label_B: Tensor, options: LossOptions, counts: LossCounts, *, beta: float | Tensor
 ) -> Losses:
     """Return the sums over this batch divided by the counts of the global batch.
 
@@ -132,24 +135,28 @@ def compute_losses(
         label_B: int64, -1 = unlabelled.
         options: the weights.
         counts: of the global batch.
-        beta: weight of the KL divergence at this step.
+        beta: weight of the KL divergence at this step; in a captured graph a scalar on the device.
     """
     reconstruction, kl, classification, total = output.context.new_zeros(4, dtype=torch.float32).unbind()
     if output.decoded is not None:
         direction, magnitude, squared = chamfer_sums(output.events, output.decoded, output.sets)
         error = DIRECTION_WEIGHT * direction + MAGNITUDE_WEIGHT * magnitude + SQUARED_WEIGHT * squared
-        reconstruction = error / max(counts.num_events, 1)
-        kl = kl_sum(output.posterior, options.free_bits) / max(counts.num_sets, 1)
+        reconstruction = error / _at_least_one(counts.num_events)
+        kl = kl_sum(output.posterior, options.free_bits, output.sets.num_counted) / _at_least_one(counts.num_sets)
         total = options.effective_vae_weight * (reconstruction + beta * kl)
     if output.logits is not None:
         heads = output.logits.shape[1]
         labels = label_B.repeat_interleave(heads)
         entropy = cross_entropy_sum(output.logits.flatten(0, 1), labels, options.pos_weight)
-        classification = entropy / heads / max(counts.num_labelled, 1)
+        classification = entropy / heads / _at_least_one(counts.num_labelled)
         total = total + options.effective_classification_weight * classification
     return Losses(
         total=total, reconstruction=reconstruction.detach(), kl=kl.detach(), classification=classification.detach()
     )
+
+
+def _at_least_one(number: int | Tensor) -> int | Tensor:
+    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
 
 
 class _Vectors(NamedTuple):
@@ -182,7 +189,7 @@ def chamfer_sums(target_RD: Tensor, output_RD: Tensor, layout: SetLayout) -> tup
         sums = ops.chamfer(target_RD, output_RD, layout.tiles, MIN_NORM)[0]
     elif layout.classes:
         with full_precision(target_RD.device):
-            target, output = (_measure(x.float(), layout.mask) for x in (target_RD, output_RD))
+            target, output = (_measure(x.float(), layout.counted_slots) for x in (target_RD, output_RD))
             to_output, to_target = _find_nearest(target, output, layout)
             sums = _sum_distances(target, output, *to_output) + _sum_distances(output, target, *to_target)
     direction, magnitude, squared = sums.unbind()
@@ -268,16 +275,18 @@ def kl_per_dimension(posterior: Posterior) -> Tensor:
     return 0.5 * (logvar.exp() + mu.square() - 1 - logvar)
 
 
-def kl_sum(posterior: Posterior, free_bits: float) -> Tensor:
-    """Return the sum over sets and dimensions, each dimension of each set counting at least ``free_bits``.
+def kl_sum(posterior: Posterior, free_bits: float, num_sets: Tensor) -> Tensor:
+    """Return the sum over the first ``num_sets`` [1] sets and all dimensions, each dimension of each set counting at
+    least ``free_bits``.
 
     The floor is that of single sets, not of a batch's mean as in Kingma et al. 2016 (§C.8), so that the loss of a
     patient does not depend on who shares its batch.
     """
     if uses_kernels(posterior.mu.device):
-        divergence: Tensor = ops.divergence(posterior.mu, posterior.logvar, free_bits)
+        divergence: Tensor = ops.divergence(posterior.mu, posterior.logvar, num_sets, free_bits)
         return divergence
-    return kl_per_dimension(posterior).clamp_min(free_bits).sum()
+    is_counted = torch.arange(len(posterior.mu), device=num_sets.device) < num_sets
+    return (kl_per_dimension(posterior).clamp_min(free_bits) * is_counted[:, None]).sum()
 
 
 def cross_entropy_sum(logits_B2: Tensor, label_B: Tensor, pos_weight: float = 1.0) -> Tensor:

@@ -8,17 +8,20 @@ Shape suffixes: B patients, S sets, R slots of the set layout, V (patient, varia
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.capacity import BatchShape, fill_batch
 from model.events import has_number
 from model.features import VariableLayout, summary_features
+from model.kernels.ops import SEQUENCE_TILE, TILE
 from model.noise import PatientNoise, StepNoise
-from model.ragged import SetLayout
+from model.ragged import LayoutRoom, SetLayout
 from model.segments import Segments, number_values
 from model.sequence import SequenceLayout, time_features
 from pipeline.loading.batch import PatientBatch
@@ -32,7 +35,9 @@ class PreparedBatch:
     """A batch with the layouts, summary features and noise keys of one step.
 
     Attributes:
-        batch: the patients.
+        batch: the patients, then fillers.
+        num_patients: the patients that are no fillers.
+        shape: the capacity that the batch was filled up to; None = it has none.
         sets: the slots of events and sets.
         sequences: the rectangles of the patients' sets.
         variables: the pairs of patient and variable.
@@ -49,6 +54,8 @@ class PreparedBatch:
     """
 
     batch: PatientBatch
+    num_patients: int
+    shape: BatchShape | None
     sets: SetLayout
     sequences: SequenceLayout
     variables: VariableLayout
@@ -65,19 +72,33 @@ class PreparedBatch:
     buffer: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def build(cls, batch: PatientBatch, *, seed: int | None = None, step: int = 0) -> PreparedBatch:
+    def build(
+        cls, batch: PatientBatch, *, seed: int | None = None, step: int = 0, capacities: Iterable[BatchShape] = ()
+    ) -> PreparedBatch:
         """Prepare a batch on the CPU.
 
         Args:
             batch: on the CPU.
             seed: seed of the noise of training step ``step``; None = no noise.
             step: the training step, counted from 0.
+            capacities: the shapes among which the batch is given the first that has room for it, by filler patients.
         """
-        sequences, variables = SequenceLayout.build(batch.patient_offsets), VariableLayout.build(batch)
-        sets, noise = SetLayout.build(batch.set_offsets), None
+        num_patients, num_sets = batch.num_patients, batch.num_sets
+        batch, shape = fill_batch(batch, capacities) or (batch, None)
+        set_room, variable_room, tiles = None, None, 0
+        if shape is not None:
+            set_room = LayoutRoom(num_sets, shape.longest, shape.num_sets + shape.events // TILE)
+            variable_room = LayoutRoom(num_patients, shape.codes, shape.num_patients + shape.pairs // TILE)
+            tiles = shape.num_patients + shape.num_sets // SEQUENCE_TILE
+        sets, noise = SetLayout.build(batch.set_offsets, set_room), None
+        sequences = SequenceLayout.build(batch.patient_offsets, tiles)
+        variables = VariableLayout.build(batch, variable_room)
         event = sets.event_of_slot
         pair_of_slot = variables.pair[event]
         codes, code_of_pair = number_values(variables.code)
+        if shape is not None:
+            others = np.setdiff1d(np.arange(1, shape.codes + 1), codes.numpy())  # none is padding's
+            codes = torch.cat([codes, torch.from_numpy(others[: shape.codes - len(codes)])])
         if seed is not None:
             patients = PatientNoise.for_step(batch.patient_id, seed=seed, step=step)
             noise = StepNoise(
@@ -87,13 +108,15 @@ class PreparedBatch:
             )
         return cls(
             batch=batch,
+            num_patients=num_patients,
+            shape=shape,
             sets=sets,
             sequences=sequences,
             variables=variables,
             codes=codes,
-            slots_of_code=Segments.build(code_of_pair[pair_of_slot]),
+            slots_of_code=Segments.build(code_of_pair[pair_of_slot], len(codes)),
             slots_of_pair=Segments.build(pair_of_slot),
-            pairs_of_code=Segments.build(code_of_pair),
+            pairs_of_code=Segments.build(code_of_pair, len(codes)),
             slots_of_variable=Segments.build(variables.layout.event_of_slot),
             value=batch.value[event],
             has_number=has_number(batch.code[event], batch.has_value[event]),
@@ -104,10 +127,9 @@ class PreparedBatch:
 
     def pack(self, *, pin: bool) -> PreparedBatch:
         """Return a copy whose tensors are views of one buffer, in page-locked memory if ``pin``."""
-        unpacked = replace(self, buffer=None)
-        num_bytes = sum(map(_aligned_bytes, _tensors(unpacked)))
-        packed = unpacked._view(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin))
-        for tensor, view in zip(_tensors(unpacked), _tensors(packed), strict=False):  # the buffer itself comes last
+        tensors = _tensors(replace(self, buffer=None))
+        packed = self.take(torch.empty(sum(map(_aligned_bytes, tensors)), dtype=torch.uint8, pin_memory=pin))
+        for tensor, view in zip(tensors, _tensors(packed), strict=False):  # the buffer itself comes last
             view.copy_(tensor)
         return packed
 
@@ -117,15 +139,15 @@ class PreparedBatch:
             return self
         packed = self if self.buffer is not None else self.pack(pin=False)
         assert packed.buffer is not None
-        return replace(packed, buffer=None)._view(packed.buffer.to(device, non_blocking=non_blocking))
+        return packed.take(packed.buffer.to(device, non_blocking=non_blocking))
 
-    def _view(self, buffer: Tensor) -> PreparedBatch:
-        """Return the batch with its tensors as views of ``buffer``, one after another."""
-        views, start = [], 0
-        for tensor in _tensors(self):
+    def take(self, buffer: Tensor) -> PreparedBatch:
+        """Return the batch with its tensors as views of ``buffer``, that of a packed batch of the same shapes."""
+        unpacked, views, start = replace(self, buffer=None), list[Tensor](), 0
+        for tensor in _tensors(unpacked):
             views.append(buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
             start += _aligned_bytes(tensor)
-        viewed: PreparedBatch = _replace_tensors(self, iter(views))
+        viewed: PreparedBatch = _replace_tensors(unpacked, iter(views))
         return replace(viewed, buffer=buffer)
 
 

@@ -41,6 +41,20 @@ class SizeClass:
         return self.num_sets * self.size
 
 
+@dataclass(frozen=True, slots=True)
+class LayoutRoom:
+    """The fixed shapes of a layout that is made for a capacity; see :mod:`model.capacity`.
+
+    Attributes:
+        num_counted: sets that losses count; fillers come after them in the batch.
+        positions, tiles: as many as there is room for.
+    """
+
+    num_counted: int
+    positions: int
+    tiles: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SetLayout:
     """The slots of the events and sets of a batch.
@@ -55,6 +69,8 @@ class SetLayout:
         set_rank: [S] int64, the position of each set in the sorted order; inverse of ``set_order``.
         slot_offsets: [S+1] int64, the first slot of each set, in the sorted order.
         sizes: [S] int64, the number of events of each set, in the sorted order.
+        counted: [S] int64, the number of events that losses count, in the sorted order: 0 for fillers.
+        num_counted: [1] int64, the number of sets that losses count; they come first in the batch.
         num_single: [1] int64, the number of sets of one slot; they come first.
         tile_set, tile_begin: [T] int64, the set and the first position of tiles of ``TILE`` slots of one set.
     """
@@ -68,6 +84,8 @@ class SetLayout:
     set_rank: Tensor
     slot_offsets: Tensor
     sizes: Tensor
+    counted: Tensor
+    num_counted: Tensor
     num_single: Tensor
     tile_set: Tensor
     tile_begin: Tensor
@@ -77,11 +95,12 @@ class SetLayout:
         return self.event_of_slot.shape[0]
 
     @classmethod
-    def build(cls, set_offsets: Tensor) -> SetLayout:
+    def build(cls, set_offsets: Tensor, room: LayoutRoom | None = None) -> SetLayout:
         """Lay out the sets of a batch.
 
         Args:
             set_offsets: [S+1] int64 on the CPU: sizes decide shapes, so a GPU would have to be waited for.
+            room: the shapes that the layout is to have, for which no set is rounded up; by default it has its own.
 
         Raises:
             ValueError: a set is empty.
@@ -92,7 +111,8 @@ class SetLayout:
             raise ValueError("a set has no events")
         order = np.argsort(sizes, kind="stable")
         sorted_sizes = sizes[order]
-        padded = round_up(sorted_sizes)
+        padded = round_up(sorted_sizes) if room is None else sorted_sizes
+        num_counted = len(sizes) if room is None else room.num_counted
         ends = np.cumsum(padded)
         num_slots = int(ends[-1]) if sizes.size else 0
         position = np.arange(num_slots) - np.repeat(ends - padded, padded)
@@ -107,16 +127,22 @@ class SetLayout:
         rank[order] = np.arange(len(order))
         num_tiles = -(-padded // TILE)
         tile = np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
+        tile_set = np.repeat(np.arange(len(order)), num_tiles)
+        if room is not None:  # the other tiles lie behind the end of the first set
+            tile_set, tile = (np.append(x, np.zeros(room.tiles - len(tile), np.int64)) for x in (tile_set, tile))
+            tile[num_tiles.sum() :] = num_tiles[0]
         return cls(
             classes=tuple(classes),
             slot_offsets=torch.from_numpy(offsets_from_sizes(padded)),
             sizes=torch.from_numpy(sorted_sizes),
+            counted=torch.from_numpy(np.where(order < num_counted, sorted_sizes, 0)),
+            num_counted=torch.tensor([num_counted]),
             num_single=torch.from_numpy(np.count_nonzero(padded == 1, keepdims=True)),
-            tile_set=torch.from_numpy(np.repeat(np.arange(len(order)), num_tiles)),
+            tile_set=torch.from_numpy(tile_set),
             tile_begin=torch.from_numpy(TILE * tile),
             event_of_slot=torch.from_numpy(event_of_slot),
             mask=torch.from_numpy(position < size_of_slot),
-            slots_of_position=Segments.build(torch.from_numpy(position)),
+            slots_of_position=Segments.build(torch.from_numpy(position), room.positions if room else 0),
             set_of_slot=torch.from_numpy(np.repeat(np.arange(len(order)), padded)),
             set_order=torch.from_numpy(order),
             set_rank=torch.from_numpy(rank),
@@ -130,7 +156,12 @@ class SetLayout:
     @property
     def tiles(self) -> list[Tensor]:
         """What the kernels of distances need to know of the tiles."""
-        return [self.tile_set, self.tile_begin, self.slot_offsets, self.sizes]
+        return [self.tile_set, self.tile_begin, self.slot_offsets, self.counted]
+
+    @property
+    def counted_slots(self) -> Tensor:
+        """[R] bool, the events that losses count."""
+        return self.mask & (self.counted > 0).index_select(0, self.set_of_slot)
 
     @property
     def slots(self) -> Segments:

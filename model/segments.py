@@ -39,10 +39,10 @@ class Segments:
         return len(self.offsets) - 1
 
     @classmethod
-    def build(cls, of_row: Tensor) -> Segments:
-        """Collect rows [N] int64 that come in any order, on the CPU; the segment after the last one is not there."""
+    def build(cls, of_row: Tensor, num_segments: int = 0) -> Segments:
+        """Collect rows [N] int64 that come in any order, on the CPU; ``num_segments`` more than occur have no rows."""
         rows = of_row.numpy()
-        counts = np.bincount(rows)
+        counts = np.bincount(rows, minlength=num_segments)
         fits = len(counts) <= 1 << 16  # NumPy sorts 16 bits by radix, 10 × as fast
         order = np.argsort(rows.astype(np.uint16) if fits else rows, kind="stable")
         return cls(of_row, *map(torch.from_numpy, (offsets_from_sizes(counts), order)))

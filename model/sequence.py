@@ -60,8 +60,8 @@ class SequenceLayout:
         return Segments(self.patient, self.offsets)
 
     @classmethod
-    def build(cls, patient_offsets: Tensor) -> SequenceLayout:
-        """Lay out patients from [B+1] int64 on the CPU: numbers of sets decide shapes."""
+    def build(cls, patient_offsets: Tensor, tiles: int = 0) -> SequenceLayout:
+        """Lay out patients from [B+1] int64 on the CPU: numbers of sets decide shapes; so may a number of ``tiles``."""
         num_sets = patient_offsets.diff()
         patient = torch.repeat_interleave(torch.arange(len(num_sets)), num_sets)
         position = torch.arange(len(patient)) - patient_offsets[patient]
@@ -76,14 +76,20 @@ class SequenceLayout:
         first_cell = torch.zeros_like(num_sets)
         first_cell[order[: len(width)]] = width.cumsum(0) - width
         is_first = position % SEQUENCE_TILE == 0
+        tile_patient, tile_begin = patient[is_first], position[is_first]
+        if more := max(tiles - len(tile_patient), 0):  # they lie behind the end of the shortest patient
+            shortest = num_sets.argmin()
+            end = SEQUENCE_TILE * -(-num_sets[shortest] // SEQUENCE_TILE)
+            tile_patient = torch.cat([tile_patient, shortest.expand(more)])
+            tile_begin = torch.cat([tile_begin, end.expand(more)])
         return cls(
             rectangles=tuple(rectangles),
             patient=patient,
             position=position,
             cell=first_cell[patient] + position,
             offsets=patient_offsets,
-            tile_patient=patient[is_first],
-            tile_begin=position[is_first],
+            tile_patient=tile_patient,
+            tile_begin=tile_begin,
         )
 
 

@@ -18,8 +18,10 @@ import yaml
 
 import preprocess
 import train
+import training.begin
 import training.step
 from model.losses import LossOptions, beta_at
+from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest
 from pipeline.schema import UserError
 from tests.data_dirs import make_patients, write_data_dir
@@ -27,6 +29,7 @@ from tests.model.helpers import tiny_model
 from tests.training.runs import QUICK, assert_same, read_metrics, run, start, weights, write_tiny_data
 from training.checkpoint import Checkpoint
 from training.data import DataOptions, DataSet, agree_on_data
+from training.graphs import StepGraphs
 from training.options import RunOptions, TrainOptions
 from training.parallel import World
 from training.profiling import PARTS
@@ -546,6 +549,30 @@ def test_batches_are_planned_for_the_memory_and_a_resumed_run_keeps_to_it(data: 
 def test_too_little_memory_for_any_step_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(data, tmp_path, "--max_memory", "1MB") == 2
     assert "--max_memory" in capsys.readouterr().err
+
+
+def test_cuda_graphs_are_refused_by_name_without_a_gpu(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data, tmp_path / "run", "--cuda_graphs", "--device", "cpu") == 2
+    assert "--cuda_graphs needs one process with a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_filled_batches_train_the_same_model(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--cuda_graphs`` without graphs: every step is made as the first of a capacity is."""
+    assert run(data, tmp_path / "own", "--max_epochs", "1") == 0
+    shapes = []
+
+    def run_nothing(_: StepGraphs, prepared: PreparedBatch, *__: Any) -> None:
+        shapes.append(prepared.shape)
+
+    monkeypatch.setattr(training.begin, "check_graphs", lambda *_: None)
+    monkeypatch.setattr(StepGraphs, "run", run_nothing)
+    assert run(data, tmp_path / "filled", "--max_epochs", "1", "--cuda_graphs") == 0
+    assert sum(shape is not None for shape in shapes) > len(shapes) / 2
+    own, filled = weights(tmp_path / "own"), weights(tmp_path / "filled")
+    assert all(torch.allclose(filled[name], own[name], rtol=1e-3, atol=1e-5) for name in own)
 
 
 def test_a_batch_without_room_is_taken_in_parts_with_the_same_result(

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.capacity import BatchShape, fit_capacities
+from model.kernels.ops import uses_kernels
 from model.outcome import feature_moments
 from model.seqsetvae import SeqSetVAE
 from pipeline.dataset.manifest import Manifest
 from pipeline.loading.batch import PatientBatch
+from pipeline.loading.place import BatchPlace
 from pipeline.schema import UserError
 from training.budget import measure_step_memory
 from training.checkpoint import Checkpoint
 from training.data import BatchPreparer, DataSet, agree_on_data
+from training.graphs import StepGraphs
 from training.memory import StepMemory
 from training.options import TrainOptions, check_resume
 from training.parallel import World, choose_threads
 from training.run import Run
 from training.state import build_model, build_state
 from training.step import StepSettings, select_trained
+
+CAPACITY_BATCHES = 64
+"""Batches that capacities are fitted to; they have room for 98 % of all then (docs/model.md)."""
 
 FEATURE_PATIENTS = 20_000
 """Enough for means and deviations of summary features, however large the split is."""
@@ -56,10 +65,14 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
         path = directory / "memory_model.json"
         memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
     preparer = make_preparer(options, data, world, memory)
+    graphs = StepGraphs(world.device) if options.optimisation.cuda_graphs else None
+    if graphs is not None:
+        check_graphs(options, world)
+        preparer = dataclasses.replace(preparer, capacities=fit_step_capacities(preparer, data, world))
     loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer)
     # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
     total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
-    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer)
+    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer, graphs)
     state = build_state(model, loader, options.optimisation)
     if saved is not None:
         state.load_state_dict(saved.state)
@@ -80,6 +93,27 @@ def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: St
         memory=memory,
         pin=world.device.type == "cuda",
     )
+
+
+def check_graphs(options: TrainOptions, world: World) -> None:
+    """Raise UserError where steps cannot be captured."""
+    if world.device.type != "cuda" or world.size > 1 or not uses_kernels(world.device):
+        raise UserError("--cuda_graphs needs one process with a GPU and the package triton; leave the flag out")
+    if options.optimisation.precision == "fp16":
+        raise UserError("--cuda_graphs cannot be combined with --precision fp16, whose scale the host decides")
+
+
+def fit_step_capacities(preparer: BatchPreparer, data: DataSet, world: World) -> tuple[BatchShape, ...]:
+    """Return capacities for the training batches, from the first ones of the first epoch: the same at a resume."""
+
+    def measure(batch: PatientBatch, place: BatchPlace) -> list[BatchShape]:
+        ready = preparer(batch, place)
+        return [BatchShape.of(part.batch) for part in ready.parts]
+
+    settings: dict[str, Any] = {"seed": preparer.seed, "shuffle": True, "preparer": preparer, "transform": measure}
+    batches = data.open_loader("train", world=world, **settings)
+    shapes = [shape for parts in itertools.islice(batches, CAPACITY_BATCHES) for shape in parts]
+    return fit_capacities(shapes, num_codes=data.manifest.num_codes)
 
 
 def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Checkpoint | None:

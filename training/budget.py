@@ -61,7 +61,7 @@ def _measure_peaks(model: SeqSetVAE, data: DataSet, alone: World, options: Train
 
     def step(batch: PatientBatch) -> None:
         prepared = settings.preparer.prepare(batch, 0).to(device)
-        forward_losses(model, prepared, one, settings, 0).total.backward()
+        forward_losses(model, prepared, one, settings, 0.0).total.backward()
 
     model.train()
     step(batches[0])  # gradients are there before the first peak is measured

@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from model.capacity import BatchShape
 from model.losses import LossCounts
 from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest, ShardEntry
@@ -165,6 +166,7 @@ class BatchPreparer:
         padded: whether batches go through the padded layout.
         pad_to: columns of that layout; None = the longest patient of the batch.
         pin: whether each part is packed into one page-locked buffer, for one copy to a GPU.
+        capacities: the sizes to which batches are filled up; none = batches have sizes of their own.
     """
 
     seed: int | None
@@ -173,6 +175,7 @@ class BatchPreparer:
     pad_to: int | None = None
     memory: StepMemory | None = None
     pin: bool = False
+    capacities: tuple[BatchShape, ...] = ()
 
     def __call__(self, batch: PatientBatch, place: BatchPlace) -> ReadyBatch:
         seen = batch
@@ -195,5 +198,5 @@ class BatchPreparer:
 
     def prepare(self, batch: PatientBatch, step: int) -> PreparedBatch:
         """Return what the model takes of one part of a batch at training step ``step``."""
-        prepared = PreparedBatch.build(batch, seed=self.seed, step=step)
+        prepared = PreparedBatch.build(batch, seed=self.seed, step=step, capacities=self.capacities)
         return prepared.pack(pin=True) if self.pin else prepared

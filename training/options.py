@@ -116,7 +116,7 @@ _FLAGS = {
         "freeze", "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip",
         "vae_weight", "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits",
         "devices", "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units",
-        "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose",
+        "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose", "cuda_graphs",
     ),
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",

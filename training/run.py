@@ -215,6 +215,8 @@ class Run:
         progress.collapsed = bool(metrics["collapsed"])
         self.save_last()
         self.bar.end(epoch, metrics, improved=improved)
+        if (graphs := self.settings.graphs) is not None:
+            log_main(self.world, f"{graphs.replayed:,} of {progress.step:,} steps ran as CUDA graphs")
 
     def _save(self, name: str, metrics: dict[str, Any] | None = None) -> None:
         if self.world.is_main:
@@ -235,6 +237,7 @@ class Run:
             "stopped_by": self.stop_reason,
             **Throughput(**progress.totals).rates(),
             "threads": progress.threads,
+            "steps_in_graphs": 0 if self.settings.graphs is None else self.settings.graphs.replayed,
             "peak_rss_bytes": max(progress.peak_rss_bytes, peak_rss_bytes()),
             "peak_cuda_bytes": torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else None,
         }

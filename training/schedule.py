@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from model.capacity import MAX_CAPACITIES
 from model.seqsetvae import SeqSetVAE
 from pipeline.options import Section, option
 
@@ -40,6 +41,12 @@ class OptimisationOptions(Section):
     gradient_clip: float = option(1.0, "Maximum norm of the gradient; 0 = no limit.", minimum=0)
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "Precision of matrix products; losses, softmax sums and the posterior stay in float32."
+    )
+
+    cuda_graphs: bool = option(
+        False,
+        "Replay steps as CUDA graphs, which costs a step one launch: batches are filled up to one of at most "
+        f"{MAX_CAPACITIES} sizes, and those that no size has room for run as without the flag.",
     )
 
     @property

@@ -18,6 +18,7 @@ from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from training.console import log_main
 from training.data import BatchPreparer, ReadyBatch
+from training.graphs import StepGraphs, StepNumbers
 from training.memory import halve, is_out_of_memory
 from training.parallel import World
 from training.schedule import OptimisationOptions, learning_rate_at
@@ -28,7 +29,8 @@ from training.state import TrainState
 class StepSettings:
     """What decides a step besides state and batch.
 
-    The learning rate falls over ``total_steps``; ``preparer`` makes smaller parts where memory ends.
+    The learning rate falls over ``total_steps``; ``preparer`` makes smaller parts where memory ends; ``graphs`` replays
+    steps, where there are capacities.
     """
 
     loss: LossOptions
@@ -36,6 +38,7 @@ class StepSettings:
     world: World
     total_steps: int
     preparer: BatchPreparer
+    graphs: StepGraphs | None = None
 
 
 def select_trained(model: SeqSetVAE, loss: LossOptions, optimisation: OptimisationOptions) -> None:
@@ -55,41 +58,62 @@ def train_step(state: TrainState, ready: ReadyBatch, settings: StepSettings) -> 
     A batch that does not fit the memory is taken again in smaller parts.  Losses are sums over patients and noise is a
     patient's own, so the gradient is that of the whole.
     """
-    optimisation, step = settings.optimisation, state.progress.step
-    # Schedules and noise are functions of the step alone, so a resumed run needs none of their state.
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * learning_rate_at(optimisation, step, settings.total_steps)
-    parts, losses = ready.parts, None
-    while losses is None:
-        state.optimizer.zero_grad(set_to_none=True)
+    numbers, parts, done = step_numbers(state, ready.counts, settings), ready.parts, None
+    if settings.graphs is not None and len(parts) == 1:
+        done = settings.graphs.run(parts[0], numbers, lambda part, scalars: run_step([part], scalars, state, settings))
+    while done is None:
         try:
-            losses = accumulate_gradients(parts, ready.counts, state, settings)
+            done = run_step(parts, numbers, state, settings)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if losses is None:  # outside of the handler nothing holds what the failed part had
-            parts = smaller_parts(parts, step, settings)
+        if done is None:  # outside of the handler nothing holds what the failed part had
+            parts = smaller_parts(parts, state.progress.step, settings)
+    state.progress.step += 1
+    return done
+
+
+def step_numbers(state: TrainState, counts: LossCounts, settings: StepSettings) -> StepNumbers:
+    """Return the schedules at the step of now: functions of it alone, so a resumed run needs none of their state."""
+    optimisation, step = settings.optimisation, state.progress.step
+    learning_rate = learning_rate_at(optimisation, step, settings.total_steps)
+    return StepNumbers(
+        counts=counts,
+        beta=beta_at(settings.loss, step),
+        # Early in a run the averaged weights forget their beginning sooner.
+        ema_decay=min(optimisation.ema_decay, (1 + step) / (10 + step)),
+        learning_rates=[group["lr_scale"] * learning_rate for group in state.optimizer.param_groups],
+    )
+
+
+def run_step(
+    parts: list[PreparedBatch], numbers: StepNumbers, state: TrainState, settings: StepSettings
+) -> tuple[Losses, Tensor]:
+    """Make a step of the parts of a batch, without asking the host for anything: a CUDA graph may hold it."""
+    state.optimizer.zero_grad(set_to_none=True)
+    losses = accumulate_gradients(parts, numbers, state, settings)
     with record_function("optimiser"):
         sum_gradients([*state.model.parameters()], settings.world)
         state.scaler.unscale_(state.optimizer)
         gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
-        norm = clip_gradients(gradients, optimisation.gradient_clip or math.inf)
+        norm = clip_gradients(gradients, settings.optimisation.gradient_clip or math.inf)
+        for group, learning_rate in zip(state.optimizer.param_groups, numbers.learning_rates, strict=True):
+            group["lr"] = learning_rate
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        update_ema(state, optimisation.ema_decay)
-    state.progress.step = step + 1
+        update_ema(state, numbers.ema_decay)
     return losses, norm
 
 
 def accumulate_gradients(
-    parts: list[PreparedBatch], counts: LossCounts, state: TrainState, settings: StepSettings
+    parts: list[PreparedBatch], numbers: StepNumbers, state: TrainState, settings: StepSettings
 ) -> Losses:
     """Add up the gradients of a batch part by part; return the sum of the losses, without a graph."""
     total = None
     for part in parts:
         with record_function("copy"):
             prepared = part.to(settings.world.device, non_blocking=True)
-        losses = forward_losses(state.model, prepared, counts, settings, state.progress.step)
+        losses = forward_losses(state.model, prepared, numbers.counts, settings, numbers.beta)
         with record_function("backward"):
             state.scaler.scale(losses.total).backward()
         losses = dataclasses.replace(losses, total=losses.total.detach())
@@ -116,14 +140,14 @@ def sum_gradients(parameters: list[torch.nn.Parameter], world: World) -> None:
 
 
 def forward_losses(
-    model: SeqSetVAE, prepared: PreparedBatch, counts: LossCounts, settings: StepSettings, step: int
+    model: SeqSetVAE, prepared: PreparedBatch, counts: LossCounts, settings: StepSettings, beta: float | Tensor
 ) -> Losses:
     """Return the losses of a training step on one part of a batch; what the objective does not use is not computed."""
     loss = settings.loss
     with settings.optimisation.autocast(settings.world.device):
         output = model(prepared, reconstruct=loss.learns_sets, classify=loss.learns_outcome)
         with record_function("losses"):
-            return compute_losses(output, prepared.batch.label, loss, counts, beta=beta_at(loss, step))
+            return compute_losses(output, prepared.batch.label, loss, counts, beta=beta)
 
 
 def smaller_parts(parts: list[PreparedBatch], step: int, settings: StepSettings) -> list[PreparedBatch]:
@@ -131,14 +155,15 @@ def smaller_parts(parts: list[PreparedBatch], step: int, settings: StepSettings)
 
     It is a UserError if there are none, or other ranks, which cannot be told to begin the step again.
     """
-    largest = max((part.batch for part in parts), key=lambda batch: batch.num_events)
+    batches = [part.batch.between(0, part.num_patients) for part in parts]  # without fillers
+    largest = max(batches, key=lambda batch: batch.num_events)
     size = f"{largest.num_patients} patients, {largest.num_events:,} events in {largest.num_sets:,} sets"
     if settings.world.size > 1:
         raise UserError(f"out of memory in step {step + 1}, on {size}: give --max_memory, or lower --batch_size")
     if largest.num_patients == 1:
         advice = "give --gradient_checkpointing, or cut patients with --max_sequence_length"
         raise UserError(f"out of memory in step {step + 1}, on a single patient: {size}; {advice}")
-    smaller = [settings.preparer.prepare(half, step) for part in parts for half in halve(part.batch)]
+    smaller = [settings.preparer.prepare(half, step) for batch in batches for half in halve(batch)]
     again = f"taken again in {len(smaller)} parts"
     log_main(settings.world, f"warning: out of memory in step {step + 1}, on {size}: {again}")
     return smaller
@@ -153,9 +178,12 @@ def clip_gradients(gradients: list[Tensor], max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def update_ema(state: TrainState, decay: float) -> None:
-    """Move the EMA weights towards the model's; early in a run it forgets its beginning sooner."""
-    step = state.progress.step
-    decay = min(decay, (1 + step) / (10 + step))
-    parameters: list[Any] = [*state.model.parameters()]
-    torch._foreach_lerp_([*state.ema_model.parameters()], parameters, 1 - decay)
+def update_ema(state: TrainState, decay: float | Tensor) -> None:
+    """Move the EMA weights towards the model's."""
+    averages, parameters = list[Any](state.ema_model.parameters()), list[Any](state.model.parameters())
+    if isinstance(decay, Tensor):
+        change = torch._foreach_sub(parameters, averages)
+        torch._foreach_mul_(change, 1 - decay)
+        torch._foreach_add_(averages, change)
+    else:
+        torch._foreach_lerp_(averages, parameters, 1 - decay)

@@ -1,4 +1,4 @@
-"""Compare training with batches made ahead of the step (``--prefetch 4``) and without (``--prefetch 0``)."""
+"""Compare training with batches made ahead of the step, without (``--prefetch 0``), and with ``--cuda_graphs``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from benchmarks.gpu.results import PartOptions, Result
 from benchmarks.gpu.runs import ENDED_WELL, SECONDS_TO_STOP, run_training
 
-PREFETCH = (4, 0)
+COMPARED: list[dict[str, object]] = [{"prefetch": 4}, {"prefetch": 0}]
+ON_GPU: list[dict[str, object]] = [{"prefetch": 4, "cuda_graphs": True}]
 LINES = 24
 """Lines of ``metrics.jsonl`` that suffice."""
 
@@ -28,17 +29,17 @@ def main() -> None:
         "max_epochs": 50,
         "log_steps": 1 if options.quick else 5,
     }
-    compared = PREFETCH[-1:] if options.quick else PREFETCH
-    for number, prefetch in enumerate(compared):
+    compared = COMPARED[-1:] if options.quick else COMPARED + (ON_GPU if on_gpu else [])
+    for number, changes in enumerate(compared):
         left = options.seconds_left - SECONDS_TO_STOP
         with tempfile.TemporaryDirectory() as folder:
             run = run_training(
-                {**flags, "prefetch": prefetch},
+                {**flags, **changes},
                 Path(folder) / "run",
                 left / (len(compared) - number),
                 max_lines=1 if options.quick else LINES,
             )
-        result.append("rows", {"prefetch": prefetch, **run})
+        result.append("rows", {"cuda_graphs": False, **changes, **run})
     if any(row["exit_code"] not in ENDED_WELL for row in result.content["rows"]):
         raise SystemExit("a run of train.py failed")
 

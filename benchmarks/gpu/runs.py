@@ -44,7 +44,7 @@ def run_training(
         None or empty.
     """
     command = [sys.executable, "train.py", "--output_dir", str(run_dir)]
-    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command += [word for name, value in flags.items() for word in (f"--{name}", str(value)) if word != "True"]
     started, stopped_by = time.monotonic(), None
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

@@ -133,7 +133,8 @@ def show_prefetch(content: Content) -> Iterator[str]:
         wait = row["data_wait_fraction"]
         waiting = NOT_MEASURED if wait is None else f"{wait:.1%}"
         rate = number(row["patients_per_second"])
-        yield f"--prefetch {row['prefetch']}: {rate} patients/s, waiting for data {waiting}{ending(row)}"
+        graphs = " --cuda_graphs" if row["cuda_graphs"] else ""
+        yield f"--prefetch {row['prefetch']}{graphs}: {rate} patients/s, waiting for data {waiting}{ending(row)}"
 
 
 def show_training(content: Content) -> Iterator[str]:

@@ -129,12 +129,12 @@ sum_segments = _define(
 )
 divergence = _define(
     "posterior.divergence",
-    "(Tensor mu, Tensor logvar, float free_bits) -> Tensor",
+    "(Tensor mu, Tensor logvar, Tensor num_sets, float free_bits) -> Tensor",
     lambda mu, *rest: mu.new_empty(()),
 )
 _divergence_gradients = _define(
     "posterior.divergence_gradients",
-    "(Tensor grad, Tensor mu, Tensor logvar, float free_bits) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor mu, Tensor logvar, Tensor num_sets, float free_bits) -> (Tensor, Tensor)",
     lambda grad, mu, *rest: (torch.empty(mu.shape, device=mu.device), torch.empty(mu.shape, device=mu.device)),
 )
 sinusoids = _define(
@@ -216,7 +216,7 @@ def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _divergence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *_divergence_gradients(grad, *ctx.saved_tensors, ctx.free_bits), None
+    return *_divergence_gradients(grad, *ctx.saved_tensors, ctx.free_bits), None, None
 
 
 def _save_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

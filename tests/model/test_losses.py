@@ -172,8 +172,8 @@ def test_kl_by_hand() -> None:
     posterior = Posterior(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, math.log(4.0)]]))
     expected = [2.0, 0.0, 0.5 * (4 - 1 - math.log(4))]
     torch.testing.assert_close(kl_per_dimension(posterior), torch.tensor([expected]))
-    assert kl_sum(posterior, 0.0).item() == pytest.approx(sum(expected))
-    assert kl_sum(posterior, 0.1).item() == pytest.approx(expected[0] + 0.1 + expected[2])
+    assert kl_sum(posterior, 0.0, torch.tensor([1])).item() == pytest.approx(sum(expected))
+    assert kl_sum(posterior, 0.1, torch.tensor([1])).item() == pytest.approx(expected[0] + 0.1 + expected[2])
 
 
 def test_cross_entropy_skips_the_unlabelled() -> None:

@@ -24,10 +24,22 @@ from model.kernels import attention, causal, chamfer, noise, pooling, posterior,
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = dict.fromkeys(
-    ("slot_offsets", "sizes", "num_single", "tile_set", "tile_begin", "tile_patient", "order", "offsets", "key"), "*i64"
+    (
+        "slot_offsets",
+        "sizes",
+        "num_single",
+        "tile_set",
+        "tile_begin",
+        "tile_patient",
+        "order",
+        "offsets",
+        "key",
+        "num_sets",
+    ),
+    "*i64",
 )
 SCALARS = {"scale": "fp32", "keep_share": "fp32", "free_bits": "fp32", "log_period": "fp32", "threshold": "i32"}
-SCALARS |= dict.fromkeys(("num_slots", "num_segments", "total", "salt"), "i64")
+SCALARS |= dict.fromkeys(("num_slots", "num_segments", "total", "width", "salt"), "i64")
 FLOATS = dict.fromkeys(("log_sums", "sums", "grad", "target", "mu", "logvar", "grad_mu", "grad_logvar"), "*fp32")
 
 

@@ -41,14 +41,16 @@ def test_normal_noise() -> None:
     torch.testing.assert_close(rows.normal(0, 64), on_cpu(rows.normal, 0, 64), rtol=0, atol=1e-6)
 
 
-def test_divergence() -> None:
+@pytest.mark.parametrize("num_sets", [0, 17, 40])
+def test_divergence(num_sets: int) -> None:
     mu, logvar = (torch.randn(40, 64, requires_grad=True) for _ in range(2))
+    counted = torch.tensor([num_sets])
 
     def reference() -> Tensor:
-        result: Tensor = on_cpu(kl_sum, Posterior(mu, logvar), 0.1)
+        result: Tensor = on_cpu(kl_sum, Posterior(mu, logvar), 0.1, counted)
         return result
 
-    check(lambda: kl_sum(Posterior(mu, logvar), 0.1), reference, [mu, logvar])
+    check(lambda: kl_sum(Posterior(mu, logvar), 0.1, counted), reference, [mu, logvar])
 
 
 def test_sinusoids() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
+from model.capacity import BatchShape
 from model.kernels.ops import choose_kernels
 from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch
@@ -13,13 +17,16 @@ from pipeline import PatientBatch
 from tests.model.helpers import NUM_CODES, random_batch, tiny_model
 
 
-def results(batch: PatientBatch, num_codes: int, *, checkpointed: bool = False) -> dict[str, Tensor]:
+def results(
+    batch: PatientBatch, num_codes: int, *, checkpointed: bool = False, capacities: Sequence[BatchShape] = ()
+) -> dict[str, Tensor]:
     model = tiny_model(dropout=0.2, num_codes=num_codes).train()
     model.gradient_checkpointing = checkpointed
-    prepared = PreparedBatch.build(batch, seed=1, step=2)
+    prepared = PreparedBatch.build(batch, seed=1, step=2, capacities=capacities)
+    assert (prepared.shape in capacities) or not capacities
     output = model(prepared)
     counts = LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=batch.num_patients)
-    losses = compute_losses(output, batch.label, LossOptions(), counts, beta=0.1)
+    losses = compute_losses(output, prepared.batch.label, LossOptions(), counts, beta=0.1)
     losses.total.backward()
     assert output.decoded is not None
     assert output.logits is not None
@@ -49,3 +56,27 @@ def test_outputs_and_gradients(sets: list[list[int]], num_codes: int, checkpoint
     for name, tensor in expected.items():
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5 * largest + 1e-7, msg=name)
+
+
+def test_fillers_weigh_nothing() -> None:
+    """The shapes of a capacity, with tiles that lie behind every set and patient, change no loss and no gradient."""
+    batch = random_batch([[3, 4, 1], [5, 17], [16, 15]])
+    room = BatchShape(
+        events=60, single_sets=3, sets=6, single_patients=1, patients=3, pairs=14, codes=NUM_CODES - 1, longest=40
+    )
+    own = dataclasses.asdict(BatchShape.of(batch))
+    capacity = dataclasses.replace(room, **{n: own[n] + getattr(room, n) for n in own if n not in ("codes", "longest")})
+    found = results(batch, NUM_CODES, capacities=[capacity])
+    with choose_kernels(False):
+        expected = results(batch, NUM_CODES)
+    for name in expected:
+        rows = len(expected[name]) if name in ("context", "logits") else None  # fillers come last
+        if name != "decoded":
+            largest = float(expected[name].abs().max())
+            torch.testing.assert_close(
+                found[name][:rows] if rows else found[name],
+                expected[name],
+                rtol=0,
+                atol=2e-5 * largest + 1e-7,
+                msg=name,
+            )
