@@ -8,8 +8,8 @@ Shape suffixes: B patients, S sets, R slots of the set layout, V (patient, varia
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class PreparedBatch:
 
     @classmethod
     def build(
-        cls, batch: PatientBatch, *, seed: int | None = None, step: int = 0, capacities: Iterable[BatchShape] = ()
+        cls, batch: PatientBatch, *, seed: int | None = None, step: int = 0, capacities: Sequence[BatchShape] = ()
     ) -> PreparedBatch:
         """Prepare a batch on the CPU.
 
@@ -84,7 +84,7 @@ class PreparedBatch:
             capacities: the shapes among which the batch is given the first that has room for it, by filler patients.
         """
         num_patients, num_sets = batch.num_patients, batch.num_sets
-        batch, shape = fill_batch(batch, capacities) or (batch, None)
+        batch, shape = (fill_batch(batch, capacities) if capacities else None) or (batch, None)
         set_room, variable_room, tiles = None, None, 0
         if shape is not None:
             set_room = LayoutRoom(num_sets, shape.longest, shape.num_sets + shape.events // TILE)
@@ -130,7 +130,7 @@ class PreparedBatch:
         tensors = _tensors(replace(self, buffer=None))
         packed = self.take(torch.empty(sum(map(_aligned_bytes, tensors)), dtype=torch.uint8, pin_memory=pin))
         for tensor, view in zip(tensors, _tensors(packed), strict=False):  # the buffer itself comes last
-            view.copy_(tensor)
+            view.numpy()[...] = tensor.numpy()  # PyTorch's copy takes longer to begin
         return packed
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PreparedBatch:
@@ -144,22 +144,32 @@ class PreparedBatch:
     def take(self, buffer: Tensor) -> PreparedBatch:
         """Return the batch with its tensors as views of ``buffer``, that of a packed batch of the same shapes."""
         unpacked, views, start = replace(self, buffer=None), list[Tensor](), 0
+        typed = {dtype: buffer.view(dtype) for dtype in (torch.int64, torch.float32, torch.bool)}
         for tensor in _tensors(unpacked):
-            views.append(buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+            shape = tensor.shape
+            strides = (1,) if len(shape) == 1 else (shape[1], 1)
+            views.append(typed[tensor.dtype].as_strided(shape, strides, start // tensor.itemsize))
             start += _aligned_bytes(tensor)
         viewed: PreparedBatch = _replace_tensors(unpacked, iter(views))
-        return replace(viewed, buffer=buffer)
+        object.__setattr__(viewed, "buffer", buffer)
+        return viewed
 
 
 def _aligned_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def _field_names(value: Any) -> Iterable[str]:
+    """Return the names of the fields of a dataclass; :func:`dataclasses.fields` would take most of the time here."""
+    names: Iterable[str] = getattr(value, "__dataclass_fields__", ())
+    return names
+
+
 def _tensors(value: Any) -> list[Tensor]:
     """Return the tensors of nested dataclasses, in the order of their fields."""
     if isinstance(value, Tensor):
         return [value]
-    return [t for f in fields(value) for t in _tensors(getattr(value, f.name))] if is_dataclass(value) else []
+    return [tensor for name in _field_names(value) for tensor in _tensors(getattr(value, name))]
 
 
 def _replace_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
@@ -169,9 +179,10 @@ def _replace_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         return next(tensors)
-    if not is_dataclass(value):
+    names = _field_names(value)
+    if not names:
         return value
     copy = object.__new__(type(value))
-    for f in fields(value):
-        object.__setattr__(copy, f.name, _replace_tensors(getattr(value, f.name), tensors))
+    for name in names:
+        object.__setattr__(copy, name, _replace_tensors(getattr(value, name), tensors))
     return copy
