@@ -82,11 +82,11 @@ def build_state(model: SeqSetVAE, loader: PatientLoader, options: OptimisationOp
     """Return the state of a run that begins, on the model's device."""
     groups = parameter_groups(model, options.weight_decay)
     device = next(model.parameters()).device
-    is_cuda = device.type == "cuda"
+    captured = options.cuda_graphs and device.type == "cuda"
     return TrainState(
         model=model,
         ema_model=copy.deepcopy(model).requires_grad_(False).eval(),
-        optimizer=torch.optim.AdamW(groups, lr=options.learning_rate, eps=ADAM_EPS, fused=True, capturable=is_cuda),
+        optimizer=torch.optim.AdamW(groups, lr=options.learning_rate, eps=ADAM_EPS, fused=True, capturable=captured),
         scaler=torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=options.precision == "fp16"),
         loader=loader,
         progress=Progress(),

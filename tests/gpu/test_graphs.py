@@ -27,7 +27,7 @@ def test_replayed_steps_are_the_steps(precision: Precision, tmp_path: Path) -> N
     capacities = fit_capacities([BatchShape.of(batch) for batch in first], num_codes=codes)[-2:]
     losses = []
     for graphs in (StepGraphs(torch.device(DEVICE)) if on_gpu else None, None):
-        stepper = Stepper(new_model("small", codes), precision, device=DEVICE)
+        stepper = Stepper(new_model("small", codes), precision, device=DEVICE, cuda_graphs=graphs is not None)
         stepper.settings = dataclasses.replace(stepper.settings, graphs=graphs)
         batches = endless_batches(data, 8, device=DEVICE, capacities=capacities)
         losses.append(torch.stack([stepper.step(batch).clone() for batch in itertools.islice(batches, STEPS)]))
