@@ -90,10 +90,10 @@ if [ -z "$data" ]; then
 fi
 
 part checks 95
-part speed 125
+part speed 115
 part launches 45
-part prefetch 60
-part training 60
+part prefetch 80
+part training 50
 part loop 25
 
 echo

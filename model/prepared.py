@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -155,7 +156,45 @@ class PreparedBatch:
         return viewed
 
 
-def _aligned_bytes(tensor: Tensor) -> int:
+class TensorSpec(NamedTuple):
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    itemsize: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.itemsize, tensor.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """A prepared batch as one piece of memory, which a process can send.
+
+    Attributes:
+        specs: the batch, with specs for tensors.
+        memory: [·] uint8, its buffer.
+    """
+
+    specs: PreparedBatch
+    memory: npt.NDArray[np.uint8]
+
+    @classmethod
+    def send(cls, prepared: PreparedBatch) -> PackedBatch:
+        packed = prepared.pack(pin=False)
+        assert packed.buffer is not None
+        unpacked = replace(packed, buffer=None)
+        return cls(_replace_tensors(unpacked, map(TensorSpec.of, _tensors(unpacked))), packed.buffer.numpy())
+
+    def receive(self, *, pin: bool) -> PreparedBatch:
+        """Return the batch as :meth:`PreparedBatch.pack` would have."""
+        buffer = torch.from_numpy(self.memory)
+        return self.specs.take(buffer.pin_memory() if pin else buffer)
+
+
+def _aligned_bytes(tensor: Tensor | TensorSpec) -> int:
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -165,19 +204,19 @@ def _field_names(value: Any) -> Iterable[str]:
     return names
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors of nested dataclasses, in the order of their fields."""
-    if isinstance(value, Tensor):
+def _tensors(value: Any) -> list[Any]:
+    """Return the tensors, or specs of them, of nested dataclasses, in the order of their fields."""
+    if isinstance(value, Tensor | TensorSpec):
         return [value]
     return [tensor for name in _field_names(value) for tensor in _tensors(getattr(value, name))]
 
 
-def _replace_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+def _replace_tensors(value: Any, tensors: Iterator[Any]) -> Any:
     """Return nested dataclasses with other tensors.
 
     ``__init__`` is not called: the values were checked when they were made, and on a GPU a check would wait for it.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | TensorSpec):
         return next(tensors)
     names = _field_names(value)
     if not names:

@@ -8,7 +8,9 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Final
 
 import psutil
@@ -77,6 +79,18 @@ class HeapTrimmer:
         if self._is_first:
             release_free_memory()
             self._floor = rss_bytes()
+
+
+def exit_with_parent() -> None:
+    """Start a thread that ends this process, made by ``multiprocessing``, when its parent ends, killed or not."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def rss_bytes() -> int:

@@ -24,6 +24,7 @@ from training.graphs import StepGraphs
 from training.memory import StepMemory
 from training.options import TrainOptions, check_resume
 from training.parallel import World, choose_threads
+from training.prepare_pool import PreparePool
 from training.run import Run
 from training.state import build_model, build_state
 from training.step import StepSettings, select_trained
@@ -69,7 +70,11 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     if graphs is not None:
         check_graphs(options, world)
         preparer = dataclasses.replace(preparer, capacities=fit_step_capacities(preparer, data, world))
-    loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer)
+    changes, pool, workers = dict[str, Any](), None, options.data.prefetch_workers
+    if workers:
+        pool = PreparePool(preparer, workers)
+        changes = {"transform": pool, "prefetch": max(options.data.prefetch, workers + 1)}
+    loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer, **changes)
     # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
     total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
     settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer, graphs)
@@ -77,7 +82,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     if saved is not None:
         state.load_state_dict(saved.state)
     state.progress.threads = threads
-    return Run(options, data, world, memory, state, settings, best, saved is not None)
+    return Run(options, data, world, memory, state, settings, best, saved is not None, pool)
 
 
 def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None) -> BatchPreparer:

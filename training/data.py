@@ -58,6 +58,10 @@ class DataOptions(BatchOptions):
         "longest of all). Without the flag batches stay ragged and nothing is padded; the results are the same.",
     )
     prefetch: int = option(4, "Number of batches prepared ahead of the step by a thread; 0 = none.", minimum=0)
+    prefetch_workers: int = option(
+        0, "Number of processes that prepare batches for the training steps; 0 = the prefetch thread does it. A GPU "
+        "that takes more than 3,000 patients a second needs some.", minimum=0,
+    )  # fmt: skip
     event_dropout: float = option(
         0.3, "Mean share of a patient's events left out of a training step, other ones at each step.",
         minimum=0, maximum=0.5,

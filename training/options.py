@@ -119,8 +119,8 @@ _FLAGS = {
         "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose", "cuda_graphs",
     ),
     AtResume.IRRELEVANT: (
-        "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
-        "baselines", "export_latents", "inspect",
+        "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",
+        "evaluate_split", "baselines", "export_latents", "inspect",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}

@@ -27,6 +27,7 @@ from training.metrics import Meters, Throughput
 from training.monitor import MemoryMonitor
 from training.options import TrainOptions
 from training.parallel import StopSignal, World
+from training.prepare_pool import PreparePool
 from training.profiling import StepProfiler
 from training.schedule import learning_rate_at
 from training.state import TrainState
@@ -46,7 +47,8 @@ class Stopped(Exception):  # no error: a signal asked for it
 class Run:
     """A run under way, as a context: files, bar, monitor, profiler and signal handlers are its own while it lasts.
 
-    ``best`` has the metrics of the best validation so far, and ``resumed`` says whether the state was restored.
+    ``best`` has the metrics of the best validation so far, ``resumed`` says whether the state was restored; ``pool``
+    prepares batches, where the loader's thread does not.
     """
 
     options: TrainOptions
@@ -57,6 +59,7 @@ class Run:
     settings: StepSettings
     best: dict[str, Any] | None
     resumed: bool
+    pool: PreparePool | None
 
     def __post_init__(self) -> None:
         self.directory = Path(self.options.run.output_dir)
@@ -69,6 +72,8 @@ class Run:
         self._open_directory()
         self._stack = contextlib.ExitStack()
         enter, options = self._stack.enter_context, self.options.run
+        if self.pool is not None:
+            self._stack.callback(self.pool.close)
         self._signal = enter(StopSignal(self.world))
         first_line = self.state.progress.step if self.resumed else -1
         self.log = enter(open_metrics_log(self.directory, self.world, first_line))

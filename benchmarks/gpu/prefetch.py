@@ -1,4 +1,4 @@
-"""Compare training with batches made ahead of the step, without (``--prefetch 0``), and with ``--cuda_graphs``."""
+"""Compare training with batches made ahead of the step, without, with processes for them, and with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from benchmarks.gpu.results import PartOptions, Result
 from benchmarks.gpu.runs import ENDED_WELL, SECONDS_TO_STOP, run_training
 
 COMPARED: list[dict[str, object]] = [{"prefetch": 4}, {"prefetch": 0}]
-ON_GPU: list[dict[str, object]] = [{"prefetch": 4, "cuda_graphs": True}]
+ON_GPU: list[dict[str, object]] = [
+    {"prefetch": 4, "prefetch_workers": 4},
+    {"prefetch": 4, "prefetch_workers": 4, "cuda_graphs": True},
+]
 LINES = 24
 """Lines of ``metrics.jsonl`` that suffice."""
 
@@ -39,7 +42,7 @@ def main() -> None:
                 left / (len(compared) - number),
                 max_lines=1 if options.quick else LINES,
             )
-        result.append("rows", {"cuda_graphs": False, **changes, **run})
+        result.append("rows", {"prefetch_workers": 0, "cuda_graphs": False, **changes, **run})
     if any(row["exit_code"] not in ENDED_WELL for row in result.content["rows"]):
         raise SystemExit("a run of train.py failed")
 

@@ -134,7 +134,9 @@ def show_prefetch(content: Content) -> Iterator[str]:
         waiting = NOT_MEASURED if wait is None else f"{wait:.1%}"
         rate = number(row["patients_per_second"])
         graphs = " --cuda_graphs" if row["cuda_graphs"] else ""
-        yield f"--prefetch {row['prefetch']}{graphs}: {rate} patients/s, waiting for data {waiting}{ending(row)}"
+        workers = f" --prefetch_workers {row['prefetch_workers']}" if row["prefetch_workers"] else ""
+        flags = f"--prefetch {row['prefetch']}{workers}{graphs}"
+        yield f"{flags}: {rate} patients/s, waiting for data {waiting}{ending(row)}"
 
 
 def show_training(content: Content) -> Iterator[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -138,6 +139,10 @@ class PatientBatch:
         values = self.__dict__.items()  # with the derived tensors that are there
         return PatientBatch.unchecked(**{name: change(x) if isinstance(x, Tensor) else x for name, x in values})
 
+    def __reduce__(self) -> tuple[Callable[..., PatientBatch], tuple[dict[str, Any]]]:
+        """Let pickle send the tensors as NumPy arrays, a tenth of the work of PyTorch's own way."""
+        return _restore, ({n: x.numpy() if isinstance(x, Tensor) else x for n, x in self.__dict__.items()},)
+
     def between(self, start: int, stop: int) -> PatientBatch:
         """Return the patients ``start`` … ``stop`` − 1 alone, as views where possible."""
         sets = slice(*self.patient_offsets[[start, stop]].tolist())
@@ -222,6 +227,11 @@ class PatientBatch:
             label=padded["label"],
             patient_id=patient_id,
         )
+
+
+def _restore(values: dict[str, Any]) -> PatientBatch:
+    tensors = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in values.items()}
+    return PatientBatch.unchecked(**tensors)
 
 
 def _to_offsets(sizes: Tensor) -> Tensor:

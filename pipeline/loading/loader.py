@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, fields
 from functools import cached_property
@@ -81,7 +82,8 @@ class PatientLoader:
             manifest: of the directory, if it has been read already.
             quarantined: paths of shards to leave out, as ``pipeline.dataset.shards.check_shards`` finds them; equal on
                 all ranks.
-            transform: called with each batch and its place, in the prefetch thread, for what the loader hands out.
+            transform: called with each batch and its place, in the prefetch thread, for what the loader hands out; of
+                a future it is the result.
             rank: which part of each global batch to load; it may be empty if a batch has fewer patients than ranks.
             world_size: number of ranks.
             options: fields of :class:`pipeline.loading.options.LoaderOptions`.
@@ -183,7 +185,7 @@ class PatientLoader:
                 self._group = group
                 self.cursor += 1
                 self.step += 1
-                yield item
+                yield item.result() if isinstance(item, Future) else item
                 if os.getpid() != process:
                     raise RuntimeError("this iteration was begun before os.fork(); begin a new one in the new process")
         if self._iteration is iteration:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 
-from pipeline.machine import usable_cores
+from pipeline.machine import exit_with_parent, usable_cores
 from pipeline.options import Section, option
 from pipeline.schema import UserError
 
@@ -69,17 +68,10 @@ def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Execu
 
 
 def _start_worker() -> None:
-    """Limit the work to one thread, and start another that ends this process when its parent ends, killed or not."""
+    """Limit the work to one thread, and let this process end when its parent ends, killed or not."""
     os.environ["POLARS_MAX_THREADS"] = "1"  # read when Polars first works, not when it is imported
     pa.set_cpu_count(1)
-    Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    exit_with_parent()
 
 
 @contextmanager
