@@ -105,7 +105,7 @@ def train_epoch(job: Run) -> None:
             ready = next(batches, None)
         if ready is None:
             return
-        job.begin_step()
+        job.begin_step(ready)
         losses, grad_norm = train_step(state, ready, job.settings)
         job.end_step(ready, losses, grad_norm)
 

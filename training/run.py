@@ -135,9 +135,10 @@ class Run:
         self.bar.begin(loader.epoch, len(loader), loader.cursor)
         self._step_ended = time.perf_counter()
 
-    def begin_step(self) -> None:
+    def begin_step(self, ready: ReadyBatch) -> None:
         """Note that the launching thread has its batch."""
         self._step_started = time.perf_counter()
+        self._heap.begin_step(ready.batch.num_events)
 
     def end_step(self, ready: ReadyBatch, losses: Losses, grad_norm: Tensor) -> None:
         """Count a step; log and save where it is time, and raise Stopped where a signal asked for it."""
@@ -145,7 +146,7 @@ class Run:
         waited, seconds = self._step_started - self._step_ended, now - self._step_ended
         self._step_ended = now
         self._meters.add(ready.amounts, losses, grad_norm, seconds=seconds, waited=waited)
-        self._heap.end_step()
+        self._heap.end_step(ready.batch.num_events)
         self.profiler.step(ready.parts)
         if step == 1:
             self.monitor.mark("first step")

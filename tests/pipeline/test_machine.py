@@ -69,14 +69,24 @@ def test_this_machine_has_a_core_and_memory() -> None:
     assert peak_rss_bytes() > 1 << 20
 
 
-def test_memory_is_given_back_where_gaps_have_grown_above_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: memory after each step, and again after each time that it was given back."""
-    looks = iter([300, 100, 150, 155, 165, 110, 170, 169, 184, 186, 105])
-    monkeypatch.setattr(machine, "rss_bytes", lambda: next(looks))
+def test_memory_is_given_back_before_a_step_that_would_raise_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: memory before each step, after it, and in between where it was given back."""
+    steps = [
+        (10, [300]),  # the first one makes what lasts
+        (10, [300, 100, 150]),  # it adds 50, or 5 an event
+        (8, [150, 152]),  # gaps of 50 and 40 are less than 92.5
+        (9, [152, 100, 140]),  # gaps of 52 and 45 are more; it adds 40
+        (12, [140, 101, 161]),  # 40 and 60; it adds 60
+        (10, [150, 150]),  # 49 and 50 are less than 111
+    ]
+    looks: list[int] = []
+    monkeypatch.setattr(machine, "rss_bytes", lambda: looks.pop(0))
     returned: list[int] = []
-    monkeypatch.setattr(machine, "release_free_memory", lambda: returned.append(step))
+    monkeypatch.setattr(machine, "release_free_memory", lambda: returned.append(number))
     trimmer = machine.HeapTrimmer()
-    for step in range(8):  # noqa: B007 # seen by the function above
-        trimmer.end_step()
-    # After the first step too.  A step adds 50, so 165 is too much; then one adds 60, so 184 is not and 186 is.
-    assert returned == [0, 3, 7]
+    for number, (num_events, memory) in enumerate(steps):  # noqa: B007 # seen by the function above
+        looks[:] = memory
+        trimmer.begin_step(num_events)
+        trimmer.end_step(num_events)
+        assert not looks
+    assert returned == [1, 3, 4]
