@@ -35,7 +35,7 @@ from pipeline.prepare.sort import Partition, SortedPartition, measure_partition,
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.spill import SpilledPiece, check_same_columns, spill_piece
+from pipeline.prepare.spill import SpilledPiece, check_same_columns, describe_reasons, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
 from pipeline.prepare.vocabulary import make_vocabulary
 from pipeline.prepare.warn import warn_of_strangers
@@ -165,10 +165,7 @@ class _Steps:
         rejects = sum((Counter(result.rejects) for result in spilled), Counter[str]())
         if not kept and rejects:
             examples = {reason: text for result in reversed(spilled) for reason, text in result.examples.items()}
-            reasons = "; ".join(
-                f"{reason} {number:,}" + (f" ({examples[reason]})" if reason in examples else "")
-                for reason, number in rejects.most_common()
-            )
+            reasons = describe_reasons(rejects, examples)
             raise UserError(f"{self.source.path}: no row can be used: {reasons}; mend these columns, or name others")
 
     def _count_partitions(self, spilled: Sequence[SpilledPiece]) -> int:

@@ -31,6 +31,7 @@ class CommandOptions(Section):
     format: Format = option("auto", "Format of INPUT; auto detects it.")
     pseudonymize: Path | None = option(None, "Replace patients' ids by hashes keyed with this file.")
     overwrite: bool = option(False, "Replace an existing data set in DIR, and nothing else there.")
+    dry_run: bool = option(False, "Read a sample of INPUT, say what would be done, and write nothing.")
     verbose: bool = option(False, "Print the whole summary.")
 
 

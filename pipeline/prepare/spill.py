@@ -63,9 +63,9 @@ class SpilledPiece:
 def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions, work: Path) -> SpilledPiece:
     """Read and clean a piece; its kept rows go to ``spills/``, the others to ``rejects/``."""
     spills: list[SpilledPiece] = []
-    parts: list[_Part] = []
+    parts: list[CleanedPart] = []
     for raw in source.read(piece):
-        parts.append(_Part.clean(raw, options))
+        parts.append(CleanedPart.clean(raw, options))
         if sum(part.num_rows for part in parts) >= SPILL_ROWS:
             spills.append(_spill_parts(parts, piece, f"{number:05d}.{len(spills):05d}", options, work))
             parts = []
@@ -81,7 +81,7 @@ def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class CleanedPart:
     """Cleaned rows of a piece whose columns have the same types."""
 
     kept: pl.DataFrame
@@ -103,12 +103,14 @@ class _Part:
         return cls(kept, rejected, raw.rows.height, num_source_rows, num_clipped, raw.patients, raw.columns)
 
 
-def _spill_parts(parts: Sequence[_Part], piece: Piece, name: str, options: BuildOptions, work: Path) -> SpilledPiece:
+def _spill_parts(
+    parts: Sequence[CleanedPart], piece: Piece, name: str, options: BuildOptions, work: Path
+) -> SpilledPiece:
     """Write the spill ``name`` and its rejects."""
     pseudonyms, files = options.pseudonyms, list(piece.files)
     kept, columns = _join_kept([part.kept for part in parts], piece.files[0])
     rejected = pl.concat([part.rejected for part in parts]).sort(FILE, ROW, maintain_order=True)
-    examples = _describe_rejects(rejected, parts[0].columns)
+    examples = describe_rejects(rejected, parts[0].columns)
     others = pl.Series([patient for part in parts for patient in part.patients], dtype=pl.String)
     if pseudonyms is not None:  # files are often named like patients
         kept, rejected = pseudonyms.hide_kept(kept), pseudonyms.hide_rejected(rejected)
@@ -174,7 +176,15 @@ def check_same_columns(file: str, columns: Mapping[str, str], other_file: str, o
         raise UserError(f"{file} gives {dict(columns)}, {other_file} gives {dict(others)}; {advice}")
 
 
-def _describe_rejects(rejected: pl.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
+def describe_reasons(rejects: Counter[str], examples: Mapping[str, str]) -> str:
+    """Return reasons to reject with their counts, and the columns and forms that are examples of them."""
+    return "; ".join(
+        f"{reason} {number:,}" + (f" ({examples[reason]})" if reason in examples else "")
+        for reason, number in rejects.most_common()
+    )
+
+
+def describe_rejects(rejected: pl.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
     """Return by reason the column at fault, and the form of its first value without content."""
     at_fault = {"bad_minute": MINUTE, "end_of_time": MINUTE, "bad_value": VALUE, "infinite_value": VALUE}
     first = rejected.filter(pl.col("reason").is_in(list(at_fault))).unique("reason", keep="first", maintain_order=True)

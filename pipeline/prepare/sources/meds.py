@@ -135,8 +135,11 @@ class Meds(Source, MedsOptions, ColumnOptions):
         return self.name_files(files, wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
-        paths = {name: self.path / "metadata" / f"{name}.parquet" for name in ("subject_splits", "codes")}
-        return super().find_side_files() | {name: path for name, path in paths.items() if path.is_file()}
+        metadata = self.path / "metadata"
+        paths = {name: metadata / f"{name}.parquet" for name in ("subject_splits", "codes")}
+        if (metadata / "subject_splits").is_dir():
+            paths["subject_splits"] = metadata / "subject_splits"
+        return super().find_side_files() | {name: path for name, path in paths.items() if path.exists()}
 
     def pieces(self) -> list[Piece]:
         self._is_excluded(pl.Series([""]))  # a wrong expression is found before the work
@@ -232,16 +235,19 @@ class Meds(Source, MedsOptions, ColumnOptions):
         path = self.find_side_files().get("subject_splits")
         if path is None:
             return None
-        frame = read_frame(path, (SUBJECT_ID, SPLIT))
+        frame = pl.concat(self._read_split_file(part) for part in list_parquet(path))
         known = dict(self.split_map)
         unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
         if len(unknown):
             where, name = f"{path}: row {unknown[0] + 1}", frame[SPLIT][unknown[0]]
             advice = "say which is which: --split_map NAME=train,OTHER=test"
             raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
-        return check_splits(
-            path, _to_subjects(path, frame[SUBJECT_ID]).cast(pl.String), frame[SPLIT].replace_strict(known)
-        )
+        return check_splits(path, frame[SUBJECT_ID], frame[SPLIT].replace_strict(known))
+
+    def _read_split_file(self, path: Path) -> pl.DataFrame:
+        frame = read_frame(path, (SUBJECT_ID, SPLIT))
+        subject = _to_subjects(path, frame[SUBJECT_ID]).cast(pl.String)
+        return pl.DataFrame({SUBJECT_ID: subject, SPLIT: frame[SPLIT].cast(pl.String)})
 
     def read_descriptions(self) -> dict[str, str]:
         """Return each code's descriptions, each once, in the order of ``codes.parquet``."""

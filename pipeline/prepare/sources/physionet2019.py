@@ -95,11 +95,11 @@ class PhysioNet2019(Source):
                 content.decode()
             first, _, body = content.partition(b"\n")
             header = header or first
-            if first != header or CLOCK.encode() not in first:
-                wanted = "that of the first file" if CLOCK.encode() in header else f"one with {CLOCK}"
+            names = [name.strip() for name in first.decode().split("|")]
+            if first != header or CLOCK not in names or len(set(names)) < len(names):
+                wanted = f"that of the first file, or one with {CLOCK} and each column once"
                 raise UserError(f"{path}: its header is not {wanted}; leave the file out if it is no record")
             bodies.append(body.rstrip(b"\n") + b"\n" if body.strip() else b"")
-        names = [name.strip() for name in header.decode().split("|")]
         rows = parse_rows(self.path, b"".join(bodies), 1, names, names, "|")
         num_rows = [body.count(b"\n") for body in bodies]
         if rows.height != sum(num_rows):

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import preprocess
+from pipeline.prepare.rules import read_ranges
 from tests.prepared import read_prepared
 
 HEADER = "patient_id,minute,variable,value\n"
@@ -518,3 +519,39 @@ def test_what_was_recognised_is_said_before_the_work(tmp_path: Path, capsys: pyt
     expected = "a.csv: patient_id = stay_id, time = charttime, variable = itemid, value = valuenum; not used: storetime"
     assert any(expected in note for note in summary["notes"])
     assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "stay_id,charttime,itemid,valuenum\n3,2150-01-01 00:00:00,220045,80\n3,01/02/2150,220045,81\n"
+    (tmp_path / "a.csv").write_text(text)
+    flags = [str(tmp_path / "a.csv"), "--output", str(tmp_path / "out"), "--dry_run"]
+    assert preprocess.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "time = charttime" in said
+    assert "sample: 2 rows of 1 of 1 pieces, 1 kept" in said
+    assert "rejected: bad_minute 1 (column 'charttime', as in '##/##/####')" in said
+    assert "1 variables, such as 220045" in said
+    assert "the work: 1 pieces, about 2 rows" in said
+    assert os.listdir(tmp_path) == ["a.csv"]
+
+
+def test_the_ranges_of_yaib_are_rules(tmp_path: Path) -> None:
+    ranges = read_ranges(Path(preprocess.__file__).parent / "pipeline" / "prepare" / "ranges" / "yaib.csv")
+    assert len(ranges) == 36
+    assert ranges["temp"] == (32.0, 42.0, "reject")
+    assert ranges["be"] == (-25.0, 25.0, "reject")
+
+
+def test_splits_of_meds_may_be_a_folder(tmp_path: Path) -> None:
+    folder = write_meds(tmp_path / "in", subject_id=pa.array([1, 2]), code=["HR", "HR"])
+    (folder / "metadata" / "subject_splits").mkdir(parents=True)
+    for subject, split in ((1, "train"), (2, "held_out")):
+        table = pa.table({"subject_id": [subject], "split": [split]})
+        pq.write_table(table, folder / "metadata" / "subject_splits" / f"{split}.parquet")
+    prepare(folder, tmp_path / "out")
+    patients = read_prepared(tmp_path / "out").patients
+    assert {split: [row[0] for row in rows] for split, rows in patients.items()} == {
+        "train": ["1"], "valid": [], "test": ["2"],
+    }  # fmt: skip
