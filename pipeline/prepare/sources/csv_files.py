@@ -40,7 +40,7 @@ class Dialect:
     def separator_of(self, path: Path) -> str:
         if self.separator is not None:
             return self.separator
-        return next((SEPARATORS[suffix] for suffix in path.suffixes if suffix in SEPARATORS), ",")
+        return next((SEPARATORS[suffix] for suffix in map(str.lower, path.suffixes) if suffix in SEPARATORS), ",")
 
     def to_utf8(self, path: Path, content: bytes, first_row: int) -> bytes:
         """Return the text as UTF-8; raise UserError where it is in another encoding."""
@@ -56,7 +56,7 @@ class Dialect:
 
 
 def is_packed(path: Path) -> bool:
-    return path.suffix in CODECS
+    return path.suffix.lower() in CODECS
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def open_text(path: Path) -> Iterator[Any]:
             with path.open("rb") as file:
                 yield file
             return
-        with pa.OSFile(str(path)) as packed, pa.CompressedInputStream(packed, CODECS[path.suffix]) as stream:
+        with pa.OSFile(str(path)) as packed, pa.CompressedInputStream(packed, CODECS[path.suffix.lower()]) as stream:
             yield stream
 
 

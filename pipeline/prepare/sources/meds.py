@@ -22,7 +22,7 @@ from pipeline.prepare.columns import (
     to_plain,
 )
 from pipeline.prepare.sources.layout import ColumnOptions
-from pipeline.prepare.sources.listing import Listing, list_files, list_parquet
+from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_parquet
 from pipeline.prepare.sources.reading import (
     LABEL,
     SPLIT,
@@ -58,25 +58,34 @@ SplitMap: TypeAlias = tuple[tuple[str, SplitName], ...]
 SPLIT_MAP: Final[SplitMap] = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
 
 
-def has_meds_columns(path: Path) -> bool:
-    """Return whether a file is Parquet with the columns of MEDS 0.3 or 0.4."""
+def find_meds(path: Path) -> Path | None:
+    """Return the folder of the MEDS data set that a path is, or is part of; None where it is neither.
+
+    MEDS is known by its columns.  Without ``data`` or ``metadata`` around it, a folder must have the column of numbers
+    too, or folders named like MEDS's splits.
+    """
+    if (path / "data").is_dir() and any(map(_has_columns, list_parquet(path / "data")[:1])):
+        return path
+    if not path.is_dir() and not is_parquet(path):
+        return None
+    first = next((file for file in list_parquet(path) if file.relative_to(path).parts[:1] != ("metadata",)), None)
+    if first is None or not _has_columns(first):
+        return None
+    place = path.absolute()
+    for parent in place.parents:
+        if (parent / "metadata").is_dir() and place.is_relative_to(parent / "data"):
+            return parent
+    is_whole = path.is_dir() and (_has_columns(first, NUMERIC_VALUE) or first.parent.name in dict(SPLIT_MAP))
+    return path if is_whole else None
+
+
+def _has_columns(path: Path, *more: str) -> bool:
+    """Return whether a file is Parquet with the columns of MEDS 0.3 or 0.4, and with ``more``."""
     try:
         present = set(read_column_names(path))
     except UserError:
         return False
-    return {*COLUMNS, SUBJECT_ID} <= present or {*COLUMNS, "patient_id", NUMERIC_VALUE} <= present
-
-
-def find_meds(path: Path) -> Path | None:
-    """Return the folder of the MEDS data set that a path is, or is part of; None where it is neither."""
-    top = path if path.is_dir() else path.parent
-    if any(map(has_meds_columns, list_parquet(top / "data")[:1] if (top / "data").is_dir() else [])):
-        return top
-    if not any(map(has_meds_columns, list_parquet(path)[:1] if path.is_dir() or path.suffix == ".parquet" else [])):
-        return None
-    parents = path.absolute().parents
-    above = next((parent for parent in parents if (parent / "metadata").is_dir() and (parent / "data").is_dir()), None)
-    return above or (path if path.is_dir() and not any(map(has_meds_columns, path.glob("*.parquet"))) else None)
+    return present >= {*COLUMNS, SUBJECT_ID, *more} or present >= {*COLUMNS, "patient_id", NUMERIC_VALUE, *more}
 
 
 def parse_split_map(text: str) -> Any:
@@ -127,7 +136,7 @@ class Meds(Source, MedsOptions, ColumnOptions):
         return self.path / "data" if (self.path / "data").is_dir() else self.path
 
     def list_events(self) -> Listing:
-        return list_files(self._data, lambda path: path.suffix == ".parquet")
+        return list_files(self._data, is_parquet)
 
     def find_events(self) -> dict[str, Path]:
         wanted = "data/**/*.parquet here; name the folder that holds data and metadata"

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.prepare import names
 from pipeline.prepare.columns import to_plain
+from pipeline.prepare.sources.listing import is_parquet
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
 FILE: Final = "file"  # uint32, number of the file within its piece
@@ -106,7 +107,7 @@ def cut_files(files: Mapping[str, Path]) -> list[Piece]:
     parts: list[Piece] = []
     for name, path in files.items():
         with reading(path):
-            metadata = pq.read_metadata(path) if path.suffix == ".parquet" else None
+            metadata = pq.read_metadata(path) if is_parquet(path) else None
         row_bytes = max(ROW_BYTES, CELL_BYTES * metadata.num_columns) if metadata else 0
         num_bytes = metadata.num_rows * row_bytes if metadata else path.stat().st_size
         if metadata is None or num_bytes <= PIECE_BYTES:

@@ -15,7 +15,7 @@ from pipeline.prepare import columns, names
 from pipeline.prepare.clean import END_OF_TIME, NO_ORIGIN
 from pipeline.prepare.sources import csv_files, layout
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, ORIGIN, TIME, TableLayout
-from pipeline.prepare.sources.listing import Listing, is_hidden, list_files
+from pipeline.prepare.sources.listing import Listing, is_hidden, is_parquet, list_files
 from pipeline.prepare.sources.reading import (
     PIECE_BYTES,
     Piece,
@@ -108,11 +108,11 @@ class Table(Source, TableLayout):
         return notes
 
     def read_header(self, path: Path) -> list[str]:
-        return read_column_names(path) if path.suffix == ".parquet" else csv_files.read_header(path, self.dialect)
+        return read_column_names(path) if is_parquet(path) else csv_files.read_header(path, self.dialect)
 
     def pieces(self) -> list[Piece]:
         files = self.find_events()
-        texts = {name: path for name, path in files.items() if path.suffix != ".parquet"}
+        texts = {name: path for name, path in files.items() if not is_parquet(path)}
         packed = [name for name, path in texts.items() if csv_files.is_packed(path)]
         large = [name for name, path in texts.items() if name not in packed and path.stat().st_size > PIECE_BYTES]
         alone = [name for name in packed if texts[name].stat().st_size > PIECE_BYTES // csv_files.MAX_PACKING]
@@ -138,7 +138,7 @@ class Table(Source, TableLayout):
         """Yield ``file``, ``row`` and the file's columns by their roles."""
         header = self.read_header(path)
         roles = self.pick_columns(path, header)
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             frame, first = read_parquet(path, piece, list(dict.fromkeys(roles.values())))
             yield self._check_columns(path, frame, roles, number, first)
             return
@@ -234,7 +234,7 @@ class Table(Source, TableLayout):
         roles = [
             pick_column(path, header, wanted, (), "--origin_table FILE:PATIENT:TIME") for wanted in (patient, time)
         ]
-        if path.suffix == ".parquet":
+        if is_parquet(path):
             parts = [read_parquet(path, Piece(files=(path.name,)), roles)[0]]
         else:
             separator = self.dialect.separator_of(path)

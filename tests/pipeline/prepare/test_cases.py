@@ -189,6 +189,23 @@ def test_a_linked_folder_of_meds_is_followed(tmp_path: Path) -> None:
     assert (summary["format"], summary["events_written"]) == ("meds", 1)
 
 
+def test_a_link_to_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text(HEADER + "p,0,a,1\n")
+    (tmp_path / "in" / "train").symlink_to(tmp_path / "gone")
+    assert "train: a link to nothing" in refuse(capsys, tmp_path / "in")
+
+
+def test_names_of_files_and_columns_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "A.TSV").write_text("ICUSTAY_ID\tCHARTTIME\tITEMID\tVALUENUM\n1\t2150-1-1 0:00\tx\t2\n")
+    pl.DataFrame(
+        {"stay_id": [1], "charttime": ["2150-01-01T00:01:00Z"], "itemid": ["x"], "valuenum": [3]}
+    ).write_parquet(tmp_path / "in" / "B.PARQUET")
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert read_stays(tmp_path / "out") == {"1": [(0.0, [("x", 2.0)]), (1.0, [("x", 3.0)])]}
+
+
 def test_files_and_folders_that_are_no_data_are_left_out_and_counted(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for name in ("a.csv", ".ipynb_checkpoints/a-checkpoint.csv", "._a.csv", "_tmp/b.csv"):
@@ -235,6 +252,11 @@ def test_a_part_of_a_meds_data_set_names_the_whole(
 
 
 def test_meds_is_seen_by_its_columns(tmp_path: Path) -> None:
+    flat = write_meds(tmp_path / "flat", "0.parquet")
+    assert prepare(flat, tmp_path / "flat_out")["format"] == "meds"
+    beside = write_meds(tmp_path / "beside")
+    (beside / "a.csv").write_text(HEADER + "p,0,a,1\n")
+    assert prepare(beside / "a.csv", tmp_path / "beside_out")["format"] == "table"
     for split in ("train", "tuning", "held_out"):
         write_meds(tmp_path / "folders", f"{split}/0.parquet")
     assert prepare(tmp_path / "folders", tmp_path / "out")["format"] == "meds"
