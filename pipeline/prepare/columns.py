@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.prepare.times import MICROSECONDS, parse_durations, parse_instants
 from pipeline.schema import UserError
 
 MISSING: Final = ("", "null", r"\n", "nan", "<na>", "none", "nat")
@@ -25,22 +26,8 @@ NOT_AVAILABLE: Final = ("na", "n/a")
 
 END_OF_TIME: Final = datetime(9999, 1, 1)
 
-MICROSECONDS: Final = 60e6
-"""Microseconds of a minute."""
-
 _TICKS: Final = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _MAX_MICROSECONDS: Final = 1 << 62
-
-_INSTANT: Final = (
-    r"(?i)^(\d{4})[-/](\d{1,2})[-/](\d{1,2})(?:[t ](\d{1,2}):(\d{2})(?::(\d{2})(?:[.,](\d{1,6})\d*)?)?)?"
-    r"\s*(z|utc|gmt|[+-]\d{2}(?::?\d{2})?)?$"
-)
-_ISO_DURATION: Final = (
-    r"(?i)^([+-]?)P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:[.,]\d+)?)S)?)?$"  # as Polars writes it
-)
-_DAYS_AND_CLOCK: Final = (
-    r"^(?:([+-]?\d+) days?,? ?)?(?:\+?(\d{1,2}):(\d{2}):(\d{2}(?:\.\d+)?))?$"  # as pandas and Python write it
-)
 
 
 def to_plain(path: Path, name: str, column: pa.ChunkedArray) -> pl.Series:
@@ -151,6 +138,12 @@ def check_times(path: Path, column: pl.Series) -> pl.Series:
     return column
 
 
+def check_dates(path: Path, column: pl.Series) -> pl.Series:
+    """Return the column of instants, if it is one of dates or text; else raise UserError."""
+    refuse_unless(path, column, fits=column.dtype in (pl.Datetime, pl.String, pl.Null), wanted="dates with time")
+    return column
+
+
 def _is_number_or_text(dtype: Any, *others: Any) -> bool:
     return bool(dtype.is_numeric() or dtype in (pl.String, pl.Null, *others))
 
@@ -246,38 +239,6 @@ def _parse_distinct(column: pl.Series, which: pl.Series, dtype: Any) -> pl.Serie
     if not found.any():
         return pl.repeat(None, len(column), dtype=dtype, eager=True)
     return column.replace_strict(distinct.filter(found), parsed.filter(found), default=None, return_dtype=dtype)
-
-
-def parse_instants(text: pl.Series) -> pl.Series:
-    """Return [N] ``Datetime("us")`` in UTC of texts without blanks at their ends."""
-    groups = text.str.extract_groups(_INSTANT).struct.unnest()
-    year, month, day, hour, minute, second, fraction, zone = groups.iter_columns()
-    clock = pl.format(
-        "{}-{}-{} {}:{}:{}", year, month, day, hour.fill_null("00"), minute.fill_null("00"), second.fill_null("00")
-    )
-    instant = pl.select(clock).to_series().str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False)
-    micros = fraction.str.pad_end(6, "0").cast(pl.Int64, strict=False).fill_null(0)
-    digits = zone.str.replace_all(r"\D", "").str.pad_end(4, "0").cast(pl.Int64, strict=False).fill_null(0)
-    east = pl.select(pl.when(zone.str.starts_with("-")).then(-1).otherwise(1)).to_series()
-    ahead = (digits // 100 * 60 + digits % 100) * east
-    return (instant.cast(pl.Int64) + micros - ahead * 60_000_000).cast(pl.Datetime("us"))
-
-
-def parse_durations(text: pl.Series) -> pl.Series:
-    """Return [N] float64 minutes of texts such as ``PT1H30M``, ``1 days 02:00:00`` and ``-1 day, 23:00:00``."""
-    blank = (text == "") | (text.str.to_uppercase().is_in(["P", "PT", "-P", "-PT"]))
-    numbers = []
-    for form in (_ISO_DURATION, _DAYS_AND_CLOCK):
-        groups = text.str.extract_groups(form).struct.unnest().get_columns()
-        sign = pl.repeat("+", len(text), eager=True, dtype=pl.String) if form == _DAYS_AND_CLOCK else groups.pop(0)
-        days, hours, minutes, seconds = (
-            group.str.replace(",", ".").cast(pl.Float64, strict=False).fill_null(0.0) for group in groups
-        )
-        micros = ((days * 24 + hours) * 60 + minutes) * MICROSECONDS + (seconds * 1e6).round()
-        fits = text.str.contains(form) & ~blank
-        negative = (sign == "-").fill_null(False)
-        numbers.append(pl.select(pl.when(fits).then(pl.when(negative).then(-micros).otherwise(micros))).to_series())
-    return numbers[0].fill_null(numbers[1]) / MICROSECONDS
 
 
 def describe_form(text: str) -> str:

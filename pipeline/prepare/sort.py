@@ -17,7 +17,6 @@ import pyarrow as pa
 from pipeline.dataset.lists import to_lists
 from pipeline.prepare.arrow_files import read_partition_slice, write_parquet, write_table
 from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
-from pipeline.prepare.columns import MICROSECONDS
 from pipeline.prepare.event_filter import EventFilter, equals_previous
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.rules import Limits, Rules
@@ -25,6 +24,7 @@ from pipeline.prepare.sources.reading import FILE, LABEL, ROW, SPLIT, SUBJECT
 from pipeline.prepare.sources.source import Origin
 from pipeline.prepare.spill import STATIC_INSTANT, PartitionRows, read_partition
 from pipeline.prepare.splits import SplitRule
+from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE
 
 

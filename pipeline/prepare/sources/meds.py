@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from pipeline.options import Section, option
 from pipeline.prepare import names
 from pipeline.prepare.columns import (
+    check_dates,
     check_names,
     check_numbers,
-    check_times,
     to_instants,
     to_patient_names,
     to_plain,
@@ -297,4 +297,4 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _to_instants(path: Path, column: pl.Series) -> pl.Series:
-    return to_instants(check_times(path, column))
+    return to_instants(check_dates(path, column))

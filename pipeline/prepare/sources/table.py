@@ -28,6 +28,7 @@ from pipeline.prepare.sources.reading import (
 )
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.prepare.sources.wide import PREFIX, list_wide_columns, melt
+from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
 SUFFIXES: Final = (".parquet", *csv_files.SUFFIXES)
@@ -43,7 +44,7 @@ CHECKS: Final = {
     SET_INDEX: columns.check_numbers,
     MINUTE: columns.check_minutes,
     TIME: columns.check_times,
-    ORIGIN: columns.check_times,
+    ORIGIN: columns.check_dates,
 }
 
 
@@ -211,7 +212,7 @@ class Table(Source, TableLayout):
         if instants.dtype.is_float() or (self.origin_table is None and ORIGIN not in rows.columns):
             return rows.with_columns(instants.alias(TIME)), ()
         origins = self._find_origins(rows) if self.origin_table else columns.to_instants(rows[ORIGIN])
-        minute = (instants - origins).dt.total_microseconds() / columns.MICROSECONDS
+        minute = (instants - origins).dt.total_microseconds() / MICROSECONDS
         is_end = (instants >= columns.END_OF_TIME).fill_null(False).alias(END_OF_TIME)
         has_none = (origins.is_null() & instants.is_not_null()).alias(NO_ORIGIN)
         rules = tuple((reason, pl.col(reason)) for reason in (END_OF_TIME, NO_ORIGIN))
@@ -244,7 +245,7 @@ class Table(Source, TableLayout):
             pl.DataFrame(
                 {
                     PATIENT_ID: columns.to_patient_names(part[patient]),
-                    TIME: columns.to_instants(columns.check_times(path, part[time])),
+                    TIME: columns.to_instants(columns.check_dates(path, part[time])),
                 }
             )
             for part in parts

@@ -388,6 +388,7 @@ TASK = {"labels": "task"}
         ("data/0", {"subject_id": [1], "time": [ADMISSION]}, {}, r"0\.parquet: no column 'code'"),
         ("data/0", {"subject_id": ["x"], "time": [ADMISSION], "code": ["HR"]}, {}, "row 1 has a subject_id that is no"),
         ("data/0", {"subject_id": [1], "time": [3.5], "code": ["HR"]}, {}, "'time' holds Float64"),
+        ("data/0", {"subject_id": [1], "time": [timedelta(1)], "code": ["HR"]}, {}, "'time' holds Duration"),
         ("metadata/subject_splits", {"subject_id": [1, 1], "split": ["train", "tuning"]}, {}, "number 1 of train is"),
         ("metadata/subject_splits", {"subject_id": [1, 2], "split": ["train", None]}, {}, "row 2 has split None"),
         ("metadata/subject_splits", {"subject_id": [1]}, {}, r"subject_splits\.parquet: no column 'split'"),

@@ -171,6 +171,19 @@ def test_a_column_of_the_wrong_kind_is_named(tmp_path: Path, column: str, values
         kept_rows(Table(path=tmp_path))
 
 
+def test_an_origin_that_is_no_date_is_named(tmp_path: Path) -> None:
+    frame = {
+        "patient_id": ["a"],
+        "time": [NOON],
+        "admitted": [datetime.timedelta(1)],
+        "variable": ["a"],
+        "value": [1.0],
+    }
+    pl.DataFrame(frame).write_parquet(tmp_path / "1.parquet")
+    with pytest.raises(UserError, match="column 'admitted' holds Duration"):
+        kept_rows(Table(path=tmp_path, origin_column="admitted"))
+
+
 def test_minutes_are_no_dates(tmp_path: Path) -> None:
     pl.DataFrame({"patient_id": ["a"], "time": [0.0], "variable": ["HR"], "value": [1.0]}).write_parquet(
         tmp_path / "1.parquet"
