@@ -19,6 +19,7 @@ from rich.table import Table
 
 from pipeline.prepare.build import build
 from pipeline.prepare.command import parse_command, resolve_options
+from pipeline.prepare.dry_run import plan_work
 from pipeline.prepare.journal import Progress as StageProgress
 from pipeline.reports.data_report import write_data_report
 from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, UserError
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source, build_options = resolve_options(options, explicit)
         console = Console(stderr=True, highlight=False)
         console.print(f"{command.input}: read as {source.name}")
+        if command.dry_run:
+            for line in plan_work(source, build_options, num_workers=options.execution.workers):
+                print(line)
+            return 0
         log = partial(console.print, f"{output}:", soft_wrap=True)
         execution, overwrite = options.execution, command.overwrite
         with stage_bars(console) as bars:

@@ -70,7 +70,7 @@ def main() -> None:
         folder = Path(name)
         table = folder / "synthetic.parquet"
         source = Synthetic(num_patients=given.num_patients)
-        events = pl.concat(clean(source.read(piece))[0] for piece in source.pieces())
+        events = pl.concat(clean(next(source.read(piece)))[0] for piece in source.pieces())
         events = events.select(PATIENT_ID, MINUTE, VARIABLE, VALUE).sample(fraction=1.0, shuffle=True, seed=0)
         events.write_parquet(table)
 

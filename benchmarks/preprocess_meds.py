@@ -45,7 +45,7 @@ subprocess.run([program, f"MEDS_dataset_dir={data}", f"output_dir={output}"], ch
 def write_meds(records: Path, copies: int, folder: Path) -> int:
     """Returns the number of events."""
     source = PhysioNet2012(path=records)
-    events = pl.concat(clean(source.read(piece))[0] for piece in source.pieces()).select(
+    events = pl.concat(clean(next(source.read(piece)))[0] for piece in source.pieces()).select(
         pl.col(PATIENT_ID).cast(pl.String).cast(pl.Int64).alias("subject_id"),
         (pl.lit(datetime(2000, 1, 1)) + pl.duration(minutes=pl.col(MINUTE))).cast(pl.Datetime("us")).alias("time"),
         pl.col(VARIABLE).cast(pl.String).alias("code"),

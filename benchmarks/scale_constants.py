@@ -163,7 +163,7 @@ def work_folder(name: str) -> Path:
 def write_events(path: Path, num_events: int) -> None:
     """Synthetic stays as a table, gzipped CSV or Parquet."""
     source = Synthetic(num_patients=num_events // 425)
-    events = pl.concat(source.read(piece).rows for piece in source.pieces()).drop("file", "row")
+    events = pl.concat(next(source.read(piece)).rows for piece in source.pieces()).drop("file", "row")
     if path.suffix == ".gz":
         events.write_csv(path, compression="gzip")
     else:

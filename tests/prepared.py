@@ -80,9 +80,10 @@ def expected(
     for patient, minute, variable, value in rows:
         with np.errstate(over="ignore"):
             number = None if value is None or math.isnan(value) else float(np.float32(value))
-        if patient is None or not patient.strip():
+        patient, variable = (name and name.strip() for name in (patient, variable))
+        if not patient:
             rejects["no_patient"] += 1
-        elif variable is None or not variable.strip():
+        elif not variable:
             rejects["no_variable"] += 1
         elif not (static and minute is None) and (minute is None or not math.isfinite(minute)):
             rejects["bad_minute"] += 1

@@ -206,7 +206,7 @@ def test_options_come_from_a_file_too(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "options.yaml").write_text("rules: {outlier_action: clip}\n")
     assert run(*SYNTHETIC, "--output", tmp_path / "x", "--config", tmp_path / "options.yaml") == 2
     assert "--outlier_action: has no effect without --outlier_std" in capsys.readouterr().err
-    (tmp_path / "options.yaml").write_text("table: {value_column: x}\n")
+    (tmp_path / "options.yaml").write_text("columns: {value_column: x}\n")
     assert run(*SYNTHETIC, "--output", tmp_path / "x", "--config", tmp_path / "options.yaml") == 2
     assert "--value_column: not used by --format synthetic" in capsys.readouterr().err
 

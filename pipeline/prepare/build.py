@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from pipeline.dataset.schemas import SHARD_SUFFIXES
@@ -33,11 +35,12 @@ from pipeline.prepare.sort import Partition, SortedPartition, measure_partition,
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.spill import SpilledPiece, spill_piece
+from pipeline.prepare.spill import SpilledPiece, check_same_columns, describe_reasons, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
 from pipeline.prepare.vocabulary import make_vocabulary
+from pipeline.prepare.warn import warn_of_strangers
 from pipeline.prepare.write import WrittenPartition, write_partition
-from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, SUMMARY_FILE, UserError
+from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, INDEX_FILE, MINUTE, PATIENT_ID, SUMMARY_FILE, UserError
 from pipeline.storage.files import sync
 
 WORK_FOLDERS: Final = ("spills", "sorted", "rejects", "late_rejects", "index", "data")
@@ -63,7 +66,7 @@ def build(
         output: a new or an empty folder, or a data directory, which ``overwrite`` allows to replace.
         options: with the source, what decides the output; ``execution`` does not.
         progress: is called after every task.
-        log: receives a line when a run does not begin from nothing.
+        log: receives lines: what was recognised, warnings, and that a run does not begin from nothing.
 
     Raises:
         UserError: the input cannot be used as a whole, or the output folder not at all; nothing new is left in it.
@@ -84,13 +87,32 @@ def build(
             check_disk_space(source, output)
         for name in WORK_FOLDERS:
             (work / name).mkdir(exist_ok=True)
+        notes = source.describe()
+        for note in notes:
+            log(note)
         with open_executor(execution, max_workers=len(pieces)) as executor:
             results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run()
         counts = results.join_tables(work)
         summary = results.summarise(counts, description, time.monotonic() - started)
+        summary |= {
+            "files_left_out": len(source.list_events().left_out),
+            "notes": [] if options.pseudonyms else notes,
+        }  # files are often named like patients
+        summary["warnings"] = [*results.find_warnings(counts), *_warn_of_labels(source, options, work)]
+        for warning in summary["warnings"]:
+            log(f"warning: {warning}")
         summary = write_summary(work / "data" / SUMMARY_FILE, summary)
         results.write_manifest(work / "data", description, fingerprint)
     return summary
+
+
+def _warn_of_labels(source: Source, options: BuildOptions, work: Path) -> list[str]:
+    """Return a warning where labels name patients that the input does not have."""
+    labels = source.read_labels()
+    if labels is None or options.pseudonyms is not None:
+        return []
+    patients = pl.read_parquet(work / "data" / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
+    return warn_of_strangers(labels[1][PATIENT_ID], patients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +129,8 @@ class _Steps:
         spilled = self.read_pieces()
         total = self._count_partitions(spilled)
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
-        partitions = [Partition(work, number, total, len(self.pieces), rule, origin) for number in range(total)]
+        num_spills = tuple(piece.num_spills for piece in spilled)
+        partitions = [Partition(work, number, total, num_spills, rule, origin) for number in range(total)]
         limits = self.compute_limits(partitions)
         parts = self.sort_partitions(partitions, limits)
         if num_labels and not any(part.num_labels for part in parts):
@@ -120,7 +143,7 @@ class _Steps:
         return Results(spilled, parts, written, vocabulary, statistics, embedding_dim, labels_from, num_labels)
 
     def read_pieces(self) -> list[SpilledPiece]:
-        leaves = ("spills/{:05d}.*.arrow", "rejects/{:05d}.parquet")
+        leaves = ("spills/{:05d}.*.arrow", "rejects/{:05d}.*.parquet")
         stage = Stage("read", spill_piece, SpilledPiece, attrgetter("num_rows"), leaves)
         later = [["sort", "write"], ["measure"]] if self._measures_outliers else [["sort", "write"]]
 
@@ -129,12 +152,21 @@ class _Steps:
 
         tasks = [(self.source, piece, at, self.options, self.runner.work) for at, piece in enumerate(self.pieces)]
         spilled = self.runner.run(stage, tasks, are_used_up)
-        for piece, result in zip(self.pieces, spilled, strict=True):
-            if result.columns != spilled[0].columns:
-                others = f"{self.pieces[0].files[0]} gives {spilled[0].columns}"
-                advice = "give minutes in all files or dates in all, and set indices in all or in none"
-                raise UserError(f"{piece.files[0]} gives {result.columns}, {others}; {advice}")
+        self._check_pieces(spilled)
         return spilled
+
+    def _check_pieces(self, spilled: Sequence[SpilledPiece]) -> None:
+        """Raise UserError where files differ in their columns, or no row of the input can be used."""
+        kept = [(piece, result) for piece, result in zip(self.pieces, spilled, strict=True) if result.num_kept]
+        timed = next((pair for pair in kept if MINUTE in pair[1].columns), None)
+        for piece, result in kept:
+            first, expected = timed or kept[0]
+            check_same_columns(piece.files[0], result.columns, first.files[0], expected.columns)
+        rejects = sum((Counter(result.rejects) for result in spilled), Counter[str]())
+        if not kept and rejects:
+            examples = {reason: text for result in reversed(spilled) for reason, text in result.examples.items()}
+            reasons = describe_reasons(rejects, examples)
+            raise UserError(f"{self.source.path}: no row can be used: {reasons}; mend these columns, or name others")
 
     def _count_partitions(self, spilled: Sequence[SpilledPiece]) -> int:
         return max(1, -(-sum(piece.num_kept for piece in spilled) // self.options.events_per_shard))

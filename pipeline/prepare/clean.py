@@ -10,10 +10,13 @@ from typing import Final
 import polars as pl
 import pyarrow as pa
 
-from pipeline.prepare import names
-from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW, to_patient_ids
+from pipeline.prepare import columns, names
+from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW
 from pipeline.prepare.sources.source import RawRows
 from pipeline.schema import FLOAT32_MAX, MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
+
+END_OF_TIME: Final = "end_of_time"
+"""An instant that stands for "open", as databases write it (9999-12-31)."""
 
 DUPLICATE: Final = "duplicate"
 NO_ORIGIN: Final = "no_origin"
@@ -21,9 +24,6 @@ NO_ORIGIN: Final = "no_origin"
 
 RESERVED_VARIABLES: Final = ("<padding>", "<unknown>")
 """Names of the first two rows of the vocabulary, which no variable may have."""
-
-NO_NUMBER: Final = ("", "na", "nan", "null")
-"""Texts, in upper or lower case, which say that an event has no number."""
 
 REJECTS_SCHEMA: Final = pa.schema(
     [
@@ -44,21 +44,27 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     """
     rows = raw.rows
     set_columns = [SET_INDEX] if SET_INDEX in rows.columns else []
-    patient = names.encode(rows[PATIENT_ID], to_patient_ids)
-    variable = names.encode(rows[VARIABLE])
-    minute = (_to_number(rows, MINUTE) if raw.minute is None else raw.minute).alias(MINUTE)
-    value = _to_number(rows, VALUE).cast(pl.Float32).fill_nan(None)
-    set_index = [_to_whole_number(rows, name) for name in set_columns]
+    patient = names.encode(rows[PATIENT_ID], columns.to_patient_names)
+    variable = names.encode(rows[VARIABLE], columns.to_variable_names)
+    number = columns.to_numbers(rows[VALUE])
+    is_bad = _is_bad_value(rows[VALUE], number)
+    if (raw.categories or raw.text_events) and is_bad.any():
+        variable, number, is_bad = _apply_categories(raw, variable, number, is_bad)
+    set_index = [columns.to_whole_numbers(rows[name]).alias(name) for name in set_columns]
+    minute = columns.to_minutes(rows[MINUTE]).alias(MINUTE) if raw.minute is None else raw.minute.alias(MINUTE)
+    value = number.cast(pl.Float32).alias(VALUE)
     typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index)
-    minute, value = pl.col(MINUTE), pl.col(VALUE)
-    instants, outside = typed.schema[MINUTE].is_temporal(), ~(minute.abs() <= FLOAT32_MAX).fill_null(False)
+    time = pl.col(MINUTE)
+    instants, outside = typed.schema[MINUTE].is_temporal(), ~(time.abs() <= FLOAT32_MAX).fill_null(False)
+    untimed = time.is_null() if instants else outside
     rules: dict[str, pl.Expr | pl.Series] = {
-        "no_patient": names.test(patient, is_blank).fill_null(True),
-        "no_variable": names.test(variable, is_blank).fill_null(True),
+        "no_patient": patient.is_null(),
+        "no_variable": variable.is_null(),
         "reserved_variable": names.test(variable, lambda name: name.is_in(RESERVED_VARIABLES)).fill_null(False),
-        "bad_minute": minute.is_null() & (not raw.static) if instants else outside,
-        "bad_value": value.is_null() & rows.select(_has_number(rows)).to_series(),
-        "infinite_value": value.is_infinite(),
+        **({END_OF_TIME: (time >= columns.END_OF_TIME).fill_null(False)} if instants else {}),
+        "bad_minute": untimed & (not raw.static),
+        "bad_value": is_bad,
+        "infinite_value": value.is_infinite().fill_null(False),
         **{f"bad_{name}": pl.col(name).is_null() for name in set_columns},
     }
     by_format = rows.select(rule.alias(reason) for reason, rule in raw.rules)
@@ -73,31 +79,36 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     return kept, rows.filter(first.is_not_null()).select(reason, FILE, ROW, AS_TEXT)
 
 
-def is_blank(name: pl.Series) -> pl.Series:
-    """Return [N] bool, whether a name consists of blanks."""
-    return name.str.strip_chars() == ""
+def _is_bad_value(column: pl.Series, number: pl.Series) -> pl.Series:
+    """Return [N] bool, whether a value is there and no number."""
+    left = number.is_null() & column.is_not_null()
+    if not left.any():
+        return left
+    return left.scatter(left.arg_true(), ~columns.is_missing(column.filter(left)))
 
 
-def _to_number(rows: pl.DataFrame, name: str) -> pl.Expr:
-    """Return column ``name`` as float64; null where it holds no number, infinite where float64 cannot hold it."""
-    column = pl.col(name)
-    return (column.str.strip_chars() if rows.schema[name] == pl.String else column).cast(pl.Float64, strict=False)
+def _apply_categories(
+    raw: RawRows, variable: pl.Series, number: pl.Series, is_text: pl.Series
+) -> tuple[pl.Series, pl.Series, pl.Series]:
+    """Return variables, numbers and bad values where a text is the category that a variable has.
 
-
-def _to_whole_number(rows: pl.DataFrame, name: str) -> pl.Expr:
-    """Return column ``name`` as int64; null where it holds no whole number."""
-    if rows.schema[name].is_integer():
-        return pl.col(name).cast(pl.Int64, strict=False)
-    number = _to_number(rows, name)
-    return pl.when(number == number.floor()).then(number).cast(pl.Int64, strict=False)
-
-
-def _has_number(rows: pl.DataFrame) -> pl.Expr:
-    """Return whether the value is meant to be a number."""
-    value = pl.col(VALUE)
-    if rows.schema[VALUE] == pl.String:
-        return value.is_not_null() & ~value.str.strip_chars().str.to_lowercase().is_in(NO_NUMBER)
-    return value.is_not_null() & value.is_not_nan() if rows.schema[VALUE].is_float() else value.is_not_null()
+    It becomes the number that the input's categories give ``variable=text``; or, with ``text_events``, an event of a
+    variable of that name, without a number.
+    """
+    rows = is_text.arg_true()
+    word = raw.rows[VALUE].gather(rows).str.strip_chars()
+    category = pl.select(pl.format("{}={}", variable.gather(rows).cast(pl.String), word)).to_series()
+    numbers = raw.categories
+    mapped = category.replace_strict(list(numbers), list(numbers.values()), default=None, return_dtype=pl.Float64)
+    number = number.scatter(rows, mapped)
+    is_text = is_text.scatter(rows, mapped.is_null())
+    if not raw.text_events:
+        return variable, number, is_text
+    named = mapped.is_null() & category.is_not_null()
+    joined = names.concat([variable, names.encode(category.filter(named))])
+    order = pl.int_range(len(variable), eager=True, dtype=pl.Int64)
+    order = order.scatter(rows.filter(named), pl.int_range(len(variable), len(joined), eager=True, dtype=pl.Int64))
+    return joined.gather(order).rename(VARIABLE), number, pl.repeat(False, len(variable), eager=True)
 
 
 def _without_negative_zero(name: str) -> pl.Expr:

@@ -14,10 +14,10 @@ from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.reference import ReferenceDataSet, ReferenceOptions
 from pipeline.prepare.rules import Rules
 from pipeline.prepare.sources.auto import Format, open_source
+from pipeline.prepare.sources.layout import ColumnOptions, TableOptions
 from pipeline.prepare.sources.meds import MedsOptions
 from pipeline.prepare.sources.source import SideFileOptions, Source
 from pipeline.prepare.sources.synthetic import SyntheticOptions
-from pipeline.prepare.sources.table import TableOptions
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import UserError
 
@@ -31,6 +31,7 @@ class CommandOptions(Section):
     format: Format = option("auto", "Format of INPUT; auto detects it.")
     pseudonymize: Path | None = option(None, "Replace patients' ids by hashes keyed with this file.")
     overwrite: bool = option(False, "Replace an existing data set in DIR, and nothing else there.")
+    dry_run: bool = option(False, "Read a sample of INPUT, say what would be done, and write nothing.")
     verbose: bool = option(False, "Print the whole summary.")
 
 
@@ -45,6 +46,7 @@ class PreprocessOptions:
     split: SplitRule
     rules: Rules
     side_files: SideFileOptions
+    columns: ColumnOptions
     meds: MedsOptions
     table: TableOptions
     synthetic: SyntheticOptions
@@ -69,7 +71,7 @@ def resolve_options(options: PreprocessOptions, explicit: frozenset[str]) -> tup
         return {name: value for name, value in values if name in explicit}
 
     command, like = options.command, options.reference.like
-    of_source = pick_explicit(options.side_files, options.meds, options.table, options.synthetic)
+    of_source = pick_explicit(options.side_files, options.columns, options.meds, options.table, options.synthetic)
     source = open_source(command.input, command.format, of_source)
     if command.output.resolve().is_relative_to(command.input.resolve()):
         raise UserError(f"--output {command.output}: lies in the input; name a folder outside of {command.input}")

@@ -19,6 +19,8 @@ class Moments:
     num_values: npt.NDArray[np.int64]  # events with a number
     mean: npt.NDArray[np.float64]  # 0 where there is no number
     squares: npt.NDArray[np.float64]  # sum of squared deviations from the mean
+    minimum: npt.NDArray[np.float64]  # infinite where there is no number
+    maximum: npt.NDArray[np.float64]  # minus infinite where there is no number
 
     @classmethod
     def measure(cls, variables: list[str], variable: npt.NDArray[Any], value: npt.NDArray[np.float32]) -> Self:
@@ -33,7 +35,11 @@ class Moments:
         mean = np.bincount(position, wide, minlength=size) / np.maximum(num_values, 1)
         wide -= mean[position]
         squares = np.bincount(position, wide**2, minlength=size).astype(np.float64)
-        return cls(variables, np.bincount(variable, minlength=size), num_values, mean, squares)
+        minimum, maximum = np.full(size, np.inf), np.full(size, -np.inf)
+        np.minimum.at(minimum, position, wide)
+        np.maximum.at(maximum, position, wide)
+        count = np.bincount(variable, minlength=size)
+        return cls(variables, count, num_values, mean, squares, mean + minimum, mean + maximum)
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
@@ -42,6 +48,7 @@ class Moments:
         position = {variable: number for number, variable in enumerate(variables)}
         count, num_values = np.zeros((2, len(variables)), dtype=np.int64)
         mean, squares = np.zeros((2, len(variables)))
+        minimum, maximum = np.full(len(variables), np.inf), np.full(len(variables), -np.inf)
         for part in parts:
             at = np.array([position[variable] for variable in part.variables], dtype=np.intp)
             before, total = num_values[at], num_values[at] + part.num_values
@@ -51,7 +58,9 @@ class Moments:
             mean[at] += delta * weight
             num_values[at] = total
             count[at] += part.count
-        return cls(variables, count, num_values, mean, squares)
+            minimum[at] = np.minimum(minimum[at], part.minimum)
+            maximum[at] = np.maximum(maximum[at], part.maximum)
+        return cls(variables, count, num_values, mean, squares, minimum, maximum)
 
     @property
     def num_events(self) -> int:

@@ -31,8 +31,9 @@ def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_te
 def from_dictionary(name: str, chunks: pa.ChunkedArray) -> pl.Series:
     """Return a dictionary column of strings, as Parquet reads it, as names; ArrowInvalid where one is no text."""
     encoded = pa.chunked_array(chunks.chunks, chunks.type).unify_dictionaries().combine_chunks()
-    encoded.dictionary.validate(full=True)
-    return _gather(name, _series(encoded.dictionary).cast(pl.String), _series(encoded.indices))
+    texts = encoded.dictionary.cast(pa.large_string())
+    texts.validate(full=True)
+    return _gather(name, _series(texts), _series(encoded.indices))
 
 
 def concat(parts: Sequence[pl.Series]) -> pl.Series:

@@ -11,7 +11,7 @@ from typing import Final, Self
 import polars as pl
 
 from pipeline.prepare import names
-from pipeline.prepare.sources.reading import to_patient_ids
+from pipeline.prepare.columns import to_patient_names
 from pipeline.schema import PATIENT_ID, VALUE, UserError
 
 MIN_KEY_BYTES: Final = 32
@@ -55,7 +55,7 @@ class Pseudonyms:
 
     def hide_rejected(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Hide the id, which is text as it came, also where it stands as the row's value."""
-        patient, value = to_patient_ids(rows[PATIENT_ID]), to_patient_ids(rows[VALUE])
+        patient, value = to_patient_names(rows[PATIENT_ID]), to_patient_names(rows[VALUE])
         hidden = names.encode(patient, self.hide_names).cast(pl.String)
         same = (value == patient).fill_null(False)
         values = rows[VALUE].zip_with(~same, hidden.alias(VALUE))

@@ -20,10 +20,11 @@ from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
 from pipeline.prepare.event_filter import EventFilter, equals_previous
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.rules import Limits, Rules
-from pipeline.prepare.sources.reading import FILE, LABEL, MICROSECONDS, ROW, SPLIT, SUBJECT
+from pipeline.prepare.sources.reading import FILE, LABEL, ROW, SPLIT, SUBJECT
 from pipeline.prepare.sources.source import Origin
 from pipeline.prepare.spill import STATIC_INSTANT, PartitionRows, read_partition
 from pipeline.prepare.splits import SplitRule
+from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE
 
 
@@ -34,13 +35,13 @@ class Partition:
     work: Path
     number: int
     num_partitions: int
-    num_pieces: int
+    num_spills: tuple[int, ...]  # of each piece
     split_rule: SplitRule
     origin: Origin
 
     def read(self) -> tuple[PartitionRows, pl.DataFrame, EventFilter]:
         """Return the rows, what is known of the patients, and the events in shard order without duplicates."""
-        rows = read_partition(self.work / "spills", self.num_pieces, self.number, self.num_partitions)
+        rows = read_partition(self.work / "spills", self.num_spills, self.number, self.num_partitions)
         known, _ = read_partition_slice(self.work / "known.arrow", self.number, self.num_partitions)
         events = _sort_events(rows, self.origin)
         events.drop(DUPLICATE, equals_previous(events.kept, ["patient", "set", "variable", "value", "minute"]))

@@ -19,9 +19,11 @@ from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SUFFIXES
 from pipeline.machine import peak_rss_bytes
 from pipeline.prepare.arrow_files import read_table, write_parquet
 from pipeline.prepare.clean import REJECTS_SCHEMA
+from pipeline.prepare.moments import Moments
 from pipeline.prepare.sort import SortedPartition
 from pipeline.prepare.spill import SpilledPiece
 from pipeline.prepare.vocabulary import vocabulary_fingerprint
+from pipeline.prepare.warn import find_warnings
 from pipeline.prepare.write import WrittenPartition
 from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, INDEX_FILE, REJECTS_FILE, SPLITS, VOCABULARY_FILE, UserError
 from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
@@ -105,6 +107,10 @@ class Results:
             "events_per_second": round(events_in / seconds),
             "peak_rss_bytes": peak_rss_bytes(),
         }
+
+    def find_warnings(self, counts: Mapping[str, Any]) -> list[str]:
+        """Return warnings about variables and splits; ``counts`` are those of :meth:`join_tables`."""
+        return find_warnings(Moments.merge([part.train for part in self.parts]), counts["splits"])
 
     def write_manifest(self, data: Path, options: dict[str, Any], fingerprint: str) -> None:
         """Write the manifest of the data directory ``data``, whose other files are complete."""

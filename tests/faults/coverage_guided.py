@@ -77,16 +77,16 @@ def record(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
         lines = (physionet2012.HEADER + content.replace(b"\r\n", b"\n")).rstrip(b"\n").count(b"\n")
         with contextlib.suppress(physionet2012.UserError):
             source = physionet2012.PhysioNet2012(path=path.parent)
-            (rows,) = (source.read(piece).rows for piece in source.pieces())
+            (rows,) = (next(source.read(piece)).rows for piece in source.pieces())
             assert rows.height == lines, "a row a line"
 
     return read, RECORD
 
 
 def csv(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
-    table, csv_pieces = (
+    table, csv_files = (
         import_module("pipeline.prepare.sources.table"),
-        import_module("pipeline.prepare.sources.csv_pieces"),
+        import_module("pipeline.prepare.sources.csv_files"),
     )
     path = folder / "rows.csv"
     path.touch()
@@ -95,10 +95,10 @@ def csv(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
         path.write_bytes(b"patient_id,minute,variable,value\n" + content)
         found = []
         for piece_bytes in (1 << 20, 16):
-            csv_pieces.PIECE_BYTES, table.PIECE_BYTES = piece_bytes, 0
+            csv_files.PIECE_BYTES, table.PIECE_BYTES = piece_bytes, 0
             with contextlib.suppress(table.UserError):
                 source = table.Table(path=path)
-                found.append([row for piece in source.pieces() for row in source.read(piece).rows.rows()])
+                found.append([row for piece in source.pieces() for row in next(source.read(piece)).rows.rows()])
         assert len(found) < 2 or found[0] == found[1], "pieces are the file"
 
     return read, b'1,0,HR,80\n"1",5.5,"a ""b"", c",\n2,1,"two\nlines",-1e3\n'

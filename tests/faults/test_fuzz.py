@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import shutil
@@ -154,7 +155,34 @@ def fuzz_patient_files(frame: pl.DataFrame, harm: int | None) -> None:
     prepare(write_frame("train/1.0.parquet", frame, harm), "--format", "patient_files")
 
 
-@pytest.mark.parametrize("fuzz", [fuzz_csv, fuzz_records, fuzz_parquet, fuzz_meds, fuzz_patient_files])
+@quiet
+@given(st.lists(st.sampled_from(["stay_id", "time", "minute", "HR", "sex", "label", "", " "]), max_size=6), rows, ends,
+       st.binary(max_size=6), st.sampled_from(["", ".gz"]))  # fmt: skip
+def fuzz_wide(header: list[str], body: list[list[str]], end: str, junk: bytes, packed: str) -> None:
+    lines = ["|".join(header), *("|".join(text.replace("|", "") for text in row) for row in body)]
+    content = end.join(lines).encode("utf-8", "surrogatepass") + junk
+    content = gzip.compress(content) + junk if packed else content
+    prepare(written_to(f"events.psv{packed}", content), "--wide", "--split_fractions", "1,0,0")
+
+
+@quiet
+@given(rows, ends, st.binary(max_size=6))
+def fuzz_physionet2019(body: list[list[str]], end: str, junk: bytes) -> None:
+    lines = ["HR|Age|ICULOS|SepsisLabel", *("|".join(row) for row in body)]
+    content = end.join(lines).encode("utf-8", "surrogatepass") + junk
+    prepare(written_to("set/p1.psv", content), "--format", "physionet2019", "--split_fractions", "1,0,0")
+
+
+@quiet
+@given(frames(["stay_id", "time", "hr", "sex"]), harms)
+def fuzz_yaib(frame: pl.DataFrame, harm: int | None) -> None:
+    prepare(write_frame("dyn.parquet", frame, harm), "--format", "yaib", "--split_fractions", "1,0,0")
+
+
+FUZZ = [fuzz_csv, fuzz_records, fuzz_parquet, fuzz_meds, fuzz_patient_files, fuzz_wide, fuzz_physionet2019, fuzz_yaib]
+
+
+@pytest.mark.parametrize("fuzz", FUZZ)
 def test_any_input_is_prepared_or_refused(fuzz: Callable[[], None], tried: Tried) -> None:
     fuzz()
     tried(f"{fuzz.__name__.removeprefix('fuzz_')} as input, fuzzed", NUMBER)

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
 from pipeline.prepare import names
+from pipeline.prepare.columns import (
+    check_dates,
+    check_names,
+    check_numbers,
+    to_instants,
+    to_patient_names,
+    to_plain,
+)
+from pipeline.prepare.sources.layout import ColumnOptions
+from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_parquet
 from pipeline.prepare.sources.reading import (
     LABEL,
     SPLIT,
     SUBJECT,
-    UNREADABLE,
     Piece,
+    concat_alike,
     cut_files,
     number_rows,
     pick_column,
+    read_column_names,
     read_parquet,
-    to_plain_column,
-    to_utc,
+    reading,
 )
 from pipeline.prepare.sources.side_files import merge_labels, parse_labels, read_frame
-from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits, list_parquet
+from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
 from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
 
 SUBJECT_ID: Final = "subject_id"
-COLUMNS: Final = (SUBJECT_ID, "time", "code")
+SUBJECT_IDS: Final = (SUBJECT_ID, "patient_id")
+"""Column of the subject in MEDS 0.4, and in 0.3."""
+
+COLUMNS: Final = ("time", "code")
 NUMERIC_VALUE: Final = "numeric_value"
 PREDICTION_TIME: Final = "prediction_time"
 LABEL_COLUMNS: Final = ("boolean_value",)
@@ -43,13 +58,34 @@ SplitMap: TypeAlias = tuple[tuple[str, SplitName], ...]
 SPLIT_MAP: Final[SplitMap] = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
 
 
-def is_meds(path: Path) -> bool:
-    """Return whether the folder holds a file below ``data`` with MEDS's columns."""
-    first = min((path / "data").rglob("*.parquet"), default=None)
+def find_meds(path: Path) -> Path | None:
+    """Return the folder of the MEDS data set that a path is, or is part of; None where it is neither.
+
+    MEDS is known by its columns.  Without ``data`` or ``metadata`` around it, a folder must have the column of numbers
+    too, or folders named like MEDS's splits.
+    """
+    if (path / "data").is_dir() and any(map(_has_columns, list_parquet(path / "data")[:1])):
+        return path
+    if not path.is_dir() and not is_parquet(path):
+        return None
+    first = next((file for file in list_parquet(path) if file.relative_to(path).parts[:1] != ("metadata",)), None)
+    if first is None or not _has_columns(first):
+        return None
+    place = path.absolute()
+    for parent in place.parents:
+        if (parent / "metadata").is_dir() and place.is_relative_to(parent / "data"):
+            return parent
+    is_whole = path.is_dir() and (_has_columns(first, NUMERIC_VALUE) or first.parent.name in dict(SPLIT_MAP))
+    return path if is_whole else None
+
+
+def _has_columns(path: Path, *more: str) -> bool:
+    """Return whether a file is Parquet with the columns of MEDS 0.3 or 0.4, and with ``more``."""
     try:
-        return first is not None and set(COLUMNS) <= set(pq.read_schema(first).names)
-    except UNREADABLE:
+        present = set(read_column_names(path))
+    except UserError:
         return False
+    return present >= {*COLUMNS, SUBJECT_ID, *more} or present >= {*COLUMNS, "patient_id", NUMERIC_VALUE, *more}
 
 
 def parse_split_map(text: str) -> Any:
@@ -71,7 +107,7 @@ class MedsOptions(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meds(Source, MedsOptions):
+class Meds(Source, MedsOptions, ColumnOptions):
     """The folder that holds ``data`` and ``metadata``.
 
     A subject without samples in ``labels`` is one patient, named by its id.  A sample (a subject and a prediction time)
@@ -94,24 +130,49 @@ class Meds(Source, MedsOptions):
     def origin(self) -> Origin:
         return Origin(variable=self.origin_code, never=BIRTH)
 
+    @property
+    def _data(self) -> Path:
+        """The folder of events; where splits are named by folders, that may be the data set itself."""
+        return self.path / "data" if (self.path / "data").is_dir() else self.path
+
+    def list_events(self) -> Listing:
+        return list_files(self._data, is_parquet)
+
     def find_events(self) -> dict[str, Path]:
         wanted = "data/**/*.parquet here; name the folder that holds data and metadata"
-        return self.name_files(sorted((self.path / "data").rglob("*.parquet")), wanted)
+        files = [path for path in self.list_events().files if path.relative_to(self.path).parts[0] != "metadata"]
+        return self.name_files(files, wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
-        paths = {name: self.path / "metadata" / f"{name}.parquet" for name in ("subject_splits", "codes")}
-        return super().find_side_files() | {name: path for name, path in paths.items() if path.is_file()}
+        metadata = self.path / "metadata"
+        paths = {name: metadata / f"{name}.parquet" for name in ("subject_splits", "codes")}
+        if (metadata / "subject_splits").is_dir():
+            paths["subject_splits"] = metadata / "subject_splits"
+        return super().find_side_files() | {name: path for name, path in paths.items() if path.exists()}
 
     def pieces(self) -> list[Piece]:
         self._is_excluded(pl.Series([""]))  # a wrong expression is found before the work
         return cut_files(self.find_events())
 
-    def read(self, piece: Piece) -> RawRows:
-        frames = [self._read_file(piece, number) for number in range(len(piece.files))]
-        codes = names.concat([frame[VARIABLE] for frame in frames])
-        excluded = names.test(codes, self._is_excluded).fill_null(False)
-        rows = pl.concat([frame.drop(VARIABLE) for frame in frames], how="vertical_relaxed")
-        rows = rows.with_columns(codes, excluded.alias("excluded"))
+    def read(self, piece: Piece) -> Iterator[RawRows]:
+        for rows in concat_alike([self._read_file(piece, number) for number in range(len(piece.files))]):
+            yield self._to_rows(rows)
+
+    def describe(self) -> list[str]:
+        """Say also where events have no number, and which column looks like it."""
+        notes, files = super().describe(), self.list_events().files
+        with reading(files[0]):
+            schema = pq.read_schema(files[0])
+        if self.value_column is None and NUMERIC_VALUE not in schema.names:
+            known = (*SUBJECT_IDS, *COLUMNS)
+            others = [field.name for field in schema if field.name not in known and _is_number(field.type)]
+            hint = f"; if {others[0]!r} holds them, say --value_column {others[0]}" if others else ""
+            notes.append(f"{files[0]}: no column {NUMERIC_VALUE!r}: no event has a number{hint}")
+        return notes
+
+    def _to_rows(self, rows: pl.DataFrame) -> RawRows:
+        excluded = names.test(rows[VARIABLE], self._is_excluded).fill_null(False)
+        rows = rows.with_columns(excluded.alias("excluded"))
         rules = [("excluded_code", pl.col("excluded"))]
         num_rows = rows.height
         if self.labels is None:
@@ -127,15 +188,17 @@ class Meds(Source, MedsOptions):
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
         """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
         path = self.path / piece.files[number]
-        frame, first = read_parquet(path, piece, COLUMNS, [NUMERIC_VALUE], name_columns=["code"])
+        subject = pick_column(path, read_column_names(path), None, SUBJECT_IDS, "one of these headers")
+        wanted = [] if self.value_column is None else [self.value_column]
+        frame, first = read_parquet(path, piece, (subject, *COLUMNS, *wanted), [NUMERIC_VALUE], name_columns=["code"])
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
-        code, value = frame["code"], frame.get_column(NUMERIC_VALUE, default=no_value)
+        code, value = frame["code"], frame.get_column(self.value_column or NUMERIC_VALUE, default=no_value)
         is_encoded = isinstance(code.dtype, pl.Enum)
         columns = {
-            SUBJECT: _to_subjects(path, frame),
+            SUBJECT: _to_subjects(path, frame[subject]),
             MINUTE: _to_instants(path, frame["time"]),
-            VARIABLE: code if is_encoded else names.encode(to_plain_column(path, "code", code)),
-            VALUE: _check_type(path, value, value.dtype.is_numeric() or value.dtype == pl.Null),
+            VARIABLE: code if is_encoded else names.encode(check_names(path, code)),
+            VALUE: check_numbers(path, value),
         }
         return number_rows(columns, file=number, first=first)
 
@@ -169,7 +232,7 @@ class Meds(Source, MedsOptions):
         label = pick_column(path, frame.columns, self.label_column, LABEL_COLUMNS, "--label_column")
         times = _to_instants(path, frame[PREDICTION_TIME])
         labels = parse_labels(path, frame[label])
-        return pl.DataFrame({SUBJECT: _to_subjects(path, frame), PREDICTION_TIME: times, LABEL: labels})
+        return pl.DataFrame({SUBJECT: _to_subjects(path, frame[SUBJECT_ID]), PREDICTION_TIME: times, LABEL: labels})
 
     def read_labels(self) -> tuple[str, pl.DataFrame] | None:
         if self.labels is None:
@@ -181,38 +244,57 @@ class Meds(Source, MedsOptions):
         path = self.find_side_files().get("subject_splits")
         if path is None:
             return None
-        frame = read_frame(path, (SUBJECT_ID, SPLIT))
+        frame = pl.concat(self._read_split_file(part) for part in list_parquet(path))
         known = dict(self.split_map)
         unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
         if len(unknown):
             where, name = f"{path}: row {unknown[0] + 1}", frame[SPLIT][unknown[0]]
             advice = "say which is which: --split_map NAME=train,OTHER=test"
             raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
-        return check_splits(path, _to_subjects(path, frame).cast(pl.String), frame[SPLIT].replace_strict(known))
+        return check_splits(path, frame[SUBJECT_ID], frame[SPLIT].replace_strict(known))
+
+    def _read_split_file(self, path: Path) -> pl.DataFrame:
+        frame = read_frame(path, (SUBJECT_ID, SPLIT))
+        subject = _to_subjects(path, frame[SUBJECT_ID]).cast(pl.String)
+        return pl.DataFrame({SUBJECT_ID: subject, SPLIT: frame[SPLIT].cast(pl.String)})
 
     def read_descriptions(self) -> dict[str, str]:
         """Return each code's descriptions, each once, in the order of ``codes.parquet``."""
         path = self.find_side_files().get("codes")
         if path is None:
             return {}
-        frame = read_frame(path, ["code"])
-        if "description" not in frame.columns:
+        with reading(path):
+            table = pq.read_table(path)
+        pick_column(path, table.column_names, "code", (), "a header code")
+        if "description" not in table.column_names:
             return {}
+        description = table["description"]
+        if pa.types.is_list(description.type) or pa.types.is_large_list(description.type):
+            texts = ["; ".join(text.strip() for text in texts or () if text) for texts in description.to_pylist()]
+            description = pa.chunked_array([pa.array(texts, pa.string())])
+        frame = pl.DataFrame([to_plain(path, "code", table["code"]), to_plain(path, "description", description)])
         text = frame.select(pl.col("code", "description").cast(pl.String).str.strip_chars()).drop_nulls()
         text = text.filter(pl.col("description") != "").unique(maintain_order=True)
         return dict(text.group_by("code").agg(pl.col("description").str.join("; ")).iter_rows())
 
 
-def _to_subjects(path: Path, frame: pl.DataFrame) -> pl.Series:
-    column = frame[SUBJECT_ID]
-    return _check_type(path, column, column.dtype.is_integer()).cast(pl.Int64).rename(SUBJECT)
+def _to_subjects(path: Path, column: pl.Series) -> pl.Series:
+    """Return subjects as int64; raise UserError where one is no whole number that int64 holds."""
+    if column.dtype.is_integer() and column.dtype != pl.UInt64:
+        return column.cast(pl.Int64).rename(SUBJECT)
+    text = to_patient_names(check_names(path, column))
+    subjects = text.cast(pl.Int64, strict=False)
+    wrong = (subjects.is_null() & text.is_not_null()).arg_true()
+    if len(wrong):
+        raise UserError(
+            f"{path}: row {wrong[0] + 1} has a {column.name} that is no int64, as MEDS has it; mend the file"
+        )
+    return subjects.rename(SUBJECT)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind))
 
 
 def _to_instants(path: Path, column: pl.Series) -> pl.Series:
-    return to_utc(_check_type(path, column, isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null)))
-
-
-def _check_type(path: Path, column: pl.Series, fits: bool) -> pl.Series:
-    if not fits:
-        raise UserError(f"{path}: column {column.name!r} holds {column.dtype}, which MEDS does not; mend the file")
-    return column
+    return to_instants(check_dates(path, column))

@@ -6,24 +6,29 @@ Beside the three folders may lie ``cached.csv`` (a vector a variable), ``stats.c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
 import polars as pl
 
+from pipeline.prepare.columns import check_minutes, check_names, check_numbers, to_numbers, to_patient_names, to_times
+from pipeline.prepare.sources.listing import Listing, is_hidden
 from pipeline.prepare.sources.reading import (
     FILE,
     Piece,
-    concat_files,
+    concat_alike,
     number_rows,
+    pick_column,
     read_parquet,
-    to_patient_ids,
-    to_plain_column,
 )
 from pipeline.prepare.sources.source import RawRows, Source, check_splits
-from pipeline.schema import MINUTE, SET_INDEX, SPLITS, VALUE, VARIABLE
+from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE, VARIABLE
+
+TIME: Final = "time"
+IS_CARRY: Final = "is_carry"
+"""Column of the original project's later files: whether a row repeats an earlier one, which is no event."""
 
 SIDE_FILES: Final = {"labels": "oc.csv", "statistics": "stats.csv", "embeddings": "cached.csv"}
 
@@ -34,8 +39,13 @@ class PatientFiles(Source):
 
     name: ClassVar[str] = "patient_files"
 
-    def find_events(self) -> dict[str, Path]:
+    def list_events(self) -> Listing:
         files = [path for split in SPLITS for path in sorted((self.path / split).glob("*.parquet"))]
+        hidden = [path for path in files if is_hidden(path.relative_to(self.path))]
+        return Listing([path for path in files if path not in set(hidden)], hidden)
+
+    def find_events(self) -> dict[str, Path]:
+        files = self.list_events().files
         return self.name_files(files, f"{{{','.join(SPLITS)}}}/<patient>.parquet here; name the folder above them")
 
     def find_side_files(self) -> dict[str, Path | None]:
@@ -46,17 +56,31 @@ class PatientFiles(Source):
             found[role] = given.get(role) or next((path for path in paths if path.is_file()), None)
         return found
 
-    def read(self, piece: Piece) -> RawRows:
+    def read(self, piece: Piece) -> Iterator[RawRows]:
         patients = _to_patients(piece.files)
-        rows = concat_files(self.path, piece, [self._read_file(piece, number) for number in range(len(piece.files))])
-        rows = rows.with_columns(patients.gather(rows[FILE]))
-        return RawRows(rows=rows, patients=tuple(patients))
+        frames = [self._read_file(piece, number) for number in range(len(piece.files))]
+        others = tuple(patients)
+        for rows in concat_alike(frames):
+            rows = rows.with_columns(patients.gather(rows[FILE]))
+            rules = (("carried_forward", pl.col(IS_CARRY) == 1),) if IS_CARRY in rows.columns else ()
+            time = to_times(rows[MINUTE], are_numbers_minutes=True).alias(TIME)
+            yield RawRows(rows=rows.with_columns(time), minute=pl.col(TIME), rules=rules, patients=others)
+            others = ()
 
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
         path = self.path / piece.files[number]
-        frame, _ = read_parquet(path, piece, (MINUTE, VARIABLE, VALUE), [SET_INDEX])
-        columns = {name: to_plain_column(path, name, frame[name]) for name in sorted(frame.columns)}
-        return number_rows(columns, file=number)
+        frame, _ = read_parquet(path, piece, (VARIABLE, VALUE), [MINUTE, TIME, SET_INDEX, IS_CARRY])
+        time = pick_column(path, frame.columns, None, (MINUTE, TIME), "one of these headers")
+        series = {
+            MINUTE: _check_time(path, frame[time]),
+            VALUE: check_numbers(path, frame[VALUE]),
+            VARIABLE: check_names(path, frame[VARIABLE]),
+        }
+        if SET_INDEX in frame.columns:
+            series[SET_INDEX] = check_numbers(path, frame[SET_INDEX])
+        if IS_CARRY in frame.columns:
+            series[IS_CARRY] = to_numbers(frame[IS_CARRY])
+        return number_rows(series, file=number)
 
     def read_splits(self) -> pl.DataFrame | None:
         names = list(self.find_events())
@@ -64,4 +88,10 @@ class PatientFiles(Source):
 
 
 def _to_patients(names: Iterable[str]) -> pl.Series:
-    return to_patient_ids(pl.Series([Path(name).name.removesuffix(".parquet") for name in names], dtype=pl.String))
+    stems = [Path(name).name.removesuffix(".parquet") for name in names]
+    return to_patient_names(pl.Series(PATIENT_ID, stems, dtype=pl.String))
+
+
+def _check_time(path: Path, column: pl.Series) -> pl.Series:
+    """Return minutes, as numbers or durations, or instants."""
+    return column if column.dtype == pl.Datetime else check_minutes(path, column)

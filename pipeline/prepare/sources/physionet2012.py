@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
@@ -9,7 +10,9 @@ from typing import ClassVar, Final
 import numpy as np
 import polars as pl
 
-from pipeline.prepare.sources.reading import FILE, ROW, Piece, reading
+from pipeline.prepare.sources.listing import Listing, list_files
+from pipeline.prepare.sources.reading import FILE, LABEL, ROW, Piece, reading
+from pipeline.prepare.sources.side_files import merge_labels, read_labels
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
@@ -34,37 +37,51 @@ def is_record(path: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PhysioNet2012(Source):
-    """Record files of one folder; outcomes come from ``labels``, or from an ``Outcomes-*.txt`` in or beside the folder.
+    """Record files of a folder and its folders; outcomes come from ``labels``, or from files ``Outcomes-*.txt``.
 
-    Of several files of outcomes that of the folder is taken: ``Outcomes-a.txt`` for ``set-a``.
+    These lie in the folder, in its folders, or beside it: then ``Outcomes-a.txt`` is that of ``set-a``.
 
     The first row of a record names the RecordID again; the file's name is the patient.
     """
 
     name: ClassVar[str] = "physionet2012"
 
+    def list_events(self) -> Listing:
+        return list_files(self.path, is_record)
+
     def find_events(self) -> dict[str, Path]:
         wanted = "record files (<RecordID>.txt) here; name the folder that holds them"
-        return self.name_files(sorted(filter(is_record, self.path.iterdir())), wanted)
+        return self.name_files(self.list_events().files, wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
-        return super().find_side_files() | {"labels": self.labels or self._find_outcomes()}
+        outcomes = [self.labels] if self.labels else self._find_outcomes()
+        found = {"labels" if not number else f"labels {number}": path for number, path in enumerate(outcomes)}
+        return super().find_side_files() | found
 
-    def _find_outcomes(self) -> Path | None:
-        for folder in (self.path, self.path.absolute().parent):
-            outcomes = sorted(folder.glob("Outcomes-*.txt"))
-            suffix = self.path.name.removeprefix("set-")
-            outcomes = [path for path in outcomes if path.stem.removeprefix("Outcomes-") == suffix] or outcomes
-            if len(outcomes) > 1:
-                raise UserError(f"{folder}: {len(outcomes)} files Outcomes-*.txt; name the right one with --labels")
-            if outcomes:
-                return outcomes[0]
-        return None
+    def read_labels(self) -> tuple[str, pl.DataFrame] | None:
+        paths = [path for role, path in self.find_side_files().items() if role.startswith("labels") and path]
+        if not paths:
+            return None
+        frames = [read_labels(path, self.label_column) for path in paths]
+        joined = pl.concat(frames)
+        return " and ".join(map(str, paths)), merge_labels(paths[0], joined[PATIENT_ID], joined[LABEL])
 
-    def read(self, piece: Piece) -> RawRows:
+    def _find_outcomes(self) -> list[Path]:
+        inside = list_files(self.path, lambda path: path.match("Outcomes-*.txt")).files
+        if inside:
+            return inside
+        parent = self.path.absolute().parent
+        outcomes = sorted(parent.glob("Outcomes-*.txt"))
+        suffix = self.path.name.removeprefix("set-")
+        outcomes = [path for path in outcomes if path.stem.removeprefix("Outcomes-") == suffix] or outcomes
+        if len(outcomes) > 1:
+            raise UserError(f"{parent}: {len(outcomes)} files Outcomes-*.txt; name the right one with --labels")
+        return outcomes
+
+    def read(self, piece: Piece) -> Iterator[RawRows]:
         bodies = [_read_body(self.path / name) for name in piece.files]
         num_rows = [body.count(b"\n") for body in bodies]
-        patients = [name.removesuffix(".txt") for name in piece.files]
+        patients = [Path(name).stem for name in piece.files]
         # One parse of all files together is ten times as fast as one parse a file.  A row of three fields goes first,
         # and away again: Polars refuses a file whose first row has fewer.
         content, schema = b"".join([b",,\n", *bodies]), dict.fromkeys((MINUTE, VARIABLE, VALUE), pl.String)
@@ -76,14 +93,14 @@ class PhysioNet2012(Source):
         row = pl.Series(ROW, np.arange(1, rows.height + 1) - first[file])
         patient = pl.Series(PATIENT_ID, patients).gather(file)
         rows = rows.select(pl.Series(FILE, file), row, patient, MINUTE, VARIABLE, VALUE)
-        self._check_record_ids(rows)
-        return RawRows(rows=rows, minute=CLOCK_MINUTE, rules=RULES, patients=tuple(patients))
+        self._check_record_ids(piece, rows)
+        yield RawRows(rows=rows, minute=CLOCK_MINUTE, rules=RULES, patients=tuple(patients))
 
-    def _check_record_ids(self, rows: pl.DataFrame) -> None:
+    def _check_record_ids(self, piece: Piece, rows: pl.DataFrame) -> None:
         """Refuse a copied or renamed record, which would put one patient into two splits."""
         other = rows.filter(pl.col(VARIABLE) == "RecordID", pl.col(VALUE) != pl.col(PATIENT_ID))
         if other.height:
-            path, row = self.path / f"{other[PATIENT_ID][0]}.txt", other[ROW][0]
+            path, row = self.path / piece.files[other[FILE][0]], other[ROW][0]
             raise UserError(f"{path}: row {row} has another RecordID; name the file like its record, or leave it out")
 
 

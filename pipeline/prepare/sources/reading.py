@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.prepare import names
+from pipeline.prepare.columns import to_plain
+from pipeline.prepare.sources.listing import is_parquet
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
 FILE: Final = "file"  # uint32, number of the file within its piece
@@ -24,14 +26,14 @@ SUBJECT: Final = "subject"  # string, the person, where one person is several pa
 AS_TEXT: Final = pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
 """The columns that rejects show as text."""
 
-MICROSECONDS: Final = 60e6
-"""Microseconds of a minute."""
-
 PIECE_BYTES: Final = 1 << 26
 """Approximate bytes of input in a piece: two or three million events, some hundred MiB while they are worked on."""
 
 ROW_BYTES: Final = 24
 """Approximate bytes of a row of text."""
+
+CELL_BYTES: Final = 2
+"""Approximate bytes of a cell of a wide row, most of which are empty."""
 
 FEW_ROWS: Final = 1 << 14
 """Number of rows that are read faster without threads."""
@@ -57,9 +59,23 @@ def reading(path: Path, *others: type[Exception]) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except UserError:
+        raise
     except (*UNREADABLE, *others) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read ({reason}); give a whole, valid file, or leave it out") from None
+        raise UserError(
+            f"{path}: cannot be read ({say_why(error)}); give a whole, valid file, or leave it out"
+        ) from None
+
+
+def say_why(error: Exception) -> str:
+    """Return the reason of an error without what it may quote of a file's rows."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is no {error.encoding.upper()}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, pl.exceptions.PolarsError):
+        return "its rows do not fit its header"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def number_rows(columns: dict[str, pl.Series], *, file: int = 0, first: int = 1) -> pl.DataFrame:
@@ -67,35 +83,6 @@ def number_rows(columns: dict[str, pl.Series], *, file: int = 0, first: int = 1)
     frame = pl.DataFrame(columns)
     row = pl.int_range(first, first + pl.len(), dtype=pl.Int64).alias(ROW)
     return frame.select(pl.lit(file, dtype=pl.UInt32).alias(FILE), row, *columns)
-
-
-def to_plain_column(path: Path, name: str, column: pl.Series, *, instants: bool = False) -> pl.Series:
-    """Return a column of numbers, text or (if ``instants``) dates; categories become text, all else is a UserError."""
-    dtype = column.dtype
-    if isinstance(dtype, pl.Categorical | pl.Enum):
-        return column.cast(pl.String)
-    is_date = instants and dtype in (pl.Datetime, pl.Date)
-    if dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null) or is_date:
-        return column
-    raise UserError(f"{path}: column {name!r} holds {dtype}; it must hold numbers or text, or dates as --time_column")
-
-
-def to_utc(column: pl.Series) -> pl.Series:
-    """Return dates, with or without time and zone, as ``Datetime("us")`` in UTC."""
-    if isinstance(column.dtype, pl.Datetime) and column.dtype.time_zone is not None:
-        column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-    return column.cast(pl.Datetime("us"))
-
-
-def to_patient_ids(column: pl.Series) -> pl.Series:
-    """Return patient ids as text; whole numbers lose their fraction: ``200001.0`` is patient 200001."""
-    if column.dtype.is_float():
-        whole = column.cast(pl.Int64, strict=False)
-        column = whole.cast(pl.String).zip_with((whole == column).fill_null(False), column.cast(pl.String))
-    text = column.cast(pl.String)
-    if text.str.ends_with(".0").any():
-        text = text.str.replace(r"^([+-]?\d+)\.0$", "${1}")
-    return text.alias(PATIENT_ID)
 
 
 def group_files(sizes: Mapping[str, int]) -> list[Piece]:
@@ -120,14 +107,15 @@ def cut_files(files: Mapping[str, Path]) -> list[Piece]:
     parts: list[Piece] = []
     for name, path in files.items():
         with reading(path):
-            metadata = pq.read_metadata(path) if path.suffix == ".parquet" else None
-        num_bytes = metadata.num_rows * ROW_BYTES if metadata else path.stat().st_size
+            metadata = pq.read_metadata(path) if is_parquet(path) else None
+        row_bytes = max(ROW_BYTES, CELL_BYTES * metadata.num_columns) if metadata else 0
+        num_bytes = metadata.num_rows * row_bytes if metadata else path.stat().st_size
         if metadata is None or num_bytes <= PIECE_BYTES:
             whole[name] = num_bytes
             continue
         start = num_bytes = 0
         for group in range(metadata.num_row_groups):
-            num_bytes += metadata.row_group(group).num_rows * ROW_BYTES
+            num_bytes += metadata.row_group(group).num_rows * row_bytes
             if num_bytes >= PIECE_BYTES or group + 1 == metadata.num_row_groups:
                 parts.append(Piece(files=(name,), start=start, stop=group + 1))
                 start, num_bytes = group + 1, 0
@@ -141,13 +129,23 @@ def pick_column(path: Path, columns: Iterable[str], wanted: str | None, known: S
         UserError: there is none, or more than one of that name.
     """
     columns = list(columns)
+    lower = [name.lower() for name in columns]
     for name in [wanted] if wanted is not None else known:
+        if wanted is None and name not in columns and name.lower() in lower:
+            name = columns[lower.index(name.lower())]
         if name in columns:
             if columns.count(name) > 1 or f"{name}_duplicated_0" in columns:  # as Polars renames the second
                 raise UserError(f"{path}: column {name!r} is there more than once; keep one")
             return name
     missing = repr(wanted) if wanted is not None else " or ".join(map(repr, known))
-    raise UserError(f"{path}: no column {missing}; name one of {', '.join(map(repr, columns))} with {flag}")
+    hint = "; if it has several, say --separator" if len(columns) == 1 else ""
+    raise UserError(f"{path}: no column {missing}; name one of {', '.join(map(repr, columns))} with {flag}{hint}")
+
+
+def read_column_names(path: Path) -> list[str]:
+    """Return the names of the columns of a Parquet file."""
+    with reading(path):
+        return list(pq.read_schema(path).names)
 
 
 def read_parquet(
@@ -163,37 +161,48 @@ def read_parquet(
         name_columns: columns of repeated texts, read as names (``pipeline.prepare.names``) in a sixth of the time.
     """
     with reading(path, KeyError):  # a column of names that is nested
-        file = pq.ParquetFile(path)
+        # Legacy instants of 96 bits would overflow as nanoseconds.
+        file = pq.ParquetFile(path, coerce_int96_timestamp_unit="us")
         metadata, present = file.metadata, file.schema_arrow.names
         wanted = [pick_column(path, present, name, (), f"a header {','.join(columns)}") for name in columns]
         wanted += [name for name in optional if name in present]
         groups = range(piece.start, piece.stop or metadata.num_row_groups)
         num_before = sum(metadata.row_group(group).num_rows for group in range(piece.start))
         if name_columns:
-            file = pq.ParquetFile(path, metadata=metadata, read_dictionary=name_columns)
+            file = pq.ParquetFile(
+                path, metadata=metadata, read_dictionary=name_columns, coerce_int96_timestamp_unit="us"
+            )
         table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
         encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
         series = [names.from_dictionary(name, table[name]) for name in encoded]
-        return _to_frame(table.drop_columns(encoded)).hstack(series), 1 + num_before
+        return _to_frame(path, table.drop_columns(encoded)).hstack(series), 1 + num_before
 
 
-def concat_files(top: Path, piece: Piece, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """Join the rows of a piece's files below ``top``; raise UserError where columns or dtypes differ."""
-    columns = [frame.columns[2:] for frame in frames]  # without file and row
-    for name, present in zip(piece.files, columns, strict=True):
-        if present != columns[0]:
-            odd = min(set(present) ^ set(columns[0]))
-            held = f"holds {', '.join(present)}, {piece.files[0]} {', '.join(columns[0])}"
-            raise UserError(f"{top / name}: {held}; {odd!r} is in some files only: prepare alike files together")
-    try:
-        return pl.concat(frames, how="vertical_relaxed")
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{top}: {piece.files[0]} and others differ in dtype ({error}); make them alike") from None
+def concat_alike(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
+    """Join the rows of files whose columns have the same types; others stay apart, so that no type changes another's.
+
+    Columns of names have the type of their own names, and are joined as names.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[pl.DataFrame]] = {}
+    for frame in frames:
+        kinds = tuple(
+            (name, str(dtype.base_type()) if dtype == pl.Enum else str(dtype)) for name, dtype in frame.schema.items()
+        )
+        groups.setdefault(kinds, []).append(frame)
+    return [_concat(group) for group in groups.values()]
 
 
-def _to_frame(table: pa.Table) -> pl.DataFrame:
-    """Return the columns without metadata, after checking their text: Polars takes both on trust, and panics."""
+def _concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    if len(frames) == 1:
+        return frames[0]
+    named = [name for name, dtype in frames[0].schema.items() if dtype == pl.Enum]
+    order = frames[0].columns
+    joined = [names.concat([frame[name] for frame in frames]) for name in named]
+    return pl.concat([frame.drop(named) for frame in frames]).with_columns(joined).select(order)
+
+
+def _to_frame(path: Path, table: pa.Table) -> pl.DataFrame:
+    """Return the columns as plain ones, after checking the file's claims, which Polars takes on trust."""
     table.validate(full=True)
-    frame = pl.from_arrow(pa.Table.from_arrays(table.columns, names=table.column_names))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    columns = zip(table.column_names, table.columns, strict=True)
+    return pl.DataFrame([to_plain(path, name, column) for name, column in columns])

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from pipeline.prepare.sources.reading import LABEL, pick_column, reading, to_patient_ids
+from pipeline.prepare.columns import to_patient_names, to_variable_names
+from pipeline.prepare.sources.reading import LABEL, pick_column, reading
 from pipeline.schema import FIRST_CODE, PATIENT_ID, VARIABLE, UserError
 
 LABEL_COLUMNS: Final = ("label", "in_hospital_mortality", "In-hospital_death")
@@ -46,7 +47,7 @@ def read_labels(path: Path, label_column: str | None = None, id_column: str | No
     id_columns = [id_column, *ID_COLUMNS] if id_column else ID_COLUMNS
     id_name = pick_column(path, frame.columns, None, id_columns, "one of these headers")
     label_name = pick_column(path, frame.columns, label_column, LABEL_COLUMNS, "--label_column")
-    return merge_labels(path, to_patient_ids(frame[id_name]), parse_labels(path, frame[label_name]))
+    return merge_labels(path, to_patient_names(frame[id_name]), parse_labels(path, frame[label_name]))
 
 
 def parse_labels(path: Path, labels: pl.Series) -> pl.Series:
@@ -73,13 +74,20 @@ def merge_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.DataFrame:
     return merged.select(PATIENT_ID, LABEL)
 
 
-def read_keyed_frame(path: Path, columns: Sequence[str], header: str) -> pl.DataFrame:
-    """Return a file whose first of the needed ``columns`` names each row; raise UserError where one repeats."""
+def read_keyed_frame(
+    path: Path, columns: Sequence[str], header: str, keys: Sequence[str] | None = None
+) -> pl.DataFrame:
+    """Return a file whose ``keys``, else the first of the needed ``columns``, name each row.
+
+    Keys become names of variables by the rule of that column; one that repeats is a UserError.
+    """
+    names = list(keys or columns[:1])
     frame = read_frame(path, columns, header)
-    keys = frame[columns[0]]
-    repeated = keys.filter(keys.is_duplicated())
+    frame = frame.with_columns(to_variable_names(frame[name]) for name in names)
+    joined = frame.select(pl.concat_str(names, separator="=", ignore_nulls=True)).to_series()
+    repeated = joined.filter(joined.is_duplicated())
     if len(repeated):
-        raise UserError(f"{path}: {repeated[0]!r} stands there {(keys == repeated[0]).sum()} times; keep one row")
+        raise UserError(f"{path}: {repeated[0]!r} stands there {(joined == repeated[0]).sum()} times; keep one row")
     return frame
 
 

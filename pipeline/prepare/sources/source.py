@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.options import Section, option
+from pipeline.prepare.sources.listing import Listing, list_parquet
 from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
 from pipeline.prepare.sources.side_files import read_labels
 from pipeline.schema import PATIENT_ID, UserError
@@ -31,10 +32,13 @@ class RawRows:
 
     rows: pl.DataFrame
     minute: pl.Expr | None = None
-    static: bool = False  # whether an event without an instant belongs to the patient's static set
+    static: bool = False  # whether an event without a minute belongs to the patient's static set
+    categories: Mapping[str, float] = field(default_factory=dict)  # numbers of "variable=text"
+    text_events: bool = False  # whether any other text makes the event "variable=text", or is a bad value
     rules: tuple[tuple[str, pl.Expr], ...] = ()  # reasons to reject that only this format knows, tried first
     patients: tuple[str, ...] = ()  # that the input names besides those in rows
-    num_source_rows: int | None = None  # of the files, where rows repeats some of them
+    num_source_rows: int | None = None  # of the files, where rows repeats or leaves out some of them
+    columns: Mapping[str, str] = field(default_factory=dict)  # names that canonical columns have in the files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +97,10 @@ class Source(SideFileOptions, ABC):
         """The folder that names of files are relative to."""
         return self.path
 
+    def list_events(self) -> Listing:
+        """Return the files of events, and those like them that are left out."""
+        return Listing(list(self.find_events().values()))
+
     @abstractmethod
     def find_events(self) -> dict[str, Path]:
         """Return the files of events, by their names relative to the input."""
@@ -109,8 +117,8 @@ class Source(SideFileOptions, ABC):
         return group_files({name: path.stat().st_size for name, path in self.find_events().items()})
 
     @abstractmethod
-    def read(self, piece: Piece) -> RawRows:
-        """Read all rows of a piece."""
+    def read(self, piece: Piece) -> Iterator[RawRows]:
+        """Read all rows of a piece, in parts of bounded size; rows of one part have columns of the same types."""
 
     def find_side_files(self) -> dict[str, Path | None]:
         """Return the other files that are read, by what they are read as.
@@ -142,14 +150,16 @@ class Source(SideFileOptions, ABC):
         """Return ``patient_id``, ``split``, a row a patient (or subject); None where a hash splits patients."""
         return None
 
+    def describe(self) -> list[str]:
+        """Return in words what was recognised, which columns serve as what, and what is not followed."""
+        listing = self.list_events()
+        files = f"{len(listing.files):,} files" if len(listing.files) != 1 else "1 file"
+        left_out = f"; {len(listing.left_out):,} left out, whose names begin with . or _" if listing.left_out else ""
+        return [f"{self.path}: {files}{left_out}"]
+
     def read_descriptions(self) -> dict[str, str]:
         """Return what variables mean, in words."""
         return {}
-
-
-def list_parquet(top: Path) -> list[Path]:
-    """Return the Parquet files of a folder and its folders; of a file itself."""
-    return sorted(top.rglob("*.parquet")) if top.is_dir() else [top]
 
 
 def check_splits(path: Path, patients: pl.Series, splits: pl.Series) -> pl.DataFrame:

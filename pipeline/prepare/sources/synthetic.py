@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -64,7 +65,7 @@ class Synthetic(Source, SyntheticOptions):
         starts = range(0, self.num_patients, step)
         return [Piece(files=("synthetic",), start=start, stop=min(start + step, self.num_patients)) for start in starts]
 
-    def read(self, piece: Piece) -> RawRows:
+    def read(self, piece: Piece) -> Iterator[RawRows]:
         severity, _ = self._draw_outcomes(piece)
         variables = np.random.default_rng([self.seed, _VARIABLES])
         rate = variables.permutation(np.geomspace(0.9, 0.02, NUM_VARIABLES))
@@ -89,7 +90,7 @@ class Synthetic(Source, SyntheticOptions):
             VARIABLE: pl.Series(VARIABLES).gather(variable_E),
             VALUE: pl.Series(value_E.astype(np.float32), nan_to_null=True),
         }
-        return RawRows(rows=number_rows(columns))
+        yield RawRows(rows=number_rows(columns))
 
     def _draw_outcomes(self, piece: Piece) -> tuple[Floats, npt.NDArray[np.int8]]:
         """Return [P] severity, standard normal, and [P] outcome, 0 or 1."""

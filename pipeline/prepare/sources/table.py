@@ -1,66 +1,59 @@
-"""Long event tables: Parquet and CSV (also gzipped) with a row an event, columns mapped by flags."""
+"""Event tables: long ones with a row an event, wide ones with a column a variable; Parquet, and CSV packed or not."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import polars as pl
-import pyarrow.parquet as pq
 
-from pipeline.options import Section, option
-from pipeline.prepare.sources.csv_pieces import cut_csv
+from pipeline.prepare import columns, names
+from pipeline.prepare.clean import END_OF_TIME, NO_ORIGIN
+from pipeline.prepare.sources import csv_files, layout
+from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, ORIGIN, TIME, TableLayout
+from pipeline.prepare.sources.listing import Listing, is_hidden, is_parquet, list_files
 from pipeline.prepare.sources.reading import (
-    MICROSECONDS,
     PIECE_BYTES,
     Piece,
-    concat_files,
+    concat_alike,
     cut_files,
     number_rows,
     pick_column,
+    read_column_names,
     read_parquet,
-    reading,
-    to_patient_ids,
-    to_plain_column,
-    to_utc,
 )
-from pipeline.prepare.sources.side_files import ID_COLUMNS, separator_of
 from pipeline.prepare.sources.source import RawRows, Source
+from pipeline.prepare.sources.wide import PREFIX, list_wide_columns, melt
+from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
-SUFFIXES: Final = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
-VARIABLE_COLUMNS: Final = ("variable", "code", "itemid")
-VALUE_COLUMNS: Final = ("value", "valuenum", "numeric_value")
-MINUTE_COLUMNS: Final = ("minute", "minutes")
-TIME_COLUMNS: Final = ("time", "charttime", "timestamp")
+SUFFIXES: Final = (".parquet", *csv_files.SUFFIXES)
+CHUNK_ROWS: Final = 1 << 20
+"""Minimum number of rows of files that are handed out together, but for the last ones of a piece."""
 
-TIME: Final = "time"
-ORIGIN: Final = "origin"
-ISO_DATE: Final = r"^\d{4}-\d{2}-\d{2}"
+MAX_DESCRIBED_FILES: Final = 100
+
+CHECKS: Final = {
+    PATIENT_ID: columns.check_names,
+    VARIABLE: columns.check_names,
+    VALUE: columns.check_numbers,
+    SET_INDEX: columns.check_numbers,
+    MINUTE: columns.check_minutes,
+    TIME: columns.check_times,
+    ORIGIN: columns.check_dates,
+}
 
 
 def is_table(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and path.is_file()
+    return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableOptions(Section):
-    """Options of --format table; without them columns are found by their usual names."""
-
-    patient_column: str | None = option(None, "Column of the patient.")
-    minute_column: str | None = option(None, "Column of minutes since the patient's time origin.")
-    time_column: str | None = option(None, "Column of dates with time, used instead of minutes.")
-    origin_column: str | None = option(None, "Column of dates from which minutes count, instead of the first event.")
-    variable_column: str | None = option(None, "Column of the variable.")
-    value_column: str | None = option(None, "Column of the value.")
-    set_column: str | None = option(None, "Column of the set's number in the patient; else a set is a minute.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table(Source, TableOptions):
+class Table(Source, TableLayout):
     """One file, all files of a folder and its folders, or the files of a glob pattern."""
 
     name: ClassVar[str] = "table"
@@ -72,107 +65,189 @@ class Table(Source, TableOptions):
             base = base.parent
         return base.parent if base.is_file() else base
 
-    def find_events(self) -> dict[str, Path]:
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options for the manifest; where files lie is not part of them."""
+        return super().options | {"origin_table": self.origin_table and self.origin_table[1:]}
+
+    @property
+    def dialect(self) -> csv_files.Dialect:
+        return csv_files.Dialect(self.separator, self.encoding)
+
+    def list_events(self) -> Listing:
         if self.path.is_file() and not is_table(self.path):
             raise UserError(f"{self.path}: not a table; give {', '.join(SUFFIXES)}")
-        found: Iterable[Path] = self.path.rglob("*") if self.path.is_dir() else [self.path]
-        if not self.path.exists():
-            found = map(Path, glob.iglob(str(self.path), recursive=True))
-        others = {path.resolve() for path in (self.labels, self.embeddings) if path}
-        files = sorted(path for path in found if is_table(path) and path.resolve() not in others)
-        return self.name_files(files, f"files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern")
+        others = {path.resolve() for path in self.find_side_files().values() if path}
+        if self.path.exists():
+            found = list_files(self.path, is_table)
+        else:
+            paths = sorted(filter(is_table, map(Path, glob.iglob(str(self.path), recursive=True))))
+            hidden = [is_hidden(path.relative_to(self.base)) for path in paths]
+            found = Listing(
+                *([path for path, is_ in zip(paths, hidden, strict=True) if is_ == kind] for kind in (False, True))
+            )
+        return Listing([path for path in found.files if path.resolve() not in others], found.left_out)
+
+    def find_events(self) -> dict[str, Path]:
+        wanted = f"files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern"
+        return self.name_files(self.list_events().files, wanted)
+
+    def find_side_files(self) -> dict[str, Path | None]:
+        origins = Path(self.origin_table[0]) if self.origin_table else None
+        return super().find_side_files() | {"origins": origins}
+
+    def describe(self) -> list[str]:
+        """Say also which columns serve as what, in the first file of each header among the first files."""
+        notes = super().describe()
+        files = list(self.find_events().values())[:MAX_DESCRIBED_FILES]
+        headers = {tuple(self.read_header(path)): path for path in reversed(files)}
+        for header, path in reversed(headers.items()):
+            roles = self.pick_columns(path, header)
+            unused = [name for name in header if name not in roles.values()]
+            more = f"; not used: {', '.join(unused)}" if unused else ""
+            notes.append(f"{path}: {layout.describe_columns(roles)}{more}")
+        return notes
+
+    def read_header(self, path: Path) -> list[str]:
+        return read_column_names(path) if is_parquet(path) else csv_files.read_header(path, self.dialect)
 
     def pieces(self) -> list[Piece]:
         files = self.find_events()
-        texts = {name: path for name, path in files.items() if path.suffix in (".csv", ".tsv")}
-        large = [name for name, path in texts.items() if path.stat().st_size > PIECE_BYTES]
-        whole = cut_files({name: path for name, path in files.items() if name not in large})
-        return whole + [piece for name in large for piece in cut_csv(files[name], name)]
+        texts = {name: path for name, path in files.items() if not is_parquet(path)}
+        packed = [name for name, path in texts.items() if csv_files.is_packed(path)]
+        large = [name for name, path in texts.items() if name not in packed and path.stat().st_size > PIECE_BYTES]
+        alone = [name for name in packed if texts[name].stat().st_size > PIECE_BYTES // csv_files.MAX_PACKING]
+        whole = cut_files({name: path for name, path in files.items() if name not in (*large, *alone)})
+        cut = [piece for name in large for piece in csv_files.cut_csv(files[name], name)]
+        return whole + cut + [Piece(files=(name,)) for name in alone]
 
-    def read(self, piece: Piece) -> RawRows:
-        base = self.base
-        frames = [self._read_file(base / name, piece, number) for number, name in enumerate(piece.files)]
-        rows = concat_files(base, piece, frames)
-        rows = rows.with_columns(to_patient_ids(rows[PATIENT_ID]))
-        if TIME not in rows.columns:
-            return RawRows(rows=rows)
-        minute = self._to_instants(rows[TIME])
-        if ORIGIN in rows.columns:
-            minute = (minute - self._to_instants(rows[ORIGIN])).dt.total_microseconds() / MICROSECONDS
-        rows = rows.rename({TIME: MINUTE})  # rejects show times as they came
-        return RawRows(rows=rows.with_columns(minute.alias(TIME)), minute=pl.col(TIME))
+    def read(self, piece: Piece) -> Iterator[RawRows]:
+        first = self.base / piece.files[0]
+        roles = self.pick_columns(first, self.read_header(first))
+        named = {MINUTE: roles.get(TIME, roles.get(MINUTE, MINUTE)), VALUE: roles.get(VALUE, VALUE)}
+        frames: list[pl.DataFrame] = []
+        for number, name in enumerate(piece.files):
+            for frame in self._read_file(self.base / name, piece, number):
+                frames.append(frame)
+                if sum(frame.height for frame in frames) >= CHUNK_ROWS:
+                    yield from self._to_rows(frames, named)
+                    frames = []
+        if frames:
+            yield from self._to_rows(frames, named)
 
-    def _read_file(self, path: Path, piece: Piece, number: int) -> pl.DataFrame:
-        """Return ``file``, ``row`` and the file's columns by their roles."""
-        columns = self._pick_columns(path, _read_column_names(path))
-        frame, first = _read_columns(path, list(dict.fromkeys(columns.values())), piece)
-        series = {
-            role: to_plain_column(path, column, frame[column], instants=role in (TIME, ORIGIN))
-            for role, column in columns.items()
-        }
+    def _read_file(self, path: Path, piece: Piece, number: int) -> Iterator[pl.DataFrame]:
+        """Yield ``file``, ``row`` and the file's columns by their roles."""
+        header = self.read_header(path)
+        roles = self.pick_columns(path, header)
+        if is_parquet(path):
+            frame, first = read_parquet(path, piece, list(dict.fromkeys(roles.values())))
+            yield self._check_columns(path, frame, roles, number, first)
+            return
+        needed, separator = list(dict.fromkeys(roles.values())), self.dialect.separator_of(path)
+        for content, first in csv_files.read_parts(path, piece, self.dialect):
+            frame = csv_files.parse_rows(path, content, first, header, needed, separator)
+            yield self._check_columns(path, frame, roles, number, first)
+
+    def pick_columns(self, path: Path, header: Sequence[str]) -> dict[str, str]:
+        """Return the file's columns by their roles; those of variables in a wide table have a prefix."""
+        return layout.pick_columns(path, header, self, is_static=self._is_static(path))
+
+    def _is_static(self, path: Path) -> bool:
+        return any(path.match(pattern) for pattern in self.static_tables)
+
+    def _check_columns(
+        self, path: Path, frame: pl.DataFrame, roles: Mapping[str, str], number: int, first: int
+    ) -> pl.DataFrame:
+        series = {}
+        for role, column in roles.items():
+            values = frame[column]
+            is_number = role in (MINUTE, VALUE) or role.startswith(PREFIX)
+            if self.decimal_comma and is_number and values.dtype == pl.String:
+                values = values.str.replace(",", ".", literal=True)
+            if role == TIME and self.time_unit is not None:
+                role, check = MINUTE, columns.check_minutes
+            else:
+                check = CHECKS.get(role, columns.check_any)
+            series[role] = check(path, values)
         return number_rows(series, file=number, first=first)
 
-    def _pick_columns(self, path: Path, names: list[str]) -> dict[str, str]:
-        """Return the file's columns by their roles."""
+    def _to_rows(self, frames: Sequence[pl.DataFrame], named: Mapping[str, str]) -> Iterator[RawRows]:
+        for rows in concat_alike(frames):
+            minutes, rules = self._add_minutes(rows)
+            if not list_wide_columns(rows):
+                yield RawRows(
+                    rows=minutes,
+                    minute=pl.col(TIME),
+                    rules=rules,
+                    categories=self.categories,
+                    text_events=self.text_events,
+                    columns=named,
+                )
+                continue
+            patients = names.encode(rows[PATIENT_ID], columns.to_patient_names).drop_nulls().unique()
+            for events, num_rows in melt(minutes):
+                yield RawRows(
+                    rows=events,
+                    minute=pl.col(TIME),
+                    static=TIME not in rows.columns and MINUTE not in rows.columns,
+                    rules=rules,
+                    categories=self.categories,
+                    text_events=True,
+                    columns=named,
+                    patients=tuple(patients.cast(pl.String)),
+                    num_source_rows=num_rows,
+                )
 
-        def pick(flag: str, known: tuple[str, ...]) -> str:
-            return pick_column(path, names, getattr(self, flag), known, f"--{flag}")
+    def _add_minutes(self, rows: pl.DataFrame) -> tuple[pl.DataFrame, tuple[tuple[str, pl.Expr], ...]]:
+        """Return rows with instants or minutes as ``time`` beside ``minute`` as it came, and rules to reject some."""
+        if MINUTE in rows.columns:
+            factor = MINUTES_OF_UNIT[self.time_unit or "minutes"]
+            return rows.with_columns(columns.to_minutes(rows[MINUTE], factor).alias(TIME)), ()
+        if TIME not in rows.columns:  # a static table
+            nothing = pl.lit(None)
+            return rows.with_columns(
+                nothing.cast(pl.String).alias(MINUTE), nothing.cast(pl.Datetime("us")).alias(TIME)
+            ), ()
+        rows, instants = rows.rename({TIME: MINUTE}), columns.to_times(rows[TIME], are_numbers_minutes=False)
+        if instants.dtype.is_float() or (self.origin_table is None and ORIGIN not in rows.columns):
+            return rows.with_columns(instants.alias(TIME)), ()
+        origins = self._find_origins(rows) if self.origin_table else columns.to_instants(rows[ORIGIN])
+        minute = (instants - origins).dt.total_microseconds() / MICROSECONDS
+        is_end = (instants >= columns.END_OF_TIME).fill_null(False).alias(END_OF_TIME)
+        has_none = (origins.is_null() & instants.is_not_null()).alias(NO_ORIGIN)
+        rules = tuple((reason, pl.col(reason)) for reason in (END_OF_TIME, NO_ORIGIN))
+        return rows.with_columns(minute.alias(TIME), is_end, has_none), rules
 
-        columns = {PATIENT_ID: pick("patient_column", ID_COLUMNS), VARIABLE: pick("variable_column", VARIABLE_COLUMNS)}
-        columns[VALUE] = pick("value_column", VALUE_COLUMNS)
-        if self.time_column or not (self.minute_column or any(name in names for name in MINUTE_COLUMNS)):
-            known = (*MINUTE_COLUMNS, *TIME_COLUMNS)
-            columns[TIME] = pick_column(path, names, self.time_column, known, "--minute_column or --time_column")
-            if self.origin_column:
-                columns[ORIGIN] = pick("origin_column", ())
+    def _find_origins(self, rows: pl.DataFrame) -> pl.Series:
+        """Return the instant from which the minutes of each row's patient count, of ``--origin_table``."""
+        patients = names.encode(rows[PATIENT_ID], columns.to_patient_names)
+        known = self._origins
+        of_name = {name: known.get(name) for name in patients.dtype.categories.to_list()}  # type: ignore[attr-defined]
+        origins = pl.Series(list(of_name.values()), dtype=pl.Datetime("us"))
+        return origins.gather(patients.to_physical())
+
+    @cached_property
+    def _origins(self) -> dict[str, object]:
+        """Return the instant of each patient in ``--origin_table``; the earliest, where there are several."""
+        assert self.origin_table is not None
+        path, patient, time = Path(self.origin_table[0]), *self.origin_table[1:]
+        header = self.read_header(path)
+        roles = [
+            pick_column(path, header, wanted, (), "--origin_table FILE:PATIENT:TIME") for wanted in (patient, time)
+        ]
+        if is_parquet(path):
+            parts = [read_parquet(path, Piece(files=(path.name,)), roles)[0]]
         else:
-            columns[MINUTE] = pick("minute_column", MINUTE_COLUMNS)
-        if self.set_column or SET_INDEX in names:
-            columns[SET_INDEX] = pick("set_column", (SET_INDEX,))
-        return columns
-
-    def _to_instants(self, column: pl.Series) -> pl.Series:
-        """Return ``Datetime("us")`` in UTC; null where the column holds none.
-
-        Text must be ISO 8601, so that no day passes for a month.
-        """
-        if column.dtype == pl.String:
-            text = column.str.strip_chars()
-            text = text.set(~text.str.contains(ISO_DATE).fill_null(False), None)
-            if text.null_count() == len(text):
-                return pl.Series([None] * len(text), dtype=pl.Datetime("us"))
-            column = text.str.to_datetime(time_unit="us", strict=False)
-        elif not isinstance(column.dtype, pl.Datetime | pl.Date | pl.Null):
-            found = f"the time column holds {column.dtype}, no dates"
-            raise UserError(f"{self.path}: {found}; if it holds minutes, use --minute_column")
-        return to_utc(column)
-
-
-def _read_column_names(path: Path) -> list[str]:
-    with reading(path):
-        if path.suffix == ".parquet":
-            return list(pq.read_schema(path).names)
-        return pl.read_csv(path, n_rows=0, infer_schema=False, separator=separator_of(path), glob=False).columns
-
-
-def _read_columns(path: Path, columns: list[str], piece: Piece) -> tuple[pl.DataFrame, int]:
-    if path.suffix == ".parquet":
-        return read_parquet(path, piece, columns)
-    separator = separator_of(path)
-    with reading(path):
-        if not piece.stop:
-            return pl.read_csv(path, columns=columns, infer_schema=False, separator=separator, glob=False), 1
-        names = _read_column_names(path)
-        position = {str(names.index(column)): column for column in columns}
-        content = _read_range(path, piece, separator.join(map(str, range(len(names)))))
-        frame = pl.read_csv(content, columns=list(position), infer_schema=False, separator=separator)
-        return frame.rename(position), piece.first_row
-
-
-def _read_range(path: Path, piece: Piece, header: str) -> bytes:
-    """Return the rows of a range of bytes, below ``header`` instead of the file's own header."""
-    with path.open("rb") as file:
-        file.seek(piece.start)
-        if not piece.start:
-            file.readline()
-        return header.encode() + b"\n" + file.read(piece.stop - file.tell())
+            separator = self.dialect.separator_of(path)
+            contents = csv_files.read_parts(path, Piece(files=(path.name,)), self.dialect)
+            parts = [csv_files.parse_rows(path, text, first, header, roles, separator) for text, first in contents]
+        found = pl.concat(
+            pl.DataFrame(
+                {
+                    PATIENT_ID: columns.to_patient_names(part[patient]),
+                    TIME: columns.to_instants(columns.check_dates(path, part[time])),
+                }
+            )
+            for part in parts
+        )
+        return dict(found.drop_nulls().group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())

@@ -74,7 +74,7 @@ def test_messy_rows_become_what_the_naive_reference_says(rows: list[Row], labels
         source = Table(path=folder / "rows.parquet", labels=folder / "labels.csv")
         output = folder / "label=7"  # no column of any shard, whatever a reader makes of such a name
         if (labels and not known & labels.keys()) or not any(count for _, count, *_ in naive.vocabulary):
-            with pytest.raises(UserError, match=r"labels\.csv|train split"):
+            with pytest.raises(UserError, match=r"labels\.csv|train split|no row can be used"):
                 build(source, output, HALVES)
             assert not output.exists()
             return
@@ -295,12 +295,16 @@ def test_minutes_of_dates_count_from_the_patient_s_first_event_in_any_file(tmp_p
 
 
 def test_pieces_must_be_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.prepare.sources.reading.PIECE_BYTES", 1)
     frame = pl.DataFrame({"patient_id": ["p"], "minute": [0.0], "variable": ["a"], "value": [1.0]})
     frame.write_parquet(tmp_path / "1.parquet")
     frame.with_columns(set_index=0).write_parquet(tmp_path / "2.parquet")
-    with pytest.raises(UserError, match=r"2\.parquet gives .*set_index.*1\.parquet gives"):
-        build(Table(path=tmp_path), tmp_path / "out", ALL_TRAIN)
+    for piece_bytes, message in (
+        (1, r"2\.parquet gives .*set_index.*1\.parquet gives"),
+        (1000, "1.parquet gives .*set_index"),
+    ):
+        monkeypatch.setattr("pipeline.prepare.sources.reading.PIECE_BYTES", piece_bytes)
+        with pytest.raises(UserError, match=message):
+            build(Table(path=tmp_path), tmp_path / "out", ALL_TRAIN)
 
 
 def test_embeddings_and_statistics_of_one_s_own(tmp_path: Path) -> None:
@@ -375,7 +379,9 @@ def test_a_folder_is_refused_before_the_input_is_looked_at(tmp_path: Path) -> No
 
 def test_a_train_split_without_events_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [("p", math.nan, "a", 1.0)])
-    with pytest.raises(UserError, match="train split has no events"):
+    with pytest.raises(
+        UserError, match=r"rows\.parquet: no row can be used: bad_minute 1 \(column 'minute', as in 'aaa'\)"
+    ):
         build(Table(path=tmp_path / "rows.parquet"), tmp_path / "out", ALL_TRAIN)
 
 

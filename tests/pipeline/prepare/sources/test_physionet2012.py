@@ -22,7 +22,7 @@ def write(folder: Path, **records: str) -> PhysioNet2012:
 
 def read(source: PhysioNet2012) -> tuple[pl.DataFrame, pl.DataFrame, tuple[str, ...]]:
     (piece,) = source.pieces()
-    raw = source.read(piece)
+    (raw,) = source.read(piece)
     kept, rejected = clean(raw)
     assert kept.height + rejected.height == raw.rows.height
     return kept, rejected, raw.patients
@@ -123,7 +123,7 @@ def test_set_a_row_by_row(set_a_dir: Path) -> None:
                 hours, minutes = clock.split(":")
                 expected[name.removesuffix(".txt"), int(hours) * 60 + int(minutes), variable, float(value)] += 1
     source = PhysioNet2012(path=set_a_dir)
-    kept, _ = clean(source.read(source.pieces()[0]))
+    kept, _ = clean(next(source.read(source.pieces()[0])))
     first = kept.filter(pl.col("patient_id") + ".txt" <= names[-1])
     found = Counter(first.select("patient_id", "minute", "variable", pl.col("value").cast(pl.Float64).round(4)).rows())
     assert found == Counter({(*key[:3], round(key[3], 4)): count for key, count in expected.items()})

@@ -9,7 +9,7 @@ from pipeline.prepare.sources.synthetic import Synthetic
 
 
 def rows(source: Synthetic) -> pl.DataFrame:
-    frames = [clean(source.read(piece)) for piece in source.pieces()]
+    frames = [clean(next(source.read(piece))) for piece in source.pieces()]
     assert not any(rejected.height for _, rejected in frames)
     return pl.concat([kept for kept, _ in frames])
 
@@ -43,7 +43,7 @@ def test_the_seed_decides_everything() -> None:
 def test_pieces_have_patients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 8})
     source = Synthetic(num_patients=20)
-    first, second = (clean(source.read(piece))[0] for piece in source.pieces()[:2])
+    first, second = (clean(next(source.read(piece)))[0] for piece in source.pieces()[:2])
     assert set(first["patient_id"]).isdisjoint(second["patient_id"])
     assert first["value"][:100].to_list() != second["value"][:100].to_list()
     _, labels = source.read_labels() or ("", pl.DataFrame())

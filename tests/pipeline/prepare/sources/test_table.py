@@ -17,19 +17,22 @@ NOON = datetime.datetime(2020, 1, 1, 12)
 
 
 def kept_rows(source: Table) -> list[tuple[Any, ...]]:
-    frames = []
-    for piece in source.pieces():
-        kept, _ = clean(source.read(piece))
-        files = pl.Series(piece.files)
-        frames.append(kept.with_columns(files.gather(kept["file"]).alias("file")))
-    return pl.concat(frames).select("file", "row", "patient_id", "minute", "variable", "value").rows()
+    """Kept rows of all files, in the order of the files' names."""
+    rows = [
+        (piece.files[row[0]], *row[1:])
+        for piece in source.pieces()
+        for raw in source.read(piece)
+        for row in clean(raw)[0].select("file", "row", "patient_id", "minute", "variable", "value").rows()
+    ]
+    return sorted(rows, key=lambda row: row[:2])
 
 
 def only_rejects(source: Table) -> list[tuple[Any, ...]]:
     return [
         row
         for piece in source.pieces()
-        for row in clean(source.read(piece))[1].select("reason", "row", "minute").rows()
+        for raw in source.read(piece)
+        for row in clean(raw)[1].select("reason", "row", "minute").rows()
     ]
 
 
@@ -93,7 +96,7 @@ def test_dates_become_minutes(tmp_path: Path, dtype: Any) -> None:
     ] == times  # from the first event: in pipeline.prepare.sort
     from_admission = Table(path=tmp_path, time_column="charttime", origin_column="admitted")
     assert [row[3] for row in kept_rows(from_admission)] == [0.0, 7.25]
-    assert [row[:2] for row in only_rejects(from_admission)] == [("bad_minute", 3)]
+    assert [row[:2] for row in only_rejects(from_admission)] == [("no_origin", 3)]
 
 
 def test_text_that_is_no_iso_date_is_a_reject(tmp_path: Path) -> None:
@@ -135,7 +138,6 @@ def test_labels_use_the_patient_column_or_a_usual_one(tmp_path: Path) -> None:
         ({"1.csv": CSV}, {"value_column": "x"}, r"1\.csv: no column 'x'; name one of .*--value_column"),
         ({"1.csv": CSV.replace("minute", "when")}, {}, "no column 'minute' or .*--minute_column or --time_column"),
         ({"1.csv": CSV}, {"set_column": "set"}, "no column 'set'"),
-        ({"1.csv": CSV, "2.csv": CSV.replace("minute", "time")}, {}, r"2\.csv: holds .*alike"),
         ({"1.csv": CSV + "a,1,HR,1,2,3\n"}, {}, r"1\.csv: cannot be read"),
         ({"1.csv": CSV.encode() + b"a,0,\xff\xfe,1\n"}, {}, r"1\.csv: cannot be read"),
         ({"1.csv": b""}, {}, r"1\.csv: cannot be read"),
@@ -156,10 +158,10 @@ def test_what_cannot_be_used_is_named(
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("value", [[1.0]], "column 'value' holds List"),
+        ("value", [[1.0]], "column 'value' holds large_list"),
         ("value", [NOON], "column 'value' holds Datetime"),
-        ("minute", [datetime.timedelta(1)], "column 'minute' holds Duration"),
-        ("variable", [b"HR"], "column 'variable' holds Binary"),
+        ("minute", [NOON], "column 'minute' holds Datetime.*--time_column"),
+        ("variable", [b"\xff"], "column 'variable' holds large_binary that is no UTF-8"),
     ],
 )
 def test_a_column_of_the_wrong_kind_is_named(tmp_path: Path, column: str, values: list[Any], message: str) -> None:
@@ -169,9 +171,22 @@ def test_a_column_of_the_wrong_kind_is_named(tmp_path: Path, column: str, values
         kept_rows(Table(path=tmp_path))
 
 
+def test_an_origin_that_is_no_date_is_named(tmp_path: Path) -> None:
+    frame = {
+        "patient_id": ["a"],
+        "time": [NOON],
+        "admitted": [datetime.timedelta(1)],
+        "variable": ["a"],
+        "value": [1.0],
+    }
+    pl.DataFrame(frame).write_parquet(tmp_path / "1.parquet")
+    with pytest.raises(UserError, match="column 'admitted' holds Duration"):
+        kept_rows(Table(path=tmp_path, origin_column="admitted"))
+
+
 def test_minutes_are_no_dates(tmp_path: Path) -> None:
     pl.DataFrame({"patient_id": ["a"], "time": [0.0], "variable": ["HR"], "value": [1.0]}).write_parquet(
         tmp_path / "1.parquet"
     )
-    with pytest.raises(UserError, match=r"holds Float64, no dates.*--minute_column"):
+    with pytest.raises(UserError, match=r"holds Float64.*--time_unit hours, or --minute_column"):
         kept_rows(Table(path=tmp_path))

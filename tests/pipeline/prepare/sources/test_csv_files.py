@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.prepare.sources import csv_pieces as module
+from pipeline.prepare.sources import csv_files as module
 from pipeline.prepare.sources import table as table_module
-from pipeline.prepare.sources.csv_pieces import cut_csv
+from pipeline.prepare.sources.csv_files import cut_csv
 from pipeline.prepare.sources.reading import FILE, ROW, Piece
 from pipeline.prepare.sources.table import Table
 
@@ -34,14 +34,14 @@ def test_pieces_together_are_the_file(
         path.write_text(content, newline="")
         source = Table(path=path)
         (whole,) = source.pieces()
-        expected = source.read(whole).rows
+        expected = next(source.read(whole)).rows
         patch.setattr(module, "PIECE_BYTES", piece_bytes)
         patch.setattr(module, "BLOCK_BYTES", block_bytes)
         patch.setattr(table_module, "PIECE_BYTES", 0)
         pieces = source.pieces()
         assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
         assert pieces[-1].stop == path.stat().st_size
-        read = [source.read(piece).rows for piece in pieces]
+        read = [next(source.read(piece)).rows for piece in pieces]
     together = pl.concat(frame for frame in read if frame.height)
     assert together.rows() == expected.rows()
     assert together[ROW].to_list() == list(range(1, len(rows) + 1))

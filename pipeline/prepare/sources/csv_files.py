@@ -1,0 +1,211 @@
+"""Read CSV files of any size, packed or not, in parts of whole rows."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.prepare.sources.reading import PIECE_BYTES, Piece, reading
+from pipeline.schema import UserError
+
+BLOCK_BYTES: Final = 1 << 22
+SEPARATORS: Final = {".csv": ",", ".tsv": "\t", ".psv": "|"}
+CODECS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SUFFIXES: Final = tuple(suffix + packed for suffix in SEPARATORS for packed in ("", *CODECS))
+
+MAX_PACKING: Final = 8
+"""Approximate bytes of text in a byte of a packed file."""
+
+ADVICE: Final = "if rows have another form, say --separator, --encoding or --decimal_comma"
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How the text of a file is to be read; None = as its name says."""
+
+    separator: str | None = None
+    encoding: str = "utf-8"
+
+    def separator_of(self, path: Path) -> str:
+        if self.separator is not None:
+            return self.separator
+        return next((SEPARATORS[suffix] for suffix in map(str.lower, path.suffixes) if suffix in SEPARATORS), ",")
+
+    def to_utf8(self, path: Path, content: bytes, first_row: int) -> bytes:
+        """Return the text as UTF-8; raise UserError where it is in another encoding."""
+        try:
+            if codecs.lookup(self.encoding).name == "utf-8":
+                content.decode()
+                return content
+            return content.decode(self.encoding).encode()
+        except UnicodeDecodeError as error:
+            row = first_row + content[: error.start].count(b"\n")
+            problem = f"row {row} is not in the encoding {self.encoding}"
+            raise UserError(f"{path}: cannot be read ({problem}); say which it is, e.g. --encoding latin-1") from None
+
+
+def is_packed(path: Path) -> bool:
+    return path.suffix.lower() in CODECS
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[Any]:
+    """Open a file and unpack it while it is read; whatever is wrong with it is a UserError."""
+    with reading(path):
+        if not is_packed(path):
+            with path.open("rb") as file:
+                yield file
+            return
+        with pa.OSFile(str(path)) as packed, pa.CompressedInputStream(packed, CODECS[path.suffix.lower()]) as stream:
+            yield stream
+
+
+def read_header(path: Path, dialect: Dialect) -> list[str]:
+    """Return the names of the columns, without blanks at their ends."""
+    with open_text(path) as file:
+        first = _read_first_row(path, file)
+    text = dialect.to_utf8(path, first, 0).decode().removeprefix("\ufeff").rstrip("\r\n")
+    try:
+        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=dialect.separator_of(path)), [])
+    except csv.Error:
+        raise UserError(f"{path}: cannot be read (its header is no row); {ADVICE}") from None
+    return [name.strip() for name in names]
+
+
+def _read_first_row(path: Path, file: IO[bytes]) -> bytes:
+    content = b""
+    while block := file.read(1 << 16):
+        content += block
+        end = _find_first_end(content)
+        if end:
+            return content[:end]
+    if not content:
+        raise UserError(f"{path}: cannot be read (it is empty); give a whole, valid file, or leave it out")
+    return content
+
+
+def _find_first_end(content: bytes) -> int:
+    """Return the position after the first row, 0 where it does not end."""
+    end = content.find(b"\n")
+    while end >= 0:
+        if content.count(b'"', 0, end) % 2 == 0:
+            return end + 1
+        end = content.find(b"\n", end + 1)
+    return 0
+
+
+def cut_csv(path: Path, name: str) -> list[Piece]:
+    """Return ranges of about ``PIECE_BYTES`` bytes, each of whole rows; the first one has the header.
+
+    A line feed ends a row where the quotes before it are even in number: inside of quotes it is text, and a doubled
+    quote counts twice.
+    """
+    pieces = []
+    with open_text(path) as file:
+        for start, stop, first_row, _ in _cut(file, keep=False):
+            pieces.append(Piece(files=(name,), start=start, stop=stop, first_row=first_row))
+    return pieces
+
+
+def _cut(file: IO[bytes], *, keep: bool) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield (start, stop, number of the first data row, content if ``keep``) of parts of whole rows."""
+    held: list[bytes] = []
+    position = start = num_quotes = num_rows = 0
+    first_row = 1
+    while block := file.read(BLOCK_BYTES):
+        num_ends, end = _find_row_ends(block, inside=num_quotes % 2 == 1)
+        num_quotes += block.count(b'"')
+        num_rows += num_ends
+        if end and position + end - start >= PIECE_BYTES:
+            yield start, position + end, first_row, b"".join([*held, block[:end]]) if keep else b""
+            held, block_rest = [], block[end:]
+            start, first_row = position + end, num_rows  # with the header, and rows count from 1
+            position += len(block)
+            held = [block_rest] if keep else []
+            continue
+        position += len(block)
+        if keep:
+            held.append(block)
+    if start < position:
+        yield start, position, first_row, b"".join(held)
+
+
+def _find_row_ends(block: bytes, *, inside: bool) -> tuple[int, int]:
+    """Return how many rows end in the block, and the position after the last end, 0 where there is none."""
+    if not inside and b'"' not in block:
+        return block.count(b"\n"), block.rfind(b"\n") + 1
+    text = np.frombuffer(block, np.uint8)
+    quoted = (np.cumsum(text == ord('"')) + inside) % 2 == 1
+    ends = np.flatnonzero((text == ord("\n")) & ~quoted)
+    return len(ends), int(ends[-1]) + 1 if len(ends) else 0
+
+
+def read_parts(path: Path, piece: Piece, dialect: Dialect) -> Iterator[tuple[bytes, int]]:
+    """Yield the rows of a file of a piece without its header, in parts of bounded size, and their first rows' numbers.
+
+    The next part is unpacked by a thread while one is worked on.
+    """
+    with open_text(path) as file:
+        if piece.stop:
+            file.seek(piece.start)
+            parts: Iterator[tuple[int, int, int, bytes]] = iter(
+                [(piece.start, piece.stop, piece.first_row, file.read(piece.stop - piece.start))]
+            )
+        else:
+            parts = _cut(file, keep=True)
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(next, parts, None)
+            while (part := coming.result()) is not None:
+                coming = thread.submit(next, parts, None)
+                start, _, first_row, content = part
+                if not start:
+                    content = content[_find_first_end(content) or len(content) :]
+                yield dialect.to_utf8(path, content, first_row), first_row
+
+
+def parse_rows(
+    path: Path, content: bytes, first_row: int, names: Sequence[str], columns: Sequence[str], separator: str
+) -> pl.DataFrame:
+    """Return columns of rows as text; null where a field is empty.
+
+    Args:
+        path: names the file in an error.
+        content: the rows, without a header.
+        first_row: the number of the first one.
+        names: the header of the file.
+        columns: those of them that are read.
+        separator: what stands between fields.
+    """
+    position = {str(names.index(column)): column for column in columns}
+    header = separator.join(map(str, range(len(names)))).encode() + b"\n"
+    try:
+        frame = pl.read_csv(header + content, columns=list(position), infer_schema=False, separator=separator)
+    except pl.exceptions.PolarsError:
+        problem = _find_broken_row(content, first_row, len(names), separator)
+        raise UserError(f"{path}: cannot be read ({problem}); mend the row; {ADVICE}") from None
+    return frame.rename(position).select(columns)
+
+
+def _find_broken_row(content: bytes, first_row: int, num_columns: int, separator: str) -> str:
+    """Return which row does not fit the header, and why, without quoting it."""
+    rows = csv.reader(io.StringIO(content.decode(), newline=""), delimiter=separator, strict=True)
+    number = first_row
+    try:
+        for number, row in enumerate(rows, start=first_row):
+            if len(row) > num_columns:
+                return f"row {number} has {len(row)} fields, the header {num_columns}"
+            number += 1
+    except csv.Error:
+        pass
+    return f"row {number} opens a quote that is not closed as CSV closes it"

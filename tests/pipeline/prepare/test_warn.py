@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from pipeline.prepare.moments import Moments
+from pipeline.prepare.warn import find_warnings, name_some, warn_of_strangers
+
+
+def measure(**values: list[float]) -> Moments:
+    names = sorted(values)
+    empty = np.zeros(0)
+    variable = np.repeat(np.arange(len(names)), np.array([len(values[name]) for name in names], dtype=np.int64))
+    return Moments.measure(
+        names, variable, np.concatenate([empty, *(values[name] for name in names)]).astype(np.float32)
+    )
+
+
+def test_a_value_that_makes_most_of_the_variance_is_said() -> None:
+    normal = [float(value % 7) for value in range(200)]
+    spread, flattened, few = normal, [*normal, 9999.0], [1.0, 2.0, 9999.0]
+    (warning,) = find_warnings(measure(spread=spread, flattened=flattened, few=few), {})
+    assert warning.startswith("variable 'flattened': a single value makes up 100% of the variance")
+    low = find_warnings(Moments.merge([measure(a=normal), measure(a=[-9999.0])]), {})
+    assert len(low) == 1
+
+
+def test_constants_are_said_but_not_variables_of_one_value() -> None:
+    assert find_warnings(measure(a=[1.0, 1.0], b=[1.0], c=[1.0, 2.0]), {}) == ["always the same value: 'a'"]
+
+
+def test_splits_whose_labels_are_all_alike_are_said() -> None:
+    def counts(labelled: int, positive: int) -> dict[str, int]:
+        return {"patients": 5, "labelled": labelled, "positive": positive}
+
+    warnings = find_warnings(measure(), {"train": counts(4, 2), "valid": counts(3, 0), "test": counts(0, 0)})
+    assert [warning.split(":")[0] for warning in warnings] == [
+        "split valid has no positive label",
+        "split test has no label",
+    ]
+    assert find_warnings(measure(), {"train": counts(0, 0)}) == []
+
+
+def test_labels_that_name_nobody() -> None:
+    patients = pl.Series(["00123", "b", "c"])
+    assert warn_of_strangers(pl.Series(["b"]), patients) == []
+    (warning,) = warn_of_strangers(pl.Series(["123", "B", "x", "c"]), patients)
+    assert warning.startswith("3 labels name no patient of the input; 2 of them differ")
+
+
+def test_only_some_are_named() -> None:
+    assert name_some(list("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
