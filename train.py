@@ -121,7 +121,7 @@ def finish(job: Run) -> None:
     if not world.is_main:
         return
     summary = job.summarize() | {"test": test}
-    card = write_model_card(job.state.model.config, job.options, data.num_patients, summary)
+    card = write_model_card(job.state.model.config, job.options, data.num_samples, summary)
     write_atomically(directory / "MODEL_CARD.md", card.encode())
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     report = write_run_report(directory)
@@ -145,16 +145,17 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """Evaluate a checkpoint on one split: metrics with intervals, predictions and a report (``--evaluate``)."""
     evaluation, split = options.evaluation, options.evaluation.evaluate_split
     splits = sorted({split, "train"} if evaluation.baselines else {split})
-    data = agree_on_data(options.data, manifest, world, *splits)
+    path = Path(evaluation.evaluate or "")
+    saved = Checkpoint.load(path)
+    loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
+    options = dataclasses.replace(options, loss=loss)
+    data = agree_on_data(options.data, manifest, world, options.task, *splits)
     if not data.manifest.splits.get(split):
         nobody = f"has no patients in split {split}; choose another with --evaluate_split"
         raise UserError(f"{options.data.data_dir}: {nobody}")
-    path = Path(evaluation.evaluate or "")
-    saved = Checkpoint.load(path)
     model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     torch.set_num_threads(choose_threads(options.run.threads, world, limit=THREAD_LIMIT[options.model.preset]))
-    loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
-    evaluator = Evaluator(dataclasses.replace(options, loss=loss), data, world)
+    evaluator = Evaluator(options, data, world, prevalence=saved.prevalence)
     content = evaluate_checkpoint(evaluator, model)
     if world.is_main:
         print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")

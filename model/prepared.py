@@ -79,7 +79,7 @@ class PreparedBatch:
         pair_of_slot = variables.pair[event]
         codes, code_of_pair = number_values(variables.code)
         if seed is not None:
-            patients = PatientNoise.for_step(batch.patient_id, seed=seed, step=step)
+            patients = PatientNoise.for_step(batch.sample_key, seed=seed, step=step)
             noise = StepNoise(
                 patients.for_patients(),
                 patients.for_rows(sequences.patient, sequences.position),

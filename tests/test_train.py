@@ -325,7 +325,7 @@ def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None
     assert run(data, tmp_path, "--objective", "pretrain", "--max_epochs", "1", "--weight_decay", "0") == 0
     options = TrainOptions(data=DataOptions(data_dir=str(data)), run=RunOptions(output_dir="-"))
     folder = options.data.open_folder()
-    found = DataSet(options=options.data, folder=folder, manifest=Manifest.load(folder), quarantined={})
+    found = DataSet(options=options.data, folder=folder, manifest=Manifest.load(folder), task=None, quarantined={})
     untrained = build_model(options.model, found, seed=0).state_dict()
     after = weights(tmp_path)
     assert torch.equal(after["head.ensemble.output"], untrained["head.ensemble.output"])
@@ -500,7 +500,7 @@ def test_what_one_machine_finds_bad_all_leave_out(data: Path, tmp_path: Path) ->
         options = DataOptions(data_dir=str(copies[rank // 2]), on_bad_shard="quarantine")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(World, "gather", gather)
-            return agree_on_data(options, manifest, world, "train", "valid")
+            return agree_on_data(options, manifest, world, None, "train", "valid")
 
     for rank in range(4):
         agree(rank, None)

@@ -33,8 +33,8 @@ is better used by the thread that prepares batches."""
 def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     """Build a run, or restore that of ``--output_dir``, where options, data and files allow it."""
     directory = Path(options.run.output_dir)
-    data = agree_on_data(options.data, manifest, world, *manifest.splits)
-    if not data.num_patients["train"]:
+    data = agree_on_data(options.data, manifest, world, options.task, *manifest.splits)
+    if not data.num_samples["train"]:
         raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
     saved = find_checkpoint(options, directory, world)
     best = find_best(saved, directory)

@@ -47,7 +47,8 @@ def go_on() -> None:
 class Evaluator:
     """Evaluates a model, trained for the loss of ``options``, on the splits of a data set.
 
-    Without ``memory`` batches have no budget; ``check_stop`` is called between them, and may raise.
+    Without ``memory`` batches have no budget; ``check_stop`` is called between them, and may raise.  ``prevalence``
+    answers samples without events, see :func:`training.validation.add_empty_samples`.
     """
 
     options: TrainOptions
@@ -55,6 +56,7 @@ class Evaluator:
     world: World
     memory: StepMemory | None = None
     check_stop: Callable[[], None] = go_on
+    prevalence: float | None = None
 
     def open_loader(self, split: str) -> PatientLoader:
         """Return a loader over a split, in order of length, whose batches are prepared without noise."""
@@ -64,7 +66,8 @@ class Evaluator:
 
     def validate(self, model: SeqSetVAE, split: str) -> tuple[dict[str, Any], pa.Table]:
         """Return metrics and predictions of a split, see :func:`training.validation.validate`."""
-        return validate(model, self.open_loader(split), self.options, self.world, self.check_stop)
+        loader = self.open_loader(split)
+        return validate(model, loader, self.options, self.world, self.check_stop, self.prevalence)
 
     def evaluate_split(self, model: SeqSetVAE, split: str) -> dict[str, Any]:
         """Return metrics of a split with bootstrap intervals; write ``predictions_<split>.parquet``."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from model.config import ModelOptions
 from model.losses import LossOptions
 from pipeline.options import Section, option, parse_options, to_dict
-from pipeline.schema import UserError
+from pipeline.schema import DEFAULT_TASK, UserError
 from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
 from training.schedule import OptimisationOptions
@@ -77,6 +77,11 @@ class TrainOptions:
     run: RunOptions = field(default_factory=RunOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
+    @property
+    def task(self) -> str | None:
+        """Return the name of the task whose samples are used; None = whole patients."""
+        return self.data.task or (DEFAULT_TASK if self.loss.learns_outcome else None)
+
     def __post_init__(self) -> None:
         if not self.data.data_dir:
             raise UserError("--data_dir is missing: name the data set that preprocess.py made")
@@ -108,8 +113,8 @@ class AtResume(Enum):
 
 _FLAGS = {
     AtResume.SAME: (
-        "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
-        "group_events", "seed", "preset", "event_form", "objective", "precision",
+        "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing",
+        "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision",
     ),
     AtResume.OBEYED: (
         "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",

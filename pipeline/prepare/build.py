@@ -35,9 +35,10 @@ from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.spill import SpilledPiece, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
+from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.vocabulary import make_vocabulary
 from pipeline.prepare.write import WrittenPartition, write_partition
-from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, SUMMARY_FILE, UserError
+from pipeline.schema import DEFAULT_TASK, EMBEDDINGS_FILE, FIRST_CODE, SUMMARY_FILE, UserError
 from pipeline.storage.files import sync
 
 WORK_FOLDERS: Final = ("spills", "sorted", "rejects", "late_rejects", "index", "data")
@@ -82,14 +83,19 @@ def build(
         work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             check_disk_space(source, output)
+        labels = source.read_labels()  # before the long work: they may be refused
         for name in WORK_FOLDERS:
             (work / name).mkdir(exist_ok=True)
         with open_executor(execution, max_workers=len(pieces)) as executor:
             results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run()
-        counts = results.join_tables(work)
-        summary = results.summarise(counts, description, time.monotonic() - started)
-        summary = write_summary(work / "data" / SUMMARY_FILE, summary)
-        results.write_manifest(work / "data", description, fingerprint)
+        data, counts = work / "data", results.join_tables(work)
+        manifest, task = results.make_manifest(data, description, fingerprint), None
+        if labels is not None:
+            exclude_codes = default_exclusions(description["format"], labels)
+            task = write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes, pseudonyms=options.pseudonyms)
+        summary = results.summarise(counts, description, task, time.monotonic() - started)
+        summary = write_summary(data / SUMMARY_FILE, summary)
+        manifest.save(data)
     return summary
 
 
@@ -103,21 +109,19 @@ class _Steps:
     options: BuildOptions
 
     def run(self) -> Results:
-        labels_from, num_labels = write_known_patients(self.source, self.options, self.runner.work)
+        write_known_patients(self.source, self.options, self.runner.work)
         spilled = self.read_pieces()
         total = self._count_partitions(spilled)
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
         partitions = [Partition(work, number, total, len(self.pieces), rule, origin) for number in range(total)]
         limits = self.compute_limits(partitions)
         parts = self.sort_partitions(partitions, limits)
-        if num_labels and not any(part.num_labels for part in parts):
-            raise UserError(f"{labels_from}: names no patient of the input; give the labels of these patients")
         path = self.source.find_side_files().get("statistics")
         statistics = read_statistics(path) if path and not self.options.reference else {}
         vocabulary = self.make_vocabulary(parts, statistics, limits)
         embedding_dim = self.write_embeddings(vocabulary)  # before the long work: it may refuse
         written = self.write_partitions(len(parts), vocabulary)
-        return Results(spilled, parts, written, vocabulary, statistics, embedding_dim, labels_from, num_labels)
+        return Results(spilled, parts, written, vocabulary, statistics, embedding_dim)
 
     def read_pieces(self) -> list[SpilledPiece]:
         leaves = ("spills/{:05d}.*.arrow", "rejects/{:05d}.parquet")

@@ -42,7 +42,6 @@ class SpilledPiece:
     """Counts of a spilled piece."""
 
     num_rows: int
-    num_source_rows: int  # fewer where one row of a file serves several patients
     num_kept: int
     num_clipped: int  # values that a rule changed
     rejects: dict[str, int]  # the other rows, by reason
@@ -72,7 +71,6 @@ def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions
         write_parquet(work / "rejects" / f"{number:05d}.parquet", REJECTS_SCHEMA, [table])
     return SpilledPiece(
         num_rows=raw.rows.height,
-        num_source_rows=raw.rows.height if raw.num_source_rows is None else raw.num_source_rows,
         num_kept=kept.height,
         num_clipped=num_clipped,
         rejects=dict(rejected["reason"].value_counts().iter_rows()),
