@@ -30,6 +30,7 @@ from training.console import format_metric, format_quality, log_main
 from training.data import agree_on_data
 from training.evaluation import Evaluator, evaluate_checkpoint
 from training.inspection import inspect_batches
+from training.meds_predictions import check_meds_task
 from training.memory import is_out_of_memory
 from training.options import TrainOptions, parse_train_options
 from training.parallel import World, choose_threads, run
@@ -144,12 +145,15 @@ def is_summary_of(path: Path, step: int) -> bool:
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """Evaluate a checkpoint on one split: metrics with intervals, predictions and a report (``--evaluate``)."""
     evaluation, split = options.evaluation, options.evaluation.evaluate_split
-    splits = sorted({split, "train"} if evaluation.baselines else {split})
+    others = {"train"} if evaluation.baselines else set()
+    splits = sorted({split, *others, *(["valid"] if evaluation.meds_predictions else [])})
     path = Path(evaluation.evaluate or "")
     saved = Checkpoint.load(path)
     loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
     options = dataclasses.replace(options, loss=loss)
     data = agree_on_data(options.data, manifest, world, options.task, *splits)
+    if evaluation.meds_predictions:
+        check_meds_task(data.manifest, data.task)
     if not data.manifest.splits.get(split):
         nobody = f"has no patients in split {split}; choose another with --evaluate_split"
         raise UserError(f"{options.data.data_dir}: {nobody}")

@@ -15,6 +15,7 @@ from pipeline.schema import UserError
 from training.budget import measure_step_memory
 from training.checkpoint import Checkpoint
 from training.data import BatchPreparer, DataSet, agree_on_data
+from training.meds_predictions import check_meds_task
 from training.memory import StepMemory
 from training.options import TrainOptions, check_resume
 from training.parallel import World, choose_threads
@@ -34,6 +35,8 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     """Build a run, or restore that of ``--output_dir``, where options, data and files allow it."""
     directory = Path(options.run.output_dir)
     data = agree_on_data(options.data, manifest, world, options.task, *manifest.splits)
+    if options.evaluation.meds_predictions:
+        check_meds_task(data.manifest, data.task)
     if not data.num_samples["train"]:
         raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
     saved = find_checkpoint(options, directory, world)

@@ -26,6 +26,7 @@ from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UNLABELLED
 from pipeline.storage.files import replace_atomically, write_atomically
 from training.data import BatchPreparer, DataSet
+from training.meds_predictions import choose_threshold, write_meds_predictions
 from training.memory import StepMemory
 from training.options import TrainOptions
 from training.parallel import World
@@ -70,13 +71,24 @@ class Evaluator:
         return validate(model, loader, self.options, self.world, self.check_stop, self.prevalence)
 
     def evaluate_split(self, model: SeqSetVAE, split: str) -> dict[str, Any]:
-        """Return metrics of a split with bootstrap intervals; write ``predictions_<split>.parquet``."""
+        """Return metrics of a split with bootstrap intervals; write ``predictions_<split>.parquet``.
+
+        With ``--meds_predictions`` they are written as MEDS has them too, by a threshold of the validation split.
+        """
         metrics, predictions = self.validate(model, split)
+        directory, threshold = Path(self.options.run.output_dir), None
+        if self.options.evaluation.meds_predictions and self.options.loss.learns_outcome:
+            _, valid = self.validate(model, "valid")
+            threshold = choose_threshold(labels_of(valid), valid["probability"].to_numpy())
         if self.world.is_main:
-            with replace_atomically(Path(self.options.run.output_dir) / f"predictions_{split}.parquet") as path:
+            with replace_atomically(directory / f"predictions_{split}.parquet") as path:
                 pq.write_table(predictions, path, write_page_checksum=True)
+            if threshold is not None:
+                write_meds_predictions(directory, split, predictions, threshold)
+                metrics["threshold"] = threshold
             if self.options.loss.learns_outcome:
-                metrics |= evaluate_predictions(labels_of(predictions), predictions["probability"].to_numpy())
+                probability, patient_id = predictions["probability"].to_numpy(), predictions["patient_id"].to_pylist()
+                metrics |= evaluate_predictions(labels_of(predictions), probability, patient_id=patient_id)
         return metrics
 
     @torch.no_grad()

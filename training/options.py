@@ -62,6 +62,10 @@ class EvaluationOptions(Section):
         False, "With --evaluate: fit trees and logistic regression to summaries of each variable of the train split, "
         "and evaluate them on the same patients.",
     )  # fmt: skip
+    meds_predictions: bool = option(
+        False, "Write predictions in the schema of MEDS too, into predictions_meds; a threshold is chosen on the "
+        "validation split.",
+    )  # fmt: skip
     export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
     inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
 
@@ -125,7 +129,7 @@ _FLAGS = {
     ),
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "init_from", "output_dir", "resume", "evaluate", "evaluate_split",
-        "baselines", "export_latents", "inspect",
+        "baselines", "meds_predictions", "export_latents", "inspect",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}
