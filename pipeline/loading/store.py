@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from torch import from_numpy
 
 from pipeline.arrays import Ints, concatenate_ranges, offsets_from_sizes
@@ -31,6 +32,7 @@ class Windows:
     """The events of each sample [N] that an epoch uses: a run of its patient's."""
 
     samples: Samples
+    is_static: npt.NDArray[np.bool_] | None  # whether a sample has the static set alone; None = none has
     event_start: Ints  # the first event, counted over all P patients
     num_events: Ints  # at least 1
     set_start: Ints  # the set of the first event, counted over all P patients
@@ -120,9 +122,10 @@ class PatientStore:
         stop = np.searchsorted(self.set_offsets, start + samples.num_events, side="left")
         if not (is_inside & (stop - set_start == samples.num_sets)).all():
             raise UserError("index.parquet, or the task: contradicts the shards; run preprocess.py, or add it, again")
+        is_static = (self.has_static[patient] & (samples.num_sets == 1)) if self.has_static.any() else None
         lengths = {"num_events": samples.num_events, "num_sets": samples.num_sets}
         if limit is None or not (samples.num_events > limit).any():
-            return Windows(samples=samples, event_start=start, set_start=set_start, **lengths)
+            return Windows(samples=samples, is_static=is_static, event_start=start, set_start=set_start, **lengths)
         num_events = np.minimum(samples.num_events, limit)
         skipped = samples.num_events - num_events
         if options.truncate == "earliest":
@@ -133,7 +136,7 @@ class PatientStore:
         set_start = np.searchsorted(self.set_offsets, start, side="right") - 1
         num_sets = np.searchsorted(self.set_offsets, start + num_events, side="left") - set_start
         lengths = {"num_events": num_events, "num_sets": num_sets}
-        return Windows(samples=samples, event_start=start, set_start=set_start, **lengths)
+        return Windows(samples=samples, is_static=is_static, event_start=start, set_start=set_start, **lengths)
 
     def gather_batches(self, windows: Windows, chosen: Ints, batch_offsets: Ints) -> list[PatientBatch]:
         """Return K batches, gathered at once; they are views of shared arrays.
@@ -147,11 +150,11 @@ class PatientStore:
         value = self.value.take(events, mode="clip")
         has_value = self.has_value.take(events, mode="clip")
         minute = self.minute.take(sets, mode="clip")
-        samples = windows.samples
-        is_alone = self.has_static[samples.patient[chosen]] & (samples.num_sets[chosen] == 1)
-        if is_alone.any():  # a static set has the minute of the next one, but not of one after the prediction time
-            minute[patient_offsets[:-1][is_alone]] = 0.0
-        label, (patient_id, time) = samples.label[chosen], self._describe_samples(windows, chosen)
+        if (
+            windows.is_static is not None
+        ):  # a static set has the minute of the next one, but not of one that is not seen
+            minute[patient_offsets[:-1][windows.is_static[chosen]]] = 0.0
+        label, (patient_id, time) = windows.samples.label[chosen], self._describe_samples(windows, chosen)
 
         first_set, first_event = patient_offsets[batch_offsets].tolist(), event_offsets[batch_offsets].tolist()
         borders = zip(batch_offsets.tolist(), first_set, first_event, strict=True)

@@ -253,6 +253,26 @@ def test_samples_end_with_their_prediction_time_and_events_are_written_once(root
     assert only["rejects"]["no_sample"] == 1
 
 
+def test_a_static_set_alone_knows_no_later_minute(root: Path, tmp_path: Path) -> None:
+    """A whole patient's static set has the minute of the next set, which a sample that ends before it does not see."""
+    write_samples(tmp_path / "task", [(1, BIRTH - timedelta(days=1), True), (1, BIRTH, False)])
+    build(Meds(path=root, labels=tmp_path / "task"), tmp_path / "out", ALL_TRAIN)
+    batches = make_loader(tmp_path / "out", batch_size=1, shuffle=False)
+    minutes = [batch.minute.tolist() for batch in batches]
+    birth = np.float32((BIRTH - ADMISSION) / timedelta(minutes=1))
+    assert minutes == [[0], [birth, birth]]
+
+
+def test_a_whole_patient_is_without_the_codes_that_tell_the_outcome(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("subject_id,label\n1,1\n2,0\n")
+    build(Meds(path=root, labels=tmp_path / "labels.csv"), tmp_path / "out", ALL_TRAIN)
+    names = pl.read_parquet(tmp_path / "out" / "vocabulary.parquet")["variable"]
+    seen = {names[code] for batch in make_loader(tmp_path / "out") for code in batch.code.tolist()}
+    assert seen == {"EYES//BROWN", "GENDER//F", "HOSPITAL_ADMISSION", "HR", "MEDS_BIRTH"}
+    every = {names[code] for batch in make_loader(tmp_path / "out", task=None) for code in batch.code.tolist()}
+    assert every - seen == {"HOSPITAL_DISCHARGE//DIED", "MEDS_DEATH"}
+
+
 def test_given_splits_hold_for_all_samples_of_a_subject(tmp_path: Path) -> None:
     root, task = tmp_path / "in", tmp_path / "task.parquet"
     write_events(root, [(subject, at(0), "HR", 1.0) for subject in range(8)])
