@@ -122,7 +122,7 @@ def finish(job: Run) -> None:
     if not world.is_main:
         return
     summary = job.summarize() | {"test": test}
-    card = write_model_card(job.state.model.config, job.options, data.num_samples, summary)
+    card = write_model_card(job.state.model.config, job.options, data.num_samples, summary, data.unit)
     write_atomically(directory / "MODEL_CARD.md", card.encode())
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     report = write_run_report(directory)

@@ -87,7 +87,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [5, 10]
     predictions = pq.read_table(finished / "predictions_test.parquet")
     assert predictions.column_names == ["patient_id", "label", "probability"]
-    stored = pq.read_table(data / "index.parquet").to_pylist()
+    stored = pq.read_table(data / "tasks" / "default.parquet").to_pylist()
     expected = {row["patient_id"]: row["label"] for row in stored if row["split"] == "test"}
     assert dict(zip(predictions["patient_id"].to_pylist(), predictions["label"].to_pylist(), strict=True)) == expected
 

@@ -104,11 +104,15 @@ class DataSet:
         count = SampleIndex(self.folder, self.manifest, self.task).count
         return {split: sum(map(count, shards)) for split, shards in self.manifest.splits.items()}
 
+    @property
+    def unit(self) -> str:
+        """Return what a sample is called: whole patients are patients."""
+        return "patients" if self.task is None or self.task.times is None else f"samples of task {self.task.name}"
+
     def describe(self) -> str:
         """Return the samples of each split and the number of variables in one line."""
         counts = ", ".join(f"{samples:,} {split}" for split, samples in self.num_samples.items())
-        what = "patients" if self.task is None else f"samples of task {self.task.name}"
-        return f"{what}: {counts}; {self.manifest.num_codes - FIRST_CODE} variables"
+        return f"{self.unit}: {counts}; {self.manifest.num_codes - FIRST_CODE} variables"
 
     def open_loader(
         self, split: str, *, world: World, preparer: BatchPreparer | None = None, **arguments: Any
