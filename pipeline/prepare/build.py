@@ -38,7 +38,7 @@ from pipeline.prepare.summary import Results, read_summary, write_summary
 from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.vocabulary import make_vocabulary
 from pipeline.prepare.write import WrittenPartition, write_partition
-from pipeline.schema import DEFAULT_TASK, EMBEDDINGS_FILE, FIRST_CODE, SUMMARY_FILE, UserError
+from pipeline.schema import DEFAULT_TASK, EMBEDDINGS_FILE, FIRST_CODE, SUMMARY_FILE, TASKS_FOLDER, UserError
 from pipeline.storage.files import sync
 
 WORK_FOLDERS: Final = ("spills", "sorted", "rejects", "late_rejects", "index", "data")
@@ -90,6 +90,7 @@ def build(
             results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run()
         data, counts = work / "data", results.join_tables(work)
         manifest, task = results.make_manifest(data, description, fingerprint), None
+        shutil.rmtree(data / TASKS_FOLDER, ignore_errors=True)  # of a run that was stopped right after this
         if labels is not None:
             exclude_codes = default_exclusions(description["format"], labels)
             task = write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes, pseudonyms=options.pseudonyms)

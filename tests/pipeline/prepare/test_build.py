@@ -442,3 +442,20 @@ def test_the_order_of_events_is_that_of_their_columns(rows: list[tuple[float, ..
         return (*key, math.isnan(value), 0 if math.isnan(value) else value, minute)
 
     assert sort_order(columns[:3], columns[3:]).tolist() == sorted(range(len(rows)), key=place)
+
+
+def test_a_run_that_is_stopped_between_task_and_manifest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(manifest: Manifest, directory: Path) -> None:
+        assert (directory / "tasks" / "default.json").exists()
+        raise KeyboardInterrupt
+
+    source = Synthetic(num_patients=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(source, tmp_path / "out", BuildOptions())
+    build(source, tmp_path / "out", BuildOptions())
+    build(source, tmp_path / "whole", BuildOptions())
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
