@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from model.losses import LossOptions
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tasks import has_task
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
@@ -150,8 +151,13 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     path = Path(evaluation.evaluate or "")
     saved = Checkpoint.load(path)
     loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
-    options = dataclasses.replace(options, loss=loss)
-    data = agree_on_data(options.data, manifest, world, options.task, *splits)
+    options, folder = dataclasses.replace(options, loss=loss), options.data.open_folder()
+    saved.check_same_vocabulary(path, manifest.vocabulary_fingerprint)
+    task = options.task
+    if task is not None and options.data.task is None and not has_task(folder, task):
+        log_main(world, f"{folder}: has no task {task}; whole patients are evaluated, without labels")
+        task = None
+    data = agree_on_data(options.data, manifest, world, task, *splits)
     if evaluation.meds_predictions:
         check_meds_task(data.manifest, data.task)
     if not data.manifest.splits.get(split):

@@ -252,6 +252,13 @@ def test_a_checkpoint_is_evaluated_on_new_patients(tmp_path: Path, capsys: pytes
     metrics = json.loads((tmp_path / "evaluation" / "evaluation_test.json").read_text())
     assert (metrics["num_labelled"], metrics["num_unlabelled"]) == (8, 1)
 
+    unlabelled = prepare("unlabelled", str(tmp_path / "new.csv"), "--like", old)
+    assert run(unlabelled, tmp_path / "predicted", "--evaluate", best) == 0
+    assert "has no task default; whole patients are evaluated, without labels" in capsys.readouterr().err
+    again = pq.read_table(tmp_path / "predicted" / "predictions_test.parquet").to_pylist()
+    assert [row["probability"] for row in again] == [row["probability"] for row in predictions]
+    assert {row["label"] for row in again} == {None}
+
     other = prepare("other", str(tmp_path / "new.csv"))
     capsys.readouterr()
     assert run(other, tmp_path / "refused", "--evaluate", best, "--evaluate_split", "train") == 2

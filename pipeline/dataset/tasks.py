@@ -126,6 +126,15 @@ def read_task_table(directory: Path | Folder, task: Task, *columns: str) -> pa.T
         return read_parquet(path, schema)
 
 
+def has_task(directory: Path | Folder, name: str) -> bool:
+    """Return whether a data directory has a task of this name, whole or damaged."""
+    try:
+        as_folder(directory).read(_json_name(name))
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def list_tasks(directory: Path) -> list[str]:
     """Return the names of the tasks in a data directory of this machine, in order."""
     paths = (directory / TASKS_FOLDER).glob("*.json")

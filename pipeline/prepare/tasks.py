@@ -89,7 +89,7 @@ def write_task(
         shards=dict(samples.filter(pl.col("num_events") > 0).group_by("shard").len().sort("shard").iter_rows()),
         excluded_codes=excluded.tolist(),
         labels_from=Path(labels.origin).name,
-        labels_without_patient=frame.height - samples.height,
+        labels_without_patient=frame.join(samples, on=PATIENT_ID, how="anti").height,
     )
     task.save(directory)
     return task
@@ -116,7 +116,10 @@ def _find_codes(directory: Path, manifest: Manifest, expressions: tuple[str, ...
 
 
 def _locate_samples(directory: Path, manifest: Manifest, labels: Labels, frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the labels of patients of the data set with the patients' rows of the index, in its order."""
+    """Return the samples with their patients' rows of the index, in its order.
+
+    Without prediction times every patient is a sample: one who has no label is unlabelled.
+    """
     names = [PATIENT_ID, "split", "shard", "position", "num_events", "num_sets", "time_origin"]
     with open_checked(directory, manifest, INDEX_FILE) as path, report_damage(as_folder(directory), INDEX_FILE):
         table = pq.read_table(path, columns=names)
@@ -125,9 +128,9 @@ def _locate_samples(directory: Path, manifest: Manifest, labels: Labels, frame: 
     time = labels.time_column
     if time == PREDICTION_TIME and index["time_origin"].null_count() == index.height:
         raise UserError(f"{labels.origin}: has dates, but the data set was made of minutes; give prediction_minute")
-    samples = index.with_row_index("order").join(frame, on=PATIENT_ID, how="inner")
+    samples = index.with_row_index("order").join(frame, on=PATIENT_ID, how="inner" if time else "left")
     samples = samples.sort("order", *([time] if time else []), maintain_order=True)
-    if frame.height and not samples.height:
+    if frame.height and not frame[PATIENT_ID].is_in(index[PATIENT_ID].implode()).any():
         raise UserError(f"{labels.origin}: names no patient of the input; give the labels of these patients")
     minute = pl.lit(None, pl.Float64)
     if time == PREDICTION_TIME:
