@@ -90,7 +90,8 @@ def build(
             results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run()
         data, counts = work / "data", results.join_tables(work)
         manifest, task = results.make_manifest(data, description, fingerprint), None
-        shutil.rmtree(data / TASKS_FOLDER, ignore_errors=True)  # of a run that was stopped right after this
+        if (data / TASKS_FOLDER).exists():  # of a run that was stopped before its manifest was written
+            shutil.rmtree(data / TASKS_FOLDER)
         if labels is not None:
             exclude_codes = default_exclusions(description["format"], labels)
             task = write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes, pseudonyms=options.pseudonyms)

@@ -520,7 +520,7 @@ def test_a_bad_shard_is_named_and_can_be_left_out(
     bad = check_shards(folder, entries)
     assert bad.keys() == {entries[3].path}
     loader = make_loader(folder, quarantined=bad)
-    assert loader.num_patients == 53 - 5
+    assert loader.num_samples == 53 - 5
     assert entries[3].sha256 not in cached(cache)
 
 
