@@ -101,7 +101,13 @@ def print_summary(summary: dict[str, Any], *, verbose: bool) -> None:
     Console().print(table)
     rejects = ", ".join(f"{reason} {number:,}" for reason, number in summary["rejects"].items()) or "none"
     print(f"rows {summary['events_in']:,} = written {summary['events_written']:,} + rejected ({rejects})")
-    print(f"labels from {summary['labels_from'] or 'nowhere'}; {summary['unlabelled_patients']:,} patients unlabelled")
+    samples: list[dict[str, int]] = [*summary["samples"].values()]
+    total, labelled = (sum(split[name] for split in samples) for name in ("num_samples", "num_labelled"))
+    print(f"labels from {summary['labels_from'] or 'nowhere'}: {total:,} samples, {labelled:,} labelled")
+    if unknown := summary["labels_without_patient"]:
+        print(f"warning: {unknown:,} samples name no patient of the data set, and are left out", file=sys.stderr)
+    if empty := sum(split["num_without_events"] for split in samples):
+        print(f"warning: {empty:,} samples have no event before their prediction time", file=sys.stderr)
     memory = f"at most {summary['peak_rss_bytes'] / 2**20:,.0f} MiB in a process"
     print(f"{summary['seconds']:.1f} s, {summary['events_per_second'] / 1e6:.2f} M rows/s, {memory}")
 

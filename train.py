@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from model.losses import LossOptions
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tasks import has_task
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
@@ -30,6 +31,7 @@ from training.console import format_metric, format_quality, log_main
 from training.data import agree_on_data
 from training.evaluation import Evaluator, evaluate_checkpoint
 from training.inspection import inspect_batches
+from training.meds_predictions import check_meds_task
 from training.memory import is_out_of_memory
 from training.options import TrainOptions, parse_train_options
 from training.parallel import World, choose_threads, run
@@ -121,7 +123,7 @@ def finish(job: Run) -> None:
     if not world.is_main:
         return
     summary = job.summarize() | {"test": test}
-    card = write_model_card(job.state.model.config, job.options, data.num_patients, summary)
+    card = write_model_card(job.state.model.config, job.options, data.num_samples, summary, data.unit)
     write_atomically(directory / "MODEL_CARD.md", card.encode())
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     report = write_run_report(directory)
@@ -144,17 +146,26 @@ def is_summary_of(path: Path, step: int) -> bool:
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """Evaluate a checkpoint on one split: metrics with intervals, predictions and a report (``--evaluate``)."""
     evaluation, split = options.evaluation, options.evaluation.evaluate_split
-    splits = sorted({split, "train"} if evaluation.baselines else {split})
-    data = agree_on_data(options.data, manifest, world, *splits)
+    others = {"train"} if evaluation.baselines else set()
+    splits = sorted({split, *others, *(["valid"] if evaluation.meds_predictions else [])})
+    path = Path(evaluation.evaluate or "")
+    saved = Checkpoint.load(path)
+    loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
+    options, folder = dataclasses.replace(options, loss=loss), options.data.open_folder()
+    saved.check_same_vocabulary(path, manifest.vocabulary_fingerprint)
+    task = options.task
+    if task is not None and options.data.task is None and not has_task(folder, task):
+        log_main(world, f"{folder}: has no task {task}; whole patients are evaluated, without labels")
+        task = None
+    data = agree_on_data(options.data, manifest, world, task, *splits)
+    if evaluation.meds_predictions:
+        check_meds_task(data.manifest, data.task)
     if not data.manifest.splits.get(split):
         nobody = f"has no patients in split {split}; choose another with --evaluate_split"
         raise UserError(f"{options.data.data_dir}: {nobody}")
-    path = Path(evaluation.evaluate or "")
-    saved = Checkpoint.load(path)
     model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     torch.set_num_threads(choose_threads(options.run.threads, world, limit=THREAD_LIMIT[options.model.preset]))
-    loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
-    evaluator = Evaluator(dataclasses.replace(options, loss=loss), data, world)
+    evaluator = Evaluator(options, data, world, prevalence=saved.prevalence)
     content = evaluate_checkpoint(evaluator, model)
     if world.is_main:
         print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")

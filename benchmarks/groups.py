@@ -83,7 +83,7 @@ def drawn_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> F
         code=rng.integers(2, NUM_CODES, entry.num_events, np.int32),
         value=rng.random(entry.num_events, np.float32),
         has_value=np.ones(entry.num_events, np.bool_),
-        label=rng.integers(0, 2, PATIENTS_PER_SHARD),
+        has_static=np.zeros(PATIENTS_PER_SHARD, np.bool_),
         patient_id=pa.array([f"{shard}-{row}" for row in range(PATIENTS_PER_SHARD)], pa.string()),
     )
 
@@ -98,7 +98,7 @@ def write_files(directory: Path, num_shards: int) -> None:
         by_event = pa.array(drawn.set_offsets[drawn.patient_offsets].astype(np.int32))
         columns = {
             "patient_id": drawn.patient_id,
-            "label": pa.array(drawn.label.astype(np.int8)),
+            "event_minute": pa.nulls(PATIENTS_PER_SHARD, SHARD_SCHEMA.field("event_minute").type),
             "num_events": pa.array(np.diff(by_event.to_numpy())),
             "num_sets": pa.array(np.diff(by_set.to_numpy())),
         }
@@ -142,7 +142,7 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
         pipeline.loading.store.read_shard = drawn_shard
     rss_before = psutil.Process().memory_info().rss
     started = time.perf_counter()
-    loader = make_loader(directory, batch_size=BATCH_SIZE, prefetch=4)
+    loader = make_loader(directory, task=None, batch_size=BATCH_SIZE, prefetch=4)
     stream = iter(loader)
     next(stream)
     first_batch = time.perf_counter() - started
@@ -172,7 +172,7 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
     stream.close()
     del loader, stream
 
-    loader = make_loader(directory, batch_size=BATCH_SIZE, prefetch=4)
+    loader = make_loader(directory, task=None, batch_size=BATCH_SIZE, prefetch=4)
     started, worked = time.perf_counter(), time.process_time()
     loader.load_state_dict(state)
     resumed, worked = time.perf_counter() - started, time.process_time() - worked
@@ -182,7 +182,7 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
     stream.close()
     entries = loader.manifest.splits["train"]
     return {
-        "patients": loader.num_patients,
+        "patients": loader.num_samples,
         "events": sum(entry.num_events for entry in entries),
         "shards": len(entries),
         "groups": grouping.num_groups,
@@ -207,7 +207,7 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
 
 def price_of_len(directory: Path) -> float:
     """Milliseconds a shard that ``len`` takes under a budget of events, for which it reads the index."""
-    loader = make_loader(directory, batch_size=None, max_events=MAX_EVENTS)
+    loader = make_loader(directory, task=None, batch_size=None, max_events=MAX_EVENTS)
     started = time.perf_counter()
     len(loader)
     return 1000 * (time.perf_counter() - started) / (len(loader._planner.entries) - len(loader._group.shards))

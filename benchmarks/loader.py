@@ -173,7 +173,7 @@ def main() -> None:
     start_up = time.perf_counter() - started
     group = loader._load_group(loader._group)
     windows, plan, store = group.windows, group.plan.batches, group.store
-    columns, label, count = columns_of(store, windows), store.label, store.num_patients
+    columns, label, count = columns_of(store, windows), group.plan.samples.label, store.num_patients
     some = min(PANDAS_PATIENTS, count)
     padded, ahead, padded_ahead = ours(transform=pad), ours(prefetch=2), ours(prefetch=2, transform=pad)
 

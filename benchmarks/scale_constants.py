@@ -34,14 +34,15 @@ from pipeline.prepare.executors import ExecutionOptions
 from pipeline.prepare.journal import JOURNAL
 from pipeline.prepare.options import EVENTS_PER_SHARD, BuildOptions
 from pipeline.prepare.publish import WORK
-from pipeline.prepare.sources.reading import LABEL, PIECE_BYTES, ROW_BYTES, Piece, number_rows
+from pipeline.prepare.sources.labels import Labels
+from pipeline.prepare.sources.reading import PIECE_BYTES, ROW_BYTES, Piece, number_rows
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.spill import read_partition, spill_piece
 from pipeline.prepare.splits import SplitRule
 from pipeline.reports.data_report import write_data_report
-from pipeline.schema import MANIFEST_FILE, MINUTE, PATIENT_ID, VALUE, VARIABLE
+from pipeline.schema import LABEL, MANIFEST_FILE, MINUTE, PATIENT_ID, VALUE, VARIABLE
 from pipeline.storage.files import file_sha256
 
 ALL_TRAIN = SplitRule(split_fractions=(1.0, 0.0, 0.0))
@@ -87,9 +88,9 @@ class Made(Source):
         }
         return RawRows(rows=number_rows(columns))
 
-    def read_labels(self) -> tuple[str, pl.DataFrame]:
+    def read_labels(self) -> Labels:
         names = [f"patient {number:09d}" for number in range(self.num_patients)]
-        return "made", pl.DataFrame({PATIENT_ID: names, LABEL: np.zeros(self.num_patients, np.int8)})
+        return Labels("made", pl.DataFrame({PATIENT_ID: names, LABEL: np.zeros(self.num_patients, np.int8)}))
 
 
 def prepared(source: Source, events_per_shard: int, workers: int) -> Figures:

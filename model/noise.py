@@ -54,8 +54,9 @@ class PatientNoise:
     key: Tensor
 
     @classmethod
-    def for_step(cls, patient_id: Sequence[str], *, seed: int, step: int) -> PatientNoise:
-        digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in patient_id]
+    def for_step(cls, sample_key: Sequence[str], *, seed: int, step: int) -> PatientNoise:
+        """Return the noise of samples; ``sample_key`` tells those of one patient apart."""
+        digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in sample_key]
         key = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
         return cls(_mix(key ^ _signed(seed * _GOLDEN + (step + 1) * 0xD1342543DE82EF95)))
 

@@ -101,7 +101,7 @@ class PreparedBatch:
             others = np.setdiff1d(np.arange(1, shape.codes + 1), codes.numpy())  # none is padding's
             codes = torch.cat([codes, torch.from_numpy(others[: shape.codes - len(codes)])])
         if seed is not None:
-            patients = PatientNoise.for_step(batch.patient_id, seed=seed, step=step)
+            patients = PatientNoise.for_step(batch.sample_key, seed=seed, step=step)
             noise = StepNoise(
                 patients.for_patients(),
                 patients.for_rows(sequences.patient, sequences.position),

@@ -2,14 +2,15 @@
 
 An *event* is one (variable, value) recorded for a patient at a minute.  A *set* is all events of one
 patient in one minute.  A *patient* is one sequence of sets.  ``num_events`` and ``num_sets`` are a
-patient's two lengths; a bare "length" appears nowhere.
+patient's two lengths; a bare "length" appears nowhere.  A *task* is a table of labels, and a *sample* one row of it: a
+patient's events up to a prediction time.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-FORMAT_VERSION: Final = 1  # of the layout in docs/format.md; a reader refuses any other
+FORMAT_VERSION: Final = 2  # of the layout in docs/format.md; a reader refuses any other
 
 PADDING_CODE: Final = 0
 UNKNOWN_CODE: Final = 1
@@ -38,6 +39,14 @@ EMBEDDINGS_FILE: Final = "embeddings.npy"
 REJECTS_FILE: Final = "rejects.parquet"
 SUMMARY_FILE: Final = "summary.json"
 REPORT_FILE: Final = "report.html"
+TASKS_FOLDER: Final = "tasks"
+
+DEFAULT_TASK: Final = "default"  # the task that preprocess.py makes of the labels that it is given
+
+# Columns of a table of labels beside the patient, as every reader of labels gives them.
+PREDICTION_TIME: Final = "prediction_time"  # Datetime("us"), UTC; null = the whole patient
+PREDICTION_MINUTE: Final = "prediction_minute"  # float64, from the patient's time origin; null = the whole patient
+LABEL: Final = "label"  # null = unlabelled
 
 
 class UserError(ValueError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA
+from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA, TASK_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.dataset.shards import write_shard
+from pipeline.dataset.tasks import SampleCounts, Task
 from pipeline.schema import FIRST_CODE, INDEX_FILE, UNLABELLED, VOCABULARY_FILE
 from pipeline.storage.files import file_sha256
 
@@ -31,6 +32,7 @@ class Patient:
     patient_id: str
     label: int | None
     sets: list[tuple[float, list[tuple[int, float | None]]]]
+    prediction_time: float | None = None
 
     @property
     def num_events(self) -> int:
@@ -48,7 +50,13 @@ class Patient:
             seen += len(events)
             if kept:
                 sets.append((minute, kept))
-        return Patient(patient_id=self.patient_id, label=self.label, sets=sets)
+        return replace(self, sets=sets)
+
+    def until(self, minute: float, label: int | None) -> Patient:
+        """The sample of the patient at ``minute``, that minute included."""
+        return replace(
+            self, label=label, sets=[each for each in self.sets if each[0] <= minute], prediction_time=minute
+        )
 
 
 def make_patients(set_sizes: Sequence[Sequence[int]], *, seed: int = 0, prefix: str = "p") -> list[Patient]:
@@ -80,16 +88,18 @@ def write_data_dir(
     suffix: str = ".parquet",
     dealt: bool = False,
     num_codes: int = NUM_CODES,
+    keep_order: bool = False,
 ) -> Path:
     """Write a complete data directory; each split's patients stand in order of ``num_events``, or, ``dealt``, only
-    those of a shard, and shards are alike, as partitions by a hash are.
+    those of a shard, and shards are alike, as partitions by a hash are; or they stand as they come (``keep_order``).
+    Its task ``default`` has their labels.
     """
     directory.mkdir(parents=True, exist_ok=True)
     entries: dict[str, list[Any]] = {}
     index_rows = []
     for split, patients in splits.items():
         entries[split] = []
-        ordered = in_stored_order(patients)
+        ordered = patients if keep_order else in_stored_order(patients)
         starts = range(0, len(ordered), shard_size)
         for number, first in enumerate(starts):
             shard = ordered[number :: len(starts)] if dealt else ordered[first : first + shard_size]
@@ -102,7 +112,7 @@ def write_data_dir(
     ]
     pq.write_table(pa.Table.from_pylist(vocabulary, VOCABULARY_SCHEMA), directory / VOCABULARY_FILE)
     files = {name: file_sha256(directory / name) for name in (INDEX_FILE, VOCABULARY_FILE)}
-    Manifest(
+    manifest = Manifest(
         splits=entries,
         files=files,
         vocabulary_fingerprint=files[VOCABULARY_FILE],
@@ -110,8 +120,62 @@ def write_data_dir(
         embedding_dim=None,
         options={},
         fingerprint=hashlib.sha256("".join(files.values()).encode()).hexdigest(),
-    ).save(directory)
+    )
+    manifest.save(directory)
+    _write_whole_patients(directory, manifest, splits, index_rows)
     return directory
+
+
+def _write_whole_patients(
+    directory: Path, manifest: Manifest, splits: Mapping[str, Sequence[Patient]], index_rows: list[dict[str, Any]]
+) -> None:
+    """Write the task ``default``, whose samples are whole patients, with pyarrow alone."""
+    labels = {patient.patient_id: patient.label for patients in splits.values() for patient in patients}
+    times = {"prediction_time": None, "prediction_minute": None}
+    rows = [row | times | {"label": labels[row["patient_id"]]} for row in index_rows]
+    rows = [{name: row[name] for name in TASK_SCHEMA.names} for row in rows]
+    (directory / "tasks").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, TASK_SCHEMA), directory / "tasks" / "default.parquet")
+    counts = {
+        split: SampleCounts(
+            num_samples=len(patients),
+            num_patients=len(patients),
+            num_labelled=sum(patient.label is not None for patient in patients),
+            num_positive=sum(patient.label == 1 for patient in patients),
+            num_without_events=0,
+        )
+        for split, patients in splits.items()
+    }
+    Task(
+        name="default",
+        kind="binary",
+        data=manifest.fingerprint,
+        table_sha256=file_sha256(directory / "tasks" / "default.parquet"),
+        times=None,
+        splits=counts,
+        shards={entry.path: entry.num_patients for entry in manifest.all_shards()},
+        excluded_codes=[],
+        labels_from="labels.csv",
+        labels_without_patient=0,
+    ).save(directory)
+
+
+def add_task(
+    directory: Path, samples: Sequence[tuple[Patient, float | None, int | None]], name: str = "default"
+) -> Task:
+    """Add a task of samples: a patient, a prediction minute and a label each."""
+    import polars as pl  # preparation alone needs it; training on a GPU runs without
+
+    from pipeline.prepare.sources.labels import Labels
+    from pipeline.prepare.tasks import write_task
+
+    columns = {
+        "patient_id": pl.Series([patient.patient_id for patient, *_ in samples], dtype=pl.String),
+        "label": pl.Series([label for *_, label in samples], dtype=pl.Int8),
+    }
+    if any(minute is not None for _, minute, _ in samples):
+        columns["prediction_minute"] = pl.Series([minute for _, minute, _ in samples], dtype=pl.Float64)
+    return write_task(directory, Manifest.load(directory), name, Labels("labels.csv", pl.DataFrame(columns)))
 
 
 def in_stored_order(patients: Sequence[Patient]) -> list[Patient]:
@@ -143,7 +207,6 @@ def shard_table(patients: Sequence[Patient]) -> pa.Table:
     rows = [
         {
             "patient_id": patient.patient_id,
-            "label": patient.label,
             "num_events": patient.num_events,
             "num_sets": patient.num_sets,
             "minute": [minute for minute, _ in patient.sets],
@@ -160,7 +223,6 @@ def _index_row(split: str, path: str, position: int, patient: Patient) -> dict[s
     return {
         "patient_id": patient.patient_id,
         "split": split,
-        "label": patient.label,
         "shard": path,
         "position": position,
         "num_events": patient.num_events,

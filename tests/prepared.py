@@ -40,7 +40,11 @@ class Prepared:
 
 
 def read_prepared(directory: Path) -> Prepared:
-    """What lies in ``directory``; a split's shards one after the other."""
+    """What lies in ``directory``; a split's shards one after the other, with labels of the task ``default``."""
+    task = directory / "tasks" / "default.parquet"
+    rows = pq.ParquetFile(task).read().to_pylist() if task.exists() else []
+    rows = [row for row in rows if row["prediction_time"] is row["prediction_minute"] is None]
+    labels = {row["patient_id"]: row["label"] for row in rows}
     manifest = json.loads((directory / "manifest.json").read_text())
     patients: dict[str, list[StoredPatient]] = {split: [] for split in SPLITS}
     for split in SPLITS:
@@ -54,7 +58,7 @@ def read_prepared(directory: Path) -> Prepared:
                     (minute, events[start:end])
                     for minute, start, end in zip(row["minute"], [0, *ends], ends, strict=False)
                 ]
-                patients[split].append((row["patient_id"], row["label"], sets))
+                patients[split].append((row["patient_id"], labels.get(row["patient_id"]), sets))
     vocabulary = pq.ParquetFile(directory / "vocabulary.parquet").read().to_pylist()
     rejects = pq.ParquetFile(directory / "rejects.parquet").read()
     return Prepared(
@@ -100,8 +104,10 @@ def expected(
     split_of = {patient: (splits or {}).get(patient, SPLITS[rule.assign_splits([patient])[0]]) for patient in stays}
     train = [stay for patient, stay in stays.items() if split_of[patient] == "train"]
     limited = _limit_outliers(stays, train, rules, rejects) if rules.outlier_std is not None else set()
+    set_minute: dict[tuple[str, float], float | None] = {}
     for patient, stay in list(stays.items()):
         for key, events in list(stay.items()):
+            set_minute[patient, key] = min((minute for *_, minute in events if minute is not None), default=None)
             stay[key] = _aggregated(events, rules.aggregate)
             rejects["aggregated"] += len(events) - len(stay[key])
             if not events:  # all of them outliers
@@ -122,14 +128,15 @@ def expected(
         sets = []
         for key in sorted(stay):
             events = []
-            for variable, number, _ in stay[key]:
+            for variable, number, event_minute in stay[key]:
                 code = code_of.get(variable, 1)
                 _, _, mean, std = vocabulary[code]
                 scaled = None if number is None else (number - mean) / std
-                events.append((code, variable, math.inf if number is None else number, scaled))
-            minute = None if math.isinf(key) else min(minute for *_, minute in stay[key] if minute is not None)
+                at = event_minute or 0.0
+                events.append((at, code, variable, math.inf if number is None else number, scaled))
+            minute = set_minute[patient, key]
             sets.append(
-                (minute, [(code, scaled) for code, _, _, scaled in sorted(events, key=lambda event: event[:3])])
+                (minute, [(code, scaled) for _, code, _, _, scaled in sorted(events, key=lambda event: event[:4])])
             )
         patients[split_of[patient]].append((patient, labels.get(patient), sets))
     for stored in patients.values():
@@ -193,7 +200,7 @@ def _aggregated(events: list[Event], how: str) -> list[Event]:
         if numbers:
             number = float(np.mean([value for _, value in numbers])) if how == "mean" else max(numbers)[1]
         minutes = [minute for _, minute in same if minute is not None]
-        merged.append((variable, number, min(minutes) if minutes else None))
+        merged.append((variable, number, max(minutes) if minutes else None))
     return merged
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.prepare.command import PreprocessOptions
 from pipeline.reports.plan_table import CommandLine
+from pipeline.tasks import AddCommand
 from training.options import TrainOptions
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,11 @@ ROOMS = "pipeline|model|training|tests|benchmarks|docs"
 TESTS: dict[str, str] = {}
 for path in ROOT.glob("tests/**/test_*.py"):
     TESTS[path.name] = TESTS.get(path.name, "") + path.read_text(encoding="utf-8")
-SECTIONS = [kind for tree in (TrainOptions, PreprocessOptions, CommandLine) for kind in get_type_hints(tree).values()]
+SECTIONS = [
+    kind
+    for tree in (TrainOptions, PreprocessOptions, CommandLine, AddCommand)
+    for kind in get_type_hints(tree).values()
+]
 NAMES = {field.name for section in SECTIONS for field in fields(section)} | {"config", "help"}
 BENCHMARK_FLAGS = set(re.findall(r'"--(\w+)"', "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
 FOREIGN_FLAGS = {"nthreads", "memory-limit", "cov", "cov-branch"}  # of Dask and pytest

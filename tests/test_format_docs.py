@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 import preprocess
-from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA, VOCABULARY_SCHEMA
+from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA, TASK_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.prepare.clean import REJECTS_SCHEMA
 from pipeline.schema import FORMAT_VERSION
 from tests.conftest import closing_files
@@ -53,6 +53,7 @@ def words(dtype: pa.DataType) -> str:
     [
         ("Shards", SHARD_SCHEMA),
         ("index.parquet", INDEX_SCHEMA),
+        ("tasks/NAME.parquet", TASK_SCHEMA),
         ("vocabulary.parquet", VOCABULARY_SCHEMA),
         ("rejects.parquet", REJECTS_SCHEMA),
     ],
@@ -60,7 +61,9 @@ def words(dtype: pa.DataType) -> str:
 def test_every_column_is_there_with_its_dtype_and_whether_it_may_be_null(heading: str, schema: pa.Schema) -> None:
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     said = {}
-    for names, dtype, text in re.findall(r"^\| (`.*?`) \| ([a-z][a-z0-9 ]*) \| (.*) \|$", section, flags=re.MULTILINE):
+    for names, dtype, text in re.findall(
+        r"^\| (`.*?`) \| ([a-z][a-z0-9 \[\]]*) \| (.*) \|$", section, flags=re.MULTILINE
+    ):
         said |= dict.fromkeys(re.findall(r"`(\w+)`", names), (dtype, "null" in text))
 
     def may_be_null(field: pa.Field) -> bool:

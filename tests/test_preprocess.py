@@ -37,7 +37,8 @@ def test_synthetic_patients_from_the_command_line_to_batches(
     output = tmp_path / "data"
     assert run(*SYNTHETIC, "--output", output, "--split_fractions", "0.5,0.25,0.25", "--seed", 1) == 0
     assert sorted(path.name for path in output.iterdir() if path.name not in SPLITS) == [
-        "index.parquet", "manifest.json", "rejects.parquet", "report.html", "summary.json", "vocabulary.parquet",
+        "index.parquet", "manifest.json", "rejects.parquet", "report.html", "summary.json", "tasks",
+        "vocabulary.parquet",
     ]  # fmt: skip
     printed = capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())

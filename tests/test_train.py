@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [5, 10]
     predictions = pq.read_table(finished / "predictions_test.parquet")
     assert predictions.column_names == ["patient_id", "label", "probability"]
-    stored = pq.read_table(data / "index.parquet").to_pylist()
+    stored = pq.read_table(data / "tasks" / "default.parquet").to_pylist()
     expected = {row["patient_id"]: row["label"] for row in stored if row["split"] == "test"}
     assert dict(zip(predictions["patient_id"].to_pylist(), predictions["label"].to_pylist(), strict=True)) == expected
 
@@ -255,6 +255,13 @@ def test_a_checkpoint_is_evaluated_on_new_patients(tmp_path: Path, capsys: pytes
     metrics = json.loads((tmp_path / "evaluation" / "evaluation_test.json").read_text())
     assert (metrics["num_labelled"], metrics["num_unlabelled"]) == (8, 1)
 
+    unlabelled = prepare("unlabelled", str(tmp_path / "new.csv"), "--like", old)
+    assert run(unlabelled, tmp_path / "predicted", "--evaluate", best) == 0
+    assert "has no task default; whole patients are evaluated, without labels" in capsys.readouterr().err
+    again = pq.read_table(tmp_path / "predicted" / "predictions_test.parquet").to_pylist()
+    assert [row["probability"] for row in again] == [row["probability"] for row in predictions]
+    assert {row["label"] for row in again} == {None}
+
     other = prepare("other", str(tmp_path / "new.csv"))
     capsys.readouterr()
     assert run(other, tmp_path / "refused", "--evaluate", best, "--evaluate_split", "train") == 2
@@ -328,7 +335,7 @@ def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None
     assert run(data, tmp_path, "--objective", "pretrain", "--max_epochs", "1", "--weight_decay", "0") == 0
     options = TrainOptions(data=DataOptions(data_dir=str(data)), run=RunOptions(output_dir="-"))
     folder = options.data.open_folder()
-    found = DataSet(options=options.data, folder=folder, manifest=Manifest.load(folder), quarantined={})
+    found = DataSet(options=options.data, folder=folder, manifest=Manifest.load(folder), task=None, quarantined={})
     untrained = build_model(options.model, found, seed=0).state_dict()
     after = weights(tmp_path)
     assert torch.equal(after["head.ensemble.output"], untrained["head.ensemble.output"])
@@ -503,7 +510,7 @@ def test_what_one_machine_finds_bad_all_leave_out(data: Path, tmp_path: Path) ->
         options = DataOptions(data_dir=str(copies[rank // 2]), on_bad_shard="quarantine")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(World, "gather", gather)
-            return agree_on_data(options, manifest, world, "train", "valid")
+            return agree_on_data(options, manifest, world, None, "train", "valid")
 
     for rank in range(4):
         agree(rank, None)

@@ -25,8 +25,8 @@ def fit_baselines(
     """Return metrics on the labelled patients of ``test`` of models fitted to those of ``train``, if these have both
     outcomes.
     """
-    x_train, y_train = summaries(train, num_codes)
-    x_test, y_test = summaries(test, num_codes)
+    x_train, y_train, _ = summaries(train, num_codes)
+    x_test, y_test, patient_id = summaries(test, num_codes)
     seen = np.isfinite(x_train).any(axis=0)
     models = {
         "trees": HistGradientBoostingClassifier(
@@ -40,13 +40,16 @@ def fit_baselines(
     if len(np.unique(y_train)) > 1 and len(y_test):
         for name, model in models.items():
             model.fit(x_train[:, seen], y_train)
-            result[name] = evaluate_predictions(y_test, model.predict_proba(x_test[:, seen])[:, 1])
+            probability = model.predict_proba(x_test[:, seen])[:, 1]
+            result[name] = evaluate_predictions(y_test, probability, patient_id=patient_id)
     return result
 
 
-def summaries(batches: Iterable[PatientBatch], num_codes: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """[P, num_codes × SUMMARIES], NaN where a variable has no number, and [P] labels, of the labelled patients."""
-    rows, labels = [np.zeros((0, num_codes * SUMMARIES))], list[int]()
+def summaries(
+    batches: Iterable[PatientBatch], num_codes: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], list[str]]:
+    """Return [P, num_codes × SUMMARIES] of the labelled samples, NaN where a variable has no number, labels and ids."""
+    rows, labels, patient_id = [np.zeros((0, num_codes * SUMMARIES))], list[int](), list[str]()
     for batch in batches:
         event_offsets = batch.set_offsets[batch.patient_offsets].tolist()
         for b, label in enumerate(batch.label.tolist()):
@@ -61,4 +64,5 @@ def summaries(batches: Iterable[PatientBatch], num_codes: int) -> tuple[npt.NDAr
                 row[variable] = (own.mean(), own.min(), own.max(), own[0], own[-1], len(own))
             rows.append(row.reshape(1, -1))
             labels.append(label)
-    return np.concatenate(rows), np.array(labels, dtype=np.int64)
+            patient_id.append(batch.patient_id[b])
+    return np.concatenate(rows), np.array(labels, dtype=np.int64), patient_id

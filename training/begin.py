@@ -21,6 +21,7 @@ from training.budget import measure_step_memory
 from training.checkpoint import Checkpoint
 from training.data import BatchPreparer, DataSet, agree_on_data
 from training.graphs import StepGraphs
+from training.meds_predictions import check_meds_task
 from training.memory import StepMemory
 from training.options import TrainOptions, check_resume
 from training.parallel import World, choose_threads
@@ -43,10 +44,12 @@ is better used by the thread that prepares batches."""
 def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     """Build a run, or restore that of ``--output_dir``, where options, data and files allow it."""
     directory = Path(options.run.output_dir)
-    data = agree_on_data(options.data, manifest, world, *manifest.splits)
-    if not data.num_patients["train"]:
+    saved = find_checkpoint(options, directory, world)  # before the data: a task that differs is refused by its flag
+    data = agree_on_data(options.data, manifest, world, options.task, *manifest.splits)
+    if options.evaluation.meds_predictions:
+        check_meds_task(data.manifest, data.task)
+    if not data.num_samples["train"]:
         raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
-    saved = find_checkpoint(options, directory, world)
     best = find_best(saved, directory)
     threads = saved.state["progress"]["threads"] if saved and options.run.threads is None else options.run.threads
     threads = choose_threads(threads, world, limit=THREAD_LIMIT[options.model.preset])

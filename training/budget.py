@@ -74,7 +74,7 @@ def _measure_peaks(model: SeqSetVAE, data: DataSet, alone: World, options: Train
 
 def _largest_batch_size(data: DataSet, world: World, peak: CostModel, step_bytes: float, *, seed: int) -> int:
     """Return the largest batch size, a power of two a device, whose dearest batch fits and that leaves enough steps."""
-    maximum = max(data.num_patients["train"] // MIN_STEPS, world.size)
+    maximum = max(data.num_samples["train"] // MIN_STEPS, world.size)
     size = world.size
     while size * 2 <= maximum:
         loader = data.open_loader("train", seed=seed, shuffle=True, world=world.alone(), batch_size=size * 2)

@@ -16,11 +16,16 @@ METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "min_se_ppv": "min(Se, +P)", "bri
 
 
 def write_model_card(
-    config: SeqSetVAEConfig, options: TrainOptions, patients: Mapping[str, int], summary: Mapping[str, Any]
+    config: SeqSetVAEConfig,
+    options: TrainOptions,
+    num_samples: Mapping[str, int],
+    summary: Mapping[str, Any],
+    unit: str = "patients",
 ) -> str:
     """Return what someone who is handed the checkpoint must know, in Markdown (Mitchell et al. 2019, arXiv:1810.03993).
 
-    ``patients`` has the number of patients of each split, and ``summary`` what ``summary.json`` has.
+    ``num_samples`` has the number of samples of each split, which are called ``unit``, and ``summary`` what
+    ``summary.json`` has.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training"),
@@ -32,11 +37,12 @@ def write_model_card(
     return environment.get_template("model_card.md.jinja").render(
         loss=options.loss,
         metrics=METRICS,
-        patients=patients,
+        num_samples=num_samples,
         preset=options.model.preset,
         seed=options.run.seed,
         summary=summary,
         torch_version=torch.__version__,
+        unit=unit,
         variables=config.num_codes - FIRST_CODE,
         width=config.width,
     )

@@ -16,7 +16,7 @@ from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 SHAPELESS = ("dropout",)
 """Fields of the model's configuration that decide no weight's shape or meaning."""
@@ -50,6 +50,7 @@ class Checkpoint:
         vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
         options: of the run, by section and field, as ``config.yaml`` has them.
         state: as :meth:`training.state.TrainState.state_dict` gives it.
+        prevalence: share of positive samples in training, the answer for a sample without events; None = not known.
         metrics: of the validation that chose this checkpoint, with its ``epoch`` and ``step``; None in ``last.pt``.
     """
 
@@ -57,6 +58,7 @@ class Checkpoint:
     vocabulary_fingerprint: str
     options: dict[str, Any]
     state: dict[str, Any]
+    prevalence: float | None = None
     metrics: dict[str, Any] | None = None
     version: int = CHECKPOINT_VERSION
 

@@ -15,7 +15,9 @@ from model.capacity import BatchShape
 from model.losses import LossCounts
 from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.samples import SampleIndex
 from pipeline.dataset.shards import check_shards
+from pipeline.dataset.tasks import Task
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader, make_loader
 from pipeline.loading.options import BatchOptions
@@ -41,6 +43,10 @@ class DataOptions(BatchOptions):
     """Data and batches."""
 
     data_dir: str = option("", "Data set made by preprocess.py: a folder, or a URL such as s3://bucket/prefix.")
+    task: str | None = option(
+        None, "Task whose samples are used: what they predict, and when. Default: the task named default, which "
+        "preprocess.py makes; with --objective pretrain whole patients.",
+    )  # fmt: skip
     cache_dir: str | None = option(None, "Folder in which files of a URL are cached: a new folder or an older cache.")
     cache_bytes: str = option(
         CACHE_BYTES, "Maximum size of the shard cache, e.g. 8GB. Least recently used shards are evicted."
@@ -78,11 +84,15 @@ class DataOptions(BatchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """The data set of a run: the same shards on every rank; some are ``quarantined``, by split, as they are bad."""
+    """The data set of a run: the same shards on every rank; some are ``quarantined``, by split, as they are bad.
+
+    Without a ``task`` a sample is a whole patient, who has no label.
+    """
 
     options: DataOptions
     folder: Folder
     manifest: Manifest
+    task: Task | None
     quarantined: dict[str, list[ShardEntry]]
 
     @property
@@ -94,14 +104,20 @@ class DataSet:
         return {split: sum(entry.num_patients for entry in entries) for split, entries in self.quarantined.items()}
 
     @property
-    def num_patients(self) -> dict[str, int]:
-        """Number of patients of each split that are used."""
-        return {split: sum(entry.num_patients for entry in shards) for split, shards in self.manifest.splits.items()}
+    def num_samples(self) -> dict[str, int]:
+        """Number of samples with events of each split that are used; without a task the number of patients."""
+        count = SampleIndex(self.folder, self.manifest, self.task).count
+        return {split: sum(map(count, shards)) for split, shards in self.manifest.splits.items()}
+
+    @property
+    def unit(self) -> str:
+        """Return what a sample is called: whole patients are patients."""
+        return "patients" if self.task is None or self.task.times is None else f"samples of task {self.task.name}"
 
     def describe(self) -> str:
-        """Return the patients of each split and the number of variables in one line."""
-        counts = [f"{patients:,} {split}" for split, patients in self.num_patients.items()]
-        return f"patients: {', '.join(counts)}; {self.manifest.num_codes - FIRST_CODE} variables"
+        """Return the samples of each split and the number of variables in one line."""
+        counts = ", ".join(f"{samples:,} {split}" for split, samples in self.num_samples.items())
+        return f"{self.unit}: {counts}; {self.manifest.num_codes - FIRST_CODE} variables"
 
     def open_loader(
         self, split: str, *, world: World, preparer: BatchPreparer | None = None, **arguments: Any
@@ -117,22 +133,24 @@ class DataSet:
             settings |= {"batch_size": memory.batch_size, "max_cost": memory.batch_bytes, "budget": memory.peak}
         elif settings["batch_size"] == "auto":
             settings["batch_size"] = DEFAULT_BATCH_SIZE
-        settings |= {"split": split, "quarantined": self.quarantined_shards, **arguments}
+        settings |= {"split": split, "task": self.task, "quarantined": self.quarantined_shards, **arguments}
         return make_loader(self.folder, manifest=self.manifest, **settings)
 
 
-def agree_on_data(options: DataOptions, manifest: Manifest, world: World, *splits: str) -> DataSet:
-    """Return the data set that all ranks use, without the shards of ``splits`` that are bad on any machine.
+def agree_on_data(options: DataOptions, manifest: Manifest, world: World, task: str | None, *splits: str) -> DataSet:
+    """Return the data set that all ranks use, with the named task, without shards of ``splits`` bad on any machine.
 
     Plans are made of the shards that there are, so all ranks must know of all bad ones before they plan.  Machines may
     hold copies of a data set: each checks all shards, and what is bad on one is left out by all.
     """
     folder, found = options.open_folder(), dict[str, str]()
+    opened = None if task is None else Task.load(folder, manifest, task)
     if options.on_bad_shard == "quarantine":
         entries = [entry for split in splits for entry in manifest.splits.get(split, [])]
         found = check_shards(folder, entries[world.local_rank :: world.local_size])
-    answers = world.gather((manifest.fingerprint, found))
-    if any(fingerprint != manifest.fingerprint for fingerprint, _ in answers):
+    identity = (manifest.fingerprint, opened and opened.table_sha256)
+    answers = world.gather((identity, found))
+    if any(other != identity for other, _ in answers):
         raise UserError(f"--data_dir {folder}: not the same data set on all machines; copy it anew, or start again")
     bad = {path: reason for _, answer in answers for path, reason in answer.items()}
     quarantined: dict[str, list[ShardEntry]] = {}
@@ -141,7 +159,8 @@ def agree_on_data(options: DataOptions, manifest: Manifest, world: World, *split
         for entry in quarantined[split]:
             left_out = f"its {entry.num_patients:,} {split} patients are left out"
             log_main(world, f"warning: {folder}/{entry.path}: {bad[entry.path]}; {left_out}")
-    return DataSet(options=options, folder=folder, manifest=manifest.without(bad), quarantined=quarantined)
+    manifest = manifest.without(bad)
+    return DataSet(options=options, folder=folder, manifest=manifest, task=opened, quarantined=quarantined)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +203,8 @@ class BatchPreparer:
     def __call__(self, batch: PatientBatch, place: BatchPlace) -> ReadyBatch:
         seen = batch
         if self.padded:
-            seen = PatientBatch.from_padded(batch.to_padded(pad_to=self.pad_to), batch.patient_id)
+            padded = batch.to_padded(pad_to=self.pad_to)
+            seen = PatientBatch.from_padded(padded, batch.patient_id, batch.prediction_time)
         whole = place.counts
         counts = LossCounts(num_events=whole.num_events, num_sets=whole.num_sets, num_labelled=whole.num_labelled)
         if self.seed is not None and self.event_dropout:

@@ -26,6 +26,7 @@ from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UNLABELLED
 from pipeline.storage.files import replace_atomically, write_atomically
 from training.data import BatchPreparer, DataSet
+from training.meds_predictions import choose_threshold, write_meds_predictions
 from training.memory import StepMemory
 from training.options import TrainOptions
 from training.parallel import World
@@ -47,7 +48,8 @@ def go_on() -> None:
 class Evaluator:
     """Evaluates a model, trained for the loss of ``options``, on the splits of a data set.
 
-    Without ``memory`` batches have no budget; ``check_stop`` is called between them, and may raise.
+    Without ``memory`` batches have no budget; ``check_stop`` is called between them, and may raise.  ``prevalence``
+    answers samples without events, see :func:`training.validation.add_empty_samples`.
     """
 
     options: TrainOptions
@@ -55,6 +57,7 @@ class Evaluator:
     world: World
     memory: StepMemory | None = None
     check_stop: Callable[[], None] = go_on
+    prevalence: float | None = None
 
     def open_loader(self, split: str) -> PatientLoader:
         """Return a loader over a split, in order of length, whose batches are prepared without noise."""
@@ -64,16 +67,28 @@ class Evaluator:
 
     def validate(self, model: SeqSetVAE, split: str) -> tuple[dict[str, Any], pa.Table]:
         """Return metrics and predictions of a split, see :func:`training.validation.validate`."""
-        return validate(model, self.open_loader(split), self.options, self.world, self.check_stop)
+        loader = self.open_loader(split)
+        return validate(model, loader, self.options, self.world, self.check_stop, self.prevalence)
 
     def evaluate_split(self, model: SeqSetVAE, split: str) -> dict[str, Any]:
-        """Return metrics of a split with bootstrap intervals; write ``predictions_<split>.parquet``."""
+        """Return metrics of a split with bootstrap intervals; write ``predictions_<split>.parquet``.
+
+        With ``--meds_predictions`` they are written as MEDS has them too, by a threshold of the validation split.
+        """
         metrics, predictions = self.validate(model, split)
+        directory, threshold = Path(self.options.run.output_dir), None
+        if self.options.evaluation.meds_predictions and self.options.loss.learns_outcome:
+            _, valid = self.validate(model, "valid")
+            threshold = choose_threshold(labels_of(valid), valid["probability"].to_numpy())
         if self.world.is_main:
-            with replace_atomically(Path(self.options.run.output_dir) / f"predictions_{split}.parquet") as path:
+            with replace_atomically(directory / f"predictions_{split}.parquet") as path:
                 pq.write_table(predictions, path, write_page_checksum=True)
+            if threshold is not None:
+                write_meds_predictions(directory, split, predictions, threshold)
+                metrics["threshold"] = threshold
             if self.options.loss.learns_outcome:
-                metrics |= evaluate_predictions(labels_of(predictions), predictions["probability"].to_numpy())
+                probability, patient_id = predictions["probability"].to_numpy(), predictions["patient_id"].to_pylist()
+                metrics |= evaluate_predictions(labels_of(predictions), probability, patient_id=patient_id)
         return metrics
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from training.state import build_model
 def inspect_batches(options: TrainOptions, manifest: Manifest) -> int:
     """Print number, shapes, padding, a forward pass and memory of batches of 1, 2, 4 and 8 patients; return 0."""
     world, seed = World(0, 1, torch.device("cpu")), options.run.seed
-    data = agree_on_data(options.data, manifest, world, "train")
+    data = agree_on_data(options.data, manifest, world, options.task, "train")
     model = build_model(options.model, data, seed=seed).eval()
     print(data.describe())
     for batch_size in (1, 2, 4, 8):

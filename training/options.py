@@ -11,7 +11,7 @@ from typing import Any, Literal
 from model.config import ModelOptions
 from model.losses import LossOptions
 from pipeline.options import Section, option, parse_options, to_dict
-from pipeline.schema import UserError
+from pipeline.schema import DEFAULT_TASK, UserError
 from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
 from training.schedule import OptimisationOptions
@@ -62,6 +62,10 @@ class EvaluationOptions(Section):
         False, "With --evaluate: fit trees and logistic regression to summaries of each variable of the train split, "
         "and evaluate them on the same patients.",
     )  # fmt: skip
+    meds_predictions: bool = option(
+        False, "Write predictions in the schema of MEDS too, into predictions_meds; a threshold is chosen on the "
+        "validation split.",
+    )  # fmt: skip
     export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
     inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
 
@@ -76,6 +80,11 @@ class TrainOptions:
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     run: RunOptions = field(default_factory=RunOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    @property
+    def task(self) -> str | None:
+        """Return the name of the task whose samples are used; None = whole patients."""
+        return self.data.task or (DEFAULT_TASK if self.loss.learns_outcome else None)
 
     def __post_init__(self) -> None:
         if not self.data.data_dir:
@@ -108,8 +117,8 @@ class AtResume(Enum):
 
 _FLAGS = {
     AtResume.SAME: (
-        "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing", "bucket_width",
-        "group_events", "seed", "preset", "event_form", "objective", "precision",
+        "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing",
+        "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision",
     ),
     AtResume.OBEYED: (
         "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",
@@ -120,7 +129,7 @@ _FLAGS = {
     ),
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",
-        "evaluate_split", "baselines", "export_latents", "inspect",
+        "evaluate_split", "baselines", "meds_predictions", "export_latents", "inspect",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,12 +34,19 @@ class Ranks(NamedTuple):
     auprc: float | None
 
 
-def evaluate_predictions(label: Labels, probability: npt.NDArray[np.floating[Any]], *, seed: int = 0) -> Metrics:
+def evaluate_predictions(
+    label: Labels,
+    probability: npt.NDArray[np.floating[Any]],
+    *,
+    patient_id: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Metrics:
     """Return metrics of binary predictions, each with a 95 % percentile interval of the bootstrap over patients.
 
     Args:
-        label: [P] int64, 0 or 1; -1 where a patient is unlabelled: left out, and counted.
+        label: [P] int64, 0 or 1; -1 where a sample is unlabelled: left out, and counted.
         probability: [P], of label 1.
+        patient_id: P ids; samples of one patient are drawn together.  None = each is of another patient.
         seed: of the resamples, of which there are ``NUM_RESAMPLES``.
 
     Returns:
@@ -60,7 +67,10 @@ def evaluate_predictions(label: Labels, probability: npt.NDArray[np.floating[Any
     evaluation: Metrics = {"num_labelled": len(label_P), "num_unlabelled": len(label) - len(label_P)}
     evaluation["num_positive"] = int(label_P.sum())
     metrics = _metrics_of(label_P, probability_P)
-    resamples = _bootstrap(metrics, len(label_P), seed)
+    patient_P = np.arange(len(label_P))
+    if patient_id is not None:
+        patient_P = np.unique(np.array(patient_id, object)[label != UNLABELLED].astype(str), return_inverse=True)[1]
+    resamples = _bootstrap(metrics, patient_P, seed)
     for name, value in metrics(np.ones(len(label_P))).items():
         drawn = np.array([resample[name] for resample in resamples if resample[name] is not None], np.float64)
         known = value is not None and len(drawn)
@@ -109,9 +119,10 @@ def _metrics_of(label_P: Labels, probability_P: Floats) -> Callable[[Floats], Me
     return metrics
 
 
-def _bootstrap(metrics: Callable[[Floats], Metrics], num_patients: int, seed: int) -> list[Metrics]:
-    """Return the metrics of each resample of the patients; none without patients."""
-    rng = np.random.default_rng(seed)
+def _bootstrap(metrics: Callable[[Floats], Metrics], patient_P: Labels, seed: int) -> list[Metrics]:
+    """Return the metrics of each resample of the patients, who are numbered from 0; none without patients."""
+    rng, num_patients = np.random.default_rng(seed), int(patient_P.max(initial=-1)) + 1
     with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
         draws = (rng.integers(num_patients, size=num_patients) for _ in range(NUM_RESAMPLES if num_patients else 0))
-        return [metrics(np.bincount(drawn, minlength=num_patients).astype(np.float64)) for drawn in draws]
+        times = (np.bincount(drawn, minlength=num_patients).astype(np.float64) for drawn in draws)
+        return [metrics(weight[patient_P]) for weight in times]

@@ -231,6 +231,7 @@ class Run:
                 vocabulary_fingerprint=self.data.manifest.vocabulary_fingerprint,
                 options=to_dict(self.options),
                 state=self.state.state_dict(),
+                prevalence=None if self.data.task is None else self.data.task.prevalence(),
                 metrics=metrics,
             ).save(self.directory / "checkpoints" / f"{name}.pt")
 

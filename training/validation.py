@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
+from pipeline.loading.batch import PredictionTime
 from pipeline.loading.loader import PatientLoader
 from pipeline.machine import release_free_memory
-from pipeline.schema import UNLABELLED, UserError
+from pipeline.schema import PREDICTION_MINUTE, PREDICTION_TIME, UNLABELLED, UserError
 from training.collapse import CollapseGauges, is_collapsed
 from training.data import BatchPreparer
 from training.memory import halve, is_out_of_memory
@@ -51,7 +53,12 @@ def forward_in_parts(
 
 @torch.no_grad()
 def validate(
-    model: SeqSetVAE, loader: PatientLoader, options: TrainOptions, world: World, check_stop: Callable[[], None]
+    model: SeqSetVAE,
+    loader: PatientLoader,
+    options: TrainOptions,
+    world: World,
+    check_stop: Callable[[], None],
+    prevalence: float | None = None,
 ) -> tuple[dict[str, Any], pa.Table]:
     """Evaluate a model on a split, and leave it in eval mode.
 
@@ -59,15 +66,17 @@ def validate(
     on all ranks, and may raise.
 
     Returns:
-        The metrics (None where the objective does not use one), and the predictions ``patient_id, label (null =
-        unlabelled), probability (null = no outcome head)``, sorted by patient; the same on every rank.
+        The metrics (None where the objective does not use one), and the predictions ``patient_id, prediction_time
+        (where the task has some), label (null = unlabelled), probability (null = no outcome head)``, sorted by patient
+        and time; the same on every rank.  A sample without events is answered with ``prevalence``.
     """
     model.eval()
     loss, optimisation = options.loss, options.optimisation
     sums, gauges = LossSums(world.device), CollapseGauges(model.config.width, world.device)
     one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
     counts = Counter[str]()
-    predictions = [predictions_of([], np.zeros(0, np.int64), np.zeros(0))]
+    times = loader.task.times if loader.task else None
+    predictions = [predictions_of([], [], np.zeros(0, np.int64), np.zeros(0), times)]
     for ready in loader:
         check_stop()
         for prepared, output in forward_in_parts(model, ready.parts, world, optimisation, loss):
@@ -76,10 +85,12 @@ def validate(
             gauges.update(output.posterior)
             label = prepared.batch.label.cpu().numpy()
             probability = output.probability.double().cpu().numpy() if loss.learns_outcome else label * np.nan
-            predictions.append(predictions_of(prepared.batch.patient_id, label, probability))
+            of_samples = prepared.batch.patient_id, prepared.batch.prediction_time
+            predictions.append(predictions_of(*of_samples, label, probability, times))
         counts.update(dataclasses.asdict(ready.counts))
     world.sum(gauges.sums)
-    table = pa.concat_tables([part for rank in world.gather(predictions) for part in rank]).sort_by("patient_id")
+    table = pa.concat_tables([part for rank in world.gather(predictions) for part in rank])
+    table = add_empty_samples(table, loader, prevalence if loss.learns_outcome else None)
     totals = sums.combine(world)
     if not np.isfinite([*totals.values()]).all() or (loss.learns_outcome and table["probability"].null_count):
         raise UserError("the model's outputs are not finite: its training has diverged; use an earlier checkpoint")
@@ -93,11 +104,42 @@ def validate(
     }, table
 
 
-def predictions_of(patient_id: list[str], label: npt.NDArray[np.int64], probability: npt.NDArray[Any]) -> pa.Table:
+TIME_TYPES = {"date": pa.timestamp("us"), "minute": pa.float64()}
+
+
+def predictions_of(
+    patient_id: list[str],
+    prediction_time: list[PredictionTime] | None,
+    label: npt.NDArray[np.int64],
+    probability: npt.NDArray[Any],
+    times: str | None,
+) -> pa.Table:
     """Return a table of predictions; a label of -1 and a probability that is not a number become null."""
-    labels = pa.array(label, pa.int8(), mask=label < 0)
-    columns = [pa.array(patient_id, pa.string()), labels, pa.array(probability, pa.float64(), from_pandas=True)]
-    return pa.table(columns, ["patient_id", "label", "probability"])
+    columns: dict[str, Any] = {"patient_id": pa.array(patient_id, pa.string())}
+    if times is not None:
+        columns["prediction_time"] = pa.array(prediction_time, TIME_TYPES[times])
+    columns["label"] = pa.array(label, pa.int8(), mask=label < 0)
+    return pa.table(columns | {"probability": pa.array(probability, pa.float64(), from_pandas=True)})
+
+
+def add_empty_samples(table: pa.Table, loader: PatientLoader, prevalence: float | None) -> pa.Table:
+    """Return predictions in order, with those of samples before their patient's first event.
+
+    All that is known of these is how frequent the outcome was in training: ``prevalence``, or that of the task's train
+    split; where neither is known, the mean of the other predictions.
+    """
+    empty, task = loader.read_empty_samples(), loader.task
+    keys = [(name, "ascending") for name in table.column_names[:-2]]
+    if not empty.num_rows or task is None:
+        return table.sort_by(keys)
+    answer = task.prevalence() if prevalence is None else prevalence
+    if answer is None:
+        answer = pc.mean(table["probability"]).as_py()
+    columns = {"patient_id": empty["patient_id"], "label": empty["label"]}
+    if task.times is not None:
+        columns["prediction_time"] = empty[PREDICTION_TIME if task.times == "date" else PREDICTION_MINUTE]
+    columns["probability"] = pa.array([answer] * empty.num_rows, pa.float64())
+    return pa.concat_tables([table, pa.table(columns).select(table.column_names)]).sort_by(keys)
 
 
 def labels_of(predictions: pa.Table) -> npt.NDArray[np.int64]:

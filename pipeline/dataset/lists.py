@@ -11,7 +11,10 @@ import pyarrow as pa
 from pipeline.arrays import offsets_from_sizes
 
 
-def to_lists(sizes: npt.NDArray[Any], values: npt.NDArray[Any]) -> pa.ListArray:
-    """Return lists of the given sizes, one after the other in ``values``; NaN becomes null."""
+def to_lists(
+    sizes: npt.NDArray[Any], values: npt.NDArray[Any], is_null: npt.NDArray[np.bool_] | None = None
+) -> pa.ListArray:
+    """Return lists of the given sizes, one after the other in ``values``; NaN becomes null, as do lists that are."""
     flat = pa.array(np.ascontiguousarray(values), from_pandas=True)
-    return pa.ListArray.from_arrays(offsets_from_sizes(sizes).astype(np.int32), flat)
+    mask = None if is_null is None else pa.array(is_null)
+    return pa.ListArray.from_arrays(pa.array(offsets_from_sizes(sizes).astype(np.int32)), flat, mask=mask)

@@ -12,26 +12,43 @@ SHARD_SUFFIXES: Final = {"parquet": (".parquet",), "webdataset": (".tar",), "bot
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("patient_id", pa.string(), nullable=False),
-        pa.field("label", pa.int8()),  # null = unlabelled
         pa.field("num_events", pa.int32(), nullable=False),
         pa.field("num_sets", pa.int32(), nullable=False),
         pa.field("minute", pa.list_(pa.field("item", pa.float64())), nullable=False),  # a set; null = the static set
         pa.field("set_size", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # a set
         pa.field("code", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),  # an event
         pa.field("value", pa.list_(pa.field("item", pa.float32())), nullable=False),  # an event; null = no number
+        # An event; null = each has the minute of its set.  Only windows are made of it, so training does not read it.
+        pa.field("event_minute", pa.list_(pa.field("item", pa.float64()))),
     ]
 )
+TRAINED_SCHEMA = pa.schema([field for field in SHARD_SCHEMA if field.name != "event_minute"])
+"""The columns of a shard that training reads."""
 
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("patient_id", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
-        pa.field("label", pa.int8()),
         pa.field("shard", pa.string(), nullable=False),  # path below the data directory
         pa.field("position", pa.int32(), nullable=False),  # row of the shard
         pa.field("num_events", pa.int32(), nullable=False),
         pa.field("num_sets", pa.int32(), nullable=False),
         pa.field("max_set_size", pa.int32(), nullable=False),
+        pa.field("time_origin", pa.timestamp("us")),  # of minute 0, UTC; null where the input has minutes
+    ]
+)
+
+TASK_SCHEMA = pa.schema(
+    [
+        pa.field("patient_id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),  # as in the index
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("prediction_time", pa.timestamp("us")),  # UTC; null where the labels have minutes or no time
+        pa.field("prediction_minute", pa.float64()),  # null = the whole patient
+        pa.field("label", pa.int8()),  # null = unlabelled
+        pa.field("num_events", pa.int32(), nullable=False),  # up to the prediction time, which may be before all
+        pa.field("num_sets", pa.int32(), nullable=False),
     ]
 )
 

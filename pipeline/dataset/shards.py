@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from pipeline.arrays import Floats, Ints, offsets_from_sizes
 from pipeline.dataset.manifest import ShardEntry
-from pipeline.dataset.schemas import SHARD_SCHEMA
+from pipeline.dataset.schemas import SHARD_SCHEMA, TRAINED_SCHEMA
 from pipeline.dataset.tables import read_parquet
 from pipeline.dataset.tars import read_tar, write_tar
-from pipeline.schema import UNLABELLED, UserError
+from pipeline.schema import UserError
 from pipeline.storage.files import file_sha256, replace_atomically
 from pipeline.storage.folder import BadFile, Folder, as_folder
 
@@ -40,7 +40,7 @@ class FlatPatients:
     code: npt.NDArray[np.int32]  # [E]
     value: npt.NDArray[np.float32]  # [E], 0 where the event has no number
     has_value: npt.NDArray[np.bool_]  # [E]
-    label: Ints  # [P], -1 where unlabelled
+    has_static: npt.NDArray[np.bool_]  # [P] whether a patient's first set is the static one
     patient_id: pa.StringArray  # [P]
 
 
@@ -91,11 +91,21 @@ def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = Tr
         UserError: the file is missing, its checksum is not the manifest's, or its content contradicts itself.
     """
     folder = as_folder(directory)
-    path, advice = f"{folder}/{entry.path}", f"the data set is damaged: {folder.repair_advice}"
+    return _flatten(read_rows(folder, entry, TRAINED_SCHEMA, verify=verify), entry, *_locate(folder, entry))
+
+
+def _locate(folder: Folder, entry: ShardEntry) -> tuple[str, str]:
+    """Return the path of a shard, and what to do where it is damaged."""
+    return f"{folder}/{entry.path}", f"the data set is damaged: {folder.repair_advice}"
+
+
+def read_rows(folder: Folder, entry: ShardEntry, schema: pa.Schema, *, verify: bool = True) -> pa.Table:
+    """Return the columns of ``schema``, some of ``SHARD_SCHEMA``, of one shard, each one array; raises as above."""
+    path, advice = _locate(folder, entry)
     try:
         with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=verify) as local:
             is_tar = entry.path.endswith(".tar")
-            rows = read_tar(local).cast(SHARD_SCHEMA) if is_tar else read_parquet(local, SHARD_SCHEMA)
+            rows = read_tar(local).select(schema.names).cast(schema) if is_tar else read_parquet(local, schema)
             table = rows.combine_chunks()
     except BadFile as error:
         patients = f"its {entry.num_patients:,} patients"
@@ -106,16 +116,17 @@ def read_shard(directory: Path | Folder, entry: ShardEntry, *, verify: bool = Tr
         raise UserError(f"{path}: cannot be read ({error}); {advice}") from None
     if not table.num_rows:
         raise UserError(f"{path}: holds no patients; {advice}")
-    return _flatten(table, entry, path, advice)
+    return table
 
 
 def _flatten(table: pa.Table, entry: ShardEntry, path: str, advice: str) -> FlatPatients:
     """Return the rows of a shard as flat arrays, which are compared with its entry."""
-    columns = {name: table[name].chunk(0) for name in SHARD_SCHEMA.names}
+    columns = {name: table[name].chunk(0) for name in TRAINED_SCHEMA.names}
     flat = {name: columns[name].flatten() for name in ("minute", "set_size", "code", "value")}
     set_size = flat["set_size"].to_numpy()
     patient_offsets = offsets_from_sizes(columns["num_sets"].to_numpy())
-    minute = _fill_static_minutes(flat["minute"].to_numpy(zero_copy_only=False), patient_offsets)
+    given_minute = flat["minute"].to_numpy(zero_copy_only=False)
+    minute = _fill_static_minutes(given_minute, patient_offsets)
     patients = FlatPatients(
         patient_offsets=patient_offsets,
         set_offsets=offsets_from_sizes(set_size),
@@ -123,10 +134,10 @@ def _flatten(table: pa.Table, entry: ShardEntry, path: str, advice: str) -> Flat
         code=flat["code"].to_numpy(),
         value=pc.fill_null(flat["value"], 0.0).to_numpy(),
         has_value=pc.is_valid(flat["value"]).to_numpy(zero_copy_only=False),
-        label=pc.fill_null(columns["label"].cast(pa.int64()), UNLABELLED).to_numpy(),
+        has_static=np.isnan(given_minute[np.minimum(patient_offsets[:-1], len(given_minute) - 1)]),
         patient_id=columns["patient_id"],
     )
-    sizes = (len(patients.label), len(patients.minute), len(patients.code), len(patients.value))
+    sizes = (len(patients.patient_id), len(patients.minute), len(patients.code), len(patients.value))
     expected = (entry.num_patients, entry.num_sets, entry.num_events, entry.num_events)
     ends = (patients.patient_offsets[-1], patients.set_offsets[-1])
     if sizes != expected or ends != (entry.num_sets, entry.num_events) or set_size.min() < 1:

@@ -14,21 +14,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.arrays import Ints
-from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, VOCABULARY_FILE, UserError
 from pipeline.storage.folder import Folder, as_folder
-
-LENGTHS = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
-Lengths = tuple[Ints, Ints]
-"""num_events [P] and num_sets [P], int64, of the patients of some shards, one shard after another."""
 
 
 def read_parquet(path: str | Path, schema: pa.Schema) -> pa.Table:
     """Return a Parquet file with exactly the columns of ``schema``, cast to its types."""
     # In this thread: others gain nothing here, and if memory is short Arrow waits for ever for one it cannot start.
     with pq.ParquetFile(path) as file:
-        return file.read(use_threads=False).select(schema.names).cast(schema)
+        return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)
 
 
 def read_index(directory: Path | Folder, manifest: Manifest) -> pa.Table:
@@ -43,7 +39,7 @@ def read_vocabulary(directory: Path | Folder, manifest: Manifest) -> pa.Table:
 
 def _read_table(directory: Path | Folder, manifest: Manifest, name: str, schema: pa.Schema) -> pa.Table:
     folder = as_folder(directory)
-    with open_checked(folder, manifest, name) as path, _report_damage(folder, name):
+    with open_checked(folder, manifest, name) as path, report_damage(folder, name):
         return read_parquet(path, schema)
 
 
@@ -51,7 +47,7 @@ def load_embeddings(directory: Path | Folder, manifest: Manifest) -> npt.NDArray
     """Return ``embeddings.npy``, [num_codes, embedding_dim] float32, checked against the manifest."""
     folder = as_folder(directory)
     with open_checked(folder, manifest, EMBEDDINGS_FILE) as path:
-        with _report_damage(folder, EMBEDDINGS_FILE):
+        with report_damage(folder, EMBEDDINGS_FILE):
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)  # allocates nothing for what the header claims
         if vectors.dtype != np.float32 or vectors.shape != (manifest.num_codes, manifest.embedding_dim):
             holds = f"holds {vectors.dtype} {vectors.shape}, the manifest says otherwise"
@@ -73,45 +69,46 @@ def open_checked(directory: Path | Folder, manifest: Manifest, name: str, *, ver
 
 
 @contextmanager
-def _report_damage(folder: Folder, name: str) -> Iterator[None]:
+def report_damage(folder: Folder, name: str) -> Iterator[None]:
+    """Turn what reading a damaged table raises into a UserError that names the file."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, EOFError, pa.ArrowException) as error:
         raise UserError(f"{folder}/{name}: cannot be read ({error}); {folder.repair_advice}") from None
 
 
-class LengthIndex:
-    """The lengths of patients, read from the row groups of ``index.parquet`` that hold the shards in question.
+class RowsByShard:
+    """Reads a table whose rows belong to shards, from the row groups that hold the shards in question.
 
-    The file is opened, and its checksum verified, when lengths are first read.
+    The file is opened, and its checksum verified, when rows are first read.
     """
 
-    def __init__(self, directory: Path | Folder, manifest: Manifest, *, verify: bool = True) -> None:
-        self._folder, self._manifest, self._verify = as_folder(directory), manifest, verify
+    def __init__(self, folder: Folder, name: str, sha256: str, schema: pa.Schema, *, verify: bool = True) -> None:
+        """Describe the table ``name`` of this checksum; ``schema`` has the columns to read, ``shard`` among them."""
+        self._folder, self._name, self._sha256, self._verify = folder, name, sha256, verify
+        self._schema = schema
         self._metadata: pq.FileMetaData | None = None
         self._shards_of_groups: list[tuple[str, str]] = []  # first and last shard of each row group
 
-    def read(self, entries: Sequence[ShardEntry]) -> Lengths:
-        """Return the lengths of the patients of some shards, in the order of ``entries`` and of their rows."""
-        paths, folder = [entry.path for entry in entries], self._folder
+    def read(self, paths: Sequence[str]) -> tuple[pa.Table, Ints]:
+        """Return the rows of the shards at ``paths``, one shard after another, and [N] the number of each row's shard.
+
+        The rows of a shard stay in the table's order.
+        """
+        folder, names = self._folder, self._schema.names
         with (
-            open_checked(folder, self._manifest, INDEX_FILE, verify=self._verify) as local,
-            _report_damage(folder, INDEX_FILE),
+            folder.local_file(self._name, self._sha256, verify=self._verify) as local,
+            report_damage(folder, self._name),
             pq.ParquetFile(local, metadata=self._metadata) as file,
         ):
             if self._metadata is None:
                 self._find_row_groups(file.metadata)
             ordered, groups = sorted(paths), enumerate(self._shards_of_groups)
             wanted = [group for group, (a, b) in groups if bisect_left(ordered, a) < bisect_right(ordered, b)]
-            table = file.read_row_groups(wanted, LENGTHS.names, use_threads=False).select(LENGTHS.names).cast(LENGTHS)
+            table = file.read_row_groups(wanted, names, use_threads=False).select(names).cast(self._schema)
         shard = pc.fill_null(pc.index_in(table["shard"], value_set=pa.array(paths, pa.string())), -1).to_numpy()
         order = np.argsort(shard, kind="stable")[np.count_nonzero(shard < 0) :]
-        num_events, num_sets = (table[name].to_numpy()[order].astype(np.int64) for name in ("num_events", "num_sets"))
-        sums = [np.bincount(shard[order], amount, len(paths)) for amount in (None, num_sets, num_events)]
-        claims = [(entry.num_patients, entry.num_sets, entry.num_events) for entry in entries]
-        if np.stack(sums, axis=1).tolist() != [list(claim) for claim in claims] or num_sets.min(initial=1) < 1:
-            raise UserError(f"{folder}/{INDEX_FILE}: contradicts the manifest; {folder.repair_advice}")
-        return num_events, num_sets
+        return table.take(order), shard[order].astype(np.int64)
 
     def _find_row_groups(self, metadata: pq.FileMetaData) -> None:
         column = metadata.schema.names.index("shard")

@@ -1,5 +1,8 @@
 """The batch: ragged twice, flat arrays with offsets; and its padded form.
 
+A sample is a whole patient, or a patient's events up to a prediction time; several samples of a batch may be of one
+patient, and in what follows each counts as a patient of its own.
+
 Shape suffixes: B patients, S sets in all, E events in all, L the maximum number of events of a patient,
 D the width of an embedding.
 """
@@ -8,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PredictionTime: TypeAlias = datetime | float | None
 
 _DTYPES = {
     "code": torch.int64, "value": torch.float32, "has_value": torch.bool, "set_offsets": torch.int64,
@@ -24,7 +30,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PatientBatch:
-    """Some patients, whole, in the order of the plan.
+    """Some samples in the order of the plan.
 
     Two patients; the first has one event, the second a set of two events and a set of one:
 
@@ -60,6 +66,8 @@ class PatientBatch:
         patient_offsets: [B+1] int64, the sets of patient ``b`` are ``patient_offsets[b]:patient_offsets[b+1]``.
         label: [B] int64, -1 where the patient is unlabelled.
         patient_id: B strings.
+        prediction_time: B times: dates (UTC), or minutes from the patient's time origin; None = the whole patient.  In
+            place of a list, None says so of all.
     """
 
     code: Tensor
@@ -70,6 +78,7 @@ class PatientBatch:
     patient_offsets: Tensor
     label: Tensor
     patient_id: list[str]
+    prediction_time: list[PredictionTime] | None = None
 
     def __post_init__(self) -> None:
         events, sets, patients = self.code.numel(), self.minute.numel(), self.num_patients
@@ -79,6 +88,8 @@ class PatientBatch:
             if tensor.dtype != dtype or tensor.shape != (size,):
                 need = f"{patients} patients with {sets} sets and {events} events need {dtype} [{size}]"
                 raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, but {need}")
+        if self.prediction_time is not None and len(self.prediction_time) != patients:
+            raise ValueError(f"prediction_time has {len(self.prediction_time)} items for {patients} patients")
         if self.code.is_cpu:  # a device would have to be waited for
             _check_ends("set_offsets", self.set_offsets, events)
             _check_ends("patient_offsets", self.patient_offsets, sets)
@@ -93,6 +104,11 @@ class PatientBatch:
     @property
     def num_patients(self) -> int:
         return len(self.patient_id)
+
+    @property
+    def sample_key(self) -> list[str]:
+        """B strings that tell samples apart, also those of one patient; a whole patient's is its id."""
+        return sample_keys(self.patient_id, self.prediction_time)
 
     @property
     def num_sets(self) -> int:
@@ -154,6 +170,7 @@ class PatientBatch:
             patient_offsets=self.patient_offsets[start : stop + 1] - sets.start,
             label=self.label[start:stop],
             patient_id=self.patient_id[start:stop],
+            prediction_time=self.prediction_time and self.prediction_time[start:stop],
         )
 
     def keep_events(self, keep_E: Tensor) -> PatientBatch:
@@ -205,7 +222,9 @@ class PatientBatch:
         return padded
 
     @classmethod
-    def from_padded(cls, padded: dict[str, Tensor], patient_id: list[str]) -> PatientBatch:
+    def from_padded(
+        cls, padded: dict[str, Tensor], patient_id: list[str], prediction_time: list[PredictionTime] | None = None
+    ) -> PatientBatch:
         """Return the ragged batch of a padded one, whatever its amount of padding; the inverse of :meth:`to_padded`.
 
         A set is a run of equal ``set_id`` in a row; ``var`` is not read, codes say the same.
@@ -226,12 +245,24 @@ class PatientBatch:
             patient_offsets=_to_offsets(num_sets_B),
             label=padded["label"],
             patient_id=patient_id,
+            prediction_time=prediction_time,
         )
 
 
 def _restore(values: dict[str, Any]) -> PatientBatch:
     tensors = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in values.items()}
     return PatientBatch.unchecked(**tensors)
+
+
+def sample_keys(patient_id: list[str], prediction_time: list[PredictionTime] | None) -> list[str]:
+    """Return the keys of samples; see :attr:`PatientBatch.sample_key`."""
+    if prediction_time is None:
+        return patient_id
+    pairs = zip(patient_id, prediction_time, strict=True)
+    return [
+        patient if time is None else f"{patient}@{time.isoformat() if isinstance(time, datetime) else time!r}"
+        for patient, time in pairs
+    ]
 
 
 def _to_offsets(sizes: Tensor) -> Tensor:

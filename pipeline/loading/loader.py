@@ -20,15 +20,19 @@ import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.arrays import Floats, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.schemas import TASK_SCHEMA
+from pipeline.dataset.tasks import Task, read_task_table
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.groups import GroupPlan, GroupPlanner, LoadedGroup, Position
 from pipeline.loading.options import LoaderOptions
@@ -38,11 +42,11 @@ from pipeline.loading.store import PatientStore
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import EpochPlan
 from pipeline.sampling.policy import Policy
-from pipeline.schema import UserError
+from pipeline.schema import DEFAULT_TASK, UserError
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 # Batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call.
 GATHER_EVENTS = 1 << 17
@@ -57,7 +61,8 @@ class PatientLoader:
     ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
 
     Attributes:
-        num_patients: patients of the split, over all ranks.
+        split, task: what the samples are of.
+        num_samples: samples of the split that have events, over all ranks; without a task its patients.
         cursor: number of batches handed out in the current ``epoch``.
         step: number of batches handed out in all epochs.
     """
@@ -67,6 +72,7 @@ class PatientLoader:
         directory: str | Path | Folder,
         *,
         split: str = "train",
+        task: str | Task | None = DEFAULT_TASK,
         manifest: Manifest | None = None,
         quarantined: Collection[str] = (),
         transform: Transform | None = None,
@@ -79,6 +85,7 @@ class PatientLoader:
         Args:
             directory: what preprocess.py wrote: a path, a URL, or what ``open_folder`` returned.
             split: ``train``, ``valid`` or ``test``.
+            task: name of the task whose samples are loaded, or the task; None = whole patients without labels.
             manifest: of the directory, if it has been read already.
             quarantined: paths of shards to leave out, as ``pipeline.dataset.shards.check_shards`` finds them; equal on
                 all ranks.
@@ -88,25 +95,32 @@ class PatientLoader:
             world_size: number of ranks.
             options: fields of :class:`pipeline.loading.options.LoaderOptions`.
         """
-        self.options, self._folder, self._transform = LoaderOptions(**options), open_folder(directory), transform
+        self._folder, self._transform = open_folder(directory), transform
         self.manifest = (manifest or Manifest.load(self._folder)).without(quarantined)
+        self.task = Task.load(self._folder, self.manifest, task) if isinstance(task, str) else task
+        self.options = LoaderOptions(**options)
+        if self.options.truncate is None:
+            has_times = self.task is not None and self.task.times is not None
+            self.options = replace(self.options, truncate="latest" if has_times else "earliest")
         if world_size < 1:
             raise UserError(f"--world_size {world_size}: must be at least 1")
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} is not among {world_size} ranks, counted from 0")
         if split not in self.manifest.splits:
             raise UserError(f"{self._folder}: no split {split!r}; it has {', '.join(sorted(self.manifest.splits))}")
+        self.split = split
         self._ranks = {"rank": rank, "world_size": world_size}
-        self._planner = GroupPlanner(self._folder, self.manifest, split, self.options)
+        self._planner = GroupPlanner(self._folder, self.manifest, split, self.task, self.options)
         entries = self._planner.entries
-        self.num_patients = sum(entry.num_patients for entry in entries)
+        self.num_samples = int(self._planner.num_samples.sum())
         # The limit decides nothing if all patients are in a single group.
         is_grouped = sum(entry.num_events for entry in entries) > self.options.group_events
         names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
         data = {"data": self.manifest.fingerprint, "split": split, "quarantined": sorted(quarantined)}
+        task_name = self.task and f"{self.task.name} ({self.task.table_sha256[:12]})"
         policy = {name: asdict(self.options)[name] for name in names}
         group_events = self.options.group_events if is_grouped else None
-        self._settings: dict[str, Any] = {**data, **policy, "group_events": group_events}
+        self._settings: dict[str, Any] = {**data, "task": task_name, **policy, "group_events": group_events}
         self._loaded: LoadedGroup | None = None  # the group that was read last, by whichever thread
         self.step = 0
         self._go_to(Position(epoch=0))
@@ -124,7 +138,7 @@ class PatientLoader:
 
     @cached_property
     def longest_patient(self) -> int:
-        """Maximum number of events of a patient of the split, after truncation."""
+        """Maximum number of events of a sample of the split, after truncation."""
         return self._planner.max_num_events()
 
     def __len__(self) -> int:
@@ -133,10 +147,18 @@ class PatientLoader:
         If batches have no fixed size, the groups that are still to come in the epoch are planned for this, once.
         """
         if size := self.options.fixed_size:
-            return (self.num_patients + size - 1) // size
+            return (self.num_samples + size - 1) // size
         if self._num_batches is None:
             self._num_batches = self._planner.count_batches(self._group)
         return self._num_batches
+
+    def read_empty_samples(self) -> pa.Table:
+        """Return patient, prediction times and labels of the split's samples that have no events, in no batch."""
+        if self.task is None:
+            return TASK_SCHEMA.empty_table()
+        table = read_task_table(self._folder, self.task).filter(pc.field("num_events") == 0)
+        used = pa.array([entry.path for entry in self.manifest.splits[self.split]], pa.string())
+        return table.filter(pc.is_in(table["shard"], value_set=used))
 
     def predict_costs(self, cost: CostModel) -> Floats:
         """Return the predicted cost of each global batch of the current group, [N] float64.
@@ -220,7 +242,8 @@ class PatientLoader:
             store = latest.store
         else:
             entries = [self._planner.entries[shard] for shard in plan.shards]
-            store = PatientStore(self._folder, entries, verify=self.options.verify)
+            excluded = self.task.excluded_codes if self.task else ()
+            store = PatientStore(self._folder, entries, verify=self.options.verify, excluded_codes=excluded)
         self._loaded = LoadedGroup(plan, store, self.options, **self._ranks)
         return self._loaded
 
@@ -232,8 +255,8 @@ class PatientLoader:
             # As many batches as GATHER_EVENTS allows, but at least one.
             stop = int(np.searchsorted(events_before, events_before[number] + GATHER_EVENTS, side="right")) - 1
             offsets = part.batch_offsets[number : max(stop, number + 1) + 1]
-            patients = part.order[offsets[0] : offsets[-1]]
-            for batch in group.store.gather_batches(windows, patients, offsets - offsets[0]):
+            chosen = part.order[offsets[0] : offsets[-1]]
+            for batch in group.store.gather_batches(windows, chosen, offsets - offsets[0]):
                 transform = self._transform
                 yield batch if transform is None else transform(batch, group.place(number, steps_before_epoch))
                 number += 1

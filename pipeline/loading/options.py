@@ -17,7 +17,11 @@ class BatchOptions(BucketOptions):
     """The flags of batches that ``train.py`` shares."""
 
     max_sequence_length: int | None = option(None, "Maximum number of events kept of each patient.", minimum=1)
-    truncate: Truncate = option("earliest", "Which events of a patient longer than --max_sequence_length are kept.")
+    truncate: Truncate | None = option(
+        None,
+        "Which events of a patient longer than --max_sequence_length are kept. Default: the latest before a prediction "
+        "time, the earliest where there is none.",
+    )
     group_events: int = option(
         GROUP_EVENTS,
         "Number of events of a split that are read and mixed together; two such groups are in memory.",

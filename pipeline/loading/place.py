@@ -22,7 +22,7 @@ class StepCounts:
 class GlobalBatch:
     """The patients of a batch over all ranks, in the order of the plan; B patients, S sets, after truncation."""
 
-    patient_id: list[str]
+    sample_key: list[str]  # [B] as PatientBatch.sample_key
     num_sets: Ints  # [B] of each patient
     set_size: Ints  # [S] events of each set
 

@@ -23,7 +23,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import SHARD_SUFFIXES
+from pipeline.dataset.tasks import Task
 from pipeline.prepare.executors import ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.inputs import check_disk_space, compute_fingerprint, write_known_patients
 from pipeline.prepare.journal import JOURNAL, Progress, Stage, StageRunner, ignore_progress
@@ -32,15 +34,27 @@ from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.publish import claim_output_folder
 from pipeline.prepare.rules import Limits, compute_outlier_limits
 from pipeline.prepare.sort import Partition, SortedPartition, measure_partition, sort_partition
+from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.spill import SpilledPiece, check_same_columns, describe_reasons, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
+from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.vocabulary import make_vocabulary
 from pipeline.prepare.warn import warn_of_strangers
 from pipeline.prepare.write import WrittenPartition, write_partition
-from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, INDEX_FILE, MINUTE, PATIENT_ID, SUMMARY_FILE, UserError
+from pipeline.schema import (
+    DEFAULT_TASK,
+    EMBEDDINGS_FILE,
+    FIRST_CODE,
+    INDEX_FILE,
+    MINUTE,
+    PATIENT_ID,
+    SUMMARY_FILE,
+    TASKS_FOLDER,
+    UserError,
+)
 from pipeline.storage.files import sync
 
 WORK_FOLDERS: Final = ("spills", "sorted", "rejects", "late_rejects", "index", "data")
@@ -85,6 +99,7 @@ def build(
         work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             check_disk_space(source, output)
+        labels = source.read_labels()  # before the long work: they may be refused
         for name in WORK_FOLDERS:
             (work / name).mkdir(exist_ok=True)
         notes = source.describe()
@@ -92,27 +107,36 @@ def build(
             log(note)
         with open_executor(execution, max_workers=len(pieces)) as executor:
             results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run()
-        counts = results.join_tables(work)
-        summary = results.summarise(counts, description, time.monotonic() - started)
-        summary |= {
-            "files_left_out": len(source.list_events().left_out),
-            "notes": [] if options.pseudonyms else notes,
-        }  # files are often named like patients
-        summary["warnings"] = [*results.find_warnings(counts), *_warn_of_labels(source, options, work)]
+        data, counts = work / "data", results.join_tables(work)
+        manifest = results.make_manifest(data, description, fingerprint)
+        task = _write_default_task(data, manifest, labels, options)
+        summary = results.summarise(counts, description, task, time.monotonic() - started)
+        summary["files_left_out"] = len(source.list_events().left_out)
+        summary["notes"] = [] if options.pseudonyms else notes  # files are often named like patients
+        summary["warnings"] = [*results.find_warnings(task), *_warn_of_labels(labels, options, data)]
         for warning in summary["warnings"]:
             log(f"warning: {warning}")
-        summary = write_summary(work / "data" / SUMMARY_FILE, summary)
-        results.write_manifest(work / "data", description, fingerprint)
+        summary = write_summary(data / SUMMARY_FILE, summary)
+        manifest.save(data)
     return summary
 
 
-def _warn_of_labels(source: Source, options: BuildOptions, work: Path) -> list[str]:
+def _write_default_task(data: Path, manifest: Manifest, labels: Labels | None, options: BuildOptions) -> Task | None:
+    """Write the task of the input's own labels; return None without any."""
+    if (data / TASKS_FOLDER).exists():  # of a run that was stopped before its manifest was written
+        shutil.rmtree(data / TASKS_FOLDER)
+    if labels is None:
+        return None
+    exclude_codes = default_exclusions(manifest.options["format"], labels)
+    return write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes, pseudonyms=options.pseudonyms)
+
+
+def _warn_of_labels(labels: Labels | None, options: BuildOptions, data: Path) -> list[str]:
     """Return a warning where labels name patients that the input does not have."""
-    labels = source.read_labels()
     if labels is None or options.pseudonyms is not None:
         return []
-    patients = pl.read_parquet(work / "data" / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
-    return warn_of_strangers(labels[1][PATIENT_ID], patients)
+    patients = pl.read_parquet(data / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
+    return warn_of_strangers(labels.frame[PATIENT_ID].unique(), patients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +149,7 @@ class _Steps:
     options: BuildOptions
 
     def run(self) -> Results:
-        labels_from, num_labels = write_known_patients(self.source, self.options, self.runner.work)
+        write_known_patients(self.source, self.options, self.runner.work)
         spilled = self.read_pieces()
         total = self._count_partitions(spilled)
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
@@ -133,14 +157,12 @@ class _Steps:
         partitions = [Partition(work, number, total, num_spills, rule, origin) for number in range(total)]
         limits = self.compute_limits(partitions)
         parts = self.sort_partitions(partitions, limits)
-        if num_labels and not any(part.num_labels for part in parts):
-            raise UserError(f"{labels_from}: names no patient of the input; give the labels of these patients")
         path = self.source.find_side_files().get("statistics")
         statistics = read_statistics(path) if path and not self.options.reference else {}
         vocabulary = self.make_vocabulary(parts, statistics, limits)
         embedding_dim = self.write_embeddings(vocabulary)  # before the long work: it may refuse
         written = self.write_partitions(len(parts), vocabulary)
-        return Results(spilled, parts, written, vocabulary, statistics, embedding_dim, labels_from, num_labels)
+        return Results(spilled, parts, written, vocabulary, statistics, embedding_dim)
 
     def read_pieces(self) -> list[SpilledPiece]:
         leaves = ("spills/{:05d}.*.arrow", "rejects/{:05d}.*.parquet")

@@ -17,7 +17,8 @@ from pipeline.prepare.rules import Action, Limits
 class EventFilter:
     """Events that are still kept: ``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position``.
 
-    They are in the order of ``pipeline.prepare.sort``; ``rejected`` holds the same columns by reason.
+    They are in the order of ``pipeline.prepare.sort``; ``rejected`` holds the same columns by reason.  Events that are
+    merged of several have a column ``last_minute`` too, before which their value was not known.
     """
 
     kept: pl.DataFrame
@@ -53,7 +54,7 @@ class EventFilter:
             return
         value, minute = self.kept["value"].to_numpy(), self.kept["minute"].to_numpy()
         is_number = ~np.isnan(value)
-        min_minute = np.minimum.reduceat(minute, start)
+        min_minute, max_minute = np.minimum.reduceat(minute, start), np.maximum.reduceat(minute, start)
         if how == "mean":
             total = np.add.reduceat(np.where(is_number, value, 0.0), start, dtype=np.float64)
             with np.errstate(invalid="ignore"):  # 0 / 0: no number at all
@@ -65,7 +66,8 @@ class EventFilter:
             is_merged[start] = True
             is_merged[remaining] = False
         self.drop("aggregated", is_merged)
-        self.kept = self.kept.with_columns(pl.Series("value", merged), pl.Series("minute", min_minute))
+        columns = {"value": merged, "minute": min_minute, "last_minute": max_minute}
+        self.kept = self.kept.with_columns(pl.Series(name, column) for name, column in columns.items())
 
     def drop_short(self, min_events: int) -> None:
         """Reject all events of patients that have fewer than ``min_events``."""

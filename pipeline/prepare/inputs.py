@@ -1,4 +1,4 @@
-"""Look at an input as a whole: its fingerprint, the disk it needs, and its labels and splits of patients."""
+"""Look at an input as a whole: its fingerprint, the disk it needs, and its splits of patients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import polars as pl
 from pipeline.machine import usable_cores
 from pipeline.prepare.arrow_files import write_table
 from pipeline.prepare.options import BuildOptions
-from pipeline.prepare.sources.reading import LABEL, SPLIT, SUBJECT, reading
+from pipeline.prepare.sources.reading import SPLIT, reading
 from pipeline.prepare.sources.source import Source
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
 from pipeline.storage.files import file_sha256
@@ -46,25 +46,13 @@ def check_disk_space(source: Source, output: Path) -> None:
         raise UserError(f"{output}: the work needs {amounts}; free some, or name an --output on another disk")
 
 
-def write_known_patients(source: Source, options: BuildOptions, work: Path) -> tuple[str | None, int]:
-    """Write labels and splits of patients to ``known.arrow``, sorted by hash like the spills.
-
-    Return where the labels come from, and the number of patients that they name.
-    """
-    no_labels = pl.DataFrame(schema={PATIENT_ID: pl.String, LABEL: pl.Int8})
-    labels_from, labels = source.read_labels() or (None, no_labels)
+def write_known_patients(source: Source, options: BuildOptions, work: Path) -> None:
+    """Write the splits of patients that the input gives to ``known.arrow``, sorted by hash like the spills."""
     splits = None if options.reference else source.read_splits()
     if splits is None:
         splits = pl.DataFrame(schema={PATIENT_ID: pl.String, SPLIT: pl.String})
-    if SUBJECT not in labels.columns:
-        labels = labels.with_columns(labels[PATIENT_ID].alias(SUBJECT))
     if options.pseudonyms is not None:
-        hide = options.pseudonyms.hide_names
-        labels = labels.with_columns(hide(labels[PATIENT_ID]), hide(labels[SUBJECT]))
-        splits = splits.with_columns(hide(splits[PATIENT_ID]))
+        splits = splits.with_columns(options.pseudonyms.hide_names(splits[PATIENT_ID]))
     number = pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8)
-    labelled = labels.join(splits.rename({PATIENT_ID: SUBJECT}), on=SUBJECT, how="left").with_columns(in_labels=True)
-    known = pl.concat([labelled, splits.join(labels, on=PATIENT_ID, how="anti")], how="diagonal")
-    hashes = pl.Series("hash", options.split_rule.hash_patients(known[PATIENT_ID].to_list())[0])
-    write_table(work / "known.arrow", known.with_columns(number, hashes).sort("hash").to_arrow())
-    return labels_from, labels.height
+    hashes = pl.Series("hash", options.split_rule.hash_patients(splits[PATIENT_ID].to_list())[0])
+    write_table(work / "known.arrow", splits.with_columns(number, hashes).sort("hash").to_arrow())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tasks import find_tasks, task_files
 from pipeline.schema import (
     EMBEDDINGS_FILE,
     FORMAT_VERSION,
@@ -26,6 +27,7 @@ from pipeline.schema import (
     REPORT_FILE,
     SPLITS,
     SUMMARY_FILE,
+    TASKS_FOLDER,
     VOCABULARY_FILE,
     UserError,
 )
@@ -164,9 +166,11 @@ def _remove(work: Path) -> None:
         work.rmdir()
 
 
-def _list_files(data_set: Path) -> list[str]:
-    """Return the names of all files of a data set but its manifest."""
-    return [*FILES, *(entry.path for entry in Manifest.load(data_set).all_shards())]
+def _list_files(data_set: Path, tasks_in: Path | None = None) -> list[str]:
+    """Return the names of all files of a data set but its manifest; its tasks may lie elsewhere."""
+    manifest = Manifest.load(data_set)
+    tasks = [name for task in find_tasks(tasks_in or data_set, manifest) for name in task_files(task.name)]
+    return [*FILES, *(entry.path for entry in manifest.all_shards()), *tasks]
 
 
 def _refuse_collisions(work: Path, output: Path) -> None:
@@ -185,14 +189,14 @@ def _publish(work: Path, output: Path) -> None:
         replaced.mkdir(exist_ok=True)
         os.replace(output / MANIFEST_FILE, replaced / MANIFEST_FILE)
     if (replaced / MANIFEST_FILE).exists():
-        for name in _list_files(replaced):
+        for name in _list_files(replaced, output):
             (output / name).unlink(missing_ok=True)
         (replaced / MANIFEST_FILE).unlink()
     for name in _list_files(staged):
         if (staged / name).exists():
             (output / name).parent.mkdir(exist_ok=True)
             os.replace(staged / name, output / name)
-    for split in SPLITS:
+    for split in (*SPLITS, TASKS_FOLDER):
         if (folder := output / split).is_dir():
             sync(folder)
             if not any(folder.iterdir()):

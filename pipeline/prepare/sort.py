@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,16 @@ from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
 from pipeline.prepare.event_filter import EventFilter, equals_previous
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.rules import Limits, Rules
-from pipeline.prepare.sources.reading import FILE, LABEL, ROW, SPLIT, SUBJECT
+from pipeline.prepare.sources.reading import FILE, ROW, SPLIT
 from pipeline.prepare.sources.source import Origin
 from pipeline.prepare.spill import STATIC_INSTANT, PartitionRows, read_partition
 from pipeline.prepare.splits import SplitRule
 from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE
+
+NEVER: Final = np.iinfo(np.int64).max
+NO_TIME: Final = np.iinfo(np.int64).min
+"""Instants in microseconds that are later than all, and that NumPy takes for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +44,18 @@ class Partition:
     origin: Origin
 
     def read(self) -> tuple[PartitionRows, pl.DataFrame, EventFilter]:
-        """Return the rows, what is known of the patients, and the events in shard order without duplicates."""
+        """Return the rows, ``patient_id``, ``split``, ``by_hash`` and ``time_origin`` of the patients, and the events.
+
+        Events are in the order of sets, variables, values and minutes, without duplicates.
+        """
         rows = read_partition(self.work / "spills", self.num_spills, self.number, self.num_partitions)
         known, _ = read_partition_slice(self.work / "known.arrow", self.number, self.num_partitions)
-        events = _sort_events(rows, self.origin)
+        events, origins = _sort_events(rows, self.origin)
         events.drop(DUPLICATE, equals_previous(events.kept, ["patient", "set", "variable", "value", "minute"]))
-        return rows, _describe_patients(rows.patient_ids, known, self.split_rule), events
+        patients = _describe_patients(rows.patient_ids, known, self.split_rule)
+        no_origins = np.full(patients.height, NO_TIME)
+        instants = (no_origins if origins is None else origins).view("datetime64[us]")
+        return rows, patients.with_columns(time_origin=pl.Series(instants)), events
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,6 @@ class SortedPartition:
     train: Moments
     num_events: int  # kept, of all splits
     without_events: list[str]  # patients that have no kept row, and are not written
-    num_labels: int  # rows of the label file that name one of its patients
     num_split_by_hash: int  # patients to whom the input gives no split
     num_clipped: int  # values that a rule changed
     rejects: dict[str, int]  # rows of the spills that are not kept, by reason
@@ -88,7 +97,6 @@ def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> Sorted
         train=_measure_train(rows, patients, events),
         num_events=events.kept.height,
         without_events=np.delete(patients[PATIENT_ID].to_numpy(), present).tolist(),
-        num_labels=int(patients["in_labels"].sum()),
         num_split_by_hash=int(patients["by_hash"].sum()),
         num_clipped=events.num_clipped,
         rejects={reason: rejected.height for reason, rejected in events.rejected.items()},
@@ -97,27 +105,59 @@ def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> Sorted
 
 def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa.Table, npt.NDArray[Any]]:
     """Return a row a patient in shard order, and the positions in ``patients`` of those that have events."""
-    patient, variable, value, minute = (events[name].to_numpy() for name in ("patient", "variable", "value", "minute"))
     set_start = np.flatnonzero(~equals_previous(events, ["patient", "set"]))
-    set_size = np.diff(set_start, append=len(patient)).astype(np.int32)
-    set_minute = np.minimum.reduceat(minute, set_start)
+    set_size = np.diff(set_start, append=events.height).astype(np.int32)
+    set_minute = np.minimum.reduceat(events["minute"].to_numpy(), set_start)
+    events, is_spread = _sort_sets_by_minute(events, set_start, set_size, set_minute)
+    patient, variable, value, minute = (events[name].to_numpy() for name in ("patient", "variable", "value", "minute"))
     patient_start = np.flatnonzero(np.diff(patient[set_start], prepend=-1))
     num_sets = np.diff(patient_start, append=len(set_start)).astype(np.int32)
     present = patient[set_start][patient_start]
     num_events = np.bincount(patient, minlength=patients.height)[present].astype(np.int32)
+    has_minutes = np.logical_or.reduceat(is_spread, patient_start)
+    event_minute = minute[np.repeat(has_minutes, num_events)]
     columns = {
-        **{name: patients[name].gather(present).to_arrow() for name in (PATIENT_ID, LABEL)},
+        **{name: patients[name].gather(present).to_arrow() for name in (PATIENT_ID, "time_origin")},
         "num_events": num_events,
         "num_sets": num_sets,
         "minute": to_lists(num_sets, np.where(np.isneginf(set_minute), np.nan, set_minute)),
         "set_size": to_lists(num_sets, set_size),
         "code": to_lists(num_events, variable),
         "value": to_lists(num_events, value),
+        "event_minute": to_lists(
+            np.where(has_minutes, num_events, 0),
+            np.where(np.isneginf(event_minute), np.nan, event_minute),
+            ~has_minutes,
+        ),
         "max_set_size": np.maximum.reduceat(set_size, patient_start),
         "split_number": patients[SPLIT].to_numpy()[present],
     }
     # Names are in order, so their positions are.
     return pa.table(columns).take(np.lexsort((present, num_sets, num_events))), present
+
+
+def _sort_sets_by_minute(
+    events: pl.DataFrame,
+    set_start: npt.NDArray[np.int64],
+    set_size: npt.NDArray[np.int32],
+    set_minute: npt.NDArray[np.float64],
+) -> tuple[pl.DataFrame, npt.NDArray[np.bool_]]:
+    """Return the events with those of each set in the order of their minutes, and [S] whether a set has several.
+
+    So the events up to any time are a run from the patient's first on.  ``minute`` becomes that of the last of merged
+    events.
+    """
+    if "last_minute" in events.columns:
+        events = events.with_columns(minute=pl.col("last_minute"))
+    minute = events["minute"].to_numpy()
+    is_spread = np.maximum.reduceat(minute, set_start) > set_minute
+    if is_spread.any():
+        rows = np.flatnonzero(np.repeat(is_spread, set_size))
+        set_number = np.repeat(np.arange(len(set_size)), set_size)[rows]
+        order = np.arange(events.height)
+        order[rows] = rows[np.lexsort((minute[rows], set_number))]
+        events = events[order]
+    return events, is_spread
 
 
 def _measure_train(rows: PartitionRows, patients: pl.DataFrame, events: EventFilter) -> Moments:
@@ -126,15 +166,16 @@ def _measure_train(rows: PartitionRows, patients: pl.DataFrame, events: EventFil
     return Moments.measure(rows.variables, variable, value)
 
 
-def _sort_events(rows: PartitionRows, origin: Origin) -> EventFilter:
-    """Return ``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position`` in shard order.
+def _sort_events(rows: PartitionRows, origin: Origin) -> tuple[EventFilter, npt.NDArray[np.int64] | None]:
+    """Return ``patient``, ``set``, ``variable``, ``value``, ``minute``, ``position`` in order, and origins [P].
 
     Sets stand in the order of their minimum minute, then of ``set_index``; events of a set in the order of variable,
     value (null last) and minute; equal events as they came.  Static events come first: their minute is minus infinity.
+    Origins are microseconds since 1970, NO_TIME where a patient has none; None where the input has minutes.
     """
-    minute, value = rows.table[MINUTE].to_numpy(), rows.table[VALUE].to_numpy()
+    minute, value, origins = rows.table[MINUTE].to_numpy(), rows.table[VALUE].to_numpy(), None
     if minute.dtype == np.int64:
-        minute = _count_minutes(minute, rows, origin)
+        minute, origins = _count_minutes(minute, rows, origin)
     has_index = SET_INDEX in rows.table.column_names
     set_ = rows.table[SET_INDEX].to_numpy() if has_index else np.floor(minute)
     columns = {"patient": rows.patient, "set": set_, "variable": rows.variable, "value": value, "minute": minute}
@@ -147,26 +188,29 @@ def _sort_events(rows: PartitionRows, origin: Origin) -> EventFilter:
     else:
         patient, set_, variable, value, minute = (events.kept[name].to_numpy() for name in columns)
         events.kept = events.kept[sort_order((patient, set_, variable), (value, minute))]
-    return events
+    return events, origins
 
 
-def _count_minutes(instant: npt.NDArray[np.int64], rows: PartitionRows, origin: Origin) -> npt.NDArray[np.float64]:
-    """Return [E] minutes since the patient's origin; NaN where there is none, minus infinity of static events.
+def _count_minutes(
+    instant: npt.NDArray[np.int64], rows: PartitionRows, origin: Origin
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return [E] minutes since the patient's origin, and the origins [P], which are ``NO_TIME`` where there is none.
+
+    Minutes are NaN of patients without an origin, and minus infinity of static events.
 
     The origin is the patient's first event that may be one; without a named variable it may be the first of all.
     """
-    never = np.iinfo(np.int64).max
     start = np.flatnonzero(np.diff(rows.patient, prepend=-1))
     is_timed = instant != STATIC_INSTANT
     may_be_origin = is_timed & origin.may_be(rows.variables)[rows.variable]
-    first = np.full((2, len(rows.patient_ids)), never)
+    first = np.full((2, len(rows.patient_ids)), NEVER)
     for of_patient, which in zip(first, (may_be_origin, is_timed), strict=True):
-        np.minimum.at(of_patient, rows.patient[start], np.minimum.reduceat(np.where(which, instant, never), start))
+        np.minimum.at(of_patient, rows.patient[start], np.minimum.reduceat(np.where(which, instant, NEVER), start))
     if origin.variable is None:
-        first[0] = np.where(first[0] == never, first[1], first[0])
+        first[0] = np.where(first[0] == NEVER, first[1], first[0])
     zero = first[0][rows.patient]
-    minute = np.where(zero == never, np.nan, (instant - zero) / MICROSECONDS)
-    return np.where(is_timed, minute, -math.inf)
+    minute = np.where(zero == NEVER, np.nan, (instant - zero) / MICROSECONDS)
+    return np.where(is_timed, minute, -math.inf), np.where(first[0] == NEVER, NO_TIME, first[0])
 
 
 def sort_order(keys: Sequence[npt.NDArray[Any]], ties: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
@@ -196,13 +240,12 @@ def sort_order(keys: Sequence[npt.NDArray[Any]], ties: Sequence[npt.NDArray[Any]
 
 
 def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule) -> pl.DataFrame:
-    """Return ``patient_id``, ``label``, ``split`` (position in ``SPLITS``), ``in_labels``, ``by_hash``, in order."""
+    """Return ``patient_id``, ``split`` (position in ``SPLITS``) and ``by_hash``, in order."""
     frame = pl.from_arrow(known)
     assert isinstance(frame, pl.DataFrame)
     patients = pl.DataFrame({PATIENT_ID: pl.Series(patient_ids, dtype=pl.String)})
     patients = patients.join(frame, on=PATIENT_ID, how="left", maintain_order="left")
-    subjects = patients[SUBJECT].fill_null(patients[PATIENT_ID])
-    split = pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(subjects.to_list())))
+    split = pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(patient_ids)))
     return patients.with_columns(split, by_hash=pl.col(SPLIT).is_null())
 
 

@@ -51,7 +51,7 @@ class SpilledPiece:
     """Counts of a spilled piece."""
 
     num_rows: int
-    num_source_rows: int  # fewer where one row of a file serves several patients
+    num_source_rows: int  # fewer where a row of a file has several events
     num_kept: int
     num_clipped: int  # values that a rule changed
     num_spills: int

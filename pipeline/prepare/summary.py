@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SUFFIXES
+from pipeline.dataset.tasks import Task
 from pipeline.machine import peak_rss_bytes
 from pipeline.prepare.arrow_files import read_table, write_parquet
 from pipeline.prepare.clean import REJECTS_SCHEMA
@@ -46,8 +46,6 @@ class Results:
     vocabulary: pa.Table
     statistics: Mapping[str, tuple[float, float]]
     embedding_dim: int | None
-    labels_from: str | None
-    num_labels: int  # patients that have a row of labels
 
     def join_tables(self, work: Path) -> dict[str, Any]:
         """Write index, vocabulary and rejects to ``data``; return counts of what is in the shards."""
@@ -63,22 +61,20 @@ class Results:
         counts = {}
         for split in SPLITS:
             entries = [part.shards[split][0] for part in self.written if split in part.shards]
-            labels = [read_table(path)["label"] for path in indexes[split]]
             counts[split] = {name: _sum(entries, f"num_{name}") for name in ("patients", "sets", "events")}
-            counts[split]["labelled"] = sum(len(label) - label.null_count for label in labels)
-            counts[split]["positive"] = sum(pc.sum(label, min_count=0).as_py() for label in labels)
         totals = {name: sum(counts[split][name] for split in SPLITS) for name in counts["train"]}
         return {
             "patients": totals["patients"],
             "sets": totals["sets"],
             "events_written": totals["events"],
-            "unlabelled_patients": totals["patients"] - totals["labelled"],
             "splits": counts,
             "shards": sum(len(entries) for part in self.written for entries in part.shards.values()),
         }
 
-    def summarise(self, counts: Mapping[str, Any], options: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Return the summary, of the counts of :meth:`join_tables` and the options of the manifest."""
+    def summarise(
+        self, counts: Mapping[str, Any], options: Mapping[str, Any], task: Task | None, seconds: float
+    ) -> dict[str, Any]:
+        """Return the summary, of the counts of :meth:`join_tables`, the options of the manifest and the first task."""
         events_in = _sum(self.spilled, "num_rows")
         rejected = [*(piece.rejects for piece in self.spilled), *(part.rejects for part in self.parts)]
         rejects = sum(map(Counter, rejected), Counter[str]())
@@ -88,8 +84,8 @@ class Results:
         variables = self.vocabulary["variable"].to_pylist()
         return {
             **counts,
-            "source_rows": _sum(self.spilled, "num_source_rows"),
             "events_in": events_in,
+            "source_rows": _sum(self.spilled, "num_source_rows"),
             "rejects": dict(sorted(rejects.items())),
             "clipped": {"out_of_range": _sum(self.spilled, "num_clipped"), "outlier": _sum(self.parts, "num_clipped")},
             "ranges_of_unknown_variables": sorted(options["ranges"].keys() - set(variables)),
@@ -98,28 +94,29 @@ class Results:
             "patients_without_events": len(without_events),
             "patients_without_events_first": without_events[:MAX_NAMED_PATIENTS],
             "patients_split_by_hash": 0 if options["like"] else _sum(self.parts, "num_split_by_hash"),
-            "labels_without_patient": self.num_labels - _sum(self.parts, "num_labels"),
+            "labels_from": task and task.labels_from,
+            "labels_without_patient": task.labels_without_patient if task else 0,
+            "samples": {split: asdict(of_split) for split, of_split in task.splits.items()} if task else {},
             "variables": len(variables) - FIRST_CODE,
             "variables_with_given_statistics": sum(name in self.statistics for name in variables),
             "format": options["format"],
-            "labels_from": self.labels_from and Path(self.labels_from).name,
             "seconds": round(seconds, 3),
             "events_per_second": round(events_in / seconds),
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def find_warnings(self, counts: Mapping[str, Any]) -> list[str]:
-        """Return warnings about variables and splits; ``counts`` are those of :meth:`join_tables`."""
-        return find_warnings(Moments.merge([part.train for part in self.parts]), counts["splits"])
+    def find_warnings(self, task: Task | None) -> list[str]:
+        """Return warnings about variables, and about the labels of the first task."""
+        return find_warnings(Moments.merge([part.train for part in self.parts]), task.splits if task else {})
 
-    def write_manifest(self, data: Path, options: dict[str, Any], fingerprint: str) -> None:
-        """Write the manifest of the data directory ``data``, whose other files are complete."""
+    def make_manifest(self, data: Path, options: dict[str, Any], fingerprint: str) -> Manifest:
+        """Return the manifest of the data directory ``data``, whose shards and tables are complete."""
         splits, *tars = (
             {split: [part.shards[split][number] for part in self.written if split in part.shards] for split in SPLITS}
             for number in range(len(SHARD_SUFFIXES[options["shard_format"]]))
         )
         files = {name: file_sha256(data / name) for name in READ_BY_TRAINING if (data / name).exists()}
-        Manifest(
+        return Manifest(
             splits=splits,
             tars=tars[0] if tars else {},
             files=files,
@@ -128,7 +125,7 @@ class Results:
             embedding_dim=self.embedding_dim,
             options=options,
             fingerprint=fingerprint,
-        ).save(data)
+        )
 
 
 def _sum(results: Sequence[object], name: str) -> int:

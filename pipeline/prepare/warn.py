@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import polars as pl
 
+from pipeline.dataset.tasks import SampleCounts
 from pipeline.prepare.moments import Moments
-from pipeline.schema import SPLITS
 
 FLATTENING_SHARE: Final = 0.5
 """Share of a variable's variance, above which a single value flattens all others."""
@@ -21,12 +21,12 @@ MAX_NAMED: Final = 5
 """Maximum number of variables that a warning names."""
 
 
-def find_warnings(train: Moments, splits: Mapping[str, Mapping[str, int]]) -> list[str]:
+def find_warnings(train: Moments, splits: Mapping[str, SampleCounts]) -> list[str]:
     """Return warnings about the variables of the train split, and about splits whose labels are all alike.
 
     Args:
         train: moments of the train split's variables.
-        splits: counts of each split, as the summary has them: ``patients``, ``labelled``, ``positive``.
+        splits: counts of each split of a task; none without labels.
     """
     return [*_warn_of_outliers(train), *_warn_of_constants(train), *_warn_of_splits(splits)]
 
@@ -49,14 +49,13 @@ def _warn_of_constants(train: Moments) -> list[str]:
     return [f"always the same value: {name_some([train.variables[at] for at in constant])}"] if len(constant) else []
 
 
-def _warn_of_splits(splits: Mapping[str, Mapping[str, int]]) -> list[str]:
-    if not any(counts.get("labelled", 0) for counts in splits.values()):
+def _warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
+    if not any(counts.num_labelled for counts in splits.values()):
         return []
     warnings = []
-    for split in SPLITS:
-        counts: Mapping[str, Any] = splits.get(split, {})
-        labelled, positive = counts.get("labelled", 0), counts.get("positive", 0)
-        if counts.get("patients", 0) and positive in (0, labelled):
+    for split, counts in splits.items():
+        labelled, positive = counts.num_labelled, counts.num_positive
+        if counts.num_samples and positive in (0, labelled):
             kind = "no label" if not labelled else "no positive label" if not positive else "no negative label"
             warnings.append(f"split {split} has {kind}: no AUROC can be computed there; look at --split_fractions")
     return warnings

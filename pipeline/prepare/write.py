@@ -62,7 +62,10 @@ def _encode(rows: pa.Table, codes: npt.NDArray[np.int32], vocabulary: pa.Table) 
     code, value = codes[_flatten(rows, "code")], _flatten(rows, "value")
     if (code == UNKNOWN_CODE).any():  # their events stand where their names would
         set_sizes = _flatten(rows, "set_size")
-        order = np.lexsort((code, np.repeat(np.arange(len(set_sizes)), set_sizes)))
+        minute = np.zeros(len(code))
+        has_minutes = np.repeat(rows["event_minute"].is_valid().to_numpy(), rows["num_events"].to_numpy())
+        minute[has_minutes] = np.nan_to_num(_flatten(rows, "event_minute"), nan=-np.inf)
+        order = np.lexsort((code, minute, np.repeat(np.arange(len(set_sizes)), set_sizes)))
         code, value = code[order], value[order]
     scaled = (value - vocabulary["mean"].to_numpy()[code]) / vocabulary["std"].to_numpy()[code]
     columns = {

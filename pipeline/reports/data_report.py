@@ -17,6 +17,7 @@ from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import FlatPatients, read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
+from pipeline.dataset.tasks import Task, find_tasks, read_task_table
 from pipeline.reports.page import draw_figure, read_object, write_page
 from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import Policy
@@ -57,8 +58,8 @@ def write_data_report(directory: Path) -> Path:
     lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
     lengths["set_size"] = np.concatenate([np.zeros(0, np.int64), *(np.diff(shard.set_offsets) for shard in shards)])
     lengths["variable"] = vocabulary.filter(pc.field("count") > 0)["count"].to_numpy()
-    sums = [(name, "sum") for name in ("num_sets", "num_events", "label")]
-    splits = index.group_by("split").aggregate([("patient_id", "count"), ("label", "count"), *sums]).to_pylist()
+    sums = [(name, "sum") for name in ("num_sets", "num_events")]
+    splits = index.group_by("split").aggregate([("patient_id", "count"), *sums]).to_pylist()
     planned = index.filter(pc.field("split") == split).select(["num_events", "num_sets"])
     stride = max(1, -(-planned.num_rows // MAX_PATIENTS_PLANNED))
     return write_page(
@@ -75,10 +76,29 @@ def write_data_report(directory: Path) -> Path:
         split=split,
         splits=sorted(splits, key=lambda row: (*SPLITS, row["split"]).index(row["split"])),
         stride=stride,
+        tasks=[describe_task(directory, task) for task in find_tasks(directory, manifest)],
         summary=read_object(directory / SUMMARY_FILE),
         variables=_describe_variables(vocabulary, shards),
         waste=_padding_waste(*(column.to_numpy()[::stride].astype(np.int64) for column in planned.columns)),
     )
+
+
+def describe_task(directory: Path, task: Task) -> list[dict[str, Any]]:
+    """Return a row for each split of a task: counts, prevalence, samples a patient and median lengths."""
+    table, rows = read_task_table(directory, task), []
+    for split in SPLITS:
+        samples, counts = table.filter(pc.field("split") == split), task.splits[split]
+        if not samples.num_rows:
+            continue
+        minutes = samples["prediction_minute"].drop_null()
+        rows.append(
+            dataclasses.asdict(counts)
+            | {"task": task.name, "kind": task.kind, "split": split, "prevalence": task.prevalence(split)}
+            | {"samples_per_patient": counts.num_samples / counts.num_patients}
+            | {"median_events": float(np.median(samples["num_events"]))}
+            | {"median_hours": float(np.median(minutes)) / 60 if len(minutes) else None}
+        )
+    return rows
 
 
 def _padding_waste(num_events: Ints, num_sets: Ints) -> dict[str, dict[str, list[float]]]:

@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.arrays import Floats, Ints
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.tables import read_index
+from pipeline.dataset.samples import SampleIndex
+from pipeline.dataset.tasks import Task
 from pipeline.options import check_section, option, parse_options
 from pipeline.reports.page import read_object
 from pipeline.sampling import quality
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import BUCKET_WIDTH, Policy
-from pipeline.schema import SPLITS, UNLABELLED, UserError
+from pipeline.schema import SPLITS, UserError
 from pipeline.storage.cache import parse_bytes
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import Folder, as_folder
 from pipeline.storage.remote import open_folder
 
 PROG, DESCRIPTION = "python -m pipeline.plan", "Print what each policy of batching would do to a data directory."
@@ -44,6 +43,7 @@ class PlanOptions:
 
     data_dir: str = option("", "Data directory, or its URL.", metavar="DIR")
     cache_dir: str | None = option(None, "Folder for files of a URL; by default seqsetvae in the user's cache.")
+    task: str | None = option(None, "Task whose samples are planned; by default whole patients.")
     split: str = option("train", f"Split to plan: {', '.join(SPLITS)}.")
     batch_size: int = option(16, "Maximum number of patients of a batch, over all ranks.", minimum=1)
     max_events: int | None = option(None, "Also show batches of at most so many events.", minimum=1)
@@ -69,24 +69,21 @@ class CommandLine:
 
 
 class SplitLengths(NamedTuple):
-    """Lengths and labels [P] of the patients of a split, in the order in which the loader numbers them."""
+    """Lengths and labels [N] of the samples of a split, in the order in which the loader numbers them."""
 
     num_events: Ints
     num_sets: Ints
     label: Ints
 
     @classmethod
-    def read(cls, directory: Path | Folder, split: str) -> SplitLengths:
-        """Read them from the index of a data directory; no shard is read."""
+    def read(cls, directory: Path | Folder, split: str, task: str | None = None) -> SplitLengths:
+        """Read them from the index of a data directory, or from the table of a task; no shard is read."""
         manifest = Manifest.load(directory)
         if split not in manifest.splits:
             raise UserError(f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-        index = read_index(directory, manifest).filter(pc.field("split") == split)
-        shards = pa.array([entry.path for entry in manifest.splits[split]], pa.string())
-        index = index.append_column("number", pc.index_in(index["shard"], value_set=shards))
-        index = index.sort_by([("number", "ascending"), ("position", "ascending")])
-        columns = (index[name].cast(pa.int64()) for name in cls._fields)
-        return cls(*(pc.fill_null(column, UNLABELLED).to_numpy() for column in columns))
+        opened = None if task is None else Task.load(directory, manifest, task)
+        samples = SampleIndex(as_folder(directory), manifest, opened).read(manifest.splits[split])
+        return cls(samples.num_events, samples.num_sets, samples.label)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,9 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_table(options: PlanOptions) -> Table:
     """Return the table of measures, a row for each policy."""
-    lengths = SplitLengths.read(open_folder(options.data_dir, cache_dir=options.cache_dir), options.split)
+    folder = open_folder(options.data_dir, cache_dir=options.cache_dir)
+    lengths = SplitLengths.read(folder, options.split, options.task)
     total = lengths.num_events.sum()
-    title = f"{options.split} of {options.data_dir}: {len(lengths.label):,} patients, {total:,} events"
+    what = "patients" if options.task is None else f"samples of task {options.task}"
+    title = f"{options.split} of {options.data_dir}: {len(lengths.label):,} {what}, {total:,} events"
     if options.max_sequence_length is not None:
         num_events = np.minimum(lengths.num_events, options.max_sequence_length)
         num_sets = np.minimum(lengths.num_sets, num_events)  # an upper bound: where sets end is not in the index

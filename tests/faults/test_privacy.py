@@ -92,7 +92,7 @@ def test_no_id_is_in_any_output(
     texts = [printed.out, printed.err.replace(str(tmp_path), "")]
     for path in (tmp_path / "out").rglob("*"):
         if path.suffix == ".parquet":
-            texts.append(json.dumps(pq.ParquetFile(path).read().to_pylist()))
+            texts.append(json.dumps(pq.ParquetFile(path).read().to_pylist(), default=str))
         elif path.is_file():
             texts.append(path.read_bytes().decode("latin-1"))
     for name in theirs:

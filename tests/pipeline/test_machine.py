@@ -74,10 +74,10 @@ def test_memory_is_given_back_before_a_step_that_would_raise_the_peak(monkeypatc
     steps = [
         (10, [300]),  # the first one makes what lasts
         (10, [300, 100, 150]),  # it adds 50, or 5 an event
-        (8, [150, 152]),  # gaps of 50 and 40 are less than 92.5
+        (5, [150, 152]),  # gaps of 50 and 25 are less than 80
         (9, [152, 100, 140]),  # gaps of 52 and 45 are more; it adds 40
         (12, [140, 101, 161]),  # 40 and 60; it adds 60
-        (10, [150, 150]),  # 49 and 50 are less than 111
+        (8, [150, 150]),  # 49 and 40 are less than 96
     ]
     looks: list[int] = []
     monkeypatch.setattr(machine, "rss_bytes", lambda: looks.pop(0))

@@ -61,7 +61,7 @@ def test_counts_after_dropout_are_those_of_the_batch_with_sets_that_vanish(sizes
     batch = random_batch(sizes)
     counts = StepCounts(num_patients=len(sizes), num_labelled=5, num_sets=batch.num_sets, num_events=batch.num_events)
     whole = GlobalBatch(
-        patient_id=batch.patient_id,
+        sample_key=batch.patient_id,
         num_sets=np.array([len(sets) for sets in sizes], np.int64),
         set_size=np.array([size for sets in sizes for size in sets], np.int64),
     )

@@ -24,8 +24,9 @@ def test_summaries_by_hand() -> None:
         label=torch.tensor([1, -1]),
         patient_id=["a", "b"],
     )
-    x, y = summaries([batch], 5)
+    x, y, patient_id = summaries([batch], 5)
     assert y.tolist() == [1]
+    assert patient_id == ["a"]
     assert x.shape == (1, 5 * SUMMARIES)
     row = x.reshape(5, SUMMARIES)
     assert row[2].tolist() == [3, 1, 5, 1, 3, 3]

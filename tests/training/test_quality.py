@@ -129,3 +129,18 @@ def test_refuses_what_is_no_probability(probability: float) -> None:
 def test_refuses_other_labels() -> None:
     with pytest.raises(ValueError, match=r"\[2\]"):
         evaluate_predictions(np.array([0, 2]), np.array([0.5, 0.5]))
+
+
+def test_samples_of_a_patient_are_drawn_together() -> None:
+    """Ten copies of each patient's sample say no more than one: the interval stays, where it would shrink."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 40)
+    probability = np.clip(0.3 * label + 0.6 * rng.random(40), 0, 1)
+    names = [f"p{number}" for number in range(40)]
+    alone = evaluate_predictions(label, probability, patient_id=names)
+    copies = evaluate_predictions(np.tile(label, 10), np.tile(probability, 10), patient_id=names * 10)
+    as_others = evaluate_predictions(np.tile(label, 10), np.tile(probability, 10))
+    for name in ("auroc_low", "auroc_high"):
+        assert copies[name] == pytest.approx(alone[name], abs=1e-2)
+    widths = [float(each["auroc_high"] or 0) - float(each["auroc_low"] or 0) for each in (copies, as_others)]
+    assert widths[0] > 2 * widths[1]

@@ -153,6 +153,7 @@ OTHER_VALUES: dict[str, list[str]] = {
     "max_memory": ["--max_memory", "64GB"],
     "max_events": ["--max_events", "99"],
     "max_sequence_length": ["--max_sequence_length", "9"],
+    "task": ["--task", "other"],
     "truncate": ["--truncate", "latest"],
     "bucketing": ["--no-bucketing"],
     "bucket_width": ["--bucket_width", "1"],

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal, TypeAlias
 import polars as pl
 
 from pipeline.options import Section, option
+from pipeline.prepare.sources.labels import LABEL_COLUMNS
 from pipeline.prepare.sources.reading import pick_column
-from pipeline.prepare.sources.side_files import LABEL_COLUMNS, read_keyed_frame
+from pipeline.prepare.sources.side_files import read_keyed_frame
 from pipeline.prepare.sources.wide import PREFIX
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 

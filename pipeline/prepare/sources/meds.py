@@ -24,9 +24,7 @@ from pipeline.prepare.columns import (
 from pipeline.prepare.sources.layout import ColumnOptions
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_parquet
 from pipeline.prepare.sources.reading import (
-    LABEL,
     SPLIT,
-    SUBJECT,
     Piece,
     concat_alike,
     cut_files,
@@ -36,7 +34,7 @@ from pipeline.prepare.sources.reading import (
     read_parquet,
     reading,
 )
-from pipeline.prepare.sources.side_files import merge_labels, parse_labels, read_frame
+from pipeline.prepare.sources.side_files import read_frame
 from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
 from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
@@ -46,13 +44,10 @@ SUBJECT_IDS: Final = (SUBJECT_ID, "patient_id")
 """Column of the subject in MEDS 0.4, and in 0.3."""
 
 COLUMNS: Final = ("time", "code")
+SUBJECT: Final = "subject"  # int64, a subject of the rows as they came
 NUMERIC_VALUE: Final = "numeric_value"
-PREDICTION_TIME: Final = "prediction_time"
-LABEL_COLUMNS: Final = ("boolean_value",)
 
 BIRTH: Final = r"^MEDS_BIRTH(//|$)"
-EXCLUDE_CODES: Final = (r"^MEDS_DEATH(//|$)", r"(?i)(^|[/_ ])(death|died|deceased|discharge)([/_ ]|$)")
-"""Codes that give an outcome away, or stand for the end of what is to be predicted."""
 
 SplitMap: TypeAlias = tuple[tuple[str, SplitName], ...]
 SPLIT_MAP: Final[SplitMap] = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
@@ -102,7 +97,7 @@ class MedsOptions(Section):
 
     labelled_only: bool = option(False, "Leave out subjects without a sample in --labels.")
     origin_code: str | None = option(None, "Code from which minutes count, instead of the first event but birth.")
-    exclude_codes: tuple[str, ...] = option(EXCLUDE_CODES, "Regular expressions of codes to reject, or none.")
+    exclude_codes: tuple[str, ...] = option((), "Regular expressions of codes to reject, or none.")
     split_map: SplitMap = option(SPLIT_MAP, "Splits of the names in subject_splits.parquet.", parse=parse_split_map)
 
 
@@ -110,9 +105,7 @@ class MedsOptions(Section):
 class Meds(Source, MedsOptions, ColumnOptions):
     """The folder that holds ``data`` and ``metadata``.
 
-    A subject without samples in ``labels`` is one patient, named by its id.  A sample (a subject and a prediction time)
-    is a patient of its own, ``<subject>@<prediction time>``: the subject's events until then, that time included.
-    ``label_column`` is ``boolean_value`` where it is not named.
+    A patient is a subject, named by its id, with all its events: where samples end, tasks say.
     """
 
     name: ClassVar[str] = "meds"
@@ -174,16 +167,11 @@ class Meds(Source, MedsOptions, ColumnOptions):
         excluded = names.test(rows[VARIABLE], self._is_excluded).fill_null(False)
         rows = rows.with_columns(excluded.alias("excluded"))
         rules = [("excluded_code", pl.col("excluded"))]
-        num_rows = rows.height
-        if self.labels is None:
-            rows = rows.with_columns(pl.col(SUBJECT).alias(PATIENT_ID))
-        else:
-            rows = rows.join(self._read_samples(self.labels), on=SUBJECT, how="left", maintain_order="left")
-            rows = rows.with_columns(pl.coalesce(PATIENT_ID, pl.col(SUBJECT).cast(pl.String)).alias(PATIENT_ID))
-            rules.append(("after_prediction_time", pl.col(MINUTE) > pl.col(PREDICTION_TIME)))
-            if self.labelled_only:
-                rules.insert(0, ("no_sample", pl.col(PREDICTION_TIME).is_null() & pl.col(SUBJECT).is_not_null()))
-        return RawRows(rows=rows, minute=pl.col(MINUTE), static=True, rules=tuple(rules), num_source_rows=num_rows)
+        rows = rows.with_columns(pl.col(SUBJECT).alias(PATIENT_ID))
+        if self.labelled_only and (labels := self.read_labels()):
+            is_labelled = pl.col(SUBJECT).cast(pl.String).is_in(labels.frame[PATIENT_ID].unique().to_list())
+            rules.insert(0, ("no_sample", ~is_labelled))
+        return RawRows(rows=rows, minute=pl.col(MINUTE), static=True, rules=tuple(rules))
 
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
         """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
@@ -211,34 +199,6 @@ class Meds(Source, MedsOptions, ColumnOptions):
             except pl.exceptions.ComputeError as error:
                 raise UserError(f"--exclude_codes {expression}: no regular expression ({error}); mend it") from None
         return excluded
-
-    def _read_samples(self, labels: Path) -> pl.DataFrame:
-        """Return ``subject``, ``prediction_time``, ``patient_id``, ``label``: a row a sample."""
-        files = list_parquet(labels)
-        if not files:
-            raise UserError(f"{labels}: no **/*.parquet here; name the label file, or the folder of a task")
-        time = pl.col(PREDICTION_TIME).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")
-        samples = pl.concat(self._read_sample_file(path) for path in files)
-        samples = samples.with_columns(pl.format("{}@{}", SUBJECT, time).alias(PATIENT_ID))
-        merged = merge_labels(labels, samples[PATIENT_ID], samples[LABEL])
-        return samples.drop(LABEL).unique().join(merged, on=PATIENT_ID).sort(SUBJECT, PREDICTION_TIME)
-
-    def _read_sample_file(self, path: Path) -> pl.DataFrame:
-        frame = read_frame(path, (SUBJECT_ID, PREDICTION_TIME))
-        for name in (SUBJECT_ID, PREDICTION_TIME):
-            if frame[name].null_count():
-                row = frame[name].is_null().arg_true()[0] + 1
-                raise UserError(f"{path}: row {row} has no {name}; give one, or leave the row out")
-        label = pick_column(path, frame.columns, self.label_column, LABEL_COLUMNS, "--label_column")
-        times = _to_instants(path, frame[PREDICTION_TIME])
-        labels = parse_labels(path, frame[label])
-        return pl.DataFrame({SUBJECT: _to_subjects(path, frame[SUBJECT_ID]), PREDICTION_TIME: times, LABEL: labels})
-
-    def read_labels(self) -> tuple[str, pl.DataFrame] | None:
-        if self.labels is None:
-            return None
-        samples = self._read_samples(self.labels)
-        return str(self.labels), samples.select(PATIENT_ID, LABEL, pl.col(SUBJECT).cast(pl.String))
 
     def read_splits(self) -> pl.DataFrame | None:
         path = self.find_side_files().get("subject_splits")

@@ -10,9 +10,9 @@ from typing import ClassVar, Final
 import numpy as np
 import polars as pl
 
+from pipeline.prepare.sources.labels import Labels, merge_samples, read_labels
 from pipeline.prepare.sources.listing import Listing, list_files
-from pipeline.prepare.sources.reading import FILE, LABEL, ROW, Piece, reading
-from pipeline.prepare.sources.side_files import merge_labels, read_labels
+from pipeline.prepare.sources.reading import FILE, ROW, Piece, reading
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
@@ -58,13 +58,12 @@ class PhysioNet2012(Source):
         found = {"labels" if not number else f"labels {number}": path for number, path in enumerate(outcomes)}
         return super().find_side_files() | found
 
-    def read_labels(self) -> tuple[str, pl.DataFrame] | None:
+    def read_labels(self) -> Labels | None:
         paths = [path for role, path in self.find_side_files().items() if role.startswith("labels") and path]
         if not paths:
             return None
-        frames = [read_labels(path, self.label_column) for path in paths]
-        joined = pl.concat(frames)
-        return " and ".join(map(str, paths)), merge_labels(paths[0], joined[PATIENT_ID], joined[LABEL])
+        frames = [read_labels(path, self.label_column).frame for path in paths]
+        return Labels(" and ".join(map(str, paths)), merge_samples(paths[0], pl.concat(frames)))
 
     def _find_outcomes(self) -> list[Path]:
         inside = list_files(self.path, lambda path: path.match("Outcomes-*.txt")).files

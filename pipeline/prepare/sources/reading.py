@@ -19,9 +19,7 @@ from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
 FILE: Final = "file"  # uint32, number of the file within its piece
 ROW: Final = "row"  # int64, data row of the file, from 1; header lines do not count
-LABEL: Final = "label"  # int8: 0, 1, or null = unlabelled
 SPLIT: Final = "split"  # string, one of SPLITS
-SUBJECT: Final = "subject"  # string, the person, where one person is several patients
 
 AS_TEXT: Final = pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
 """The columns that rejects show as text."""

@@ -1,4 +1,4 @@
-"""Read the files that are no events: labels, statistics, embeddings."""
+"""Read the files that are neither events nor labels: statistics, embeddings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from pipeline.prepare.columns import to_patient_names, to_variable_names
-from pipeline.prepare.sources.reading import LABEL, pick_column, reading
-from pipeline.schema import FIRST_CODE, PATIENT_ID, VARIABLE, UserError
+from pipeline.prepare.columns import to_variable_names
+from pipeline.prepare.sources.reading import pick_column, reading
+from pipeline.schema import FIRST_CODE, VARIABLE, UserError
 
-LABEL_COLUMNS: Final = ("label", "in_hospital_mortality", "In-hospital_death")
 ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
 
 
@@ -36,42 +35,6 @@ def read_frame(path: Path, needed: Sequence[str] = (), header: str | None = None
 
 def separator_of(path: Path) -> str:
     return "\t" if ".tsv" in path.suffixes else ","
-
-
-def read_labels(path: Path, label_column: str | None = None, id_column: str | None = None) -> pl.DataFrame:
-    """Return ``patient_id``, ``label`` of a CSV or Parquet file, a row a patient; empty and -1 mean unlabelled.
-
-    Where the file has no ``id_column``, the patient is one of ``ID_COLUMNS``.
-    """
-    frame = read_frame(path)
-    id_columns = [id_column, *ID_COLUMNS] if id_column else ID_COLUMNS
-    id_name = pick_column(path, frame.columns, None, id_columns, "one of these headers")
-    label_name = pick_column(path, frame.columns, label_column, LABEL_COLUMNS, "--label_column")
-    return merge_labels(path, to_patient_names(frame[id_name]), parse_labels(path, frame[label_name]))
-
-
-def parse_labels(path: Path, labels: pl.Series) -> pl.Series:
-    """Return labels as int8: 0, 1 or null; raise UserError where one is none of 0, 1, true, false, -1 or empty."""
-    text = labels.cast(pl.String).str.strip_chars().str.to_lowercase().replace({"true": "1", "false": "0"})
-    number = text.cast(pl.Float64, strict=False)
-    is_empty = text.is_null() | (text == "") | number.is_nan().fill_null(False)
-    wrong = (~(is_empty | number.is_in([0.0, 1.0, -1.0]).fill_null(False))).arg_true()
-    if len(wrong):
-        where = f"row {wrong[0] + 1}, column {labels.name!r}"
-        raise UserError(f"{path}: {where}: a label is 0, 1, or empty or -1 for none; mend it")
-    label = number.cast(pl.Int8, strict=False)
-    return label.set(is_empty | (label == -1).fill_null(False), None)
-
-
-def merge_labels(path: Path, ids: pl.Series, labels: pl.Series) -> pl.DataFrame:
-    """Return ``patient_id``, ``label``, a row a patient; raise UserError where two labels of a patient contradict."""
-    known = pl.DataFrame({PATIENT_ID: ids, LABEL: labels}).filter(pl.col(PATIENT_ID).is_not_null())
-    merged = known.group_by(PATIENT_ID).agg(pl.col(LABEL).min(), pl.col(LABEL).max().alias("max")).sort(PATIENT_ID)
-    contradicting = merged.filter(pl.col(LABEL) != pl.col("max"))
-    if contradicting.height:
-        rows = (ids == contradicting[PATIENT_ID][0]).arg_true() + 1
-        raise UserError(f"{path}: rows {rows[0]} to {rows[-1]} give a patient both label 0 and label 1; keep one")
-    return merged.select(PATIENT_ID, LABEL)
 
 
 def read_keyed_frame(

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.options import Section, option
+from pipeline.prepare.sources.labels import Labels, read_labels
 from pipeline.prepare.sources.listing import Listing, list_parquet
 from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
-from pipeline.prepare.sources.side_files import read_labels
 from pipeline.schema import PATIENT_ID, UserError
 
 
@@ -37,7 +37,7 @@ class RawRows:
     text_events: bool = False  # whether any other text makes the event "variable=text", or is a bad value
     rules: tuple[tuple[str, pl.Expr], ...] = ()  # reasons to reject that only this format knows, tried first
     patients: tuple[str, ...] = ()  # that the input names besides those in rows
-    num_source_rows: int | None = None  # of the files, where rows repeats or leaves out some of them
+    num_source_rows: int | None = None  # of the files, where a row of theirs is several of rows
     columns: Mapping[str, str] = field(default_factory=dict)  # names that canonical columns have in the files
 
 
@@ -138,13 +138,10 @@ class Source(SideFileOptions, ABC):
             found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_parquet(top)}
         return found
 
-    def read_labels(self) -> tuple[str, pl.DataFrame] | None:
-        """Return the labels' origin, and ``patient_id``, ``label``, a row a patient; None without labels.
-
-        A column ``subject``, where there is one, says whose split, given or by hash, the patient shares.
-        """
+    def read_labels(self) -> Labels | None:
+        """Return the labels of the task ``default``; None without labels."""
         path, patient_column = self.find_side_files()["labels"], getattr(self, "patient_column", None)
-        return None if path is None else (str(path), read_labels(path, self.label_column, patient_column))
+        return None if path is None else read_labels(path, self.label_column, patient_column)
 
     def read_splits(self) -> pl.DataFrame | None:
         """Return ``patient_id``, ``split``, a row a patient (or subject); None where a hash splits patients."""

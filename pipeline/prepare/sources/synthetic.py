@@ -15,9 +15,10 @@ import polars as pl
 
 from pipeline.arrays import Floats, Ints
 from pipeline.options import Section, option
-from pipeline.prepare.sources.reading import LABEL, Piece, number_rows
+from pipeline.prepare.sources.labels import Labels
+from pipeline.prepare.sources.reading import Piece, number_rows
 from pipeline.prepare.sources.source import RawRows, Source
-from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE
+from pipeline.schema import LABEL, MINUTE, PATIENT_ID, VALUE, VARIABLE
 
 NUM_VARIABLES: Final = 40
 EVENTS_PER_SET: Final = 6.0
@@ -108,9 +109,9 @@ class Synthetic(Source, SyntheticOptions):
         num_sets = num_events / EVENTS_PER_SET
         return num_sets.astype(np.int64), num_sets * 600.0
 
-    def read_labels(self) -> tuple[str, pl.DataFrame] | None:
+    def read_labels(self) -> Labels | None:
         parts = ({PATIENT_ID: _name_patients(piece), LABEL: self._draw_outcomes(piece)[1]} for piece in self.pieces())
-        return self.name, pl.concat(map(pl.DataFrame, parts))
+        return Labels(self.name, pl.concat(map(pl.DataFrame, parts)))
 
 
 def _name_patients(piece: Piece) -> pl.Series:

@@ -32,10 +32,11 @@ def test_a_shard_gives_back_what_was_written(directory: Path) -> None:
     for shard, patients in ((first, stored[:3]), (second, stored[3:])):
         expected = expected_batch(patients)
         assert shard.patient_id.to_pylist() == expected.pop("patient_id")
+        del expected["label"]
         for name, values in expected.items():
             assert getattr(shard, name).tolist() == values, name
-    assert {name: getattr(first, name).dtype for name in ("code", "value", "has_value", "minute", "label")} == {
-        "code": np.int32, "value": np.float32, "has_value": np.bool_, "minute": np.float32, "label": np.int64,
+    assert {name: getattr(first, name).dtype for name in ("code", "value", "has_value", "minute")} == {
+        "code": np.int32, "value": np.float32, "has_value": np.bool_, "minute": np.float32,
     }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_row_groups_hold_a_range_of_patients_of_about_equal_events(
     metadata = pq.ParquetFile(directory / entry.path).metadata
     # A patient belongs to the group in which its first event falls: 4-event patients begin at 0, 4, 8 | 12, 16 | …
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [3, 2, 3, 2, 1]
-    assert len(read_shard(directory, entry).label) == entry.num_patients == 11
+    assert len(read_shard(directory, entry).patient_id) == entry.num_patients == 11
 
 
 def test_the_same_patients_give_the_same_bytes(tmp_path: Path) -> None:
@@ -59,11 +60,11 @@ def test_the_same_patients_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_directories_named_like_partitions_add_no_columns(tmp_path: Path) -> None:
-    directory = write_data_dir(tmp_path / "label=7" / "code=1", {"train": make_patients([[1]], seed=1)})
+    directory = write_data_dir(tmp_path / "num_events=7" / "code=1", {"train": make_patients([[1]], seed=1)})
     manifest = Manifest.load(directory)
-    (expected,) = (patient.label for patient in make_patients([[1]], seed=1))
-    assert read_shard(directory, manifest.splits["train"][0]).label.tolist() == [-1 if expected is None else expected]
-    assert read_index(directory, manifest)["label"].to_pylist() == [expected]
+    (expected,) = (patient.sets[0][1][0][0] for patient in make_patients([[1]], seed=1))
+    assert read_shard(directory, manifest.splits["train"][0]).code.tolist() == [expected]
+    assert read_index(directory, manifest)["num_events"].to_pylist() == [1]
 
 
 def test_index_and_vocabulary_have_a_row_a_patient_and_a_row_a_code(directory: Path) -> None:
@@ -160,8 +161,8 @@ def test_a_manifest_survives_a_round_trip(directory: Path) -> None:
         (None, "no manifest here; run preprocess.py"),
         ("{", "cannot be read as a manifest"),
         ("[]", "not a manifest of this project"),
-        ('{"format_version": 1}', "checksum of its content is wrong"),
-        ('{"format_version": 99, "splits": {}}', "format version 99, this program reads 1"),
+        ('{"format_version": 2}', "checksum of its content is wrong"),
+        ('{"format_version": 99, "splits": {}}', "format version 99, this program reads 2"),
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
@@ -174,8 +175,8 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str | None, mes
 
 def test_a_newer_format_is_refused_by_its_version_whatever_it_holds(directory: Path) -> None:
     path = directory / MANIFEST_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2, "splits": 7}))
-    with pytest.raises(UserError, match="format version 2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3, "splits": 7}))
+    with pytest.raises(UserError, match="format version 3"):
         Manifest.load(directory)
 
 

@@ -126,7 +126,7 @@ def test_plain_webdataset_reads_it(tmp_path: Path) -> None:
         samples = list(webdataset.WebDataset(str(tmp_path / "train/00007.tar"), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in samples] == [f"00007-000000{number}" for number in range(3)]
     for sample, patient in zip(samples, patients, strict=True):
-        assert sample["json"] == {"patient_id": patient.patient_id, "label": patient.label}
+        assert sample["json"] == {"patient_id": patient.patient_id}
         assert sample["sets.npy"].tolist() == [(minute, len(events)) for minute, events in patient.sets]
         expected = [(code, np.nan if value is None else value) for _, events in patient.sets for code, value in events]
         assert sample["events.npy"].dtype == EVENTS
@@ -190,11 +190,11 @@ def pickled() -> bytes:
         member(1, b"{},{}"),
         member(1, b"1"),
         member(1, b"[" * 100_000),
-        member(1, b'{"patient_id": 7, "label": 0}'),
-        member(1, b'{"patient_id": null, "label": 0}'),
-        member(1, b'{"patient_id": "p", "label": 7000}'),
-        member(1, b'{"patient_id": "p", "label": 0}', "../../etc/x-0000000.json"),
-        member(1, b'{"patient_id": "p", "label": 0}', "y-0000001.json"),
+        member(1, b'{"patient_id": 7}'),
+        member(1, b'{"patient_id": null}'),
+        member(1, b'{"patient_id": "p", "event_minute": 7}'),
+        member(1, b'{"patient_id": "p"}', "../../etc/x-0000000.json"),
+        member(1, b'{"patient_id": "p"}', "y-0000001.json"),
         member(2, b""),
         member(2, pickled()),
         member(0, pickled()),

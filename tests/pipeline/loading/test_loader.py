@@ -126,11 +126,11 @@ def test_a_place_tells_of_the_batches_of_all_ranks(
             }
             for place, whole, batch in parts:
                 assert (place.epoch, place.cursor, place.step, place.counts) == (epoch, cursor, step, counts)
-                assert sorted(whole.patient_id) == sorted(sets)
-                assert whole.num_sets.tolist() == [len(sets[name]) for name in whole.patient_id]
-                assert whole.set_size.tolist() == [size for name in whole.patient_id for size in sets[name]]
-                assert [name for name in whole.patient_id if name in batch.patient_id] == batch.patient_id
-                assert whole.patient_id == parts[0][1].patient_id
+                assert sorted(whole.sample_key) == sorted(sets)
+                assert whole.num_sets.tolist() == [len(sets[name]) for name in whole.sample_key]
+                assert whole.set_size.tolist() == [size for name in whole.sample_key for size in sets[name]]
+                assert [name for name in whole.sample_key if name in batch.patient_id] == batch.patient_id
+                assert whole.sample_key == parts[0][1].sample_key
             step += 1
             assert all(loader.step == step for loader in loaders)
 
@@ -319,7 +319,7 @@ def test_a_plan_made_otherwise_is_refused(data_dir: Path) -> None:
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_splits_of_no_and_of_one_patient(data_dir: Path, prefetch: int) -> None:
     empty, single = (make_loader(data_dir, split=split, prefetch=prefetch) for split in ("test", "valid"))
-    assert (len(empty), empty.num_patients, empty.longest_patient, list(empty)) == (0, 0, 0, [])
+    assert (len(empty), empty.num_samples, empty.longest_patient, list(empty)) == (0, 0, 0, [])
     assert empty.epoch == 1
     assert (len(single), ids(single), single.longest_patient) == (1, [["v0/ü"]], 5)
 
@@ -433,7 +433,7 @@ def test_a_missing_manifest_and_a_damaged_shard_are_named(data_dir: Path, tmp_pa
     assert len(loader) == 4, "a plan reads no shard"
     with pytest.raises(UserError, match=f"{shard}: checksum differs"):
         next(iter(loader))
-    assert make_loader(copy, split="valid").num_patients == 1
+    assert make_loader(copy, split="valid").num_samples == 1
     (copy / MANIFEST_FILE).unlink()
     with pytest.raises(UserError, match="no manifest here"):
         make_loader(copy)

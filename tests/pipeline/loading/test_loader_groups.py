@@ -184,9 +184,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Paths of the shards of each store that a loader reads, in order."""
     read: list[list[str]] = []
 
-    def noted(directory: Path, entries: list[ShardEntry], *, verify: bool) -> PatientStore:
+    def noted(directory: Path, entries: list[ShardEntry], **options: Any) -> PatientStore:
         read.append([entry.path for entry in entries])
-        return PatientStore(directory, entries, verify=verify)
+        return PatientStore(directory, entries, **options)
 
     monkeypatch.setattr(pipeline.loading.loader, "PatientStore", noted)
     return read
@@ -352,6 +352,6 @@ def test_an_index_that_is_not_of_the_shards_is_refused(data_dir: Path, tmp_path:
     pq.write_table(index, copy / INDEX_FILE)
     manifest = Manifest.load(copy)
     files = manifest.files | {INDEX_FILE: file_sha256(copy / INDEX_FILE)}
-    loader = make_loader(copy, manifest=replace(manifest, files=files))
-    with pytest.raises(UserError, match=r"index\.parquet: contradicts the shards"):
+    loader = make_loader(copy, task=None, manifest=replace(manifest, files=files))
+    with pytest.raises(UserError, match=r"index\.parquet, or the task: contradicts the shards"):
         next(iter(loader))

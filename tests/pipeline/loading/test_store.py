@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,26 +10,39 @@ from hypothesis import strategies as st
 
 from pipeline.arrays import offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.samples import SampleIndex, Samples
+from pipeline.dataset.tasks import Task
 from pipeline.loading.options import LoaderOptions, Truncate
 from pipeline.loading.store import PatientStore, Windows
+from pipeline.storage.folder import Folder
 from tests.data_dirs import Patient, in_stored_order
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
 
 
-def store_of(directory: Path, split: str = "train") -> PatientStore:
-    return PatientStore(directory, Manifest.load(directory).splits[split])
+class Loaded(NamedTuple):
+    """The patients of a split in memory, and the samples of the task that has their labels."""
+
+    store: PatientStore
+    samples: Samples
+
+
+def load(directory: Path, split: str = "train") -> Loaded:
+    manifest = Manifest.load(directory)
+    entries = manifest.splits[split]
+    task = Task.load(directory, manifest, "default")
+    return Loaded(PatientStore(directory, entries), SampleIndex(Folder(directory), manifest, task).read(entries))
 
 
 def select(
-    store: PatientStore, max_sequence_length: int | None = None, truncate: Truncate = "earliest", seed: int = 0
+    loaded: Loaded, max_sequence_length: int | None = None, truncate: Truncate = "earliest", seed: int = 0
 ) -> Windows:
     options = LoaderOptions(max_sequence_length=max_sequence_length, truncate=truncate)
-    return store.select_windows(options, np.random.default_rng(seed))
+    return loaded.store.select_windows(loaded.samples, options, np.random.default_rng(seed))
 
 
 @pytest.fixture(scope="module")
-def store(data_dir: Path) -> PatientStore:
-    return store_of(data_dir)
+def loaded(data_dir: Path) -> Loaded:
+    return load(data_dir)
 
 
 @given(
@@ -37,14 +51,14 @@ def store(data_dir: Path) -> PatientStore:
     truncate=st.sampled_from(["earliest", "latest", "random"]),
 )
 def test_gathering_and_truncation_against_a_loop(
-    store: PatientStore,
+    loaded: Loaded,
     patients: list[Patient],
     picked: list[list[int]],
     max_sequence_length: int | None,
     truncate: Truncate,
 ) -> None:
-    windows = select(store, max_sequence_length, truncate, 5)
-    first = windows.event_start - select(store).event_start  # random places are checked below
+    windows = select(loaded, max_sequence_length, truncate, 5)
+    first = windows.event_start - select(loaded).event_start  # random places are checked below
     stored = in_stored_order(patients)
     most = max_sequence_length or 10**9
     if truncate == "earliest":
@@ -56,22 +70,22 @@ def test_gathering_and_truncation_against_a_loop(
     assert windows.num_events.tolist() == [patient.num_events for patient in kept]
     assert windows.num_sets.tolist() == [patient.num_sets for patient in kept]
     chosen = np.array([patient for part in picked for patient in part], dtype=np.int64)
-    batches = store.gather_batches(windows, chosen, offsets_from_sizes(np.array([len(part) for part in picked])))
+    batches = loaded.store.gather_batches(windows, chosen, offsets_from_sizes(np.array([len(part) for part in picked])))
     for batch, part in zip(batches, picked, strict=True):
         expected = batch_of([kept[patient] for patient in part])
         assert_equal(batch, expected)
-        whole = store.gather_global_batch(windows, np.array(part, dtype=np.int64))
-        assert whole.patient_id == expected.patient_id
+        whole = loaded.store.gather_global_batch(windows, np.array(part, dtype=np.int64))
+        assert whole.sample_key == expected.patient_id
         assert whole.num_sets.tolist() == expected.sets_per_patient.tolist()
         assert whole.set_size.tolist() == expected.set_sizes.tolist()
         assert whole.num_sets.dtype == whole.set_size.dtype == np.int64
 
 
-def test_random_windows_lie_inside_and_reach_both_ends(store: PatientStore) -> None:
-    whole = select(store)
+def test_random_windows_lie_inside_and_reach_both_ends(loaded: Loaded) -> None:
+    whole = select(loaded)
     seen = set()
     for seed in range(60):
-        cut = select(store, 10, "random", seed)
+        cut = select(loaded, 10, "random", seed)
         first = cut.event_start - whole.event_start
         assert (first >= 0).all()
         assert (first + cut.num_events <= whole.num_events).all()
@@ -80,19 +94,21 @@ def test_random_windows_lie_inside_and_reach_both_ends(store: PatientStore) -> N
     assert seen == set(range(int(whole.num_events[20]) - 10 + 1))
 
 
-def test_a_limit_beyond_all_patients_changes_nothing(store: PatientStore) -> None:
-    assert select(store, 10_000, "latest") is select(store)
+def test_a_limit_beyond_all_patients_changes_nothing(loaded: Loaded) -> None:
+    limited, whole = select(loaded, 10_000, "latest"), select(loaded)
+    for name in ("event_start", "num_events", "set_start", "num_sets"):
+        assert getattr(limited, name).tolist() == getattr(whole, name).tolist()
 
 
-def test_what_is_gathered_can_be_changed_without_changing_the_store(store: PatientStore) -> None:
-    windows, some = select(store), np.arange(3)
-    store.gather_batches(windows, some, offsets_from_sizes(np.array([3])))[0].value.fill_(7)
-    assert not (store.value == 7).any()
+def test_what_is_gathered_can_be_changed_without_changing_the_store(loaded: Loaded) -> None:
+    windows, some = select(loaded), np.arange(3)
+    loaded.store.gather_batches(windows, some, offsets_from_sizes(np.array([3])))[0].value.fill_(7)
+    assert not (loaded.store.value == 7).any()
 
 
 def test_a_split_may_be_empty_or_one_patient(data_dir: Path) -> None:
-    empty = store_of(data_dir, "test")
-    assert (empty.num_patients, store_of(data_dir, "valid").num_patients) == (0, 1)
+    empty = load(data_dir, "test")
+    assert (empty.store.num_patients, load(data_dir, "valid").store.num_patients) == (0, 1)
     nobody = np.array([], dtype=np.int64)
-    (batch,) = empty.gather_batches(select(empty, 3), nobody, offsets_from_sizes(np.array([0])))
+    (batch,) = empty.store.gather_batches(select(empty, 3), nobody, offsets_from_sizes(np.array([0])))
     assert (batch.num_patients, batch.num_sets, batch.num_events) == (0, 0, 0)

@@ -73,7 +73,8 @@ def test_messy_rows_become_what_the_naive_reference_says(rows: list[Row], labels
         pl.DataFrame(list(labels.items()), schema=schema, orient="row").write_csv(folder / "labels.csv")
         source = Table(path=folder / "rows.parquet", labels=folder / "labels.csv")
         output = folder / "label=7"  # no column of any shard, whatever a reader makes of such a name
-        if (labels and not known & labels.keys()) or not any(count for _, count, *_ in naive.vocabulary):
+        written = {patient for split in SPLITS for patient, *_ in naive.patients[split]}
+        if (labels and not written & labels.keys()) or not any(count for _, count, *_ in naive.vocabulary):
             with pytest.raises(UserError, match=r"labels\.csv|train split|no row can be used"):
                 build(source, output, HALVES)
             assert not output.exists()
@@ -85,8 +86,10 @@ def test_messy_rows_become_what_the_naive_reference_says(rows: list[Row], labels
     assert summary["events_in"] == len(rows) == summary["events_written"] + sum(summary["rejects"].values())
     assert summary["rejects"] == dict(naive.rejects)
     assert summary["patients"] == len(patients)
-    assert summary["unlabelled_patients"] == sum(label is None for _, label, _ in patients)
-    assert summary["labels_without_patient"] == len(labels.keys() - known)
+    samples = summary["samples"].values()
+    assert sum(split["num_labelled"] for split in samples) == sum(label is not None for _, label, _ in patients)
+    assert sum(split["num_positive"] for split in samples) == sum(label == 1 for _, label, _ in patients)
+    assert summary["labels_without_patient"] == len(labels.keys() - written)
     without = sorted({name for name in known if name and name.strip()} - {name for name, *_ in patients})
     assert summary["patients_without_events"] == len(without)
     assert summary["patients_without_events_first"] == without
@@ -138,7 +141,7 @@ def test_partitions_are_sorted_shards_that_together_hold_every_patient(tmp_path:
                     shard.patient_offsets[position] : shard.patient_offsets[position + 1]
                 ]
                 expected_index.append(
-                    (patient_id, split, None, entry.path, position, num_events, num_sets, sizes.max())
+                    (patient_id, split, entry.path, position, num_events, num_sets, sizes.max(), None)
                 )
     assert [tuple(row.values()) for row in index.to_pylist()] == expected_index
 
@@ -408,10 +411,10 @@ def test_set_a(tmp_path: Path, set_a_dir: Path, outcomes_a: Path) -> None:
     assert summary["patients"] == 4000
     assert summary["variables"] == 41
     assert summary["sets"] == 292_178
-    assert sum(split["positive"] for split in summary["splits"].values()) == 554
-    assert (
-        summary["unlabelled_patients"] == summary["labels_without_patient"] == summary["patients_without_events"] == 0
-    )
+    samples = summary["samples"].values()
+    assert [sum(split[name] for split in samples) for name in ("num_samples", "num_labelled")] == [4000, 4000]
+    assert sum(split["num_positive"] for split in samples) == 554
+    assert summary["labels_without_patient"] == summary["patients_without_events"] == 0
     index = pl.read_parquet(tmp_path / "out" / "index.parquet")
     assert index["shard"].unique().sort().to_list() == [f"{split}/00000.parquet" for split in sorted(SPLITS)]
     descriptors_only = index.filter(pl.col("patient_id").is_in(["140501", "140936", "141264"]))
@@ -445,3 +448,20 @@ def test_the_order_of_events_is_that_of_their_columns(rows: list[tuple[float, ..
         return (*key, math.isnan(value), 0 if math.isnan(value) else value, minute)
 
     assert sort_order(columns[:3], columns[3:]).tolist() == sorted(range(len(rows)), key=place)
+
+
+def test_a_run_that_is_stopped_between_task_and_manifest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(manifest: Manifest, directory: Path) -> None:
+        assert (directory / "tasks" / "default.json").exists()
+        raise KeyboardInterrupt
+
+    source = Synthetic(num_patients=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(source, tmp_path / "out", BuildOptions())
+    build(source, tmp_path / "out", BuildOptions())
+    build(source, tmp_path / "whole", BuildOptions())
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")

@@ -186,7 +186,7 @@ def test_a_linked_folder_of_meds_is_followed(tmp_path: Path) -> None:
     (tmp_path / "in" / "data").mkdir(parents=True)
     (tmp_path / "in" / "data" / "train").symlink_to(tmp_path / "elsewhere")
     summary = prepare(tmp_path / "in", tmp_path / "out")
-    assert (summary["format"], summary["events_written"]) == ("meds", 1)
+    assert (summary["format"], summary["events_written"]) == ("meds", 2)
 
 
 def test_a_link_to_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,9 +223,9 @@ def test_meds_without_its_number_says_so(tmp_path: Path, capsys: pytest.CaptureF
     said = " ".join(capsys.readouterr().err.split())
     assert "no column 'numeric_value'" in said
     assert "--value_column value" in said
-    assert read_stays(tmp_path / "out") == {"1": [(0.0, [("HR", None)])]}
+    assert read_stays(tmp_path / "out") == {"1": [(0.0, [("HR", None)]), (7.0, [("MEDS_DEATH", None)])]}
     prepare(folder, tmp_path / "named", "--value_column", "value")
-    assert read_stays(tmp_path / "named") == {"1": [(0.0, [("HR", 80.0)])]}
+    assert read_stays(tmp_path / "named") == {"1": [(0.0, [("HR", 80.0)]), (7.0, [("MEDS_DEATH", None)])]}
 
 
 def test_of_value_and_valuenum_the_number_is_taken(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_meds_is_seen_by_its_columns(tmp_path: Path) -> None:
     assert prepare(tmp_path / "folders", tmp_path / "out")["format"] == "meds"
     old = write_meds(tmp_path / "old", subject_id=None, patient_id=pa.array([1, 1]))
     summary = prepare(old, tmp_path / "old_out")
-    assert (summary["format"], summary["rejects"]) == ("meds", {"excluded_code": 1})
+    assert (summary["format"], summary["rejects"]) == ("meds", {})
 
 
 def test_types_that_a_column_may_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,8 +274,8 @@ def test_types_that_a_column_may_have(tmp_path: Path, capsys: pytest.CaptureFixt
     pq.write_table(pa.table(codes), folder / "metadata" / "codes.parquet")
     prepare(folder, tmp_path / "out")
     vocabulary = pq.read_table(tmp_path / "out" / "vocabulary.parquet")
-    assert vocabulary["variable"].to_pylist()[2:] == ["HR"]
-    assert vocabulary["description"].to_pylist()[2:] == ["Heart rate; per minute"]
+    assert vocabulary["variable"].to_pylist()[2:] == ["HR", "MEDS_DEATH"]
+    assert vocabulary["description"].to_pylist()[2:] == ["Heart rate; per minute", None]
     large = write_meds(tmp_path / "large", subject_id=pa.array([2**63 + 77, 1], pa.uint64()))
     line = refuse(capsys, large)
     assert "row 1 has a subject_id that is no int64" in line

@@ -41,7 +41,7 @@ def prepare(output: Path, num_patients: int, *, overwrite: bool = False) -> None
 
 def num_patients(output: Path) -> int:
     """Patients of a data set that is whole."""
-    return sum(len(read_shard(output, entry).label) for entry in Manifest.load(output).splits["train"])
+    return sum(len(read_shard(output, entry).patient_id) for entry in Manifest.load(output).splits["train"])
 
 
 def files(output: Path) -> set[str]:

@@ -97,8 +97,8 @@ def test_checkpoint_and_loader_find_what_they_need(tmp_path: Path, data: Path) -
     assert new.fingerprint != old.fingerprint
     assert new.options["like"] == old.fingerprint
     assert Rules.from_options(new.options) == RULES
-    assert not list(make_loader(tmp_path / "new", split="train", batch_size=4))
-    assert list(make_loader(tmp_path / "new", split="test", batch_size=4))
+    assert not list(make_loader(tmp_path / "new", task=None, split="train", batch_size=4))
+    assert list(make_loader(tmp_path / "new", task=None, split="test", batch_size=4))
 
 
 def test_unknown_variables_are_counted_the_most_frequent_first(tmp_path: Path, data: Path) -> None:

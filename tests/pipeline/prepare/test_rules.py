@@ -107,7 +107,8 @@ DAY: list[Row] = [
 @pytest.mark.parametrize(("aggregate", "first"), [("mean", 73.3333), ("last", 90.0)])
 def test_one_event_of_a_variable_in_a_set(tmp_path: Path, aggregate: Any, first: float) -> None:
     sets, summary, vocabulary = hand(Rules(aggregate=aggregate), tmp_path, DAY)
-    assert sets == [(0.0, [("HR", first), ("RR", None)]), (1.0, [("HR", 80.0)])]
+    # An event merged of several is one of the last of their minutes: before it, its value was not known.
+    assert sets == [(0.0, [("RR", None), ("HR", first)]), (1.0, [("HR", 80.0)])]
     assert summary["rejects"] == {"aggregated": 4}
     assert [row["count"] for row in vocabulary] == [0, 0, 2, 1]
     assert vocabulary[2]["mean"] == pytest.approx((first + 80) / 2, abs=1e-4)  # of what is kept

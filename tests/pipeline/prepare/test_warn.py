@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
+from pipeline.dataset.tasks import SampleCounts
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.warn import find_warnings, name_some, warn_of_strangers
 
@@ -30,8 +31,10 @@ def test_constants_are_said_but_not_variables_of_one_value() -> None:
 
 
 def test_splits_whose_labels_are_all_alike_are_said() -> None:
-    def counts(labelled: int, positive: int) -> dict[str, int]:
-        return {"patients": 5, "labelled": labelled, "positive": positive}
+    def counts(labelled: int, positive: int) -> SampleCounts:
+        return SampleCounts(
+            num_samples=5, num_patients=5, num_labelled=labelled, num_positive=positive, num_without_events=0
+        )
 
     warnings = find_warnings(measure(), {"train": counts(4, 2), "valid": counts(3, 0), "test": counts(0, 0)})
     assert [warning.split(":")[0] for warning in warnings] == [

@@ -18,7 +18,7 @@ from pipeline.dataset.shards import write_shard
 from pipeline.reports.data_report import MAX_VARIABLES, draw_histogram, write_data_report
 from pipeline.schema import UserError
 from pipeline.storage.files import file_sha256
-from tests.data_dirs import Patient, shard_table
+from tests.data_dirs import Patient, add_task, shard_table
 from tests.pages import HOSTILE, Page, check_self_contained
 
 
@@ -47,12 +47,12 @@ def write_data(
     index = {
         "patient_id": [str(number) for number in range(num_patients)],
         "split": split,
-        "label": label,
         "shard": [f"{name}/0{suffix}" for name in split],
         "position": range(num_patients),
         "num_events": num_events,
         "num_sets": [max(1, number // 2) for number in num_events],
         "max_set_size": [2] * num_patients,
+        "time_origin": [None] * num_patients,
     }
     vocabulary = {
         "code": range(num_codes),
@@ -76,6 +76,8 @@ def write_data(
         options={"input": HOSTILE},
         fingerprint="0",
     ).save(directory)
+    if num_patients:
+        add_task(directory, [(patient, None, patient.label) for some in patients.values() for patient in some])
 
 
 def test_data_report(tmp_path: Path) -> None:
@@ -99,8 +101,11 @@ def test_data_report(tmp_path: Path) -> None:
     assert page.row("Rejected rows") == ["7"]
     size = sum(path.stat().st_size for path in tmp_path.glob("*/0.parquet"))
     assert page.row("MiB of shards") == [f"{size / 2**20:,.4g}"]
-    assert page.row("train") == ["4", "80.0%", "535", "1,070", "3", "2", "66.7%"]
-    assert page.row("test") == ["1", "20.0%", "40", "80", "0", "0", "–"]
+    assert page.row("train") == ["4", "80.0%", "535", "1,070"]
+    assert page.row("test") == ["1", "20.0%", "40", "80"]
+    tasks = [row[1:] for row in page.rows if row[0] == "default"]
+    assert tasks[0] == ["binary", "train", "4", "4", "1", "3", "2", "66.7%", "0", "30", "–"]
+    assert tasks[1] == ["binary", "test", "1", "1", "1", "0", "0", "–", "0", "80", "–"]
     assert page.row("duplicate") == ["3", "42.9%"]
     assert "7 rows of 1,157 (0.605%)." in page.text
     # Of nine values in ten events: -2, -0.25, 0, 0, 0, 0.5, 1, 2, 3, each times 2 and plus 0.5.
@@ -131,7 +136,7 @@ def test_data_report_of_equal_patients_and_many_variables(tmp_path: Path) -> Non
     many = [f"variable {number}" for number in range(MAX_VARIABLES + 5)]
     write_data(tmp_path, num_events=[7] * 9, split=["valid"] * 9, label=[0] * 9, variables=many, suffix=".tar")
     page = Page(write_data_report(tmp_path))
-    assert page.row("valid")[-1] == "0.0%"
+    assert [row[-4] for row in page.rows if row[0] == "default"] == ["0.0%"]
     assert page.row(many[-1])[-4:-1] == ["0.5"] * 3
     assert "variable 4" not in [row[0] for row in page.rows]  # counts rise with the number: the last five are dropped
     assert "and 5 more" in page.text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.sampling.quality import (
     pairs_meeting_again,
     rank_imbalance,
 )
-from tests.data_dirs import Patient, in_stored_order
+from tests.data_dirs import Patient, add_task, in_stored_order
 
 
 def plan_of(*batches: list[int]) -> EpochPlan:
@@ -57,7 +58,8 @@ def test_rank_imbalance_by_hand() -> None:
 
 
 def test_lengths_stand_in_the_order_of_the_shards(data_dir: Path, patients: list[Patient]) -> None:
-    lengths = SplitLengths.read(data_dir, "train")
+    lengths = SplitLengths.read(data_dir, "train", "default")
+    assert set(SplitLengths.read(data_dir, "train").label.tolist()) == {-1}
     stored = in_stored_order(patients)
     assert lengths.num_events.tolist() == [patient.num_events for patient in stored]
     assert lengths.num_sets.tolist() == [patient.num_sets for patient in stored]
@@ -72,6 +74,17 @@ def test_the_table_is_printed_for_any_split(data_dir: Path, split: str, capsys: 
     for policy in ("at random", "bucketed", "120 events"):
         assert policy in " ".join(shown.split())
     assert ("53 patients" in shown) == (split == "train")
+
+
+def test_the_samples_of_a_task_are_planned(
+    data_dir: Path, patients: list[Patient], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    add_task(copy, [(patient, minute, 1) for patient in patients[:5] for minute in (4000.0, 5000.0)], "late")
+    assert main([str(copy), "--task", "late", "--batch_size", "3"]) == 0
+    assert "10 samples of task late" in capsys.readouterr().out
+    assert main([str(copy), "--task", "early"]) == 2
+    assert "has no task 'early'" in capsys.readouterr().err
 
 
 def test_peak_memory_by_hand(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,9 @@ def index_of(directory: Path) -> dict[str, int]:
 
 def entries_of(directory: Path | Folder, split: str = "train") -> list[ShardEntry]:
     return Manifest.load(directory).splits[split]
+
+
+TASK_FILES = ("tasks/default.json", "tasks/default.parquet")
 
 
 @pytest.fixture
@@ -89,25 +93,26 @@ def test_what_is_cached_is_not_fetched_again_but_for_the_manifest(store: ObjectS
     first = list(make_loader(open_folder(remote, cache_dir=cache)))
     names = {key.split("/", 1)[1] for method, key in store.requests if method == "GET"}
     shards = [entry.path for entry in entries_of(open_folder(remote, cache_dir=cache))]
-    assert names == {MANIFEST_FILE, INDEX_FILE, *shards}
+    assert names == {MANIFEST_FILE, *TASK_FILES, *shards}
     store.requests.clear()
     again = list(make_loader(open_folder(f"{remote}/", cache_dir=cache)))
-    assert {key.split("/", 1)[1] for _, key in store.requests} == {MANIFEST_FILE}
+    assert {key.split("/", 1)[1] for _, key in store.requests} == {MANIFEST_FILE, "tasks/default.json"}
     for batch, other in zip(first, again, strict=True):
         assert_equal(batch, other)
 
 
 def test_the_default_cache_is_the_users(remote: str, data_dir: Path, tmp_path: Path) -> None:
-    list(make_loader(remote, split="valid"))
+    list(make_loader(remote, task=None, split="valid"))
     (entry,) = entries_of(open_folder(remote), "valid")
     assert cached(tmp_path / "user_cache" / "seqsetvae") == index_of(data_dir) | {entry.sha256: entry.num_bytes}
 
 
+@pytest.mark.parametrize("task", [None, "default"])
 @pytest.mark.parametrize("group_events", [440, 10**6])
 def test_a_plan_its_length_and_a_restored_place_fetch_no_shard(
-    store: ObjectStore, remote: str, data_dir: Path, cache: Path, group_events: int
+    store: ObjectStore, remote: str, data_dir: Path, cache: Path, group_events: int, task: str | None
 ) -> None:
-    flags = {"max_events": 150, "max_sequence_length": 30, "group_events": group_events}
+    flags: dict[str, Any] = {"task": task, "max_events": 150, "max_sequence_length": 30, "group_events": group_events}
     near = make_loader(data_dir, **flags)
     steps = len(list(near))
     far = make_loader(open_folder(remote, cache_dir=cache), **flags)
@@ -116,9 +121,11 @@ def test_a_plan_its_length_and_a_restored_place_fetch_no_shard(
     assert (far.epoch, far.step) == (1, steps)
     far.set_epoch(7)
     assert len(far) > 0
-    assert {key.split("/", 1)[1] for _, key in store.requests} == {MANIFEST_FILE, INDEX_FILE}
-    assert [method for method, key in store.requests if key.endswith(INDEX_FILE)].count("GET") == 1
-    assert cached(cache) == index_of(data_dir)
+    table = INDEX_FILE if task is None else "tasks/default.parquet"
+    others = [] if task is None else ["tasks/default.json"]
+    assert {key.split("/", 1)[1] for _, key in store.requests} == {MANIFEST_FILE, table, *others}
+    assert [method for method, key in store.requests if key.endswith(table)].count("GET") == 1
+    assert len(cached(cache)) == 1
 
 
 def test_a_data_set_that_changed_is_another(store: ObjectStore, remote: str, tmp_path: Path, cache: Path) -> None:
@@ -300,7 +307,7 @@ def test_what_a_crash_left_is_written_anew(remote: str, data_dir: Path, cache: P
 
 
 def read_all(url: str, cache: Path) -> None:
-    list(make_loader(open_folder(url, cache_dir=cache)))
+    list(make_loader(open_folder(url, cache_dir=cache), task=None))
 
 
 def test_killed_while_it_fetches_and_started_again(
@@ -434,7 +441,7 @@ def test_what_lasts_is_one_clear_line(
 ) -> None:
     store.faults.extend([*faults[:-1], *faults[-1:] * 50])
     with pytest.raises(UserError, match=message) as caught:
-        list(make_loader(open_folder(remote, cache_dir=cache)))
+        list(make_loader(open_folder(remote, cache_dir=cache), task=None))
     assert "\n" not in str(caught.value)
     whole = index_of(data_dir) if len(faults) > 4 else {}
     assert cached(cache) == whole, "nothing is kept of what did not come"
@@ -513,7 +520,7 @@ def test_a_bad_shard_is_named_and_can_be_left_out(
     bad = check_shards(folder, entries)
     assert bad.keys() == {entries[3].path}
     loader = make_loader(folder, quarantined=bad)
-    assert loader.num_patients == 53 - 5
+    assert loader.num_samples == 53 - 5
     assert entries[3].sha256 not in cached(cache)
 
 

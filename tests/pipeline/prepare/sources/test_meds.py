@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,8 +23,9 @@ from pipeline.loading.loader import make_loader
 from pipeline.prepare.build import build
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.sources.auto import detect_format
-from pipeline.prepare.sources.meds import EXCLUDE_CODES, Meds
+from pipeline.prepare.sources.meds import Meds
 from pipeline.prepare.splits import SplitRule
+from pipeline.prepare.tasks import EXCLUDE_CODES
 from pipeline.schema import SPLITS, UserError
 from tests.prepared import Row, assert_same, expected, read_prepared
 
@@ -127,25 +127,27 @@ def test_a_data_set_by_hand(root: Path, tmp_path: Path) -> None:
             (birth, ["MEDS_BIRTH"]),
             (0.0, ["HOSPITAL_ADMISSION", "HR"]),
             (61.0, ["HR"]),
+            (62.0, ["HOSPITAL_DISCHARGE//DIED"]),
+            (63.0, ["MEDS_DEATH"]),
         ],
         "2": [(None, ["GENDER//F"])],
     }
-    assert summary["rejects"] == {"excluded_code": 2}
-    assert summary["events_in"] == summary["source_rows"] == 9
+    assert summary["rejects"] == {}
+    assert summary["events_in"] == 9
     vocabulary = pl.read_parquet(tmp_path / "out" / "vocabulary.parquet")
     assert dict(vocabulary.select("variable", "description").iter_rows()) == {
         "<padding>": None, "<unknown>": None, "EYES//BROWN": None, "GENDER//F": None, "HOSPITAL_ADMISSION": None,
-        "HR": "Heart rate; beats a minute", "MEDS_BIRTH": None,
+        "HR": "Heart rate; beats a minute", "MEDS_BIRTH": None, "HOSPITAL_DISCHARGE//DIED": None, "MEDS_DEATH": None,
     }  # fmt: skip
-    assert Manifest.load(tmp_path / "out").options["exclude_codes"] == list(EXCLUDE_CODES)
+    assert Manifest.load(tmp_path / "out").options["exclude_codes"] == []
 
 
 def test_the_static_set_has_the_minute_of_the_next_set_in_a_batch(root: Path, tmp_path: Path) -> None:
     build(Meds(path=root), tmp_path / "out", ALL_TRAIN)
-    (batch,) = make_loader(tmp_path / "out", split="train", batch_size=2, shuffle=False)
+    (batch,) = make_loader(tmp_path / "out", task=None, split="train", batch_size=2, shuffle=False)
     birth = np.float32((BIRTH - ADMISSION) / timedelta(minutes=1))
     stays = dict(zip(batch.patient_id, np.split(batch.minute.numpy(), batch.patient_offsets[1:-1]), strict=True))
-    assert stays["1"].tolist() == [birth, birth, 0, 61]
+    assert stays["1"].tolist() == [birth, birth, 0, 61, 62, 63]
     assert stays["2"].tolist() == [0]
 
 
@@ -154,7 +156,7 @@ def test_the_static_set_is_the_same_from_a_tar(root: Path, tmp_path: Path) -> No
     manifest = Manifest.load(tmp_path / "out")
     parquet, tar = (read_shard(tmp_path / "out", shards["train"][0]) for shards in (manifest.splits, manifest.tars))
     assert parquet.minute.tolist() == tar.minute.tolist()
-    assert sorted(parquet.minute.tolist())[2:] == [0, 0, 61]
+    assert sorted(parquet.minute.tolist())[2:] == [0, 0, 61, 62, 63]
 
 
 def test_no_digit_of_a_time_is_lost_over_a_century(tmp_path: Path) -> None:
@@ -170,8 +172,8 @@ def test_no_digit_of_a_time_is_lost_over_a_century(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ({}, ["HR", "HOSPITAL_ADMISSION"]),
-        ({"exclude_codes": ()}, ["HR", "HOSPITAL_ADMISSION", "HOSPITAL_DISCHARGE//DIED", "MEDS_DEATH"]),
+        ({"exclude_codes": EXCLUDE_CODES}, ["HR", "HOSPITAL_ADMISSION"]),
+        ({}, ["HR", "HOSPITAL_ADMISSION", "HOSPITAL_DISCHARGE//DIED", "MEDS_DEATH"]),
         ({"exclude_codes": ("^H",)}, ["MEDS_DEATH"]),
     ],
 )
@@ -191,7 +193,7 @@ def test_codes_that_give_the_outcome_away(root: Path, tmp_path: Path, options: d
 )  # fmt: skip
 def test_the_default_list_of_excluded_codes(tmp_path: Path, code: str, excluded: bool) -> None:
     write_events(tmp_path, [(1, at(0), code, None)])
-    source = Meds(path=tmp_path)
+    source = Meds(path=tmp_path, exclude_codes=EXCLUDE_CODES)
     (raw,) = source.read(source.pieces()[0])
     ((reason, rule),) = raw.rules
     assert reason == "excluded_code"
@@ -202,9 +204,9 @@ def test_minutes_may_count_from_a_code_of_one_s_own(root: Path, tmp_path: Path) 
     write_events(root, [(3, at(5), "GENDER//M", None), (3, None, "GENDER//M", None)], "held_out/deep/er/1")
     summary = build(Meds(path=root, origin_code="HR"), tmp_path / "out", ALL_TRAIN)
     found = stays(tmp_path / "out")
-    assert [minute for minute, _ in found["1"]][2:] == [-0.5, 0.0, 60.5]
+    assert [minute for minute, _ in found["1"]][2:] == [-0.5, 0.0, 60.5, 61.5, 62.5]
     assert found["3"] == [(None, ["GENDER//M"])]
-    assert summary["rejects"] == {"excluded_code": 2, "no_origin": 1}
+    assert summary["rejects"] == {"no_origin": 1}
     rejects = pl.read_parquet(tmp_path / "out" / "rejects.parquet").filter(pl.col("reason") == "no_origin")
     assert rejects.select("file", "row", "patient_id", "minute", "variable").rows() == [
         ("data/held_out/deep/er/1.parquet", 1, "3", None, "GENDER//M")
@@ -220,28 +222,55 @@ def test_birth_is_the_origin_where_there_is_nothing_else(tmp_path: Path) -> None
     assert stays(tmp_path / "out")["2"][1] == (0.0, ["A"])
 
 
-def test_samples_end_with_their_prediction_time_and_share_a_split(root: Path, tmp_path: Path) -> None:
+def read_samples(output: Path) -> dict[tuple[str, datetime], tuple[int, int, bool]]:
+    """Number of events, number of sets and label of each sample of the task ``default``."""
+    rows = pq.read_table(output / "tasks" / "default.parquet").to_pylist()
+    return {
+        (row["patient_id"], row["prediction_time"]): (row["num_events"], row["num_sets"], row["label"]) for row in rows
+    }
+
+
+def test_samples_end_with_their_prediction_time_and_events_are_written_once(root: Path, tmp_path: Path) -> None:
     task = tmp_path / "task"
-    samples: list[Sample] = [(1, at(0.5), False), (1, at(61), True), (1, at(-60), True), (7, at(0), True)]
+    samples: list[Sample] = [(1, at(0.25), False), (1, at(61), True), (1, at(-60), True), (7, at(0), True)]
     write_samples(task, samples, "held_out/0")
     write_samples(task, samples[:2], "again")  # the same samples twice
     summary = build(Meds(path=root, labels=task), tmp_path / "out", ALL_TRAIN)
-    first, second, third = (f"1@{time.isoformat()}" for _, time, _ in samples[:3])
-    found = stays(tmp_path / "out")
-    assert {patient: [minute for minute, _ in sets][2:] for patient, sets in found.items()} == {
-        first: [0.0], second: [0.0, 61.0], third: [], "2": [],
-    }  # fmt: skip
-    assert found[third] == [(None, ["EYES//BROWN", "GENDER//F"]), (0.0, ["MEDS_BIRTH"])]
-    labels = {name: label for name, label, _ in read_prepared(tmp_path / "out").patients["train"]}
-    assert labels == {first: 0, second: 1, third: 1, "2": None}
+    assert read_samples(tmp_path / "out") == {
+        ("1", at(0.25)): (4, 3, False),  # two static events, birth and the admission; HR is half a minute later
+        ("1", at(61)): (6, 4, True),
+        ("1", at(-60)): (3, 2, True),
+    }
+    build(Meds(path=root), tmp_path / "plain", ALL_TRAIN)
+    for name in ("train/00000.parquet", "index.parquet", "vocabulary.parquet"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     assert summary["labels_without_patient"] == 1  # subject 7
-    assert summary["source_rows"] == 9
-    assert summary["events_in"] == 3 * 8 + 1
-    assert summary["rejects"] == {"after_prediction_time": 1 + 3, "excluded_code": 3 * 2}
+    assert summary["events_in"] == summary["events_written"] == 9
+    assert pq.read_table(tmp_path / "out" / "index.parquet")["time_origin"].to_pylist() == [None, at(0)]
 
     only = build(Meds(path=root, labels=task, labelled_only=True), tmp_path / "only", ALL_TRAIN)
-    assert stays(tmp_path / "only").keys() == {first, second, third}
+    assert stays(tmp_path / "only").keys() == {"1"}
     assert only["rejects"]["no_sample"] == 1
+
+
+def test_a_static_set_alone_knows_no_later_minute(root: Path, tmp_path: Path) -> None:
+    """A whole patient's static set has the minute of the next set, which a sample that ends before it does not see."""
+    write_samples(tmp_path / "task", [(1, BIRTH - timedelta(days=1), True), (1, BIRTH, False)])
+    build(Meds(path=root, labels=tmp_path / "task"), tmp_path / "out", ALL_TRAIN)
+    batches = make_loader(tmp_path / "out", batch_size=1, shuffle=False)
+    minutes = [batch.minute.tolist() for batch in batches]
+    birth = np.float32((BIRTH - ADMISSION) / timedelta(minutes=1))
+    assert minutes == [[0], [birth, birth]]
+
+
+def test_a_whole_patient_is_without_the_codes_that_tell_the_outcome(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("subject_id,label\n1,1\n2,0\n")
+    build(Meds(path=root, labels=tmp_path / "labels.csv"), tmp_path / "out", ALL_TRAIN)
+    names = pl.read_parquet(tmp_path / "out" / "vocabulary.parquet")["variable"]
+    seen = {names[code] for batch in make_loader(tmp_path / "out") for code in batch.code.tolist()}
+    assert seen == {"EYES//BROWN", "GENDER//F", "HOSPITAL_ADMISSION", "HR", "MEDS_BIRTH"}
+    every = {names[code] for batch in make_loader(tmp_path / "out", task=None) for code in batch.code.tolist()}
+    assert every - seen == {"HOSPITAL_DISCHARGE//DIED", "MEDS_DEATH"}
 
 
 def test_given_splits_hold_for_all_samples_of_a_subject(tmp_path: Path) -> None:
@@ -251,11 +280,13 @@ def test_given_splits_hold_for_all_samples_of_a_subject(tmp_path: Path) -> None:
     write_samples(tmp_path, [(subject, at(minute), True) for subject in (0, 2, 3) for minute in (1, 2)], "task")
     summary = build(Meds(path=root, labels=task), tmp_path / "out", ALL_TRAIN)
     found = {
-        split: {name.partition("@")[0] for name, *_ in patients}
-        for split, patients in read_prepared(tmp_path / "out").patients.items()
+        split: {name for name, *_ in patients} for split, patients in read_prepared(tmp_path / "out").patients.items()
     }
     assert found == {"train": {"0", "1", "4", "5", "7"}, "valid": {"2", "6"}, "test": {"3"}}
-    assert summary["patients"] == 8 + 3
+    assert summary["patients"] == 8
+    assert {split: counts["num_samples"] for split, counts in summary["samples"].items()} == {
+        "train": 2, "valid": 2, "test": 2,
+    }  # fmt: skip
     assert summary["patients_split_by_hash"] == 1  # subject 7
     other = {0: "b", 1: "a", 2: "b", 3: "a", 4: "a", 5: "a", 6: "a"}
     write_splits(root, other)
@@ -276,38 +307,25 @@ samples = st.dictionaries(
 )
 
 
-def rows_of(
-    events: Sequence[Event], times: dict[int, list[datetime]]
-) -> tuple[list[Row], Counter[str], dict[str, int]]:
-    """Canonical rows from events one by one, rejects that only MEDS knows, and the subject of each patient."""
+def rows_of(events: Sequence[Event], times: dict[int, list[datetime]]) -> list[Row]:
+    """Canonical rows from events one by one: a patient a subject, and one a sample, ``<subject>@<time>``."""
     rows: list[Row] = []
-    rejects: Counter[str] = Counter()
-    subject_of: dict[str, int] = {}
     for subject in {subject for subject, *_ in events}:
         mine = [event for event in events if event[0] == subject]
-        for end in times.get(subject, [None]) if subject is not None else [None]:
-            patient = None if subject is None else str(subject) if end is None else f"{subject}@{end.isoformat()}"
-            if patient is not None and subject is not None:
-                subject_of[patient] = subject
-            kept = []
-            for _, time, code, value in mine:
-                if code == "MEDS_DEATH":
-                    rejects["excluded_code"] += 1
-                elif end is not None and time is not None and time > end:
-                    rejects["after_prediction_time"] += 1
-                else:
-                    kept.append((time, code, value))
-            usable = [
-                (time, code)
-                for time, code, value in kept
-                if time and code and code.strip() and not (value is not None and math.isinf(value))
-            ]
-            after_birth = [time for time, code in usable if code != "MEDS_BIRTH"]
-            origin = min(after_birth or [time for time, _ in usable], default=ADMISSION)
-            for time, code, value in kept:
-                minute = None if time is None else (time - origin) // timedelta(microseconds=1) / 60e6
-                rows.append((patient, minute, code, value))
-    return rows, rejects, subject_of
+        usable = [
+            (time, code)
+            for _, time, code, value in mine
+            if time and code and code.strip() and not (value is not None and math.isinf(value))
+        ]
+        after_birth = [time for time, code in usable if code != "MEDS_BIRTH"]
+        origin = min(after_birth or [time for time, _ in usable], default=ADMISSION)
+        for _, time, code, value in mine:
+            minute = None if time is None else (time - origin) // timedelta(microseconds=1) / 60e6
+            patient = None if subject is None else str(subject)
+            rows.append((patient, minute, code, value))
+            ends = times.get(subject, []) if subject is not None else []
+            rows += [(f"{patient}@{end}", minute, code, value) for end in ends if time is None or time <= end]
+    return rows
 
 
 @settings(max_examples=60)
@@ -318,13 +336,14 @@ def test_messy_events_become_what_the_naive_reference_says(
     times: dict[int, list[datetime]] = {}
     for subject, time in samples:
         times.setdefault(subject, []).append(time)
-    rows, rejects, subject_of = rows_of(events, times)
-    labels: dict[str, int | None] = {f"{subject}@{time.isoformat()}": int(y) for (subject, time), y in samples.items()}
-    splits = {
-        patient: SPLITS[HALVES.split_rule.assign_splits([str(subject)])[0]] for patient, subject in subject_of.items()
+    naive = expected(rows_of(events, {}), HALVES.split_rule, {}, static=True)
+    with_samples = expected(rows_of(events, times), HALVES.split_rule, {}, static=True)
+    lengths = {
+        name: (sum(len(items) for _, items in sets), len(sets))
+        for split in SPLITS
+        for name, _, sets in with_samples.patients[split]
     }
-    naive = expected(rows, HALVES.split_rule, labels, splits=splits, static=True)
-    naive.rejects.update(rejects)
+    written = {name for split in SPLITS for name, *_ in naive.patients[split]}
     with TemporaryDirectory() as name:
         root, output = Path(name, "in"), Path(name, "out")
         for number, part in enumerate((events[: len(events) // 2], events[len(events) // 2 :])):
@@ -333,16 +352,21 @@ def test_messy_events_become_what_the_naive_reference_says(
         if samples:
             write_samples(root / "task", [(*sample, label) for sample, label in samples.items()])
         source = Meds(path=root, labels=root / "task" if samples else None)
-        nobody = bool(samples) and not labels.keys() & subject_of.keys()
+        nobody = bool(samples) and not {str(subject) for subject, _ in samples} & written
         if nobody or not any(count for _, count, *_ in naive.vocabulary):
             with pytest.raises(UserError, match=r"task: names no patient|train split|no row can be used"):
                 build(source, output, HALVES)
             return
         summary = build(source, output, HALVES)
         assert_same(read_prepared(output), naive)
-    assert summary["source_rows"] == len(events)
-    assert summary["events_in"] == summary["events_written"] + sum(summary["rejects"].values())
-    assert summary["labels_without_patient"] == len(labels.keys() - subject_of.keys())
+        found = read_samples(output) if samples else {}
+    assert summary["events_in"] == len(events) == summary["events_written"] + sum(summary["rejects"].values())
+    assert found == {
+        (str(subject), time): (*lengths.get(f"{subject}@{time}", (0, 0)), label)
+        for (subject, time), label in samples.items()
+        if str(subject) in written
+    }
+    assert summary["labels_without_patient"] == len(samples) - len(found)
 
 
 def test_columns_of_every_kind_the_standard_allows(tmp_path: Path) -> None:
@@ -393,9 +417,9 @@ TASK = {"labels": "task"}
         ("metadata/subject_splits", {"subject_id": [1, 2], "split": ["train", None]}, {}, "row 2 has split None"),
         ("metadata/subject_splits", {"subject_id": [1]}, {}, r"subject_splits\.parquet: no column 'split'"),
         ("metadata/codes", {"description": ["x"]}, {}, r"codes\.parquet: no column 'code'"),
-        ("task/0", {"subject_id": [1]}, TASK, r"task/0\.parquet: no column 'prediction_time'"),
+        ("task/0", {"subject_id": [1]}, TASK, r"task/0\.parquet: no column 'label'"),
         ("task/0", {"subject_id": [1], "prediction_time": [None], "boolean_value": [True]}, TASK, "row 1 has no"),
-        ("task/0", {"subject_id": [1], "prediction_time": [ADMISSION], "integer_value": [1]}, TASK, "boolean_value"),
+        ("task/0", {"subject_id": [1], "prediction_time": [ADMISSION], "integer_value": [7]}, TASK, "a label is 0, 1"),
         (
             "task/0",
             {"subject_id": [1, 1], "prediction_time": [ADMISSION] * 2, "boolean_value": [True, False]},
@@ -423,4 +447,4 @@ def test_labels_of_another_column(root: Path, tmp_path: Path) -> None:
     write(table, tmp_path / "task.parquet")
     source = Meds(path=root, labels=tmp_path / "task.parquet", label_column="integer_value")
     build(source, tmp_path / "out", ALL_TRAIN)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["splits"]["train"]["positive"] == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["samples"]["train"]["num_positive"] == 1

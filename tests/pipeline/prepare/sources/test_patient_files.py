@@ -61,9 +61,10 @@ def test_files_beside_the_folders_are_found(tmp_path: Path) -> None:
     (tmp_path / "data" / "oc.csv").write_text("ts_id,in_hospital_mortality\n1.0,1\n2.0,0.0\n3,\n")
     (tmp_path / "data" / "stats.csv").write_text("variable,mean,std\n")
     (tmp_path / "cached.csv").write_text("Key,0\n")
-    origin, labels = source.read_labels() or ("", pl.DataFrame())
-    assert Path(origin).name == "oc.csv"
-    assert labels.rows() == [("1", 1), ("2", 0), ("3", None)]
+    labels = source.read_labels()
+    assert labels is not None
+    assert Path(labels.origin).name == "oc.csv"
+    assert labels.frame.rows() == [("1", 1), ("2", 0), ("3", None)]
     assert source.find_side_files()["statistics"] == tmp_path / "data" / "stats.csv"
     assert source.find_side_files()["embeddings"] == tmp_path / "cached.csv"
     assert len(source.inputs()) == 4

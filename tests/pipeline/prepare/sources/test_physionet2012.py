@@ -77,11 +77,14 @@ def test_outcomes_are_found_in_the_folder_or_beside_it(tmp_path: Path) -> None:
     header = "RecordID,SAPS-I,In-hospital_death\n"
     (tmp_path / "Outcomes-a.txt").write_text(header + "1,6,0\n")
     (tmp_path / "Outcomes-b.txt").write_text(header + "1,6,1\n2,-1,0\n3,4,-1\n")
-    origin, labels = source.read_labels() or ("", pl.DataFrame())
-    assert Path(origin).name == "Outcomes-b.txt"  # of several, that of set-b
-    assert labels.rows() == [("1", 1), ("2", 0), ("3", None)]
+    labels = source.read_labels()
+    assert labels is not None
+    assert Path(labels.origin).name == "Outcomes-b.txt"  # of several, that of set-b
+    assert labels.frame.rows() == [("1", 1), ("2", 0), ("3", None)]
     (tmp_path / "set-b" / "Outcomes-c.txt").write_text(header + "1,6,0\n")
-    assert (source.read_labels() or ("",))[0].endswith("Outcomes-c.txt")
+    labels = source.read_labels()
+    assert labels is not None
+    assert labels.origin.endswith("Outcomes-c.txt")
     other = write(tmp_path / "records", r1=HEADER)
     with pytest.raises(UserError, match=r"2 files Outcomes-\*\.txt.*--labels"):
         other.read_labels()

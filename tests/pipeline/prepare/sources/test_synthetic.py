@@ -46,7 +46,9 @@ def test_pieces_have_patients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     first, second = (clean(next(source.read(piece)))[0] for piece in source.pieces()[:2])
     assert set(first["patient_id"]).isdisjoint(second["patient_id"])
     assert first["value"][:100].to_list() != second["value"][:100].to_list()
-    _, labels = source.read_labels() or ("", pl.DataFrame())
+    given = source.read_labels()
+    assert given is not None
+    labels = given.frame
     assert labels["patient_id"].to_list() == [f"synthetic-{number:07d}" for number in range(20)]
 
 
@@ -55,7 +57,9 @@ def test_the_outcome_can_be_learned_but_not_known() -> None:
     from sklearn.metrics import roc_auc_score
 
     source = Synthetic(num_patients=1000)
-    _, labels = source.read_labels() or ("", pl.DataFrame())
+    given = source.read_labels()
+    assert given is not None
+    labels = given.frame
     assert 0.15 < labels["label"].mean() < 0.25
     events = rows(source).cast({"patient_id": pl.String})
     means = events.group_by("patient_id", "variable").agg(pl.col("value").mean()).join(labels, on="patient_id")

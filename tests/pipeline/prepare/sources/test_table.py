@@ -127,8 +127,9 @@ def test_labels_use_the_patient_column_or_a_usual_one(tmp_path: Path) -> None:
         (tmp_path / "labels.csv").write_text(f"{header},died\n1.0,true\n2,False\n")
         source = Table(path=tmp_path, patient_column="stay", labels=tmp_path / "labels.csv", label_column="died")
         assert list(source.inputs()) == ["events/1.csv", "labels/labels.csv"]  # the labels are no events
-        _, labels = source.read_labels() or ("", pl.DataFrame())
-        assert labels.rows() == [("1", 1), ("2", 0)]
+        labels = source.read_labels()
+        assert labels is not None
+        assert labels.frame.rows() == [("1", 1), ("2", 0)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.prepare.sources.labels import read_labels
+from pipeline.schema import UserError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_labels_are_zero_one_or_none(tmp_path: Path) -> None:
+    text = "patient_id,label\na,0\nb,1.0\nc,\nd,-1\ne,TRUE\nf, 0 \ng,nan\nh,\nh,1\nh,1\n,1\n"
+    expected = {"a": 0, "b": 1, "c": None, "d": None, "e": 1, "f": 0, "g": None, "h": 1}
+    labels = read_labels(write(tmp_path / "1.csv", text))
+    assert labels.time_column is None
+    assert dict(labels.frame.iter_rows()) == expected
+    frame = pl.DataFrame({"subject_id": [1, 2, 3], "boolean_value": [True, False, None]})
+    frame.write_parquet(tmp_path / "1.parquet")
+    assert read_labels(tmp_path / "1.parquet", "boolean_value").frame.rows() == [("1", 1), ("2", 0), ("3", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("patient_id,label\na,0\na,1\n", "rows 1 to 2 give a patient both label 0 and label 1"),
+        ("patient_id,label\na,2\n", "row 1, column 'label': a label is 0, 1"),
+        ("patient_id,label\na,yes\n", "row 1, column 'label': a label is 0, 1"),
+        ("patient_id,died\na,1\n", "no column 'label' or .*--label_column"),
+        ("who,label\na,1\n", "no column 'patient_id' or"),
+        ("patient_id,time,label\na,1,1\n,1,1\n", "row 2 has no patient_id"),
+        ("patient_id,minute,label\na,1,1\n", "no column 'time'"),
+        ("patient_id,time,label\na,noon,1\n", "row 1, column 'time': neither an ISO date nor a number of minutes"),
+        ("patient_id,time,label\na,,1\n", "row 1 has no time"),
+        ("", "cannot be read"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"1\.csv: .*{message}"):
+        read_labels(write(tmp_path / "1.csv", text), time_column="time" if "minute" in text or "time" in text else None)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.csv", tmp_path / "no.parquet"):
+        with pytest.raises(UserError, match=r"no\.(csv|parquet): no such file"):
+            read_labels(path)
+
+
+def test_prediction_times_are_dates_or_minutes(tmp_path: Path) -> None:
+    text = "stay_id,prediction_time,label\n2,2150-01-01T01:00:00+01:00,1\n1,2150-01-02 12:30,0\n1,2150-01-01,0\n"
+    labels = read_labels(write(tmp_path / "1.csv", text))
+    assert labels.time_column == "prediction_time"
+    assert labels.frame.select("patient_id", "prediction_time", "label").rows() == [
+        ("1", datetime(2150, 1, 1), 0),
+        ("1", datetime(2150, 1, 2, 12, 30), 0),
+        ("2", datetime(2150, 1, 1), 1),
+    ]
+    labels = read_labels(write(tmp_path / "2.csv", "ts_id,hour,label\n1,90,1\n1,-3.5,0\n"), time_column="hour")
+    assert labels.time_column == "prediction_minute"
+    assert labels.frame.select("prediction_minute", "label").rows() == [(-3.5, 0), (90.0, 1)]
+
+
+def test_a_column_of_labels_without_any_is_passed_over(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"subject_id": [1, 2], "boolean_value": [None, None], "integer_value": [0, 1]})
+    frame.write_parquet(tmp_path / "1.parquet")
+    assert read_labels(tmp_path / "1.parquet").frame.rows() == [("1", 0), ("2", 1)]
+
+
+def test_the_files_of_a_folder_are_one_task(tmp_path: Path) -> None:
+    for name, patient in (("a", 1), ("sub/b", 2)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pl.DataFrame({"subject_id": [patient], "boolean_value": [True]}).write_parquet(tmp_path / f"{name}.parquet")
+    assert read_labels(tmp_path).frame.rows() == [("1", 1), ("2", 1)]
+    pl.DataFrame({"subject_id": [3], "boolean_value": [True], "prediction_minute": [1.0]}).write_parquet(
+        tmp_path / "c.parquet"
+    )
+    with pytest.raises(UserError, match="other columns of times"):
+        read_labels(tmp_path)
