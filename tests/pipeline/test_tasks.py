@@ -180,7 +180,7 @@ def test_pseudonyms_of_the_same_key_find_their_patients(tmp_path: Path, capsys: 
 
 
 def test_dates_need_a_data_set_of_dates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = "".join(f"{n},0,hr,{n}\n" for n in range(9))
+    rows = "".join(f"{n},{minute},hr,{n}\n" for n in range(9) for minute in (0, 5))
     (tmp_path / "in.csv").write_text("patient_id,minute,variable,value\n" + rows)
     assert preprocess.main([str(tmp_path / "in.csv"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
     labels = write_labels(tmp_path / "a.parquet", [(1, at(1, 2), 1)])
