@@ -63,9 +63,13 @@ class HeapTrimmer:
 
     Batches differ in shape, and a large block fits into no gap that smaller ones left: after each step the heap may be
     higher, although nothing holds the memory.  Giving it back before every step would cost a quarter of the time.
+
+    Args:
+        limit: bytes that this process may hold; None = as many as there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit or sys.maxsize
         self._floor: int | None = None  # resident memory after it went back
         self._largest = 0  # bytes that a step added to it, and bytes per event of that step
         self._rate = 0.0
@@ -76,8 +80,9 @@ class HeapTrimmer:
         if self._floor is None:
             self._floor = 0
             return
-        gaps = rss_bytes() - self._floor
-        self._is_first = gaps + self._rate * num_events > MAX_HELD * self._largest
+        held, adds = rss_bytes(), self._rate * num_events
+        gaps = held - self._floor
+        self._is_first = gaps + adds > MAX_HELD * self._largest or (held + adds > self._limit and gaps > adds / 4)
         if self._is_first:
             release_free_memory()
             self._floor = rss_bytes()

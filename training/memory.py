@@ -7,6 +7,7 @@ gradient of the largest weights, before it is added): ``benchmarks.memory_model`
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def measure_peak(step: Callable[[], object], device: torch.device) -> int:
     assert recorded.profiler.kineto_results is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    del recorded, events
+    gc.collect()  # a profiler refers to itself and to all that it recorded, tens of megabytes
     return int(held.max(initial=0))
 
 

@@ -17,6 +17,7 @@ from model.losses import Losses, beta_at
 from pipeline.machine import HeapTrimmer, peak_rss_bytes, release_free_memory, rss_bytes
 from pipeline.options import to_dict
 from pipeline.schema import UserError
+from pipeline.storage.cache import parse_bytes
 from pipeline.storage.files import remove_leftovers, write_atomically
 from training.checkpoint import Checkpoint
 from training.console import EpochBar, log_main, memory_file, open_metrics_log
@@ -64,7 +65,9 @@ class Run:
     def __post_init__(self) -> None:
         self.directory = Path(self.options.run.output_dir)
         self.evaluator = Evaluator(self.options, self.data, self.world, self.memory, self.check_stop)
-        self._meters, self._heap = Meters(self.world, self.state.progress), HeapTrimmer()
+        max_memory = self.options.run.max_memory
+        self._heap = HeapTrimmer(parse_bytes(max_memory) if max_memory else None)
+        self._meters = Meters(self.world, self.state.progress)
         self._began = time.perf_counter() - self.state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()
 

@@ -90,3 +90,17 @@ def test_memory_is_given_back_before_a_step_that_would_raise_the_peak(monkeypatc
         trimmer.end_step(num_events)
         assert not looks
     assert returned == [1, 3, 4]
+
+
+def test_memory_is_given_back_before_a_step_that_would_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [200, 200, 100, 150, 150, 152, 152, 100, 140, 100, 160]
+    monkeypatch.setattr(machine, "rss_bytes", lambda: looks.pop(0))
+    returned: list[int] = []
+    monkeypatch.setattr(machine, "release_free_memory", lambda: returned.append(number))
+    trimmer = machine.HeapTrimmer(limit=170)
+    # A step adds 50, or 5 an event; 150 and 10 are within the limit, 152 and 25 are not, and 100 and 75 have no gaps.
+    for number, num_events in enumerate((10, 10, 2, 5, 15)):  # noqa: B007 # seen by the function above
+        trimmer.begin_step(num_events)
+        trimmer.end_step(num_events)
+    assert returned == [1, 3]
+    assert not looks

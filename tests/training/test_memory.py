@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import profile
 
 from pipeline.loading.batch import PatientBatch
 from pipeline.sampling.cost import CostModel
@@ -90,6 +93,19 @@ def test_saved_is_loaded_and_damage_is_named(tmp_path: Path) -> None:
     path.write_text('{"peak": {"events": 1}}')
     with pytest.raises(UserError, match=r"memory_model\.json"):
         StepMemory.load(path)
+
+
+def test_what_a_measurement_recorded_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[profile]] = []
+
+    def noted(**options: Any) -> profile:
+        recorded = profile(**options)
+        made.append(weakref.ref(recorded))
+        return recorded
+
+    monkeypatch.setattr("training.memory.profile", noted)
+    assert measure_peak(lambda: torch.randn(99).sum(), torch.device("cpu")) >= 4 * 99
+    assert [ref() for ref in made] == [None]
 
 
 def test_no_memory_is_told_from_other_failures() -> None:
