@@ -2,7 +2,7 @@
 
 A step's shapes are a few numbers: of events, sets, patients, variables.  A *capacity* has room for any batch whose
 numbers are not greater; the rest of the room is taken by *filler patients*, whose sets no loss counts and whom no other
-patient attends to, so they weigh nothing in losses and gradients (docs/model.md §7).  No two batches of intensive-care
+patient attends to, so they weigh nothing in losses and gradients (docs/model.md).  No two batches of intensive-care
 stays have the same numbers, but they rise and fall together: 16 capacities are enough for 98 % of the batches of a run.
 
 Shape suffixes: B patients, S sets, E events.
@@ -16,10 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline.arrays import offsets_from_sizes
+from pipeline.arrays import Ints, concatenate_ranges
 from pipeline.loading.batch import PatientBatch
 
 MAX_CAPACITIES = 16
@@ -30,8 +29,6 @@ STEPS_PER_OCTAVE = 8
 
 SLACK = 1.1
 """Room beyond the greatest numbers of the batches that a capacity is fitted to."""
-
-_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -92,15 +89,15 @@ def fill_batch(batch: PatientBatch, capacities: Iterable[BatchShape]) -> tuple[P
 
     The result is None where no capacity has room.  Codes and the longest set are filled up when the batch is prepared.
     """
-    own = BatchShape.of(batch)
+    own, codes = BatchShape.of(batch), np.unique(batch.code.numpy())
     for capacity in capacities:
-        fillers = _make_fillers(capacity, capacity.minus(own), np.unique(batch.code.numpy()))
+        fillers = _make_fillers(capacity, capacity.minus(own), codes)
         if fillers is not None:
             return _append(batch, *fillers), capacity
     return None
 
 
-def _make_fillers(capacity: BatchShape, room: BatchShape, codes: _Ints) -> tuple[_Ints, _Ints, _Ints] | None:
+def _make_fillers(capacity: BatchShape, room: BatchShape, codes: Ints) -> tuple[Ints, Ints, Ints] | None:
     """Return the codes of filler events, the sizes of filler sets and the numbers of sets of filler patients that take
     all of ``room``; None where nothing does.
     """
@@ -118,21 +115,21 @@ def _make_fillers(capacity: BatchShape, room: BatchShape, codes: _Ints) -> tuple
     num_events = np.bincount(patient, sizes).astype(np.int64)
     if (num_events < pairs).any():
         return None
-    position = np.arange(num_events.sum()) - np.repeat(offsets_from_sizes(num_events)[:-1], num_events)
+    position = concatenate_ranges(np.zeros_like(num_events), num_events)
     return codes[position % np.repeat(pairs, num_events)], sizes[order], np.bincount(patient)
 
 
-def _spread(total: int, parts: int) -> _Ints:
+def _spread(total: int, parts: int) -> Ints:
     """Return ``parts`` numbers, as equal as can be, the greater ones first, whose sum is ``total``."""
     numbers = np.full(parts, total // parts)
     numbers[: total % parts] += 1
     return numbers
 
 
-def _append(batch: PatientBatch, code: _Ints, set_sizes: _Ints, num_sets: _Ints) -> PatientBatch:
+def _append(batch: PatientBatch, code: Ints, set_sizes: Ints, num_sets: Ints) -> PatientBatch:
     """Return a batch with more patients: events without numbers, without labels or names, all at minute 0."""
 
-    def join(old: torch.Tensor, new: _Ints | int, size: int) -> torch.Tensor:
+    def join(old: torch.Tensor, new: Ints | int, size: int) -> torch.Tensor:
         return torch.cat([old, torch.from_numpy(np.broadcast_to(new, size).copy()).to(old.dtype)])
 
     return PatientBatch(
@@ -155,7 +152,7 @@ def fit_capacities(shapes: Sequence[BatchShape], *, num_codes: int) -> tuple[Bat
     """
     table = np.array([dataclasses.astuple(shape) for shape in sorted(shapes)], dtype=np.int64)
     groups = np.array_split(table, min(MAX_CAPACITIES, len(table))) if len(table) else []
-    greatest: Iterable[_Ints] = np.maximum.accumulate([group.max(0) for group in groups]) if groups else []
+    greatest: Iterable[Ints] = np.maximum.accumulate([group.max(0) for group in groups]) if groups else []
     capacities = []
     for numbers in greatest:
         rounded = [_round_up(SLACK * number) for number in numbers.tolist()]

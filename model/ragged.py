@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.kernels.ops import TILE, uses_kernels
 from model.segments import Segments, attention_pool, permute_rows
-from pipeline.arrays import offsets_from_sizes
+from pipeline.arrays import concatenate_ranges, offsets_from_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,9 +113,7 @@ class SetLayout:
         sorted_sizes = sizes[order]
         padded = round_up(sorted_sizes) if room is None else sorted_sizes
         num_counted = len(sizes) if room is None else room.num_counted
-        ends = np.cumsum(padded)
-        num_slots = int(ends[-1]) if sizes.size else 0
-        position = np.arange(num_slots) - np.repeat(ends - padded, padded)
+        position = concatenate_ranges(np.zeros_like(padded), padded)
         size_of_slot = np.repeat(sorted_sizes, padded)
         event_of_slot = np.repeat(offsets[:-1][order], padded) + np.minimum(position, size_of_slot - 1)
 
@@ -126,7 +124,7 @@ class SetLayout:
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         num_tiles = -(-padded // TILE)
-        tile = np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
+        tile = concatenate_ranges(np.zeros_like(num_tiles), num_tiles)
         tile_set = np.repeat(np.arange(len(order)), num_tiles)
         if room is not None:  # the other tiles lie behind the end of the first set
             tile_set, tile = (np.append(x, np.zeros(room.tiles - len(tile), np.int64)) for x in (tile_set, tile))

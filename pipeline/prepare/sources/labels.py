@@ -19,7 +19,6 @@ LABEL_COLUMNS: Final = (
 )  # fmt: skip
 LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "stay_id", "icustay_id", "hadm_id")
 TIME_COLUMNS: Final = (PREDICTION_TIME, PREDICTION_MINUTE)
-SUFFIXES: Final = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
