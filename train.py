@@ -22,10 +22,11 @@ from torch.profiler import record_function
 from model.losses import LossOptions
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tasks import has_task
+from pipeline.options import from_dict
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
-from training.card import write_model_card
+from training.card import write_model_cards
 from training.checkpoint import Checkpoint, load_model
 from training.console import format_metric, format_quality, log_main
 from training.data import agree_on_data
@@ -84,8 +85,7 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                     train_epoch(job)
                     job.save_last()
                 job.monitor.mark("validation")
-                metrics, _ = job.evaluator.validate(state.ema_model, "valid")
-                job.end_epoch(metrics)
+                job.end_epoch(job.evaluator.validate(state.ema_model, "valid").rank())
             job.log_interval()
             job.save_last()
             finish(job)
@@ -117,14 +117,15 @@ def finish(job: Run) -> None:
     world, data, directory, test = job.world, job.data, job.directory, None
     if data.manifest.splits.get("test"):
         model = load_model(directory / "checkpoints" / "best.pt", data.manifest.vocabulary_fingerprint)
-        test = job.evaluator.evaluate_split(model.to(world.device), "test")
+        quality = job.evaluator.evaluate_split(model.to(world.device), "test")
+        test = quality.flatten() if world.is_main else None
     if job.profiler.table is not None:
         log_main(world, "\n".join(["where the time goes:", *format_table(job.profiler.table)]))
     if not world.is_main:
         return
     summary = job.summarize() | {"test": test}
-    card = write_model_card(job.state.model.config, job.options, data.num_samples, summary, data.unit)
-    write_atomically(directory / "MODEL_CARD.md", card.encode())
+    for name, card in write_model_cards(job.state.model.config, job.options, data.num_samples, summary, data.unit):
+        write_atomically(directory / name, card.encode())
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     report = write_run_report(directory)
     if test is not None and job.options.loss.learns_outcome:
@@ -150,23 +151,30 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     splits = sorted({split, *others, *(["valid"] if evaluation.meds_predictions else [])})
     path = Path(evaluation.evaluate or "")
     saved = Checkpoint.load(path)
-    loss = LossOptions(**saved.options["loss"])  # what the model was trained for, not what this command line says
+    loss = from_dict(
+        LossOptions, saved.options["loss"]
+    )  # what the model was trained for, not what this command line says
     options, folder = dataclasses.replace(options, loss=loss), options.data.open_folder()
     saved.check_same_vocabulary(path, manifest.vocabulary_fingerprint)
-    task = options.task
-    if task is not None and options.data.task is None and not has_task(folder, task):
-        log_main(world, f"{folder}: has no task {task}; whole patients are evaluated, without labels")
-        task = None
+    model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
+    task, outcomes = options.data.task, model.config.outcomes
+    if task is None and loss.learns_outcome:
+        missing = [outcome.name for outcome in outcomes if not has_task(folder, outcome.name)]
+        if missing:
+            log_main(world, f"{folder}: has no task {missing[0]}; whole patients are evaluated, without labels")
+        else:
+            task = ",".join(outcome.name for outcome in outcomes)
     data = agree_on_data(options.data, manifest, world, task, *splits)
+    if data.tasks and [task.classes for task in data.tasks] != [outcome.classes for outcome in outcomes]:
+        learned = ", ".join(f"{outcome.name} ({outcome.kind})" for outcome in outcomes)
+        raise UserError(f"--task {task}: of other classes than {path} predicts: {learned}; name tasks like those")
     if evaluation.meds_predictions:
-        check_meds_task(data.manifest, data.task)
+        check_meds_task(data.manifest, data.tasks)
     if not data.manifest.splits.get(split):
         nobody = f"has no patients in split {split}; choose another with --evaluate_split"
         raise UserError(f"{options.data.data_dir}: {nobody}")
-    model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
     torch.set_num_threads(choose_threads(options.run.threads, world, limit=THREAD_LIMIT[options.model.preset]))
-    evaluator = Evaluator(options, data, world, prevalence=saved.prevalence)
-    content = evaluate_checkpoint(evaluator, model)
+    content = evaluate_checkpoint(Evaluator(options, data, world), model)
     if world.is_main:
         print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")
         print(f"report {write_run_report(Path(options.run.output_dir))}")

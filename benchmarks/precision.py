@@ -29,7 +29,7 @@ from model.seqsetvae import SeqSetVAE
 from training.schedule import learning_rate_at
 from training.step import accumulate_gradients, step_numbers
 
-PARTS = ("total", "reconstruction", "kl", "classification")
+PARTS = ("total", "reconstruction", "kl", "outcome")
 
 
 class Run:

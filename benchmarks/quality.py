@@ -78,7 +78,7 @@ def one_split(options: argparse.Namespace, number: int) -> Scores:
 
 
 def score(label: np.ndarray, probability: np.ndarray) -> list[float]:
-    values = rank_predictions(label, probability)
+    values = rank_predictions(label, probability).values()
     assert None not in values, "a test split has both outcomes"
     return [float(value) for value in values if value is not None]
 

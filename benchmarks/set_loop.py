@@ -15,12 +15,12 @@ from model.losses import (
     MAGNITUDE_WEIGHT,
     SQUARED_WEIGHT,
     LossOptions,
-    chamfer_sums,
-    cross_entropy_sum,
     kl_sum,
+    outcome_sum,
 )
 from model.prepared import PreparedBatch
 from model.ragged import SetLayout
+from model.reconstruction import chamfer_sums
 from model.segments import Segments
 from model.seqsetvae import SeqSetVAE
 from model.set_vae import Posterior
@@ -64,8 +64,8 @@ def loss_of_loop(model: SeqSetVAE, batch: PatientBatch, *, device: str = "cpu") 
         flat = torch.cat([slots[:size] for slots, size in zip(events, sizes, strict=True)])  # padding comes last
         embedding = model.events.embedding[prepared.codes]
         slots = flat[prepared.sets.event_of_slot]
-        logits = model.head(prepared, embedding, slots, context, posterior.mu, None).flatten(0, 1)
-        entropy = cross_entropy_sum(logits, patient.label.repeat_interleave(len(logits)))
+        (logits,) = model.head(prepared, embedding, slots, context, posterior.mu, None)
+        outcome = outcome_sum(model.config.outcomes[0], logits, patient.label, options)
         total = total + options.vae_weight * distances / counts.num_events
         total = (
             total
@@ -74,5 +74,5 @@ def loss_of_loop(model: SeqSetVAE, batch: PatientBatch, *, device: str = "cpu") 
             * kl_sum(posterior, options.free_bits, prepared.sets.num_counted)
             / counts.num_sets
         )
-        total = total + options.classification_weight * entropy / len(logits) / max(counts.num_labelled, 1)
+        total = total + options.outcome_weight * outcome / max(counts.num_labelled[0], 1)
     return total

@@ -85,7 +85,9 @@ def num_codes(data_dir: Path | str) -> int:
 
 def count_batch(batch: PatientBatch) -> LossCounts:
     """Return the number of events, sets and labelled patients by which the losses of a batch are divided."""
-    return LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=int((batch.label >= 0).sum()))
+    return LossCounts(
+        num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=(int((batch.label >= 0).sum()),)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ steps
@@ -158,7 +160,7 @@ def outputs_and_gradients(
     outputs = {name: getattr(output, name) for name in ("context", "decoded", "probability")}
     groups = {
         "outputs": outputs | output.posterior._asdict(),
-        "losses": {name: getattr(losses, name) for name in ("total", "reconstruction", "kl", "classification")},
+        "losses": {name: getattr(losses, name) for name in ("total", "reconstruction", "kl", "outcome")},
         "gradients": {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None},
     }
     return {kind: {name: t.detach().float().cpu() for name, t in group.items()} for kind, group in groups.items()}

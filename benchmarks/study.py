@@ -116,7 +116,7 @@ def figures(run: Path) -> dict[str, Any]:
     """A run's figures; validation at every epoch is in its log."""
     summary = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["classification"] for line in lines if line["kind"] == "valid"]
+    losses = [line["outcome"] for line in lines if line["kind"] == "valid"]
     return {
         "validation_loss_last": losses[-1],
         "validation_loss_least": min(losses),

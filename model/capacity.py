@@ -20,6 +20,7 @@ import torch
 
 from pipeline.arrays import Ints, concatenate_ranges
 from pipeline.loading.batch import PatientBatch
+from pipeline.schema import UNLABELLED
 
 MAX_CAPACITIES = 16
 """Graphs that are captured at most; each holds its own inputs on the device."""
@@ -132,6 +133,7 @@ def _append(batch: PatientBatch, code: Ints, set_sizes: Ints, num_sets: Ints) ->
     def join(old: torch.Tensor, new: Ints | int, size: int) -> torch.Tensor:
         return torch.cat([old, torch.from_numpy(np.broadcast_to(new, size).copy()).to(old.dtype)])
 
+    none = math.nan if batch.label.is_floating_point() else UNLABELLED
     return PatientBatch(
         code=join(batch.code, code, len(code)),
         value=join(batch.value, 0, len(code)),
@@ -139,7 +141,7 @@ def _append(batch: PatientBatch, code: Ints, set_sizes: Ints, num_sets: Ints) ->
         set_offsets=join(batch.set_offsets, len(batch.code) + set_sizes.cumsum(), len(set_sizes)),
         minute=join(batch.minute, 0, len(set_sizes)),
         patient_offsets=join(batch.patient_offsets, batch.num_sets + num_sets.cumsum(), len(num_sets)),
-        label=join(batch.label, -1, len(num_sets)),
+        label=torch.cat([batch.label, torch.full((len(num_sets), *batch.label.shape[1:]), none).to(batch.label.dtype)]),
         patient_id=[*batch.patient_id, *[""] * len(num_sets)],
     )
 

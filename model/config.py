@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from pipeline.options import check_section, option
-from pipeline.schema import UserError
+from pipeline.schema import Kind, UserError
 
 EventForm = Literal["additive", "product"]
 Preset = Literal["reference", "small"]
@@ -28,6 +31,44 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a head of the model predicts: the labels of a task.
+
+    Attributes:
+        name: of the task.
+        kind: what its labels are.
+        classes: names of the classes in order; empty for a regression.
+        prior: share of each class in training, or of a regression the mean; the answer for a patient of whom nothing
+            is known.  Empty = not known.
+        std: standard deviation of a regression's labels in training.
+    """
+
+    name: str = "default"
+    kind: Kind = "binary"
+    classes: tuple[str, ...] = ("0", "1")
+    prior: tuple[float, ...] = ()
+    std: float = 1.0
+
+    @property
+    def num_outputs(self) -> int:
+        """Return the number of logits of a patient; of a regression 1."""
+        return max(len(self.classes), 1)
+
+    @property
+    def mean(self) -> float:
+        """Return the mean of a regression's labels in training, by which its target is standardised."""
+        return self.prior[0] if self.prior else 0.0
+
+    def predict(self, logits_BKC: Tensor) -> Tensor:
+        """Return [B, C] float32 from the logits of K ensemble heads: the mean probability of each class, or the number
+        that a regression predicts, in the units of its labels.
+        """
+        if self.kind == "regression":
+            return self.mean + self.std * logits_BKC.float().mean(1)
+        return logits_BKC.float().softmax(2).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SeqSetVAEConfig:
     r"""Widths, depths and forms of a SeqSetVAE; the defaults are the reference preset.
 
@@ -45,6 +86,7 @@ class SeqSetVAEConfig:
         feed_forward: hidden width of the feed-forward of a transformer layer.
         variable_axis: whether the outcome head pools events per variable as well as per set.
         ensemble_heads: number of ensemble heads, whose mean probability predicts.
+        outcomes: what is predicted; each has an ensemble of its own over what all share.
         dropout: dropout probability in the transformer and the outcome head.
         max_logvar: bound of \|logvar\| of the posterior.
     """
@@ -62,6 +104,7 @@ class SeqSetVAEConfig:
     feed_forward: int = 256
     variable_axis: bool = True
     ensemble_heads: int = 8
+    outcomes: tuple[Outcome, ...] = (Outcome(),)
     dropout: float = 0.1
     max_logvar: float = 10.0
 
@@ -94,3 +137,8 @@ class SeqSetVAEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SeqSetVAEConfig:
+        """Return the configuration of :meth:`to_dict`; TypeError where ``values`` are none."""
+        return cls(**{**values, "outcomes": tuple(Outcome(**outcome) for outcome in values["outcomes"])})

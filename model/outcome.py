@@ -6,10 +6,11 @@ patient attend to one another: a variable is then one vector, as it is one group
 Bi-Axial Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same features reach the
 last layers by a shorter way too, a dense layer over the features of all variables, which learns in few steps.  The
 last layers are an ensemble (compare TabM, arXiv:2410.24210): each ensemble head is trained on its own, their mean
-probability predicts.
+probability predicts.  Where a model has several outcomes, each has an ensemble of its own.
 
 Shape suffixes: B patients, S sets, R slots of the set layout or factors of a code, V (patient, variable) pairs that
-occur, U codes that occur, C all codes, E width of their embeddings, D width, F features, K ensemble heads.
+occur, U codes that occur, C all codes or the classes of an outcome, E width of their embeddings, D width, F features,
+K ensemble heads.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from model.set_vae import run_block
 from pipeline.loading.batch import PatientBatch
 
 AXIS_SALT, ENSEMBLE_SALT = 2, 1024
-"""Salts of dropout; the ensemble takes one for its summaries and the one after for what it joins them with."""
+"""Salts of dropout; each ensemble takes one for its summaries and the one after for what it joins them with."""
 
 FEATURE_CHANNELS = 64
 """Channels of a variable's vector that its summary features reach."""
@@ -98,15 +99,17 @@ class VariableAxis(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """K ensemble heads in one product: each two layers on the pooled patient and on a summary of its own.
+    """The ensemble of an outcome, K heads in one product: each two layers on the pooled patient and on a summary of its
+    own.
 
     The summary is a dense layer over the features of all variables of a patient and, for each variable, a 1 that says
     that it occurs; a variable that does not occur adds nothing.
     """
 
-    def __init__(self, config: SeqSetVAEConfig) -> None:
+    def __init__(self, config: SeqSetVAEConfig, number: int) -> None:
         super().__init__()
         heads, width = config.ensemble_heads, config.width
+        self.salt = ENSEMBLE_SALT + 2 * number
         inputs = (2 if config.variable_axis else 1) * width
         self.heads, self.dropout, self.summary = heads, config.dropout, None
         if config.variable_axis:
@@ -117,7 +120,7 @@ class Ensemble(nn.Module):
             self.summary_bias = nn.Parameter(torch.zeros(heads, channels))
             inputs += channels
         self.hidden, self.hidden_bias = _dense_layers(heads, inputs, width)
-        self.output, self.output_bias = _dense_layers(heads, width, 2)
+        self.output, self.output_bias = _dense_layers(heads, width, config.outcomes[number].num_outputs)
 
     def forward(
         self,
@@ -127,17 +130,17 @@ class Ensemble(nn.Module):
         features_VF: Tensor | None,
         noise: StepNoise | None,
     ) -> Tensor:
-        """Return logits [B, K, 2]."""
+        """Return logits [B, K, C]."""
         x_BKD = pooled_BD[:, None].expand(-1, self.heads, -1)
         if self.summary is not None and features_VF is not None:
             features_VF = features_VF.repeat(1, self.heads)
             if noise is not None:
-                features_VF = noise.pair.dropout(features_VF, ENSEMBLE_SALT, self.dropout)
+                features_VF = noise.pair.dropout(features_VF, self.salt, self.dropout)
             features_VKF = F.pad(features_VF.unflatten(1, (self.heads, -1)), (0, 1), value=1.0)
             summary_BKC = self.summary.sum_over_variables(features_VKF, factors_VR, prepared) + self.summary_bias
             x_BKD = torch.cat([x_BKD, F.gelu(summary_BKC).to(x_BKD.dtype)], dim=2)
         if noise is not None:
-            x_BKD = noise.patient.dropout(x_BKD.flatten(1), ENSEMBLE_SALT + 1, self.dropout).view(x_BKD.shape)
+            x_BKD = noise.patient.dropout(x_BKD.flatten(1), self.salt + 1, self.dropout).view(x_BKD.shape)
         hidden_KBD = F.gelu(torch.baddbmm(self.hidden_bias[:, None], x_BKD.transpose(0, 1), self.hidden))
         return torch.baddbmm(self.output_bias[:, None], hidden_KBD, self.output).transpose(0, 1)
 
@@ -151,7 +154,7 @@ def _dense_layers(heads: int, inputs: int, outputs: int) -> tuple[nn.Parameter, 
 
 
 class OutcomeHead(nn.Module):
-    """Predict the outcome of a patient: logits [B, K, 2] of K ensemble heads, which share what they pool."""
+    """Predict the outcomes of a patient: for each the logits [B, K, C] of an ensemble; all share what is pooled."""
 
     feature_mean: Tensor
     feature_std: Tensor
@@ -163,7 +166,7 @@ class OutcomeHead(nn.Module):
         self.register_buffer("feature_std", torch.ones(config.num_codes, NUM_FEATURES))
         axes = 2 if config.variable_axis else 1
         self.norm = nn.LayerNorm(axes * config.width)
-        self.ensemble = Ensemble(config)
+        self.ensembles = nn.ModuleList(Ensemble(config, number) for number in range(len(config.outcomes)))
         self.factors = CodeFactors(config) if config.variable_axis and has_factors(config) else None
 
     def forward(
@@ -176,8 +179,8 @@ class OutcomeHead(nn.Module):
         noise: StepNoise | None,
         *,
         checkpointed: bool = False,
-    ) -> Tensor:
-        """Return logits [B, K, 2].
+    ) -> tuple[Tensor, ...]:
+        """Return the logits [B, K, C] of each outcome.
 
         Args:
             prepared: the batch.
@@ -200,7 +203,8 @@ class OutcomeHead(nn.Module):
                 prepared, factors_VR, events_RD, context_SD, features_VF, noise, checkpointed=checkpointed
             )
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
-        return self.ensemble(prepared, factors_VR, self.norm(pooled_BD), features_VF, noise)
+        pooled_BD = self.norm(pooled_BD)
+        return tuple(ensemble(prepared, factors_VR, pooled_BD, features_VF, noise) for ensemble in self.ensembles)
 
     def encode_features(self, features_VF: Tensor, code_V: Tensor) -> Tensor:
         """Return [V, 2 F], the features as z-scores within their variable, and the cosines of the z-scores.

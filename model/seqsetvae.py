@@ -2,7 +2,7 @@
 
 There is no loop over patients or sets.
 
-Shape suffixes: B patients, S sets, R slots of the set layout, D width, K ensemble heads.
+Shape suffixes: B patients, S sets, R slots of the set layout, D width, K ensemble heads, C classes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from model.config import SeqSetVAEConfig
+from model.config import Outcome, SeqSetVAEConfig
 from model.events import EventEncoder
 from model.outcome import OutcomeHead
 from model.prepared import PreparedBatch
@@ -32,7 +32,8 @@ class SeqSetVAEOutput:
     Attributes:
         posterior: of the latents, [S, D] each, in the batch's order of sets.
         context: [S, D], the output h of the transformer.
-        logits: [B, K, 2] of the ensemble heads; None if there was no classification.
+        logits: [B, K, C] of the ensemble heads of each outcome; None if none was predicted.
+        outcomes: what these are.
         events: [R, D], the encoded events, which are to be reconstructed; without gradient.
         decoded: [R, D], their reconstruction; None if there was none.
         sets: the layout of the slots.
@@ -40,16 +41,22 @@ class SeqSetVAEOutput:
 
     posterior: Posterior
     context: Tensor
-    logits: Tensor | None
+    logits: tuple[Tensor, ...] | None
+    outcomes: tuple[Outcome, ...]
     events: Tensor
     decoded: Tensor | None
     sets: SetLayout
 
     @property
-    def probability(self) -> Tensor:
-        """[B] float32, the probability of the outcome: the mean over the ensemble heads."""
+    def predictions(self) -> tuple[Tensor, ...]:
+        """[B, C] float32 of each outcome, as :meth:`Outcome.predict` gives it."""
         assert self.logits is not None, "the forward pass was called with classify=False"
-        return self.logits.float().softmax(2)[:, :, 1].mean(1)
+        return tuple(outcome.predict(logits) for outcome, logits in zip(self.outcomes, self.logits, strict=True))
+
+    @property
+    def probability(self) -> Tensor:
+        """[B] float32, the probability of class 1 of the first outcome, where it is of classes."""
+        return self.predictions[0][:, 1]
 
 
 class SeqSetVAE(nn.Module):
@@ -81,7 +88,7 @@ class SeqSetVAE(nn.Module):
         Args:
             prepared: a batch on the model's device; a plain :class:`PatientBatch` is prepared first, without noise.
             reconstruct: whether to decode sets.
-            classify: whether to predict the outcome.
+            classify: whether to predict the outcomes.
 
         Raises:
             ValueError: the model is in training mode and the batch was prepared without noise.
@@ -92,7 +99,7 @@ class SeqSetVAE(nn.Module):
         if self.training and noise is None:
             raise ValueError("training needs noise: prepare the batch with a seed, or call model.eval()")
         sets, sequences = prepared.sets, prepared.sequences
-        checkpointed, decoded_RD, logits_BK2 = self.gradient_checkpointing, None, None
+        checkpointed, decoded_RD, logits = self.gradient_checkpointing, None, None
         with record_function("encoder"):
             embedding_UE = take_unique(self.events.embedding, prepared.codes)
             events_RD = self.events(embedding_UE, prepared.slots_of_code, prepared.value, prepared.has_number)
@@ -109,13 +116,14 @@ class SeqSetVAE(nn.Module):
                 decoded_RD = self.decoder(sets.sort_sets(context_SD), sets, checkpointed=checkpointed)
         if classify:
             with record_function("head"):
-                logits_BK2 = self.head(
+                logits = self.head(
                     prepared, embedding_UE, events_RD, context_SD, z_SD, noise, checkpointed=checkpointed
                 )
         return SeqSetVAEOutput(
             posterior=posterior,
             context=context_SD,
-            logits=logits_BK2,
+            logits=logits,
+            outcomes=self.config.outcomes,
             events=events_RD.detach(),
             decoded=decoded_RD,
             sets=sets,

@@ -58,13 +58,18 @@ def check_section(section: Any) -> None:
         value, kind = getattr(section, field.name), hints[field.name]
         if not _is_of(value, kind):
             raise UserError(f"--{field.name} must be {_type_name(kind)}, not {value!r}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high, above = (field.metadata.get(name) for name in ("minimum", "maximum", "above"))
-            if above is not None and not above < value < math.inf:
-                raise UserError(f"--{field.name} must be above {above}, not {value}")
-            if not ((low is None or value >= low) and (high is None or value <= high)):
-                bound = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise UserError(f"--{field.name} must be {bound}, not {value}")
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int | float) and not isinstance(item, bool):
+                _check_number(field, item)
+
+
+def _check_number(field: dataclasses.Field[Any], value: float) -> None:
+    low, high, above = (field.metadata.get(name) for name in ("minimum", "maximum", "above"))
+    if above is not None and not above < value < math.inf:
+        raise UserError(f"--{field.name} must be above {above}, not {value}")
+    if not ((low is None or value >= low) and (high is None or value <= high)):
+        bound = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(f"--{field.name} must be {bound}, not {value}")
 
 
 class Section:
@@ -156,6 +161,11 @@ def _from_yaml(value: Any, parse: Callable[[str], Any] | None, kinds: Sequence[A
 
 def _to_tuple(value: Any) -> Any:
     return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
+
+
+def from_dict(section: type[T], values: Mapping[str, Any]) -> T:
+    """Return a section of the values that :func:`to_dict` gave."""
+    return section(**{name: _to_tuple(value) for name, value in values.items()})
 
 
 def to_dict(tree: Any) -> dict[str, dict[str, Any]]:

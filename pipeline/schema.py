@@ -8,7 +8,7 @@ patient's events up to a prediction time.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 FORMAT_VERSION: Final = 2  # of the layout in docs/format.md; a reader refuses any other
 
@@ -47,6 +47,10 @@ DEFAULT_TASK: Final = "default"  # the task that preprocess.py makes of the labe
 PREDICTION_TIME: Final = "prediction_time"  # Datetime("us"), UTC; null = the whole patient
 PREDICTION_MINUTE: Final = "prediction_minute"  # float64, from the patient's time origin; null = the whole patient
 LABEL: Final = "label"  # null = unlabelled
+
+
+Kind = Literal["binary", "multiclass", "regression"]
+"""What the labels of a task are: of two classes, of several, or numbers."""
 
 
 class UserError(ValueError):

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.tasks import Task, describe_counts, list_tasks, remove_task
+from pipeline.dataset.tasks import Task, describe_labels, list_tasks, remove_task
 from pipeline.options import Section, option, parse_options
 from pipeline.prepare.pseudonyms import Pseudonyms
-from pipeline.prepare.sources.labels import read_labels
+from pipeline.prepare.sources.labels import LABEL_KIND_HELP, LabelColumns, LabelKind, read_labels
 from pipeline.prepare.tasks import default_exclusions, write_task
+from pipeline.prepare.warn import warn_of_splits
 from pipeline.schema import UserError
 
 PROG: Final = "python -m pipeline.tasks"
@@ -45,6 +46,7 @@ class AddOptions(NameOptions):
         MISSING, "CSV or Parquet file of labels, or a folder of Parquet files such as MEDS label files."
     )
     label_column: str | None = option(None, "Column of the label; else one of the usual names.")
+    label_kind: LabelKind = option("auto", LABEL_KIND_HELP)
     patient_column: str | None = option(None, "Column of the patient; else one of the usual names.")
     time_column: str | None = option(None, "Column of the prediction time, as a date or as minutes of the patient.")
     exclude_codes: tuple[str, ...] = option(
@@ -86,12 +88,15 @@ def add(arguments: Sequence[str]) -> None:
     if key != (pseudonyms and pseudonyms.fingerprint):
         how = "give its key with --pseudonymize" if key else "leave --pseudonymize out"
         raise UserError(f"{directory}: was prepared {'with a' if key else 'without a'} key for patients' ids; {how}")
-    labels = read_labels(given.labels, given.label_column, given.patient_column, given.time_column)
+    names = {"label": given.label_column, "patient": given.patient_column, "time": given.time_column}
+    labels = read_labels(given.labels, LabelColumns(**names, kind=given.label_kind))
     exclude_codes = given.exclude_codes or default_exclusions(manifest.options.get("format", ""), labels)
     if exclude_codes == ("none",):
         exclude_codes = ()
     task = write_task(directory, manifest, given.name, labels, exclude_codes, pseudonyms=pseudonyms)
     _print_tasks([task])
+    for warning in warn_of_splits(task.splits):
+        print(f"warning: {warning}", file=sys.stderr)
     if task.labels_without_patient:
         print(f"{task.labels_without_patient:,} samples name no patient of the data set and are left out")
 
@@ -115,10 +120,12 @@ def remove(arguments: Sequence[str]) -> None:
 
 
 def _print_tasks(tasks: Sequence[Task]) -> None:
-    table = Table("task", "kind", "samples", "patients", "labelled", "positive", "without events", "prediction times")
+    names = ("num_samples", "num_patients", "num_labelled", "num_without_events")
+    table = Table("task", "kind", "samples", "patients", "labelled", "without events", "labels", "prediction times")
     for task in tasks:
-        counts = describe_counts(task)
-        table.add_row(task.name, task.kind, *(f"{number:,}" for number in counts.values()), task.times or "none")
+        counts = (sum(getattr(split, name) for split in task.splits.values()) for name in names)
+        labels = describe_labels(task)
+        table.add_row(task.name, task.kind, *(f"{number:,}" for number in counts), labels, task.times or "none")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

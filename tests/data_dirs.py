@@ -141,14 +141,14 @@ def _write_whole_patients(
             num_samples=len(patients),
             num_patients=len(patients),
             num_labelled=sum(patient.label is not None for patient in patients),
-            num_positive=sum(patient.label == 1 for patient in patients),
-            num_without_events=0,
+            class_counts=tuple(sum(patient.label == label for patient in patients) for label in (0, 1)),
         )
         for split, patients in splits.items()
     }
     Task(
         name="default",
         kind="binary",
+        classes=("0", "1"),
         data=manifest.fingerprint,
         table_sha256=file_sha256(directory / "tasks" / "default.parquet"),
         times=None,

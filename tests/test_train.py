@@ -327,7 +327,7 @@ def test_the_head_is_fine_tuned_on_a_pretrained_model(data: Path, tmp_path: Path
         fixed = not name.startswith("head.") or name.startswith("head.feature_")
         assert not fixed or torch.equal(after, given[name]), name
     moved = [name for name, after in weights(tmp_path / "head").items() if not torch.equal(after, given[name])]
-    assert "head.ensemble.output" in moved
+    assert "head.ensembles.0.output" in moved
     assert not torch.equal(weights(tmp_path / "all")["encoder.posterior.weight"], given["encoder.posterior.weight"])
 
 
@@ -338,7 +338,7 @@ def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None
     found = DataSet(options=options.data, folder=folder, manifest=Manifest.load(folder), task=None, quarantined={})
     untrained = build_model(options.model, found, seed=0).state_dict()
     after = weights(tmp_path)
-    assert torch.equal(after["head.ensemble.output"], untrained["head.ensemble.output"])
+    assert torch.equal(after["head.ensembles.0.output"], untrained["head.ensembles.0.output"])
     assert not torch.equal(after["decoder.output.weight"], untrained["decoder.output.weight"])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.capacity import BatchShape, fit_capacities
+from model.config import Outcome
 from model.kernels.ops import uses_kernels
 from model.outcome import feature_moments
 from model.seqsetvae import SeqSetVAE
@@ -29,9 +31,13 @@ from training.prepare_pool import PreparePool
 from training.run import Run
 from training.state import build_model, build_state
 from training.step import StepSettings, select_trained
+from training.validation import choose_monitor
 
 CAPACITY_BATCHES = 64
 """Batches that capacities are fitted to; they have room for 98 % of all then (docs/model.md)."""
+
+ENSEMBLES = "head.ensembles."
+"""What the names of the parameters begin with that belong to an outcome."""
 
 FEATURE_PATIENTS = 20_000
 """Enough for means and deviations of summary features, however large the split is."""
@@ -47,7 +53,8 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     saved = find_checkpoint(options, directory, world)  # before the data: a task that differs is refused by its flag
     data = agree_on_data(options.data, manifest, world, options.task, *manifest.splits)
     if options.evaluation.meds_predictions:
-        check_meds_task(data.manifest, data.task)
+        check_meds_task(data.manifest, data.tasks)
+    monitor = check_outcomes(options, data.outcomes)
     if not data.num_samples["train"]:
         raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
     best = find_best(saved, directory)
@@ -80,7 +87,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer, **changes)
     # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
     total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
-    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer, graphs)
+    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer, graphs, monitor)
     state = build_state(model, loader, options.optimisation)
     if saved is not None:
         state.load_state_dict(saved.state)
@@ -157,11 +164,29 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
 
 
 def initialise(model: SeqSetVAE, path: Path, data: DataSet) -> None:
-    """Take the EMA weights of a checkpoint of a model of the same shape and vocabulary (``--init_from``)."""
+    """Take the EMA weights of a checkpoint of a model of the same shape and vocabulary (``--init_from``).
+
+    It may have learned other outcomes: where these are not alike in number and classes, their ensembles begin anew.
+    """
     saved = Checkpoint.load(path)
-    saved.check_same_model(path, model.config)
+    saved.check_same_model(path, model.config, but=("outcomes",))
     saved.check_same_vocabulary(path, data.manifest.vocabulary_fingerprint)
-    model.load_state_dict(saved.state["ema_model"])
+    there, here = saved.state["ema_model"], model.state_dict()
+    shapes = ([of[name].shape for name in of if name.startswith(ENSEMBLES)] for of in (there, here))
+    if not operator.eq(*shapes):
+        there = {name: tensor for name, tensor in there.items() if not name.startswith(ENSEMBLES)}
+        there |= {name: tensor for name, tensor in here.items() if name.startswith(ENSEMBLES)}
+    model.load_state_dict(there)
+
+
+def check_outcomes(options: TrainOptions, outcomes: tuple[Outcome, ...]) -> str:
+    """Return the metric that decides which epoch is best; raise UserError where options do not fit the outcomes."""
+    loss, weights = options.loss, options.loss.task_weights
+    if weights and len(weights) != len(outcomes):
+        raise UserError(f"--task_weights: {len(weights)} weights for {len(outcomes)} tasks; give one each")
+    if loss.learns_outcome and loss.pos_weight != 1 and all(outcome.kind != "binary" for outcome in outcomes):
+        raise UserError("--pos_weight is for binary tasks; leave it out, or say --class_weights balanced")
+    return choose_monitor(options.run.monitor, loss, outcomes)
 
 
 def fit_features(model: SeqSetVAE, data: DataSet, *, seed: int) -> None:

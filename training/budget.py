@@ -57,7 +57,7 @@ def _measure_peaks(model: SeqSetVAE, data: DataSet, alone: World, options: Train
         changes: dict[str, Any] = {"batch_size": patients, "bucketing": bucketing, "max_events": None}
         batches += itertools.islice(data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes), 2)
     settings = StepSettings(options.loss, options.optimisation, alone, 1, BatchPreparer(seed=seed))
-    one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
+    one = LossCounts.one(len(model.config.outcomes))
 
     def step(batch: PatientBatch) -> None:
         prepared = settings.preparer.prepare(batch, 0).to(device)

@@ -1,8 +1,8 @@
-"""The model card of a run."""
+"""The model cards of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -12,20 +12,23 @@ from model.config import SeqSetVAEConfig
 from pipeline.schema import FIRST_CODE
 from training.options import TrainOptions
 
-METRICS = {"auroc": "AUROC", "auprc": "AUPRC", "min_se_ppv": "min(Se, +P)", "brier": "Brier", "ece": "ECE"}
+METRICS = {
+    "auroc": "AUROC", "auprc": "AUPRC", "min_se_ppv": "min(Se, +P)", "accuracy": "Accuracy", "brier": "Brier",
+    "ece": "ECE", "r2": "R²", "mae": "MAE", "rmse": "RMSE", "c_index": "C-index",
+}  # fmt: skip
 
 
-def write_model_card(
+def write_model_cards(
     config: SeqSetVAEConfig,
     options: TrainOptions,
     num_samples: Mapping[str, int],
     summary: Mapping[str, Any],
     unit: str = "patients",
-) -> str:
-    """Return what someone who is handed the checkpoint must know, in Markdown (Mitchell et al. 2019, arXiv:1810.03993).
+) -> Iterator[tuple[str, str]]:
+    """Yield what someone who is handed the checkpoint must know, in Markdown (Mitchell et al. 2019, arXiv:1810.03993).
 
-    ``num_samples`` has the number of samples of each split, which are called ``unit``, and ``summary`` what
-    ``summary.json`` has.
+    A card's file name stands before it; each of several tasks has a card of its own.  ``num_samples`` has the number of
+    samples of each split, which are called ``unit``, and ``summary`` what ``summary.json`` has.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training"),
@@ -34,15 +37,21 @@ def write_model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("model_card.md.jinja").render(
-        loss=options.loss,
-        metrics=METRICS,
-        num_samples=num_samples,
-        preset=options.model.preset,
-        seed=options.run.seed,
-        summary=summary,
-        torch_version=torch.__version__,
-        unit=unit,
-        variables=config.num_codes - FIRST_CODE,
-        width=config.width,
-    )
+    test, several = summary["test"], len(config.outcomes) > 1
+    for outcome in config.outcomes:
+        content = environment.get_template("model_card.md.jinja").render(
+            loss=options.loss,
+            metrics=METRICS,
+            num_samples=num_samples,
+            outcome=outcome,
+            outcomes=config.outcomes,
+            preset=options.model.preset,
+            seed=options.run.seed,
+            summary=summary,
+            test=test["tasks"][outcome.name] | {"active_units": test["active_units"]} if test and several else test,
+            torch_version=torch.__version__,
+            unit=unit,
+            variables=config.num_codes - FIRST_CODE,
+            width=config.width,
+        )
+        yield f"MODEL_CARD_{outcome.name}.md" if several else "MODEL_CARD.md", content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 SHAPELESS = ("dropout",)
 """Fields of the model's configuration that decide no weight's shape or meaning."""
@@ -50,7 +51,6 @@ class Checkpoint:
         vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
         options: of the run, by section and field, as ``config.yaml`` has them.
         state: as :meth:`training.state.TrainState.state_dict` gives it.
-        prevalence: share of positive samples in training, the answer for a sample without events; None = not known.
         metrics: of the validation that chose this checkpoint, with its ``epoch`` and ``step``; None in ``last.pt``.
     """
 
@@ -58,7 +58,6 @@ class Checkpoint:
     vocabulary_fingerprint: str
     options: dict[str, Any]
     state: dict[str, Any]
-    prevalence: float | None = None
     metrics: dict[str, Any] | None = None
     version: int = CHECKPOINT_VERSION
 
@@ -100,7 +99,7 @@ class Checkpoint:
         """Return the trained model, on the CPU; ``path`` is for the message if vocabulary or weights are other ones."""
         self.check_same_vocabulary(path, vocabulary_fingerprint)
         try:
-            model = SeqSetVAE(SeqSetVAEConfig(**self.config))
+            model = SeqSetVAE(SeqSetVAEConfig.from_dict(self.config))
             model.load_state_dict(self.state["ema_model"])
         except (TypeError, RuntimeError, AttributeError, KeyError) as error:
             raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[0]})") from None
@@ -112,10 +111,13 @@ class Checkpoint:
             advice = "use the data set of its training, or prepare new patients with preprocess.py --like that data set"
             raise UserError(f"{path}: trained with another vocabulary than this data has; {advice}")
 
-    def check_same_model(self, path: Path, config: SeqSetVAEConfig) -> None:
-        """Raise UserError, naming the first difference, unless the checkpoint is of a model of this shape."""
+    def check_same_model(self, path: Path, config: SeqSetVAEConfig, *, but: Collection[str] = ()) -> None:
+        """Raise UserError, naming the first difference, unless the checkpoint is of a model of this shape.
+
+        Fields named in ``but`` may differ.
+        """
         asked = asdict(config)
-        for name in sorted((asked.keys() | self.config.keys()) - {*SHAPELESS}):
+        for name in sorted((asked.keys() | self.config.keys()) - {*SHAPELESS, *but}):
             there, here = self.config.get(name), asked.get(name)
             if there != here:
                 raise UserError(f"{path}: checkpoint of another model: {name} is {there} there, {here} here")

@@ -15,6 +15,8 @@ from training.json_lines import JsonLines
 from training.metrics import Throughput
 from training.parallel import World
 
+HEADLINE_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "r2": "R²", "mae": "MAE"}
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -30,8 +32,11 @@ def format_metric(value: float | None) -> str:
 
 
 def format_quality(metrics: Mapping[str, Any]) -> str:
-    """Return AUROC and AUPRC as text."""
-    return f"AUROC {format_metric(metrics['auroc'])}, AUPRC {format_metric(metrics['auprc'])}"
+    """Return the headlines of a task as text, of several tasks one after another."""
+    if "tasks" in metrics:
+        return "; ".join(f"{name}: {format_quality(each)}" for name, each in metrics["tasks"].items())
+    found = ((title, metrics[name]) for name, title in HEADLINE_TITLES.items() if name in metrics)
+    return ", ".join(f"{title} {format_metric(value)}" for title, value in found)
 
 
 class EpochBar:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from model.capacity import BatchShape
+from model.config import Outcome
 from model.losses import LossCounts
 from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.samples import SampleIndex
 from pipeline.dataset.shards import check_shards
-from pipeline.dataset.tasks import Task
+from pipeline.dataset.tasks import Task, common_times, load_tasks
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader, make_loader
 from pipeline.loading.options import BatchOptions
@@ -32,6 +33,7 @@ from training.console import log_main
 from training.memory import StepMemory
 from training.metrics import BatchAmounts
 from training.parallel import World
+from training.predictions import outcome_of
 
 DEFAULT_BATCH_SIZE = 16
 MIN_STEPS = 50
@@ -44,8 +46,8 @@ class DataOptions(BatchOptions):
 
     data_dir: str = option("", "Data set made by preprocess.py: a folder, or a URL such as s3://bucket/prefix.")
     task: str | None = option(
-        None, "Task whose samples are used: what they predict, and when. Default: the task named default, which "
-        "preprocess.py makes; with --objective pretrain whole patients.",
+        None, "Task whose samples are used: what they predict, and when; or several to learn at once, as a,b,c. "
+        "Default: the task named default, which preprocess.py makes; with --objective pretrain whole patients.",
     )  # fmt: skip
     cache_dir: str | None = option(None, "Folder in which files of a URL are cached: a new folder or an older cache.")
     cache_bytes: str = option(
@@ -86,13 +88,13 @@ class DataOptions(BatchOptions):
 class DataSet:
     """The data set of a run: the same shards on every rank; some are ``quarantined``, by split, as they are bad.
 
-    Without a ``task`` a sample is a whole patient, who has no label.
+    Without ``tasks`` a sample is a whole patient, who has no label.
     """
 
     options: DataOptions
     folder: Folder
     manifest: Manifest
-    task: Task | None
+    tasks: tuple[Task, ...]
     quarantined: dict[str, list[ShardEntry]]
 
     @property
@@ -105,14 +107,21 @@ class DataSet:
 
     @property
     def num_samples(self) -> dict[str, int]:
-        """Number of samples with events of each split that are used; without a task the number of patients."""
-        count = SampleIndex(self.folder, self.manifest, self.task).count
-        return {split: sum(map(count, shards)) for split, shards in self.manifest.splits.items()}
+        """Number of samples with events of each split that are used; without tasks the number of patients."""
+        count = SampleIndex(self.folder, self.manifest, self.tasks).count
+        return {split: int(count(shards).sum()) for split, shards in self.manifest.splits.items()}
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Return what a model of this data predicts; without tasks it has a head that nothing trains."""
+        return tuple(map(outcome_of, self.tasks)) or (Outcome(),)
 
     @property
     def unit(self) -> str:
         """Return what a sample is called: whole patients are patients."""
-        return "patients" if self.task is None or self.task.times is None else f"samples of task {self.task.name}"
+        if common_times(self.tasks) is None:
+            return "patients"
+        return f"samples of task {', '.join(task.name for task in self.tasks)}"
 
     def describe(self) -> str:
         """Return the samples of each split and the number of variables in one line."""
@@ -133,22 +142,22 @@ class DataSet:
             settings |= {"batch_size": memory.batch_size, "max_cost": memory.batch_bytes, "budget": memory.peak}
         elif settings["batch_size"] == "auto":
             settings["batch_size"] = DEFAULT_BATCH_SIZE
-        settings |= {"split": split, "task": self.task, "quarantined": self.quarantined_shards, **arguments}
+        settings |= {"split": split, "task": self.tasks, "quarantined": self.quarantined_shards, **arguments}
         return make_loader(self.folder, manifest=self.manifest, **settings)
 
 
 def agree_on_data(options: DataOptions, manifest: Manifest, world: World, task: str | None, *splits: str) -> DataSet:
-    """Return the data set that all ranks use, with the named task, without shards of ``splits`` bad on any machine.
+    """Return the data set that all ranks use, with the named tasks, without shards of ``splits`` bad on any machine.
 
     Plans are made of the shards that there are, so all ranks must know of all bad ones before they plan.  Machines may
     hold copies of a data set: each checks all shards, and what is bad on one is left out by all.
     """
     folder, found = options.open_folder(), dict[str, str]()
-    opened = None if task is None else Task.load(folder, manifest, task)
+    tasks = load_tasks(folder, manifest, task)
     if options.on_bad_shard == "quarantine":
         entries = [entry for split in splits for entry in manifest.splits.get(split, [])]
         found = check_shards(folder, entries[world.local_rank :: world.local_size])
-    identity = (manifest.fingerprint, opened and opened.table_sha256)
+    identity = (manifest.fingerprint, [each.table_sha256 for each in tasks])
     answers = world.gather((identity, found))
     if any(other != identity for other, _ in answers):
         raise UserError(f"--data_dir {folder}: not the same data set on all machines; copy it anew, or start again")
@@ -160,7 +169,7 @@ def agree_on_data(options: DataOptions, manifest: Manifest, world: World, task: 
             left_out = f"its {entry.num_patients:,} {split} patients are left out"
             log_main(world, f"warning: {folder}/{entry.path}: {bad[entry.path]}; {left_out}")
     manifest = manifest.without(bad)
-    return DataSet(options=options, folder=folder, manifest=manifest, task=opened, quarantined=quarantined)
+    return DataSet(options=options, folder=folder, manifest=manifest, tasks=tasks, quarantined=quarantined)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

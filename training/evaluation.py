@@ -16,28 +16,49 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, LossOptions, chamfer_sums
+from model.config import Outcome
+from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, LossOptions
 from model.prepared import PreparedBatch
+from model.reconstruction import chamfer_sums
 from model.segments import take_unique
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from model.set_vae import Posterior
+from pipeline.dataset.samples import is_labelled
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
-from pipeline.schema import UNLABELLED
 from pipeline.storage.files import replace_atomically, write_atomically
 from training.data import BatchPreparer, DataSet
 from training.meds_predictions import choose_threshold, write_meds_predictions
 from training.memory import StepMemory
 from training.options import TrainOptions
 from training.parallel import World
-from training.quality import Labels, evaluate_predictions, rank_predictions
-from training.validation import forward_in_parts, labels_of, validate
+from training.predictions import labels_of, labels_of_batch, values_of
+from training.quality import HEADLINES, Floats, Ints, evaluate_predictions, rank_predictions
+from training.validation import Validation, forward_in_parts, join_tasks, validate
 
 EARLY_HOURS = (6, 12, 24, 48)
 LENGTH_BUCKETS = 4
 
 FLOATS = pa.list_(pa.float32())
 LATENTS = pa.schema([("patient_id", pa.string()), ("minute", pa.float32()), ("mu", FLOATS), ("logvar", FLOATS)])
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Metrics of a split, and those of each outcome."""
+
+    metrics: dict[str, Any]
+    outcomes: tuple[Outcome, ...]
+    of_tasks: list[dict[str, Any]]
+
+    def join(self, other: Quality) -> Quality:
+        """Return these metrics with others of the same outcomes."""
+        of_tasks = [own | more for own, more in zip(self.of_tasks, other.of_tasks, strict=True)]
+        return Quality(self.metrics | other.metrics, self.outcomes, of_tasks)
+
+    def flatten(self) -> dict[str, Any]:
+        """Return them as one dictionary; see :func:`training.validation.join_tasks`."""
+        return join_tasks(self.metrics, self.outcomes, self.of_tasks)
 
 
 def go_on() -> None:
@@ -48,8 +69,7 @@ def go_on() -> None:
 class Evaluator:
     """Evaluates a model, trained for the loss of ``options``, on the splits of a data set.
 
-    Without ``memory`` batches have no budget; ``check_stop`` is called between them, and may raise.  ``prevalence``
-    answers samples without events, see :func:`training.validation.add_empty_samples`.
+    Without ``memory`` batches have no budget; ``check_stop`` is called between them, and may raise.
     """
 
     options: TrainOptions
@@ -57,7 +77,6 @@ class Evaluator:
     world: World
     memory: StepMemory | None = None
     check_stop: Callable[[], None] = go_on
-    prevalence: float | None = None
 
     def open_loader(self, split: str) -> PatientLoader:
         """Return a loader over a split, in order of length, whose batches are prepared without noise."""
@@ -65,40 +84,48 @@ class Evaluator:
         seed = self.options.run.seed
         return self.data.open_loader(split, seed=seed, shuffle=False, world=self.world, preparer=preparer)
 
-    def validate(self, model: SeqSetVAE, split: str) -> tuple[dict[str, Any], pa.Table]:
+    def validate(self, model: SeqSetVAE, split: str) -> Validation:
         """Return metrics and predictions of a split, see :func:`training.validation.validate`."""
-        loader = self.open_loader(split)
-        return validate(model, loader, self.options, self.world, self.check_stop, self.prevalence)
+        return validate(model, self.open_loader(split), self.options, self.world, self.check_stop)
 
-    def evaluate_split(self, model: SeqSetVAE, split: str) -> dict[str, Any]:
-        """Return metrics of a split with bootstrap intervals; write ``predictions_<split>.parquet``.
+    def evaluate_split(self, model: SeqSetVAE, split: str) -> Quality:
+        """Return metrics of a split, on the first rank with bootstrap intervals; write its predictions.
 
-        With ``--meds_predictions`` they are written as MEDS has them too, by a threshold of the validation split.
+        They are in ``predictions_<split>.parquet``, of several tasks in ``predictions_<split>_<task>.parquet``.  With
+        ``--meds_predictions`` they are written as MEDS has them too, by a threshold of the validation split.
         """
-        metrics, predictions = self.validate(model, split)
+        found = self.validate(model, split)
+        of_tasks = [dict[str, Any]() for _ in found.outcomes]
         directory, threshold = Path(self.options.run.output_dir), None
         if self.options.evaluation.meds_predictions and self.options.loss.learns_outcome:
-            _, valid = self.validate(model, "valid")
-            threshold = choose_threshold(labels_of(valid), valid["probability"].to_numpy())
-        if self.world.is_main:
-            with replace_atomically(directory / f"predictions_{split}.parquet") as path:
-                pq.write_table(predictions, path, write_page_checksum=True)
+            valid, binary = self.validate(model, "valid").tables[0], found.outcomes[0]
+            threshold = choose_threshold(labels_of(valid, binary), values_of(valid, binary))
+        if not self.world.is_main:
+            return Quality(found.metrics, found.outcomes, of_tasks)
+        for outcome, table, metrics in zip(found.outcomes, found.tables, of_tasks, strict=True):
+            suffix = f"_{outcome.name}" if len(found.outcomes) > 1 else ""
+            with replace_atomically(directory / f"predictions_{split}{suffix}.parquet") as path:
+                pq.write_table(table, path, write_page_checksum=True)
             if threshold is not None:
-                write_meds_predictions(directory, split, predictions, threshold)
+                write_meds_predictions(directory, split, table, threshold)
                 metrics["threshold"] = threshold
             if self.options.loss.learns_outcome:
-                probability, patient_id = predictions["probability"].to_numpy(), predictions["patient_id"].to_pylist()
-                metrics |= evaluate_predictions(labels_of(predictions), probability, patient_id=patient_id)
-        return metrics
+                predictions = labels_of(table, outcome), values_of(table, outcome)
+                metrics |= evaluate_predictions(*predictions, outcome, patient_id=table["patient_id"].to_pylist())
+            else:
+                metrics |= dict.fromkeys(HEADLINES[outcome.kind])
+        return Quality(found.metrics, found.outcomes, of_tasks)
 
     @torch.no_grad()
-    def evaluate_details(self, model: SeqSetVAE, split: str, latents_path: Path | None) -> dict[str, Any]:
+    def evaluate_details(self, model: SeqSetVAE, split: str, latents_path: Path | None) -> Quality:
         """Return answers after the first hours, quality by length, and the reconstruction error beside the variables'
         means; write latents of sets to ``latents_path`` (a file a rank).
         """
         model.eval()
-        loss, optimisation = self.options.loss, self.options.optimisation
-        errors, total_events, answers = torch.zeros(2), 0, [np.zeros((0, 3 + len(EARLY_HOURS)))]
+        loss, optimisation, outcomes = self.options.loss, self.options.optimisation, model.config.outcomes
+        outputs = sum(outcome.num_outputs for outcome in outcomes)
+        no_answers = np.zeros((0, 1 + len(outcomes) + outputs * (1 + len(EARLY_HOURS))))
+        errors, total_events, answers = torch.zeros(2), 0, [no_answers]
         with pq.ParquetWriter(latents_path, LATENTS) if latents_path else nullcontext() as latents:
             for ready in self.open_loader(split):
                 self.check_stop()
@@ -111,26 +138,39 @@ class Evaluator:
                 if loss.learns_outcome:
                     answers.append(self._answer_early(model, ready.batch))
         model_error, mean_error = (self.world.sum(errors.to(self.world.device)) / max(total_events, 1)).tolist()
-        label, num_events, at_end, *early = np.concatenate(self.world.gather(np.concatenate(answers))).T
-        label, details = label.astype(np.int64), dict[str, Any]()
+        details = dict[str, Any]()
         if loss.learns_sets:
             details["reconstruction_error"] = model_error
             details["reconstruction_error_at_variable_means"] = mean_error
-        if loss.learns_outcome:
-            ranks = [rank_predictions(label, answer)._asdict() for answer in early]
-            details["after_the_first"] = dict(zip((f"{hours} hours" for hours in EARLY_HOURS), ranks, strict=True))
-            details["by_length"] = evaluate_by_length(label, at_end, num_events.astype(np.int64))
-        return details
+        columns = np.concatenate(self.world.gather(np.concatenate(answers)))
+        of_tasks = _judge_answers(columns, outcomes) if loss.learns_outcome else [dict[str, Any]() for _ in outcomes]
+        return Quality(details, outcomes, of_tasks)
 
-    def _answer_early(self, model: SeqSetVAE, batch: PatientBatch) -> np.ndarray:
-        """Return [B, 3 + hours] float64: label, number of events, probability at the end and after the first hours."""
-        columns = [batch.label.numpy(), batch.events_per_patient.numpy()]
+    def _answer_early(self, model: SeqSetVAE, batch: PatientBatch) -> Floats:
+        """Return [B, ·] float64: the number of events, the labels of tasks (NaN = unlabelled), then what is predicted
+        of each at the end, and after the first hours.
+        """
+        columns = [batch.events_per_patient.numpy(), *labels_of_batch(batch, len(model.config.outcomes))]
         preparer, outcome = BatchPreparer(seed=None, memory=self.memory), LossOptions(objective="supervised")
         for view in (batch, *(first_hours(batch, hours) for hours in EARLY_HOURS)):
             parts = preparer.prepare_parts(view, step=0)
             outputs = forward_in_parts(model, parts, self.world, self.options.optimisation, outcome)
-            columns.append(np.concatenate([output.probability.double().cpu().numpy() for _, output in outputs]))
+            columns.append(np.concatenate([torch.cat(o.predictions, 1).double().cpu().numpy() for _, o in outputs]))
         return np.column_stack(columns)
+
+
+def _judge_answers(columns: Floats, outcomes: tuple[Outcome, ...]) -> list[dict[str, Any]]:
+    """Return the quality of each task's answers after the first hours, and by length; see ``_answer_early``."""
+    num_events, labels = columns[:, 0].astype(np.int64), columns[:, 1 : 1 + len(outcomes)]
+    views = np.split(columns[:, 1 + len(outcomes) :], 1 + len(EARLY_HOURS), axis=1)
+    found, start = [], 0
+    for outcome, label in zip(outcomes, labels.T, strict=True):
+        own = slice(start, start := start + outcome.num_outputs)
+        at_end, *early = (view[:, own] if outcome.kind == "multiclass" else view[:, own][:, -1] for view in views)
+        ranks = [rank_predictions(label, answer, outcome) for answer in early]
+        after = dict(zip((f"{hours} hours" for hours in EARLY_HOURS), ranks, strict=True))
+        found.append({"after_the_first": after, "by_length": evaluate_by_length(label, at_end, num_events, outcome)})
+    return found
 
 
 def evaluate_checkpoint(evaluator: Evaluator, model: SeqSetVAE) -> dict[str, Any]:
@@ -138,16 +178,15 @@ def evaluate_checkpoint(evaluator: Evaluator, model: SeqSetVAE) -> dict[str, Any
     data, world, options = evaluator.data, evaluator.world, evaluator.options.evaluation
     split, output_dir = options.evaluate_split, Path(evaluator.options.run.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    metrics = evaluator.evaluate_split(model, split)
+    quality = evaluator.evaluate_split(model, split)
     suffix = "" if world.is_main else f"_rank{world.rank}"
     latents = output_dir / f"latents_{split}{suffix}.parquet" if options.export_latents else None
+    quality = quality.join(evaluator.evaluate_details(model, split, latents))
     content = {
         "checkpoint": options.evaluate,
         "split": split,
         "quarantined_patients": data.quarantined_patients[split],
         "quarantined_shards": data.quarantined_shards,
-        **metrics,
-        **evaluator.evaluate_details(model, split, latents),
     }
     if world.is_main:
         if options.baselines:
@@ -155,7 +194,9 @@ def evaluate_checkpoint(evaluator: Evaluator, model: SeqSetVAE) -> dict[str, Any
             fit_baselines = import_module("training.baselines").fit_baselines
             seed, alone = evaluator.options.run.seed, world.alone()
             loaders = [data.open_loader(name, seed=seed, shuffle=False, world=alone) for name in ("train", split)]
-            content["baselines"] = fit_baselines(*loaders, data.manifest.num_codes)
+            fitted = fit_baselines(*loaders, data.manifest.num_codes, model.config.outcomes)
+            quality = quality.join(Quality({}, quality.outcomes, [{"baselines": each} for each in fitted]))
+        content |= quality.flatten()
         write_atomically(output_dir / f"evaluation_{split}.json", f"{json.dumps(content, indent=1)}\n".encode())
     return content
 
@@ -191,10 +232,10 @@ def latent_rows(batch: PatientBatch, posterior: Posterior) -> pa.Table:
     return pa.table([ids, pa.array(batch.minute.numpy()), *wide], schema=LATENTS)
 
 
-def evaluate_by_length(label: Labels, probability: np.ndarray, num_events: Labels) -> dict[str, dict[str, Any]]:
-    """Return AUROC and AUPRC of the labelled patients in ``LENGTH_BUCKETS`` ranges of ``num_events`` of equal mass."""
-    labelled = label != UNLABELLED
-    label, probability, num_events = label[labelled], probability[labelled], num_events[labelled]
+def evaluate_by_length(label: Floats, prediction: Floats, num_events: Ints, outcome: Outcome) -> dict[str, Any]:
+    """Return the headlines of the labelled patients in ``LENGTH_BUCKETS`` ranges of ``num_events`` of equal mass."""
+    labelled = is_labelled(label)
+    label, prediction, num_events = label[labelled], prediction[labelled], num_events[labelled]
     if not len(label):
         return {}
     edges = np.quantile(num_events, np.linspace(0, 1, LENGTH_BUCKETS + 1)[1:-1])
@@ -202,6 +243,8 @@ def evaluate_by_length(label: Labels, probability: np.ndarray, num_events: Label
     for number in np.unique(bucket):
         inside = bucket == number
         name = f"{num_events[inside].min()} to {num_events[inside].max()} events"
-        counts = {"patients": int(inside.sum()), "positive": int(label[inside].sum())}
-        result[name] = counts | rank_predictions(label[inside], probability[inside])._asdict()
+        counts = {"patients": int(inside.sum())}
+        if outcome.kind == "binary":
+            counts["positive"] = int(label[inside].sum())
+        result[name] = counts | rank_predictions(label[inside], prediction[inside], outcome)
     return result

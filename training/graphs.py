@@ -7,7 +7,6 @@ learning rate, the counts of the losses, beta and the decay of the EMA, is read 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -42,15 +41,15 @@ class StepNumbers:
     learning_rates: list[float] | list[Tensor]
 
     def flatten(self) -> list[float]:
-        counts = dataclasses.astuple(self.counts)
-        return [float(x) for x in (*counts, self.beta, self.ema_decay, *self.learning_rates)]
+        counts = (self.counts.num_events, self.counts.num_sets, *self.counts.num_labelled)
+        return [float(x) for x in (self.beta, self.ema_decay, *counts, *self.learning_rates)]
 
-    @classmethod
-    def take(cls, numbers: Tensor) -> StepNumbers:
+    def take(self, numbers: Tensor) -> StepNumbers:
         """Return scalars that are views of ``numbers`` [·] float32, in the order of :meth:`flatten`."""
-        events, sets, labelled, beta, ema_decay, *learning_rates = numbers.unbind()
-        counts = LossCounts(num_events=events, num_sets=sets, num_labelled=labelled)
-        return cls(counts=counts, beta=beta, ema_decay=ema_decay, learning_rates=learning_rates)
+        beta, ema_decay, events, sets, *others = numbers.unbind()
+        tasks = len(self.counts.num_labelled)
+        counts = LossCounts(num_events=events, num_sets=sets, num_labelled=tuple(others[:tasks]))
+        return StepNumbers(counts=counts, beta=beta, ema_decay=ema_decay, learning_rates=others[tasks:])
 
 
 def capture_cuda(run: Callable[[], Outputs], pool: Any) -> tuple[Callable[[], None], Outputs]:
@@ -111,6 +110,6 @@ class StepGraphs:
             self._pool = torch.cuda.graph_pool_handle()  # no two graphs run at once, so they may share their memory
         buffer = torch.empty_like(prepared.buffer, device=self.device).copy_(prepared.buffer)
         own = torch.empty(len(numbers.flatten()), device=self.device)
-        batch, scalars = prepared.take(buffer), StepNumbers.take(own)
+        batch, scalars = prepared.take(buffer), numbers.take(own)
         replay, outputs = self.capture(lambda: step(batch, scalars), self._pool)
         return _Captured(replay, buffer, own, outputs)

@@ -35,7 +35,9 @@ def inspect_batches(options: TrainOptions, manifest: Manifest) -> int:
         with torch.no_grad():
             output = model(PreparedBatch.build(batch))
         milliseconds = 1000 * (time.perf_counter() - started)
+        each = zip(output.outcomes, output.predictions, strict=True)
+        shapes = ", ".join(f"{outcome.name} {tuple(prediction.shape)}" for outcome, prediction in each)
         sizes = f"{batch.num_sets} sets, {batch.num_events} events"
-        print(f"  forward: {sizes} -> probabilities {tuple(output.probability.shape)}, {milliseconds:.0f} ms")
+        print(f"  forward: {sizes} -> {shapes}, {milliseconds:.0f} ms")
         print(f"  memory: {peak_rss_bytes() / 2**20:.0f} MiB at most so far")
     return 0

@@ -30,10 +30,12 @@ SCHEMA = pa.schema(
 )
 
 
-def check_meds_task(manifest: Manifest, task: Task | None) -> None:
-    """Raise UserError where predictions of a task cannot be written as MEDS has them."""
+def check_meds_task(manifest: Manifest, tasks: tuple[Task, ...]) -> None:
+    """Raise UserError where predictions cannot be written as MEDS has them, which is for one binary task."""
     problem = None
-    if task is None or task.times != "date":
+    if len(tasks) > 1 or (tasks and tasks[0].kind != "binary"):
+        problem = "MEDS has a schema for one binary task; choose one with --task"
+    elif not tasks or tasks[0].times != "date":
         problem = "the task has no prediction times that are dates; choose one of MEDS labels with --task"
     elif manifest.options.get("pseudonym_key"):
         problem = "patients are called by pseudonyms, MEDS needs their subject_id; prepare without --pseudonymize"
@@ -41,9 +43,9 @@ def check_meds_task(manifest: Manifest, task: Task | None) -> None:
         raise UserError(f"--meds_predictions: {problem}")
 
 
-def choose_threshold(label: npt.NDArray[np.int64], probability: npt.NDArray[np.float64]) -> float:
-    """Return the least probability that counts as positive where F1 is best; labels are 0, 1, or -1 = unlabelled."""
-    labelled = label >= 0
+def choose_threshold(label: npt.NDArray[np.float64], probability: npt.NDArray[np.float64]) -> float:
+    """Return the least probability that counts as positive where F1 is best; labels are 0, 1, or NaN = unlabelled."""
+    labelled = np.isfinite(label)
     label, probability = label[labelled], probability[labelled]
     if len(np.unique(label)) < 2:
         return NO_THRESHOLD

@@ -10,31 +10,38 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from model.config import Outcome
 from model.losses import Losses
 from pipeline.loading.batch import PatientBatch
 from training.parallel import World
 
 
+def task_losses(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the names under which the losses of tasks are summed."""
+    return [f"outcome_{outcome.name}" for outcome in outcomes]
+
+
 class LossSums:
     """Sums of losses and gradient norms, gathered on the device; the host waits for it only when they are read."""
 
-    NAMES = ("loss", "reconstruction", "kl", "classification", "grad_norm")
-
-    def __init__(self, device: torch.device, saved: Mapping[str, float] | None = None) -> None:
-        start = [saved[name] if saved else 0.0 for name in self.NAMES]
+    def __init__(
+        self, device: torch.device, outcomes: Sequence[Outcome], saved: Mapping[str, float] | None = None
+    ) -> None:
+        self.names = ["loss", "reconstruction", "kl", "outcome", "grad_norm", *task_losses(outcomes)]
+        start = [saved[name] if saved else 0.0 for name in self.names]
         self.values = torch.tensor(start, dtype=torch.float64, device=device)
 
     def add(self, losses: Losses, grad_norm: Tensor | None = None) -> None:
         """Add one batch's share of the losses; ranks hold shares of a loss, and the same norm of the gradient."""
         norm = losses.total.new_zeros(()) if grad_norm is None else grad_norm
-        parts = [losses.total.detach(), losses.reconstruction, losses.kl, losses.classification, norm]
-        self.values += torch.stack([part.double() for part in parts])
+        parts = [losses.total.detach(), losses.reconstruction, losses.kl, losses.outcome, norm]
+        self.values += torch.cat([torch.stack(parts), losses.tasks]).double()
 
     def combine(self, world: World) -> dict[str, float]:
         """Return the sums over all ranks, which the first rank then holds for all, so that they count once."""
         summed = world.sum(self.values.clone())
         self.values = summed if world.is_main else torch.zeros_like(summed)
-        return dict(zip(self.NAMES, summed.tolist(), strict=True))
+        return dict(zip(self.names, summed.tolist(), strict=True))
 
 
 @dataclass(kw_only=True)
@@ -132,11 +139,11 @@ class Progress:
 class Meters:
     """What all ranks measure since the last line of the log, and since the run began."""
 
-    def __init__(self, world: World, progress: Progress) -> None:
-        self._world = world
+    def __init__(self, world: World, progress: Progress, outcomes: Sequence[Outcome]) -> None:
+        self._world, self._outcomes = world, outcomes
         self.interval = Throughput(**progress.interval).share(world)
         self.totals = Throughput(**progress.totals).share(world)
-        self.sums = LossSums(world.device, progress.loss_sums if world.is_main else None)
+        self.sums = LossSums(world.device, outcomes, progress.loss_sums if world.is_main else None)
 
     def add(self, amounts: BatchAmounts, losses: Losses, grad_norm: Tensor, *, seconds: float, waited: float) -> None:
         """Count one step of this rank."""
@@ -150,7 +157,7 @@ class Meters:
         sums = self.sums.combine(self._world)
         means = {name: total / max(interval.num_steps, 1) for name, total in sums.items()}
         means["grad_norm"] /= self._world.size  # every rank has the same
-        self.interval, self.sums = Throughput(), LossSums(self._world.device)
+        self.interval, self.sums = Throughput(), LossSums(self._world.device, self._outcomes)
         return interval, means
 
     def store(self, progress: Progress) -> None:

@@ -35,7 +35,10 @@ class RunOptions(Section):
     )  # fmt: skip
     resume: bool = option(False, "Go on from checkpoints/last.pt of --output_dir, where there is one.")
     checkpoint_steps: int = option(0, "Number of steps between saves of last.pt within an epoch; 0 = none.", minimum=0)
-    monitor: Literal["auroc", "auprc", "loss"] = option("auroc", "Validation metric that decides which epoch is best.")
+    monitor: Literal["auto", "auroc", "auprc", "r2", "loss"] = option(
+        "auto", "Validation metric that decides which epoch is best, of several tasks its mean. By default AUROC for "
+        "classes, R² for numbers, the loss for both.",
+    )  # fmt: skip
     patience: int = option(0, "Epochs without a better one after which the run stops early; 0 = never.", minimum=0)
     min_active_units: float = option(
         0.02, "Share of active units below which the posterior counts as collapsed.", minimum=0, maximum=1
@@ -83,7 +86,7 @@ class TrainOptions:
 
     @property
     def task(self) -> str | None:
-        """Return the name of the task whose samples are used; None = whole patients."""
+        """Return the names of the tasks whose samples are used; None = whole patients."""
         return self.data.task or (DEFAULT_TASK if self.loss.learns_outcome else None)
 
     def __post_init__(self) -> None:
@@ -123,7 +126,8 @@ _FLAGS = {
     AtResume.OBEYED: (
         "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",
         "freeze", "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip",
-        "vae_weight", "classification_weight", "pos_weight", "beta", "beta_warmup_steps", "beta_schedule", "free_bits",
+        "vae_weight", "outcome_weight", "task_weights", "pos_weight", "class_weights", "beta", "beta_warmup_steps",
+        "beta_schedule", "free_bits",
         "devices", "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units",
         "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose", "cuda_graphs",
     ),

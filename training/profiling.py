@@ -43,7 +43,7 @@ def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) ->
     with choose_kernels(False), FlopCounterMode(display=False) as counter:
         output = on_meta(batch, reconstruct=loss.learns_sets, classify=loss.learns_outcome)
         forward = counter.get_total_flops()
-        outputs = (output.context, output.decoded, output.logits, output.posterior.mu)
+        outputs = (output.context, output.decoded, *(output.logits or ()), output.posterior.mu)
         torch.stack([tensor.float().sum() for tensor in outputs if tensor is not None]).sum().backward()
     counts = counter.get_flop_counts()
     # The counter's modules include their gradients, which take twice the operations of the forward pass.

@@ -12,13 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 COMPARISON_FILE, METRICS_FILE, CONFIG_FILE = "comparison.html", "metrics.jsonl", "config.yaml"
-LINKED_FILES = ("MODEL_CARD.md", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+LINKED_FILES = ("MODEL_CARD*.md", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+
+NUMBERS = "Predicted over observed number"
 
 MAX_POINTS = 500
 """Maximum number of points of a curve; neighbours are averaged where there are more."""
@@ -59,7 +60,7 @@ class Run:
         profile: where the time of a step goes, from ``summary.json``; empty without.
         results: the rest of ``summary.json`` and each ``evaluation_<split>.json``, flattened.
         options: ``config.yaml``, flattened.
-        predictions: labels and probabilities, each [P], of the labelled samples of each split.
+        predictions: those of each split, and of several tasks those of each task.
     """
 
     def __init__(self, folder: Path, label: str) -> None:
@@ -83,7 +84,7 @@ class Run:
 
     def links(self, page: Path) -> dict[str, str]:
         """Return the address, relative to a page, of each of ``LINKED_FILES`` that exists."""
-        existing = [name for name in LINKED_FILES if (self.folder / name).exists()]
+        existing = [path.name for name in LINKED_FILES for path in sorted(self.folder.glob(name))]
         return {name: quote(os.fsencode(os.path.relpath(self.folder / name, page.parent))) for name in existing}
 
 
@@ -156,37 +157,58 @@ def _draw_curves(
     return draw_figure({panels[metric]: functools.partial(draw, metric=metric) for metric in metrics})
 
 
-def _read_predictions(path: Path) -> tuple[Floats, Floats]:
-    """Return labels and probabilities, each [P], of the labelled samples of a file of predictions."""
-    schema = pa.schema([("label", pa.float64()), ("probability", pa.float64())])
+class Predictions(NamedTuple):
+    """Labels and what was predicted, each [P], of the labelled samples of a split; of several classes they are names.
+
+    ``is_binary`` says that labels are 0 or 1, and predictions probabilities.
+    """
+
+    label: npt.NDArray[Any]
+    prediction: npt.NDArray[Any]
+    is_binary: bool
+
+
+def _read_predictions(path: Path) -> Predictions:
+    """Return the predictions of the labelled samples of a file that ``training.predictions`` wrote."""
     try:
-        table = pq.read_table(path, columns=schema.names, page_checksum_verification=True).cast(schema)
-    except (OSError, ValueError, pa.ArrowException) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            is_binary = "probability" in file.schema_arrow.names
+            name = "probability" if is_binary else "prediction"
+            number = pa.string() if pa.types.is_string(file.schema_arrow.field("label").type) else pa.float64()
+            table = file.read(["label", name]).cast(pa.schema([("label", number), (name, number)]))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as predictions ({reason}); evaluate again") from None
-    table = table.filter(pc.field("label") >= 0)  # neither null nor NaN
-    return table["label"].to_numpy(), table["probability"].to_numpy()
+    label, prediction = (column.to_numpy() for column in table.filter(table["label"].is_valid()).columns)
+    return Predictions(label, prediction, is_binary)
 
 
 def _draw_predictions(runs: Sequence[Run], split: str) -> str | None:
-    """Return an image of the ROC, precision-recall and calibration curves; None where no run's can be drawn."""
+    """Return an image of the ROC, precision-recall and calibration curves, or of predicted over observed numbers.
+
+    None where no run's can be drawn.
+    """
     from sklearn.calibration import calibration_curve  # noqa: PLC0415 (a second that only predictions need)
     from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
 
-    titles = ("Sensitivity over 1 − specificity", "Precision over recall", "Observed over predicted rate")
+    titles = ("Sensitivity over 1 − specificity", "Precision over recall", "Observed over predicted rate", NUMBERS)
     lines: dict[str, list[tuple[int, Floats, Floats]]] = {title: [] for title in titles}
     for number, run in enumerate(runs):
-        label, probability = run.predictions.get(split, (np.zeros(0), np.zeros(0)))
-        if np.array_equal(np.unique(label), [0, 1]) and ((probability >= 0) & (probability <= 1)).all():
+        if split not in run.predictions:
+            continue
+        label, probability, is_binary = run.predictions[split]
+        if not is_binary and label.dtype.kind == "f" and len(label):
+            lines[NUMBERS].append((number, label, probability))
+        if is_binary and np.array_equal(np.unique(label), [0, 1]) and ((probability >= 0) & (probability <= 1)).all():
             precision, recall, _ = precision_recall_curve(label, probability, drop_intermediate=True)
             observed, predicted = calibration_curve(label, probability, n_bins=15, strategy="quantile")
             curves = (roc_curve(label, probability)[:2], (recall, precision), (predicted, observed))
-            for title, curve in zip(titles, curves, strict=True):
+            for title, curve in zip(titles[:-1], curves, strict=True):
                 lines[title].append((number, *curve))
 
     def draw(axis: Axes, title: str) -> None:
         for number, across, up in lines[title]:
-            style = f"C{number % 6}{'.-' if len(up) < 20 else '-'}"
+            style = f"C{number % 6}{'.' if title == NUMBERS else '.-' if len(up) < 20 else '-'}"
             axis.plot(across, up, style, label=figure_label(runs[number].label))
         if title != "Precision over recall":
             axis.axline((0, 0), slope=1, color="C5", linewidth=0.8, linestyle=":")

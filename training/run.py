@@ -24,7 +24,7 @@ from training.console import EpochBar, log_main, memory_file, open_metrics_log
 from training.data import DataSet, ReadyBatch
 from training.evaluation import Evaluator
 from training.memory import StepMemory
-from training.metrics import Meters, Throughput
+from training.metrics import Meters, Throughput, task_losses
 from training.monitor import MemoryMonitor
 from training.options import TrainOptions
 from training.parallel import StopSignal, World
@@ -67,7 +67,7 @@ class Run:
         self.evaluator = Evaluator(self.options, self.data, self.world, self.memory, self.check_stop)
         max_memory = self.options.run.max_memory
         self._heap = HeapTrimmer(parse_bytes(max_memory) if max_memory else None)
-        self._meters = Meters(self.world, self.state.progress)
+        self._meters = Meters(self.world, self.state.progress, self.state.model.config.outcomes)
         self._began = time.perf_counter() - self.state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()
 
@@ -179,7 +179,9 @@ class Run:
             self.state.check_finite(last_loss=watched)
         loss = self.options.loss
         unused = [] if loss.learns_sets else ["reconstruction", "kl"]
-        unused += [] if loss.learns_outcome else ["classification"]
+        names = task_losses(self.state.model.config.outcomes)
+        unused += names if loss.learns_outcome and len(names) == 1 else []
+        unused += [] if loss.learns_outcome else ["outcome", *names]
         line = {
             "step": step,
             "epoch": self.bar.epoch,
@@ -210,8 +212,7 @@ class Run:
         progress, epoch = self.state.progress, self.state.progress.epochs_validated
         self.log("valid", step=progress.step, epoch=epoch, seconds=self.seconds, **metrics)
         metrics = {**metrics, "epoch": epoch, "step": progress.step}
-        monitor = self.options.run.monitor if self.options.loss.learns_outcome else "loss"
-        improved = is_better(metrics, self.best, monitor)
+        improved = is_better(metrics, self.best, self.settings.monitor)
         if improved:
             self.best = metrics
             self._save("best", metrics)
@@ -234,7 +235,6 @@ class Run:
                 vocabulary_fingerprint=self.data.manifest.vocabulary_fingerprint,
                 options=to_dict(self.options),
                 state=self.state.state_dict(),
-                prevalence=None if self.data.task is None else self.data.task.prevalence(),
                 metrics=metrics,
             ).save(self.directory / "checkpoints" / f"{name}.pt")
 

@@ -67,6 +67,7 @@ class TrainState:
 def build_model(options: ModelOptions, data: DataSet, *, seed: int) -> SeqSetVAE:
     """Return an untrained model for this data; the same weights for the same seed on every rank and device."""
     changes: dict[str, Any] = {"event_form": options.event_form, "dropout": options.dropout}
+    changes["outcomes"] = data.outcomes
     embeddings, manifest = None, data.manifest
     if manifest.embedding_dim is not None:
         embeddings = torch.from_numpy(load_embeddings(data.folder, manifest))

@@ -30,7 +30,7 @@ class StepSettings:
     """What decides a step besides state and batch.
 
     The learning rate falls over ``total_steps``; ``preparer`` makes smaller parts where memory ends; ``graphs`` replays
-    steps, where there are capacities.
+    steps, where there are capacities; ``monitor`` is the validation metric that decides which epoch is best.
     """
 
     loss: LossOptions
@@ -39,6 +39,7 @@ class StepSettings:
     total_steps: int
     preparer: BatchPreparer
     graphs: StepGraphs | None = None
+    monitor: str = "loss"
 
 
 def select_trained(model: SeqSetVAE, loss: LossOptions, optimisation: OptimisationOptions) -> None:

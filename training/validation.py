@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
+from model.config import Outcome
 from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
-from pipeline.loading.batch import PredictionTime
+from pipeline.dataset.tasks import Times, common_times
+from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
 from pipeline.machine import release_free_memory
-from pipeline.schema import PREDICTION_MINUTE, PREDICTION_TIME, UNLABELLED, UserError
+from pipeline.schema import UserError
 from training.collapse import CollapseGauges, is_collapsed
 from training.data import BatchPreparer
 from training.memory import halve, is_out_of_memory
-from training.metrics import LossSums
+from training.metrics import LossSums, task_losses
 from training.options import TrainOptions
 from training.parallel import World
-from training.quality import Ranks, rank_predictions
+from training.predictions import (
+    add_empty_samples,
+    labels_of,
+    labels_of_batch,
+    make_table,
+    prediction_columns,
+    sort_samples,
+    values_of,
+)
+from training.quality import HEADLINES, rank_predictions
 from training.schedule import OptimisationOptions
 
 
@@ -51,125 +60,157 @@ def forward_in_parts(
             yield prepared, output
 
 
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a model makes of a split.
+
+    Attributes:
+        metrics: losses and gauges; None where the objective does not use one.
+        outcomes: what was predicted.
+        tables: the predictions of each, see :func:`training.predictions.make_table`, sorted by patient and time;
+            without an outcome head they are null.
+    """
+
+    metrics: dict[str, Any]
+    outcomes: tuple[Outcome, ...]
+    tables: list[pa.Table]
+
+    def rank(self) -> dict[str, Any]:
+        """Return the metrics with the headlines of each outcome; None where they are undefined."""
+        ranks = []
+        for outcome, table in zip(self.outcomes, self.tables, strict=True):
+            if table[prediction_columns(outcome)[0]].null_count:
+                ranks.append(dict.fromkeys(HEADLINES[outcome.kind]))
+            else:
+                ranks.append(rank_predictions(labels_of(table, outcome), values_of(table, outcome), outcome))
+        return join_tasks(self.metrics, self.outcomes, ranks)
+
+
+def join_tasks(
+    metrics: dict[str, Any], outcomes: tuple[Outcome, ...], of_tasks: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return metrics with those of each task: of one task side by side, of several below ``tasks`` by name.
+
+    Beside several stands the mean of each headline over the tasks that have it; None where one is undefined.
+    """
+    if len(outcomes) == 1:
+        return metrics | of_tasks[0]
+    means: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for outcome in outcomes for name in HEADLINES[outcome.kind]):
+        values = [each[name] for each in of_tasks if name in each]
+        means[name] = None if None in values else float(np.mean(values))
+    return metrics | means | {"tasks": {outcome.name: each for outcome, each in zip(outcomes, of_tasks, strict=True)}}
+
+
 @torch.no_grad()
 def validate(
-    model: SeqSetVAE,
-    loader: PatientLoader,
-    options: TrainOptions,
-    world: World,
-    check_stop: Callable[[], None],
-    prevalence: float | None = None,
-) -> tuple[dict[str, Any], pa.Table]:
-    """Evaluate a model on a split, and leave it in eval mode.
+    model: SeqSetVAE, loader: PatientLoader, options: TrainOptions, world: World, check_stop: Callable[[], None]
+) -> Validation:
+    """Evaluate a model on a split, and leave it in eval mode; the result is the same on every rank.
 
     The ``loader`` is made with a :class:`BatchPreparer` without a seed; ``check_stop`` is called between batches, alike
-    on all ranks, and may raise.
-
-    Returns:
-        The metrics (None where the objective does not use one), and the predictions ``patient_id, prediction_time
-        (where the task has some), label (null = unlabelled), probability (null = no outcome head)``, sorted by patient
-        and time; the same on every rank.  A sample without events is answered with ``prevalence``.
+    on all ranks, and may raise.  A sample without events is answered with the prior of its outcome.
     """
     model.eval()
-    loss, optimisation = options.loss, options.optimisation
-    sums, gauges = LossSums(world.device), CollapseGauges(model.config.width, world.device)
-    one = LossCounts(num_events=1, num_sets=1, num_labelled=1)
-    counts = Counter[str]()
-    times = loader.task.times if loader.task else None
-    predictions = [predictions_of([], [], np.zeros(0, np.int64), np.zeros(0), times)]
+    loss, optimisation, outcomes = options.loss, options.optimisation, model.config.outcomes
+    sums, gauges = LossSums(world.device, outcomes), CollapseGauges(model.config.width, world.device)
+    counts, one = np.zeros(2 + len(outcomes), np.int64), LossCounts.one(len(outcomes))
+    times = common_times(loader.tasks)
+    tables = [_no_predictions(outcomes, times)]
     for ready in loader:
         check_stop()
         for prepared, output in forward_in_parts(model, ready.parts, world, optimisation, loss):
             with optimisation.autocast(world.device):
                 sums.add(compute_losses(output, prepared.batch.label, loss, one, beta=loss.beta))
             gauges.update(output.posterior)
-            label = prepared.batch.label.cpu().numpy()
-            probability = output.probability.double().cpu().numpy() if loss.learns_outcome else label * np.nan
-            of_samples = prepared.batch.patient_id, prepared.batch.prediction_time
-            predictions.append(predictions_of(*of_samples, label, probability, times))
-        counts.update(dataclasses.asdict(ready.counts))
+            tables.append(_tables_of(prepared.batch, output, times))
+        labelled = np.broadcast_to(ready.counts.num_labelled, len(outcomes))
+        counts += [ready.counts.num_events, ready.counts.num_sets, *labelled]
     world.sum(gauges.sums)
-    table = pa.concat_tables([part for rank in world.gather(predictions) for part in rank])
-    table = add_empty_samples(table, loader, prevalence if loss.learns_outcome else None)
+    all_tables = [part for rank in world.gather(tables) for part in rank]
+    joined = [pa.concat_tables(parts) for parts in zip(*all_tables, strict=True)]
     totals = sums.combine(world)
-    if not np.isfinite([*totals.values()]).all() or (loss.learns_outcome and table["probability"].null_count):
+    columns = [table[prediction_columns(of)[0]] for table, of in zip(joined, outcomes, strict=True)]
+    diverged = any(column.null_count for column in columns)
+    if not np.isfinite([*totals.values()]).all() or (loss.learns_outcome and diverged):
         raise UserError("the model's outputs are not finite: its training has diverged; use an earlier checkpoint")
+    if loss.learns_outcome and loader.tasks:
+        empty = map(loader.read_empty_samples, loader.tasks)
+        joined = [add_empty_samples(*each, times) for each in zip(joined, empty, outcomes, strict=True)]
+    joined = [sort_samples(table) for table in joined]
     gauge = gauges.compute()
-    return {
-        **mean_losses(totals, counts, loss),
-        **rank_table(table),
+    metrics = mean_losses(totals, counts, loss, outcomes) | {
         "active_units": gauge.active_units,
         "mean_posterior_variance": gauge.mean_posterior_variance,
-        "collapsed": counts["num_sets"] > 0 and is_collapsed(gauge, options.run.min_active_units),
-    }, table
+        "collapsed": bool(counts[1]) and is_collapsed(gauge, options.run.min_active_units),
+    }
+    return Validation(metrics, outcomes, joined)
 
 
-TIME_TYPES = {"date": pa.timestamp("us"), "minute": pa.float64()}
+def _no_predictions(outcomes: tuple[Outcome, ...], times: Times | None) -> list[pa.Table]:
+    nothing = [(np.zeros(0), np.zeros((0, outcome.num_outputs))) for outcome in outcomes]
+    return [make_table(outcome, [], None, *none, times) for outcome, none in zip(outcomes, nothing, strict=True)]
 
 
-def predictions_of(
-    patient_id: list[str],
-    prediction_time: list[PredictionTime] | None,
-    label: npt.NDArray[np.int64],
-    probability: npt.NDArray[Any],
-    times: str | None,
-) -> pa.Table:
-    """Return a table of predictions; a label of -1 and a probability that is not a number become null."""
-    columns: dict[str, Any] = {"patient_id": pa.array(patient_id, pa.string())}
-    if times is not None:
-        columns["prediction_time"] = pa.array(prediction_time, TIME_TYPES[times])
-    columns["label"] = pa.array(label, pa.int8(), mask=label < 0)
-    return pa.table(columns | {"probability": pa.array(probability, pa.float64(), from_pandas=True)})
+def _tables_of(batch: PatientBatch, output: SeqSetVAEOutput, times: Times | None) -> list[pa.Table]:
+    """Return the predictions of a batch for each outcome; null where none were made."""
+    outcomes, who = output.outcomes, (batch.patient_id, batch.prediction_time)
+    labels = labels_of_batch(batch, len(outcomes))
+    if output.logits is None:
+        predictions = [np.full((batch.num_patients, outcome.num_outputs), np.nan) for outcome in outcomes]
+    else:
+        predictions = [prediction.double().cpu().numpy() for prediction in output.predictions]
+    each = zip(outcomes, labels, predictions, strict=True)
+    return [make_table(outcome, *who, label, prediction, times) for outcome, label, prediction in each]
 
 
-def add_empty_samples(table: pa.Table, loader: PatientLoader, prevalence: float | None) -> pa.Table:
-    """Return predictions in order, with those of samples before their patient's first event.
+def mean_losses(
+    totals: dict[str, float], counts: npt.NDArray[np.int64], loss: LossOptions, outcomes: tuple[Outcome, ...]
+) -> dict[str, float | None]:
+    """Return the loss and its parts, each sum divided by its count; None for parts that the objective does not use.
 
-    All that is known of these is how frequent the outcome was in training: ``prevalence``, or that of the task's train
-    split; where neither is known, the mean of the other predictions.
+    ``counts`` [2 + T] are of events, sets, and the labelled samples of each task.
     """
-    empty, task = loader.read_empty_samples(), loader.task
-    keys = [(name, "ascending") for name in table.column_names[:-2]]
-    if not empty.num_rows or task is None:
-        return table.sort_by(keys)
-    answer = task.prevalence() if prevalence is None else prevalence
-    if answer is None:
-        answer = pc.mean(table["probability"]).as_py()
-    columns = {"patient_id": empty["patient_id"], "label": empty["label"]}
-    if task.times is not None:
-        columns["prediction_time"] = empty[PREDICTION_TIME if task.times == "date" else PREDICTION_MINUTE]
-    columns["probability"] = pa.array([answer] * empty.num_rows, pa.float64())
-    return pa.concat_tables([table, pa.table(columns).select(table.column_names)]).sort_by(keys)
-
-
-def labels_of(predictions: pa.Table) -> npt.NDArray[np.int64]:
-    """Return the labels of a table of predictions, [P]; -1 = unlabelled."""
-    return predictions["label"].fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
-
-
-def rank_table(predictions: pa.Table) -> dict[str, float | None]:
-    """Return AUROC and AUPRC of a table of predictions; None where they are undefined."""
-    if predictions["probability"].null_count:
-        return Ranks(None, None)._asdict()
-    return rank_predictions(labels_of(predictions), predictions["probability"].to_numpy())._asdict()
-
-
-def mean_losses(totals: dict[str, float], counts: dict[str, int], loss: LossOptions) -> dict[str, float | None]:
-    """Return the loss and its parts, each sum divided by its count; None for parts that the objective does not use."""
-    divisors = {"reconstruction": "num_events", "kl": "num_sets", "classification": "num_labelled"}
-    means = {name: totals[name] / max(counts[count], 1) for name, count in divisors.items()}
+    num_events, num_sets, *num_labelled = np.maximum(counts, 1).tolist()
+    of_tasks = [totals[name] / count for name, count in zip(task_losses(outcomes), num_labelled, strict=True)]
+    outcome = sum(loss.weight_of(task) * mean for task, mean in enumerate(of_tasks))
+    means = {"reconstruction": totals["reconstruction"] / num_events, "kl": totals["kl"] / num_sets, "outcome": outcome}
     total = loss.effective_vae_weight * (means["reconstruction"] + loss.beta * means["kl"])
-    total += loss.effective_classification_weight * means["classification"]
-    used = {"reconstruction": loss.learns_sets, "kl": loss.learns_sets, "classification": loss.learns_outcome}
-    parts = {name: mean if used[name] else None for name, mean in means.items()}
-    return {"loss": total if counts["num_sets"] else None, **parts}
+    total += loss.effective_outcome_weight * outcome
+    if len(outcomes) > 1:
+        means |= dict(zip(task_losses(outcomes), of_tasks, strict=True))
+    parts = {
+        name: mean if (loss.learns_outcome if name.startswith("outcome") else loss.learns_sets) else None
+        for name, mean in means.items()
+    }
+    return {"loss": total if counts[1] else None, **parts}
+
+
+def choose_monitor(name: str, loss: LossOptions, outcomes: tuple[Outcome, ...]) -> str:
+    """Return the validation metric that decides which epoch is best, where ``name`` may be ``auto``.
+
+    Raises:
+        UserError: no outcome has the metric.
+    """
+    if not loss.learns_outcome:
+        return "loss"
+    found = {HEADLINES[outcome.kind][0] for outcome in outcomes}
+    found |= {"auprc"} if "auroc" in found else set()
+    if name == "auto":
+        kinds = {outcome.kind == "regression" for outcome in outcomes}
+        return "loss" if len(kinds) > 1 else "r2" if kinds == {True} else "auroc"
+    if name != "loss" and name not in found:
+        raise UserError(
+            f"--monitor {name}: the task has no such metric; choose one of {', '.join(sorted(found))}, loss"
+        )
+    return name
 
 
 def is_better(metrics: dict[str, Any], best: dict[str, Any] | None, name: str) -> bool:
     """Return whether validation metrics improve on the best so far.
 
-    Decided by the metric ``name`` (``loss``, ``auroc`` or ``auprc``), or by the loss where a split without both
-    outcomes has no such metric; without any validation patients the latest is the best.  The metrics of the very step
+    Decided by the metric ``name``, or by the loss, which is better where it is less, where a split without both classes
+    has no such metric; without any validation patients the latest is the best.  The metrics of the very step
     that ``best`` is of are better too: a run that was stopped after it saved them validates that epoch again.
     """
     if best is None or best["step"] == metrics["step"]:

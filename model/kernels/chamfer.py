@@ -1,7 +1,7 @@
 """Symmetric nearest-neighbour distances of ragged sets: one program takes one tile of slots of one set.
 
-The maths is that of :func:`model.losses.chamfer_sums`.  Products are in full float32.  A target has no gradient: events
-are detached.
+The maths is that of :func:`model.reconstruction.chamfer_sums`.  Products are in full float32.  A target has no
+gradient: events are detached.
 
 Shape suffixes: R slots, S sets, T tiles, D width.
 """

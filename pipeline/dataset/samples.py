@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ import pyarrow.compute as pc
 
 from pipeline.arrays import Ints, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.schemas import INDEX_SCHEMA, TASK_SCHEMA
+from pipeline.dataset.schemas import INDEX_SCHEMA, task_schema
 from pipeline.dataset.tables import RowsByShard
 from pipeline.dataset.tasks import Task
 from pipeline.schema import INDEX_FILE, PREDICTION_MINUTE, PREDICTION_TIME, UNLABELLED, UserError
 from pipeline.storage.folder import Folder
 
 _LENGTHS = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
-_SAMPLES = pa.schema([field for field in TASK_SCHEMA if field.name not in ("patient_id", "split")])
+
+JOINED_ROWS = 1 << 22
+"""Rows of several tasks that are joined at once to count their samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,76 +34,126 @@ class Samples:
         patient: [N] the patient of each, as its row in these shards, one after another.
         num_events: [N] events up to the prediction time, at least 1.
         num_sets: [N] sets of these events.
-        label: [N], -1 = unlabelled.
+        label: [N] int64, -1 = unlabelled; of a regression float32, NaN = unlabelled; of T tasks [N, T] float32.
         prediction_time: [N] datetime64[us], or float64 minutes; NaT or NaN = the whole patient.  None = all are whole.
     """
 
     patient: Ints
     num_events: Ints
     num_sets: Ints
-    label: Ints
+    label: npt.NDArray[Any]
     prediction_time: npt.NDArray[Any] | None = None
 
 
+def is_labelled(label: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return where there is a label, in the shape of ``label``."""
+    known: npt.NDArray[np.bool_] = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED
+    return known
+
+
 class SampleIndex:
-    """The samples of a data set, read for some shards at a time: those of a task, or without one the patients."""
+    """The samples of a data set, read for some shards at a time: those of tasks, or without one the patients.
 
-    def __init__(self, folder: Folder, manifest: Manifest, task: Task | None, *, verify: bool = True) -> None:
-        self.task = task
-        self._name = INDEX_FILE if task is None else task.table
-        self._advice = folder.repair_advice if task is None else "add the task again"
-        self._where = f"{folder}/{self._name}"
-        sha256 = manifest.files.get(INDEX_FILE) if task is None else task.table_sha256
-        if sha256 is None:
-            raise UserError(f"{self._where}: not in the manifest; run preprocess.py again")
-        self._rows = RowsByShard(folder, self._name, sha256, _LENGTHS if task is None else _SAMPLES, verify=verify)
+    A sample of several tasks has a label of each: a patient up to a time stands once, whichever tasks ask for it.
+    """
 
-    def count(self, entry: ShardEntry) -> int:
-        """Return the number of samples of a shard, without reading anything."""
-        return entry.num_patients if self.task is None else self.task.shards.get(entry.path, 0)
+    def __init__(
+        self, folder: Folder, manifest: Manifest, tasks: tuple[Task, ...] = (), *, verify: bool = True
+    ) -> None:
+        self.tasks, advice = tasks, "add the task again"
+        files = [(task.table, task.table_sha256, advice, _sample_schema(task)) for task in tasks]
+        if not tasks:
+            files = [(INDEX_FILE, manifest.files.get(INDEX_FILE, ""), folder.repair_advice, _LENGTHS)]
+        self._rows = [RowsByShard(folder, name, sha256, schema, verify=verify) for name, sha256, _, schema in files]
+        self._damage = [f"{folder}/{name}: contradicts the manifest; {does}" for name, _, does, _ in files]
+        if not all(sha256 for _, sha256, *_ in files):
+            raise UserError(f"{folder}/{INDEX_FILE}: not in the manifest; run preprocess.py again")
+
+    def count(self, entries: Sequence[ShardEntry]) -> Ints:
+        """Return the number of samples of each shard; nothing is read, unless several tasks share samples."""
+        if not self.tasks:
+            return np.array([entry.num_patients for entry in entries], np.int64)
+        rows = np.array([[task.shards.get(entry.path, 0) for entry in entries] for task in self.tasks], np.int64)
+        if len(self.tasks) == 1 or not len(entries):
+            return rows.reshape(len(self.tasks), -1)[0]
+        part = rows.sum(0).cumsum() // JOINED_ROWS
+        found = []
+        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(part)) + 1), len(entries)]):
+            some = entries[start:stop]
+            bounds = offsets_from_sizes(np.array([entry.num_patients for entry in some], np.int64))
+            shard = np.searchsorted(bounds, self.read(some).patient, side="right") - 1
+            found.append(np.bincount(shard, minlength=len(some)))
+        return np.concatenate(found)
 
     def read(self, entries: Sequence[ShardEntry]) -> Samples:
         """Return the samples of some shards."""
-        table, shard = self._rows.read([entry.path for entry in entries])
-        if self.task is not None:
+        if not self.tasks:
+            return self._read(0, None, entries)
+        return join_samples([self._read(number, task, entries) for number, task in enumerate(self.tasks)])
+
+    def _read(self, number: int, task: Task | None, entries: Sequence[ShardEntry]) -> Samples:
+        """Return the samples of one task, or the patients, of some shards."""
+        table, shard = self._rows[number].read([entry.path for entry in entries])
+        if task is not None:
             has_events = pc.greater(table["num_events"], 0)
             table, shard = table.filter(has_events), shard[has_events.to_numpy()]
         num_events, num_sets = (table[name].to_numpy().astype(np.int64) for name in ("num_events", "num_sets"))
-        samples = (self._as_samples if self.task else _as_patients)(table, shard, entries, num_events, num_sets)
-        counts = np.bincount(shard, minlength=len(entries)).tolist()
         patients = offsets_from_sizes(np.array([entry.num_patients for entry in entries], np.int64))
-        inside = (samples.patient >= patients[shard]) & (samples.patient < patients[shard + 1])
+        patient, time = np.arange(table.num_rows), None
+        label: npt.NDArray[Any] = np.full(table.num_rows, UNLABELLED, np.int64)
+        expected = [entry.num_patients if task is None else task.shards.get(entry.path, 0) for entry in entries]
+        if task is not None:
+            patient = patients[shard] + table["position"].to_numpy()
+            label = _read_labels(table["label"], task)
+            time = table[_TIME_COLUMNS[task.times]].to_numpy() if task.times else None
+        inside = (patient >= patients[shard]) & (patient < patients[shard + 1])
         lengths_fit = (num_sets >= 1) & (num_sets <= num_events)
-        if counts != [self.count(entry) for entry in entries] or not (inside & lengths_fit).all():
-            raise self._contradiction()
-        if self.task is None:
+        if np.bincount(shard, minlength=len(entries)).tolist() != expected or not (inside & lengths_fit).all():
+            raise UserError(self._damage[number])
+        if task is None:
             sums = [np.bincount(shard, amount, len(entries)).tolist() for amount in (num_sets, num_events)]
             if sums != [[entry.num_sets for entry in entries], [entry.num_events for entry in entries]]:
-                raise self._contradiction()
-        return samples
-
-    def _contradiction(self) -> UserError:
-        return UserError(f"{self._where}: contradicts the manifest; {self._advice}")
-
-    def _as_samples(
-        self, table: pa.Table, shard: Ints, entries: Sequence[ShardEntry], num_events: Ints, num_sets: Ints
-    ) -> Samples:
-        assert self.task is not None
-        first = offsets_from_sizes(np.array([entry.num_patients for entry in entries], np.int64))
-        label = pc.fill_null(table["label"].cast(pa.int64()), UNLABELLED).to_numpy()
-        columns = {"date": PREDICTION_TIME, "minute": PREDICTION_MINUTE}
-        time = table[columns[self.task.times]].to_numpy() if self.task.times else None
-        return Samples(
-            patient=first[shard] + table["position"].to_numpy(),
-            num_events=num_events,
-            num_sets=num_sets,
-            label=label,
-            prediction_time=time,
-        )
+                raise UserError(self._damage[number])
+        return Samples(patient=patient, num_events=num_events, num_sets=num_sets, label=label, prediction_time=time)
 
 
-def _as_patients(
-    table: pa.Table, shard: Ints, entries: Sequence[ShardEntry], num_events: Ints, num_sets: Ints
-) -> Samples:
-    label = np.full(table.num_rows, UNLABELLED, np.int64)
-    return Samples(patient=np.arange(table.num_rows), num_events=num_events, num_sets=num_sets, label=label)
+_TIME_COLUMNS = {"date": PREDICTION_TIME, "minute": PREDICTION_MINUTE}
+
+
+def _sample_schema(task: Task) -> pa.Schema:
+    return pa.schema([field for field in task_schema(task.kind) if field.name not in ("patient_id", "split")])
+
+
+def _read_labels(column: pa.ChunkedArray, task: Task) -> npt.NDArray[Any]:
+    if task.kind == "regression":
+        return column.cast(pa.float32()).to_numpy()
+    label: Ints = pc.fill_null(column.cast(pa.int64()), UNLABELLED).to_numpy()
+    return label
+
+
+def join_samples(of_tasks: Sequence[Samples]) -> Samples:
+    """Return the samples of several tasks over the same shards as one: in order of patient and time, each once."""
+    if len(of_tasks) == 1:
+        return of_tasks[0]
+    times = [samples.prediction_time for samples in of_tasks if samples.prediction_time is not None]
+    patient = np.concatenate([samples.patient for samples in of_tasks])
+    time, rank = None, np.zeros(len(patient), np.int64)
+    if times:
+        whole = np.array(np.nan if times[0].dtype.kind == "f" else "NaT", times[0].dtype)
+        given = ((samples, samples.prediction_time) for samples in of_tasks)
+        time = np.concatenate([np.full(len(s.patient), whole) if own is None else own for s, own in given])
+        rank = np.unique(time, return_inverse=True)[1]  # all that is no time is one, after all times
+    order = np.lexsort((rank, patient))
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = (np.diff(patient[order]) != 0) | (np.diff(rank[order]) != 0)
+    row = np.empty(len(order), np.int64)
+    row[order] = np.cumsum(is_first) - 1
+    first = order[is_first]
+    labels = np.full((len(first), len(of_tasks)), np.nan, np.float32)
+    bounds = offsets_from_sizes(np.array([len(samples.patient) for samples in of_tasks], np.int64))
+    for number, (samples, (start, stop)) in enumerate(zip(of_tasks, pairwise(bounds), strict=True)):
+        labels[row[start:stop], number] = np.where(is_labelled(samples.label), samples.label, np.nan)
+    amounts = {name: np.concatenate([getattr(s, name) for s in of_tasks])[first] for name in ("num_events", "num_sets")}
+    return Samples(
+        patient=patient[first], label=labels, prediction_time=None if time is None else time[first], **amounts
+    )

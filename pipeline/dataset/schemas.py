@@ -38,7 +38,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-TASK_SCHEMA = pa.schema(
+TASK_SCHEMA = pa.schema(  # of a binary task; other kinds have labels of another type
     [
         pa.field("patient_id", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
@@ -46,11 +46,21 @@ TASK_SCHEMA = pa.schema(
         pa.field("position", pa.int32(), nullable=False),
         pa.field("prediction_time", pa.timestamp("us")),  # UTC; null where the labels have minutes or no time
         pa.field("prediction_minute", pa.float64()),  # null = the whole patient
-        pa.field("label", pa.int8()),  # null = unlabelled
+        pa.field("label", pa.int8()),  # null = unlabelled; of classes their number, of a regression float64
         pa.field("num_events", pa.int32(), nullable=False),  # up to the prediction time, which may be before all
         pa.field("num_sets", pa.int32(), nullable=False),
     ]
 )
+
+LABEL_TYPES: Final = {"binary": pa.int8(), "multiclass": pa.int32(), "regression": pa.float64()}
+"""The type of a task's labels, by its kind."""
+
+
+def task_schema(kind: str) -> pa.Schema:
+    """Return the schema of the table of a task of this kind."""
+    position = TASK_SCHEMA.get_field_index("label")
+    return TASK_SCHEMA.set(position, pa.field("label", LABEL_TYPES[kind]))
+
 
 VOCABULARY_SCHEMA = pa.schema(
     [

@@ -7,23 +7,26 @@ its JSON is.  The JSON seals itself and the table by checksums, and names the da
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import pyarrow as pa
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.schemas import TASK_SCHEMA
+from pipeline.dataset.schemas import task_schema
 from pipeline.dataset.tables import read_parquet, report_damage
-from pipeline.schema import FORMAT_VERSION, TASKS_FOLDER, UserError
+from pipeline.schema import FORMAT_VERSION, SPLITS, TASKS_FOLDER, Kind, UserError
 from pipeline.storage.files import seal, sync, unseal, write_atomically
 from pipeline.storage.folder import Folder, as_folder
 
-Kind = Literal["binary"]
 Times = Literal["date", "minute"]
+
+MAX_NAMED_CLASSES: Final = 8
+"""Maximum number of classes that a line describes."""
 
 TASK_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -35,13 +38,17 @@ class SampleCounts:
     Attributes:
         num_samples: all samples, also those without an event up to their prediction time.
         num_patients: patients who have a sample.
+        class_counts: labelled samples of each class; empty for a regression.
+        mean, std: of the labels of a regression; None for classes, and without labels.
     """
 
-    num_samples: int
-    num_patients: int
-    num_labelled: int
-    num_positive: int
-    num_without_events: int
+    num_samples: int = 0
+    num_patients: int = 0
+    num_labelled: int = 0
+    num_without_events: int = 0
+    class_counts: tuple[int, ...] = ()
+    mean: float | None = None
+    std: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +56,8 @@ class Task:
     """What ``NAME.json`` says of a task.
 
     Attributes:
+        kind: what labels are: of two classes, of several, or numbers.
+        classes: the names of the classes in order, which labels are the numbers of; empty for a regression.
         data: fingerprint of the data set over whose shards the task is.
         table_sha256: checksum of ``NAME.parquet``.
         times: what prediction times are; None = there are none, and a sample is a whole patient.
@@ -61,6 +70,7 @@ class Task:
 
     name: str
     kind: Kind
+    classes: tuple[str, ...]
     data: str
     table_sha256: str
     times: Times | None
@@ -75,10 +85,17 @@ class Task:
         """Return the name of the table below the data directory."""
         return f"{TASKS_FOLDER}/{self.name}.parquet"
 
-    def prevalence(self, split: str = "train") -> float | None:
-        """Return the share of positive samples among the labelled ones of a split; None without any."""
-        counts = self.splits.get(split)
-        return counts.num_positive / counts.num_labelled if counts and counts.num_labelled else None
+    def prior(self, split: str = "train") -> tuple[float, ...] | None:
+        """Return the share of each class among the labelled samples of a split, or the mean of a regression alone.
+
+        It is what is known of a sample without events.  None = the split has no labels.
+        """
+        counts = self.splits[split]
+        if not counts.num_labelled:
+            return None
+        return (
+            (counts.mean,) if counts.mean is not None else tuple(n / counts.num_labelled for n in counts.class_counts)
+        )
 
     def save(self, directory: Path) -> None:
         """Write ``NAME.json``; the table must be complete."""
@@ -96,7 +113,11 @@ class Task:
             plain = unseal(content, path, advice)
             if plain.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"{path}: of another format version than {FORMAT_VERSION}; {advice}")
-            task = cls(**plain | {"splits": {key: SampleCounts(**value) for key, value in plain["splits"].items()}})
+            splits = {
+                split: SampleCounts(**counts | {"class_counts": tuple(counts["class_counts"])})
+                for split, counts in plain["splits"].items()
+            }
+            task = cls(**plain | {"splits": splits, "classes": tuple(plain["classes"])})
         except FileNotFoundError:
             add = f"add it with python -m pipeline.tasks add {folder} --name {name} --labels FILE"
             raise UserError(f"{folder}: has no task {name!r}; {add}") from None
@@ -118,10 +139,10 @@ def check_task_name(name: str) -> None:
 
 
 def read_task_table(directory: Path | Folder, task: Task, *columns: str) -> pa.Table:
-    """Return columns of the table of a task (all of ``TASK_SCHEMA`` by default), checked against its JSON."""
-    folder, schema = as_folder(directory), TASK_SCHEMA
+    """Return columns of the table of a task (by default all), checked against its JSON."""
+    folder, schema = as_folder(directory), task_schema(task.kind)
     if columns:
-        schema = pa.schema([TASK_SCHEMA.field(name) for name in columns])
+        schema = pa.schema([schema.field(name) for name in columns])
     with folder.local_file(task.table, task.table_sha256) as path, report_damage(folder, task.table):
         return read_parquet(path, schema)
 
@@ -172,9 +193,41 @@ def _json_name(name: str) -> str:
     return f"{TASKS_FOLDER}/{name}.json"
 
 
-def describe_counts(task: Task) -> dict[str, Any]:
-    """Return the sums of all splits, by name."""
-    return {
-        name: sum(getattr(counts, name) for counts in task.splits.values())
-        for name in SampleCounts.__dataclass_fields__
-    }
+def describe_labels(task: Task, splits: Iterable[str] = SPLITS) -> str:
+    """Return what the labels of some splits are, in words: the share of each class, or mean and standard deviation."""
+    counts = [task.splits[split] for split in splits if task.splits[split].num_labelled]
+    if not counts:
+        return "none"
+    total = sum(split.num_labelled for split in counts)
+    if task.kind == "regression":
+        mean = sum(split.num_labelled * (split.mean or 0.0) for split in counts) / total
+        square = sum(split.num_labelled * ((split.std or 0.0) ** 2 + (split.mean or 0.0) ** 2) for split in counts)
+        return f"mean {mean:.4g}, std {math.sqrt(max(square / total - mean**2, 0.0)):.4g}"
+    shares = [sum(split.class_counts[number] for split in counts) / total for number in range(len(task.classes))]
+    if task.kind == "binary":
+        return f"{shares[1]:.2%} positive"
+    named = [f"{name} {share:.1%}" for name, share in zip(task.classes, shares, strict=True)]
+    more = len(named) - MAX_NAMED_CLASSES
+    return ", ".join(named[:MAX_NAMED_CLASSES]) + (f" and {more:,} classes more" if more > 0 else "")
+
+
+def load_tasks(directory: Path | Folder, manifest: Manifest, names: str | None) -> tuple[Task, ...]:
+    """Return the tasks of these names, between which are commas; none for None, which stands for whole patients.
+
+    Raises:
+        UserError: a task is missing or damaged, stands twice, or the tasks cannot share their samples.
+    """
+    tasks = tuple(Task.load(directory, manifest, name.strip()) for name in names.split(",")) if names else ()
+    flag = f"--task {names}"
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UserError(f"{flag}: names a task twice; name each once")
+    if len({tuple(task.excluded_codes) for task in tasks}) > 1:
+        raise UserError(f"{flag}: these tasks exclude different codes; add them with the same --exclude_codes")
+    if len({task.times for task in tasks if task.times}) > 1:
+        raise UserError(f"{flag}: the prediction times of one are dates, of another minutes; give both the same")
+    return tasks
+
+
+def common_times(tasks: tuple[Task, ...]) -> Times | None:
+    """Return what the prediction times of tasks are that share their samples; None = no task has any."""
+    return next((task.times for task in tasks if task.times), None)

@@ -24,7 +24,7 @@ PredictionTime: TypeAlias = datetime | float | None
 
 _DTYPES = {
     "code": torch.int64, "value": torch.float32, "has_value": torch.bool, "set_offsets": torch.int64,
-    "minute": torch.float32, "patient_offsets": torch.int64, "label": torch.int64,
+    "minute": torch.float32, "patient_offsets": torch.int64,
 }  # fmt: skip
 
 
@@ -64,7 +64,8 @@ class PatientBatch:
         set_offsets: [S+1] int64, the events of set ``s`` are ``set_offsets[s]:set_offsets[s+1]``.
         minute: [S] float32, minutes from the patient's time origin.
         patient_offsets: [B+1] int64, the sets of patient ``b`` are ``patient_offsets[b]:patient_offsets[b+1]``.
-        label: [B] int64, -1 where the patient is unlabelled.
+        label: [B] int64, -1 where the patient is unlabelled.  Of a regression [B] float32, NaN where unlabelled; of T
+            tasks [B, T] float32, of which each column is either, NaN where unlabelled.
         patient_id: B strings.
         prediction_time: B times: dates (UTC), or minutes from the patient's time origin; None = the whole patient.  In
             place of a list, None says so of all.
@@ -82,12 +83,16 @@ class PatientBatch:
 
     def __post_init__(self) -> None:
         events, sets, patients = self.code.numel(), self.minute.numel(), self.num_patients
-        sizes = (events, events, events, sets + 1, sets, patients + 1, patients)
+        sizes = (events, events, events, sets + 1, sets, patients + 1)
         for (name, dtype), size in zip(_DTYPES.items(), sizes, strict=True):
             tensor = getattr(self, name)
             if tensor.dtype != dtype or tensor.shape != (size,):
                 need = f"{patients} patients with {sets} sets and {events} events need {dtype} [{size}]"
                 raise ValueError(f"{name} is {tensor.dtype} {[*tensor.shape]}, but {need}")
+        many, kinds = self.label.ndim > 1, (torch.int64, torch.float32)
+        if self.label.dtype not in kinds[many:] or self.label.shape[0] != patients or self.label.ndim > 2:
+            found = f"label is {self.label.dtype} {[*self.label.shape]}, but {patients} patients"
+            raise ValueError(f"{found} need int64 or float32 [{patients}], or float32 [{patients}, tasks]")
         if self.prediction_time is not None and len(self.prediction_time) != patients:
             raise ValueError(f"prediction_time has {len(self.prediction_time)} items for {patients} patients")
         if self.code.is_cpu:  # a device would have to be waited for
@@ -193,7 +198,7 @@ class PatientBatch:
 
         Returns:
             ``code`` [B,L] int64, ``val`` [B,L,1] float32, ``has_value`` [B,L] bool, ``minute`` [B,L,1] float32,
-            ``set_id`` [B,L,1] int64 (0, 1, 2 … within the patient), ``label`` [B] int64, ``padding_mask`` [B,L]
+            ``set_id`` [B,L,1] int64 (0, 1, 2 … within the patient), ``label`` as it is, ``padding_mask`` [B,L]
             bool with **True = padding**, and ``var`` [B,L,D] with embeddings.
         """
         num_events_B = self.events_per_patient

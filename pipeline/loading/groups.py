@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import SampleIndex, Samples
+from pipeline.dataset.samples import SampleIndex, Samples, is_labelled
 from pipeline.dataset.tasks import Task
 from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import BatchPlace, StepCounts
@@ -19,7 +19,6 @@ from pipeline.loading.store import PatientStore
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.groups import Grouping, group_shards
 from pipeline.sampling.plan import EpochPlan, Purpose, plan_epoch, rng_for, split_across_ranks
-from pipeline.schema import UNLABELLED
 from pipeline.storage.folder import Folder
 
 
@@ -59,7 +58,7 @@ class GroupPlan:
 
 
 class GroupPlanner:
-    """Plans the groups of a split; a pure function of manifest, task or index, and options.
+    """Plans the groups of a split; a pure function of manifest, tasks or index, and options.
 
     Attributes:
         entries: the split's shards that have samples.
@@ -67,11 +66,12 @@ class GroupPlanner:
     """
 
     def __init__(
-        self, folder: Folder, manifest: Manifest, split: str, task: Task | None, options: LoaderOptions
+        self, folder: Folder, manifest: Manifest, split: str, tasks: tuple[Task, ...], options: LoaderOptions
     ) -> None:
-        self._index, self._options = SampleIndex(folder, manifest, task, verify=options.verify), options
-        self.entries = [entry for entry in manifest.splits[split] if self._index.count(entry)]
-        self.num_samples = np.array([self._index.count(entry) for entry in self.entries], np.int64)
+        self._index, self._options = SampleIndex(folder, manifest, tasks, verify=options.verify), options
+        entries = manifest.splits[split]
+        counts = self._index.count(entries)
+        self.entries, self.num_samples = [entries[number] for number in np.flatnonzero(counts)], counts[counts > 0]
         self.grouping = lru_cache(maxsize=2)(self._group_shards)
         self._samples = lru_cache(maxsize=1)(self._read_samples)
         self.plan_group = lru_cache(maxsize=2)(self._plan_group)
@@ -120,13 +120,15 @@ class LoadedGroup:
         self.windows = windows = store.select_windows(plan.samples, options, rng)
         cost = CostModel().predict(windows.num_events, windows.num_sets)
         self.batches = split_across_ranks(plan.batches, cost, first_step=first_step, **ranks)
-        amounts = (plan.samples.label != UNLABELLED, windows.num_sets, windows.num_events)
+        labelled = is_labelled(plan.samples.label)
+        of_tasks = labelled.T if labelled.ndim > 1 else [labelled]
+        amounts = (windows.num_sets, windows.num_events, *of_tasks)
         self._counts = [plan.batches.sum_per_batch(amount) for amount in amounts]
 
     def place(self, number: int, steps_before_epoch: int) -> BatchPlace:
         epoch, _, first_step = self.plan.position
         cursor, patients = first_step + number, self.plan.batches.patients(number)
-        labelled, sets, events = (int(counts[number]) for counts in self._counts)
-        counts = StepCounts(num_patients=len(patients), num_labelled=labelled, num_sets=sets, num_events=events)
+        sets, events, *labelled = (int(counts[number]) for counts in self._counts)
+        counts = StepCounts(num_patients=len(patients), num_labelled=tuple(labelled), num_sets=sets, num_events=events)
         whole, step = partial(self.store.gather_global_batch, self.windows, patients), steps_before_epoch + cursor
         return BatchPlace(epoch=epoch, cursor=cursor, step=step, counts=counts, global_batch=whole)

@@ -31,8 +31,7 @@ import pyarrow.compute as pc
 
 from pipeline.arrays import Floats, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.schemas import TASK_SCHEMA
-from pipeline.dataset.tasks import Task, read_task_table
+from pipeline.dataset.tasks import Task, common_times, load_tasks, read_task_table
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.groups import GroupPlan, GroupPlanner, LoadedGroup, Position
 from pipeline.loading.options import LoaderOptions
@@ -61,8 +60,8 @@ class PatientLoader:
     ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
 
     Attributes:
-        split, task: what the samples are of.
-        num_samples: samples of the split that have events, over all ranks; without a task its patients.
+        split, tasks: what the samples are of; no tasks = whole patients.
+        num_samples: samples of the split that have events, over all ranks; without tasks its patients.
         cursor: number of batches handed out in the current ``epoch``.
         step: number of batches handed out in all epochs.
     """
@@ -72,7 +71,7 @@ class PatientLoader:
         directory: str | Path | Folder,
         *,
         split: str = "train",
-        task: str | Task | None = DEFAULT_TASK,
+        task: str | tuple[Task, ...] | None = DEFAULT_TASK,
         manifest: Manifest | None = None,
         quarantined: Collection[str] = (),
         transform: Transform | None = None,
@@ -85,7 +84,8 @@ class PatientLoader:
         Args:
             directory: what preprocess.py wrote: a path, a URL, or what ``open_folder`` returned.
             split: ``train``, ``valid`` or ``test``.
-            task: name of the task whose samples are loaded, or the task; None = whole patients without labels.
+            task: name of the task whose samples are loaded, names of several between commas, or the tasks
+                themselves; None = whole patients without labels.
             manifest: of the directory, if it has been read already.
             quarantined: paths of shards to leave out, as ``pipeline.dataset.shards.check_shards`` finds them; equal on
                 all ranks.
@@ -97,11 +97,10 @@ class PatientLoader:
         """
         self._folder, self._transform = open_folder(directory), transform
         self.manifest = (manifest or Manifest.load(self._folder)).without(quarantined)
-        self.task = Task.load(self._folder, self.manifest, task) if isinstance(task, str) else task
+        self.tasks = task if isinstance(task, tuple) else load_tasks(self._folder, self.manifest, task)
         self.options = LoaderOptions(**options)
         if self.options.truncate is None:
-            has_times = self.task is not None and self.task.times is not None
-            self.options = replace(self.options, truncate="latest" if has_times else "earliest")
+            self.options = replace(self.options, truncate="latest" if common_times(self.tasks) else "earliest")
         if world_size < 1:
             raise UserError(f"--world_size {world_size}: must be at least 1")
         if not 0 <= rank < world_size:
@@ -110,17 +109,17 @@ class PatientLoader:
             raise UserError(f"{self._folder}: no split {split!r}; it has {', '.join(sorted(self.manifest.splits))}")
         self.split = split
         self._ranks = {"rank": rank, "world_size": world_size}
-        self._planner = GroupPlanner(self._folder, self.manifest, split, self.task, self.options)
+        self._planner = GroupPlanner(self._folder, self.manifest, split, self.tasks, self.options)
         entries = self._planner.entries
         self.num_samples = int(self._planner.num_samples.sum())
         # The limit decides nothing if all patients are in a single group.
         is_grouped = sum(entry.num_events for entry in entries) > self.options.group_events
         names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
         data = {"data": self.manifest.fingerprint, "split": split, "quarantined": sorted(quarantined)}
-        task_name = self.task and f"{self.task.name} ({self.task.table_sha256[:12]})"
+        task_names = [f"{each.name} ({each.table_sha256[:12]})" for each in self.tasks]
         policy = {name: asdict(self.options)[name] for name in names}
         group_events = self.options.group_events if is_grouped else None
-        self._settings: dict[str, Any] = {**data, "task": task_name, **policy, "group_events": group_events}
+        self._settings: dict[str, Any] = {**data, "task": task_names, **policy, "group_events": group_events}
         self._loaded: LoadedGroup | None = None  # the group that was read last, by whichever thread
         self.step = 0
         self._go_to(Position(epoch=0))
@@ -152,11 +151,9 @@ class PatientLoader:
             self._num_batches = self._planner.count_batches(self._group)
         return self._num_batches
 
-    def read_empty_samples(self) -> pa.Table:
-        """Return patient, prediction times and labels of the split's samples that have no events, in no batch."""
-        if self.task is None:
-            return TASK_SCHEMA.empty_table()
-        table = read_task_table(self._folder, self.task).filter(pc.field("num_events") == 0)
+    def read_empty_samples(self, task: Task) -> pa.Table:
+        """Return patient, prediction times and labels of a task's samples of the split without events, in no batch."""
+        table = read_task_table(self._folder, task).filter(pc.field("num_events") == 0)
         used = pa.array([entry.path for entry in self.manifest.splits[self.split]], pa.string())
         return table.filter(pc.is_in(table["shard"], value_set=used))
 
@@ -242,7 +239,7 @@ class PatientLoader:
             store = latest.store
         else:
             entries = [self._planner.entries[shard] for shard in plan.shards]
-            excluded = self.task.excluded_codes if self.task else ()
+            excluded = self.tasks[0].excluded_codes if self.tasks else ()
             store = PatientStore(self._folder, entries, verify=self.options.verify, excluded_codes=excluded)
         self._loaded = LoadedGroup(plan, store, self.options, **self._ranks)
         return self._loaded

@@ -10,10 +10,13 @@ from pipeline.arrays import Ints
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCounts:
-    """What a global batch holds, over all ranks: the divisors of a data-parallel mean."""
+    """What a global batch holds, over all ranks: the divisors of a data-parallel mean.
+
+    ``num_labelled`` is of each task.
+    """
 
     num_patients: int
-    num_labelled: int
+    num_labelled: tuple[int, ...]
     num_sets: int
     num_events: int
 

@@ -8,11 +8,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.schemas import SHARD_SCHEMA, TASK_SCHEMA
+from pipeline.dataset.schemas import SHARD_SCHEMA, task_schema
 from pipeline.dataset.shards import read_rows
 from pipeline.dataset.tables import open_checked, read_vocabulary, report_damage
 from pipeline.dataset.tasks import SampleCounts, Task, Times, check_task_name, list_tasks, task_files
@@ -81,11 +82,12 @@ def write_task(
     times: dict[str | None, Times | None] = {PREDICTION_TIME: "date", PREDICTION_MINUTE: "minute", None: None}
     task = Task(
         name=name,
-        kind="binary",
+        kind=labels.kind,
+        classes=labels.classes,
         data=manifest.fingerprint,
-        table_sha256=_write_table(directory, name, samples),
+        table_sha256=_write_table(directory, name, samples, task_schema(labels.kind)),
         times=times[labels.time_column],
-        splits=_count_samples(samples),
+        splits={split: _count_samples(samples.filter(split=split), labels) for split in SPLITS},
         shards=dict(samples.filter(pl.col("num_events") > 0).group_by("shard").len().sort("shard").iter_rows()),
         excluded_codes=excluded.tolist(),
         labels_from=Path(labels.origin).name,
@@ -159,25 +161,27 @@ def _count_lengths(directory: Path, manifest: Manifest, samples: pl.DataFrame, e
     return samples.with_columns(num_events=pl.Series(lengths[0]), num_sets=pl.Series(lengths[1]))
 
 
-def _count_samples(samples: pl.DataFrame) -> dict[str, SampleCounts]:
-    counts = samples.group_by("split").agg(
-        num_samples=pl.len(),
-        num_patients=pl.col(PATIENT_ID).n_unique(),
-        num_labelled=pl.col(LABEL).count(),
-        num_positive=pl.col(LABEL).cast(pl.Int64).sum(),
-        num_without_events=(pl.col("num_events") == 0).sum(),
+def _count_samples(samples: pl.DataFrame, labels: Labels) -> SampleCounts:
+    """Count the samples of a split."""
+    label = samples[LABEL].drop_nulls()
+    is_number = labels.kind == "regression" and len(label) > 0
+    return SampleCounts(
+        num_samples=samples.height,
+        num_patients=samples[PATIENT_ID].n_unique(),
+        num_labelled=len(label),
+        num_without_events=int((samples["num_events"] == 0).sum()),
+        class_counts=tuple(np.bincount(label, minlength=len(labels.classes)).tolist()) if labels.classes else (),
+        mean=float(np.mean(label.to_numpy())) if is_number else None,
+        std=float(np.std(label.to_numpy())) if is_number else None,
     )
-    found = {row.pop("split"): SampleCounts(**row) for row in counts.iter_rows(named=True)}
-    empty = SampleCounts(num_samples=0, num_patients=0, num_labelled=0, num_positive=0, num_without_events=0)
-    return {split: found.get(split, empty) for split in SPLITS}
 
 
-def _write_table(directory: Path, name: str, samples: pl.DataFrame) -> str:
+def _write_table(directory: Path, name: str, samples: pl.DataFrame, schema: pa.Schema) -> str:
     """Write the table of a task and return its checksum."""
     path = directory / task_files(name)[0]
     path.parent.mkdir(exist_ok=True)
     remove_leftovers(path.parent, f"{name}.*")
-    table = samples.select(TASK_SCHEMA.names).to_arrow().cast(TASK_SCHEMA)
+    table = samples.select(schema.names).to_arrow().cast(schema)
     with replace_atomically(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_A_GROUP)
     return file_sha256(path)

@@ -28,7 +28,7 @@ def find_warnings(train: Moments, splits: Mapping[str, SampleCounts]) -> list[st
         train: moments of the train split's variables.
         splits: counts of each split of a task; none without labels.
     """
-    return [*_warn_of_outliers(train), *_warn_of_constants(train), *_warn_of_splits(splits)]
+    return [*_warn_of_outliers(train), *_warn_of_constants(train), *warn_of_splits(splits)]
 
 
 def _warn_of_outliers(train: Moments) -> list[str]:
@@ -49,15 +49,22 @@ def _warn_of_constants(train: Moments) -> list[str]:
     return [f"always the same value: {name_some([train.variables[at] for at in constant])}"] if len(constant) else []
 
 
-def _warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
+def warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
+    """Return warnings about splits of a task that lack labels, or a class of them."""
     if not any(counts.num_labelled for counts in splits.values()):
         return []
-    warnings = []
+    warnings, advice = [], "look at --split_fractions"
     for split, counts in splits.items():
-        labelled, positive = counts.num_labelled, counts.num_positive
-        if counts.num_samples and positive in (0, labelled):
-            kind = "no label" if not labelled else "no positive label" if not positive else "no negative label"
-            warnings.append(f"split {split} has {kind}: no AUROC can be computed there; look at --split_fractions")
+        missing = [number for number, samples in enumerate(counts.class_counts) if not samples]
+        if counts.num_samples and not counts.num_labelled:
+            warnings.append(f"split {split} has no label: no quality can be computed there; {advice}")
+        elif len(counts.class_counts) == 2 and missing:
+            kind = "no negative label" if missing == [0] else "no positive label"
+            warnings.append(f"split {split} has {kind}: no AUROC can be computed there; {advice}")
+        elif missing:
+            which = f"{len(missing)} of {len(counts.class_counts)} classes"
+            what = "never learned" if split == "train" else "not measured there"
+            warnings.append(f"split {split} has no sample of {which}, which are {what}; {advice}")
     return warnings
 
 

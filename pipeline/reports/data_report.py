@@ -17,7 +17,7 @@ from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import FlatPatients, read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
-from pipeline.dataset.tasks import Task, find_tasks, read_task_table
+from pipeline.dataset.tasks import Task, describe_labels, find_tasks, read_task_table
 from pipeline.reports.page import draw_figure, read_object, write_page
 from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import Policy
@@ -84,7 +84,7 @@ def write_data_report(directory: Path) -> Path:
 
 
 def describe_task(directory: Path, task: Task) -> list[dict[str, Any]]:
-    """Return a row for each split of a task: counts, prevalence, samples a patient and median lengths."""
+    """Return a row for each split of a task: counts, labels in words, samples a patient and median lengths."""
     table, rows = read_task_table(directory, task), []
     for split in SPLITS:
         samples, counts = table.filter(pc.field("split") == split), task.splits[split]
@@ -93,7 +93,7 @@ def describe_task(directory: Path, task: Task) -> list[dict[str, Any]]:
         minutes = samples["prediction_minute"].drop_null()
         rows.append(
             dataclasses.asdict(counts)
-            | {"task": task.name, "kind": task.kind, "split": split, "prevalence": task.prevalence(split)}
+            | {"task": task.name, "kind": task.kind, "split": split, "labels": describe_labels(task, [split])}
             | {"samples_per_patient": counts.num_samples / counts.num_patients}
             | {"median_events": float(np.median(samples["num_events"]))}
             | {"median_hours": float(np.median(minutes)) / 60 if len(minutes) else None}

@@ -7,16 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.arrays import Floats, Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import SampleIndex
-from pipeline.dataset.tasks import Task
+from pipeline.dataset.tasks import load_tasks
 from pipeline.options import check_section, option, parse_options
 from pipeline.reports.page import read_object
 from pipeline.sampling import quality
@@ -73,7 +74,7 @@ class SplitLengths(NamedTuple):
 
     num_events: Ints
     num_sets: Ints
-    label: Ints
+    label: npt.NDArray[Any]
 
     @classmethod
     def read(cls, directory: Path | Folder, split: str, task: str | None = None) -> SplitLengths:
@@ -81,7 +82,7 @@ class SplitLengths(NamedTuple):
         manifest = Manifest.load(directory)
         if split not in manifest.splits:
             raise UserError(f"{directory}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-        opened = None if task is None else Task.load(directory, manifest, task)
+        opened = load_tasks(directory, manifest, task)
         samples = SampleIndex(as_folder(directory), manifest, opened).read(manifest.splits[split])
         return cls(samples.num_events, samples.num_sets, samples.label)
 

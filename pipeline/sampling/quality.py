@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.arrays import Floats, Ints
 from pipeline.sampling.plan import EpochPlan, split_across_ranks
@@ -31,10 +34,14 @@ def neighbour_correlation(plan: EpochPlan, lengths: Ints) -> float:
     return _correlation(means[:-1], means[1:])
 
 
-def label_correlation(plan: EpochPlan, lengths: Ints, label: Ints) -> float:
-    """Return the correlation of a labelled patient's label with the mean length of the patient's batch."""
+def label_correlation(plan: EpochPlan, lengths: Ints, label: npt.NDArray[Any]) -> float:
+    """Return the correlation of a labelled patient's label with the mean length of the patient's batch.
+
+    ``label`` is [P] numbers, also of classes, -1 or NaN = unlabelled; of [P, T] the first column counts.
+    """
+    label = label.reshape(len(label), -1)[:, 0]
     means = (plan.sum_per_batch(lengths) / plan.batch_sizes)[_batch_of_patient(plan)]
-    labelled = label != UNLABELLED
+    labelled = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED
     return _correlation(means[labelled], label[labelled].astype(np.float64))
 
 

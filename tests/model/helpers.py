@@ -11,6 +11,7 @@ from model.config import SeqSetVAEConfig
 from model.losses import LossCounts
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
+from pipeline.dataset.samples import is_labelled
 from pipeline.loading.batch import PatientBatch
 
 NUM_CODES = 9
@@ -72,7 +73,10 @@ def select(batch: PatientBatch, patients: Sequence[int]) -> PatientBatch:
 
 
 def counts_of(batch: PatientBatch) -> LossCounts:
-    return LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=int((batch.label >= 0).sum()))
+    labelled = is_labelled(batch.label.numpy())
+    of_tasks = labelled.T if labelled.ndim > 1 else [labelled]
+    counts = tuple(int(each.sum()) for each in of_tasks)
+    return LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=counts)
 
 
 def run_model(model: SeqSetVAE, batch: PatientBatch, seed: int | None = None, step: int = 0) -> SeqSetVAEOutput:

@@ -120,7 +120,7 @@ def patient(model: SeqSetVAE, batch: PatientBatch, b: int) -> PatientResult:
     if model.head.variables is not None:
         pooled = torch.cat([pooled, variable_axis(model, batch, b, sets, context)])
     pooled = model.head.norm(pooled)
-    ensemble, logits = model.head.ensemble, torch.zeros(model.config.ensemble_heads, 2)
+    ensemble, logits = model.head.ensembles[0], torch.zeros(model.config.ensemble_heads, 2)
     for head in range(model.config.ensemble_heads):
         inputs = [pooled]
         if ensemble.summary is not None:
@@ -256,4 +256,4 @@ def total_loss(model: SeqSetVAE, batch: PatientBatch, options: LossOptions, beta
     crossed = torch.stack([-torch.log_softmax(logits, 1)[:, label].mean() for logits, label in labelled]).sum()
     return options.effective_vae_weight * (
         reconstruction / batch.num_events + beta * kl / batch.num_sets
-    ) + options.effective_classification_weight * crossed / len(labelled)
+    ) + options.effective_outcome_weight * crossed / len(labelled)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -7,23 +8,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import losses
+from model import reconstruction
+from model.config import Outcome
 from model.losses import (
     DIRECTION_WEIGHT,
     MAGNITUDE_WEIGHT,
     SQUARED_WEIGHT,
+    ClassWeights,
     LossOptions,
     Objective,
     beta_at,
-    chamfer_sums,
+    class_weights,
     compute_losses,
     cross_entropy_sum,
     kl_per_dimension,
     kl_sum,
+    outcome_sum,
 )
 from model.prepared import PreparedBatch
 from model.ragged import SetLayout
+from model.reconstruction import chamfer_sums
 from model.set_vae import Posterior
+from pipeline.schema import Kind
 from tests.model import reference
 from tests.model.helpers import counts_of, random_batch, tiny_model
 from training.memory import measure_peak
@@ -72,7 +78,7 @@ def test_pieces_give_values_and_gradients_of_the_dense_formula(sizes: list[int],
     output.requires_grad_()
     layout = SetLayout.build(torch.tensor([0, *torch.tensor(sizes).cumsum(0)]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "MAX_CELLS", cells)
+        patch.setattr(reconstruction, "MAX_CELLS", cells)
         found = torch.stack(chamfer_sums(target[layout.event_of_slot], output[layout.event_of_slot], layout))
     expected = sum(dense_sums(t, y) for t, y in zip(target.split(sizes), output.split(sizes), strict=True))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -124,17 +130,17 @@ def test_distances_stay_in_float32_under_autocast() -> None:
 def test_default_weights_are_the_documented_ones() -> None:
     assert (DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT) == (1.0, 1.0, 3.0)
     assert LossOptions() == LossOptions(
-        vae_weight=0.3, classification_weight=1.0, pos_weight=1.0, beta=0.1, beta_warmup_steps=5000, free_bits=0.1
+        vae_weight=0.3, outcome_weight=1.0, pos_weight=1.0, beta=0.1, beta_warmup_steps=5000, free_bits=0.1
     )
 
 
 @pytest.mark.parametrize(
-    ("objective", "vae", "classification"), [("joint", 0.25, 2.0), ("supervised", 0.0, 2.0), ("pretrain", 1.0, 0.0)]
+    ("objective", "vae", "outcome"), [("joint", 0.25, 2.0), ("supervised", 0.0, 2.0), ("pretrain", 1.0, 0.0)]
 )
-def test_the_objective_decides_the_weights(objective: Objective, vae: float, classification: float) -> None:
-    options = LossOptions(objective=objective, vae_weight=0.25, classification_weight=2.0)
-    assert (options.effective_vae_weight, options.effective_classification_weight) == (vae, classification)
-    assert (options.learns_sets, options.learns_outcome) == (vae > 0, classification > 0)
+def test_the_objective_decides_the_weights(objective: Objective, vae: float, outcome: float) -> None:
+    options = LossOptions(objective=objective, vae_weight=0.25, outcome_weight=2.0)
+    assert (options.effective_vae_weight, options.effective_outcome_weight) == (vae, outcome)
+    assert (options.learns_sets, options.learns_outcome) == (vae > 0, outcome > 0)
 
 
 def test_beta_rises_once_or_in_cycles() -> None:
@@ -154,10 +160,10 @@ def test_a_part_that_was_not_computed_is_nothing() -> None:
         assert (output.decoded is None, output.logits is None) == (not reconstruct, not classify)
         found = compute_losses(output, batch.label, LossOptions(), counts, beta=0.1)
         vae = 0.3 * (whole.reconstruction + 0.1 * whole.kl)
-        torch.testing.assert_close(found.total, reconstruct * vae + classify * whole.classification)
+        torch.testing.assert_close(found.total, reconstruct * vae + classify * whole.outcome)
         assert torch.equal(found.reconstruction, reconstruct * whole.reconstruction)
         assert torch.equal(found.kl, reconstruct * whole.kl)
-        assert torch.equal(found.classification, classify * whole.classification)
+        assert torch.equal(found.outcome, classify * whole.outcome)
 
 
 def test_gradient_at_a_zero_vector_is_finite() -> None:
@@ -185,5 +191,82 @@ def test_cross_entropy_skips_the_unlabelled() -> None:
 
 def test_positives_are_weighted() -> None:
     """Equal logits: each patient ln 2, the one with the outcome three times that, the unlabelled nothing."""
-    found = cross_entropy_sum(torch.zeros(3, 2), torch.tensor([1, -1, 0]), 3.0)
+    found = cross_entropy_sum(torch.zeros(3, 2), torch.tensor([1, -1, 0]), torch.tensor([1.0, 3.0]))
     assert found.item() == pytest.approx(4 * math.log(2))
+
+
+def test_a_regression_by_hand() -> None:
+    """Mean 10, std 2: labels 12 and 8 are 1 and -1; two heads, of which the second is half a unit off each time."""
+    outcome = Outcome(name="los", kind="regression", classes=(), prior=(10.0,), std=2.0)
+    logits = torch.tensor([[[1.0], [1.5]], [[-1.0], [-1.5]], [[7.0], [7.0]]], requires_grad=True)
+    label = torch.tensor([12.0, 8.0, math.nan])
+    found = outcome_sum(outcome, logits, label, LossOptions())
+    assert found.item() == pytest.approx((0.5 * 0.25 + 0.5 * 0.25) / 2)
+    found.backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad[2], torch.zeros(2, 1))
+    assert torch.isfinite(logits.grad).all()
+    torch.testing.assert_close(outcome.predict(logits)[:2, 0], torch.tensor([12.5, 7.5]))
+
+
+def test_classes_by_hand() -> None:
+    """Equal logits of three classes: ln 3 for each labelled patient, whether labels are integers or floats."""
+    outcome = Outcome(name="ward", kind="multiclass", classes=("a", "b", "c"), prior=(0.5, 0.5, 0.0))
+    logits, options = torch.zeros(3, 2, 3), LossOptions()
+    integers, floats = torch.tensor([2, -1, 0]), torch.tensor([2.0, math.nan, 0.0])
+    assert outcome_sum(outcome, logits, integers, options).item() == pytest.approx(2 * math.log(3))
+    assert outcome_sum(outcome, logits, floats, options).item() == pytest.approx(2 * math.log(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prior", "pos_weight", "how", "expected"),
+    [
+        ("binary", (0.9, 0.1), 1.0, "equal", None),
+        ("binary", (0.9, 0.1), 3.0, "equal", [1.0, 3.0]),
+        ("binary", (0.8, 0.2), 1.0, "balanced", [0.625, 2.5]),
+        ("binary", (), 1.0, "balanced", None),
+        ("multiclass", (0.5, 0.25, 0.25, 0.0), 3.0, "balanced", [2 / 3, 4 / 3, 4 / 3, 0.0]),
+    ],
+)
+def test_weights_of_classes(
+    kind: Kind, prior: tuple[float, ...], pos_weight: float, how: ClassWeights, expected: list[float] | None
+) -> None:
+    names = tuple("abcd"[: len(prior) or 2])
+    found = class_weights(Outcome(kind=kind, classes=names, prior=prior), pos_weight, how, torch.device("cpu"))
+    assert (None if found is None else found.tolist()) == (expected and pytest.approx(expected))
+
+
+def test_the_losses_of_tasks_are_weighed_and_each_is_divided_by_its_own_labels() -> None:
+    """Three tasks at once give what each gives alone, with ensembles of the same weights."""
+    outcomes = (
+        Outcome(name="death"),
+        Outcome(name="los", kind="regression", classes=(), prior=(3.0,), std=2.0),
+        Outcome(name="ward", kind="multiclass", classes=("a", "b", "c")),
+    )
+    model = tiny_model(outcomes=outcomes).eval()
+    batch = random_batch([[2, 1], [3], [1, 4], [2]])
+    columns = [[1.0, 0.0, math.nan, 1.0], [2.5, math.nan, math.nan, 7.0], [2.0, 0.0, 1.0, math.nan]]
+    joint = dataclasses.replace(batch, label=torch.tensor(columns).T)
+    options = LossOptions(task_weights=(1.0, 0.5, 2.0), outcome_weight=3.0, objective="supervised")
+    output = model(joint, reconstruct=False)
+    assert [tuple(logits.shape) for logits in output.logits] == [(4, 8, 2), (4, 8, 1), (4, 8, 3)]
+    found = compute_losses(output, joint.label, options, counts_of(joint), beta=0.0)
+    alone = []
+    for number, outcome in enumerate(outcomes):
+        single = tiny_model(outcomes=(outcome,)).eval()
+        weights = {name: w for name, w in model.state_dict().items() if not name.startswith("head.ensembles.")}
+        own = f"head.ensembles.{number}."
+        weights |= {
+            name.replace(own, "head.ensembles.0."): w for name, w in model.state_dict().items() if name.startswith(own)
+        }
+        single.load_state_dict(weights)
+        label = joint.label[:, number]
+        if outcome.kind != "regression":
+            label = label.nan_to_num(-1).long()
+        part = dataclasses.replace(batch, label=label)
+        output = single(part, reconstruct=False)
+        alone.append(compute_losses(output, label, LossOptions(), counts_of(part), beta=0.0).outcome)
+    torch.testing.assert_close(found.tasks, torch.stack(alone))
+    expected = alone[0] + 0.5 * alone[1] + 2 * alone[2]
+    torch.testing.assert_close(found.outcome, expected)
+    torch.testing.assert_close(found.total, 3 * expected)

@@ -36,9 +36,9 @@ def test_the_head_sees_features_as_z_scores_four_at_most() -> None:
     generator = torch.Generator().manual_seed(0)
     model.head.feature_mean.copy_(torch.randn(NUM_CODES, NUM_FEATURES, generator=generator))
     model.head.feature_std.copy_(torch.rand(NUM_CODES, NUM_FEATURES, generator=generator) + 0.05)
-    torch.nn.init.normal_(model.head.ensemble.summary_bias)
+    torch.nn.init.normal_(model.head.ensembles[0].summary_bias)
     with torch.no_grad():
-        found = model(batch).logits
+        found = model(batch).logits[0]
         expected = torch.stack([reference.patient(model, batch, b).logits for b in range(3)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 

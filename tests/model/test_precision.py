@@ -21,7 +21,7 @@ def test_losses_and_gradients_are_near_those_of_float32(precision: Precision, lo
     """docs/model.md states the bounds."""
     batches = [prepare(random_batch(SETS, seed=seed), seed) for seed in range(4)]
     found: Any = compare(tiny_model(), precision, batches, warmup_steps=0)
-    for name in ("total", "reconstruction", "kl", "classification"):
+    for name in ("total", "reconstruction", "kl", "outcome"):
         assert 0 < found[name]["largest"] < loss, name
     assert 0 < found["free_total"]["largest"] < 3 * loss  # on weights of its own, from which deviations are carried on
     assert 0 < found["gradient"]["largest"] < gradient
@@ -61,7 +61,7 @@ def test_what_sums_and_exponentiates_stays_in_float32(dtype: torch.dtype) -> Non
     for name in FLOAT32_INPUTS:
         assert seen.inputs[name] == {torch.float32}, name
     assert seen.outputs["_softmax"] == {torch.float32}
-    values = [found.total, found.reconstruction, found.kl, found.classification, output.context]
+    values = [found.total, found.reconstruction, found.kl, found.outcome, output.context]
     values += [*output.posterior]
     assert {value.dtype for value in values} == {torch.float32}
     found.total.backward()

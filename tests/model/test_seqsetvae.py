@@ -43,7 +43,7 @@ def test_agrees_with_the_naive_reference(event_form: str, variable_axis: bool, n
         torch.testing.assert_close(output.posterior.mu[own], expected.mu, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.posterior.logvar[own], expected.logvar, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.context[own], expected.context, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(output.logits[b], expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.logits[0][b], expected.logits, atol=1e-5, rtol=1e-5)
     found = compute_losses(output, batch.label, OPTIONS, counts_of(batch), beta=0.07).total
     torch.testing.assert_close(found, reference.total_loss(model, batch, OPTIONS, 0.07), atol=1e-5, rtol=1e-5)
 
@@ -68,7 +68,7 @@ def test_a_patient_is_the_same_alone_and_in_any_batch(seed: int | None, order: l
         alone = run_model(model, select(batch, [b]), seed, step=5)
         first = sum(len(SETS[other]) for other in order[:position])
         own = slice(first, first + len(SETS[b]))
-        torch.testing.assert_close(together.logits[position : position + 1], alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.logits[0][position : position + 1], alone.logits[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.context[own], alone.context, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.posterior.mu[own], alone.posterior.mu, atol=1e-5, rtol=1e-5)
 
@@ -88,7 +88,9 @@ def test_losses_and_gradients_of_parts_add_up_to_the_whole(seed: int | None) -> 
 def test_padding_changes_nothing(pad_to: int | None) -> None:
     model, batch = tiny_model(), random_batch(SETS)
     unpadded = PatientBatch.from_padded(batch.to_padded(pad_to=pad_to), batch.patient_id)
-    torch.testing.assert_close(run_model(model, unpadded).logits, run_model(model, batch).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        run_model(model, unpadded).logits[0], run_model(model, batch).logits[0], atol=1e-5, rtol=1e-5
+    )
     counts = counts_of(batch)
     torch.testing.assert_close(
         gradients(model, unpadded, counts), gradients(model, batch, counts), atol=1e-5, rtol=1e-4
@@ -129,7 +131,9 @@ def test_order_of_events_inside_a_set_does_not_matter() -> None:
         batch, code=batch.code[order], value=batch.value[order], has_value=batch.has_value[order]
     )
     counts = counts_of(batch)
-    torch.testing.assert_close(run_model(model, shuffled).logits, run_model(model, batch).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        run_model(model, shuffled).logits[0], run_model(model, batch).logits[0], atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(
         gradients(model, shuffled, counts), gradients(model, batch, counts), atol=1e-5, rtol=1e-4
     )
@@ -181,7 +185,7 @@ def test_gradient_checkpointing_keeps_less() -> None:
 
 def test_noise_changes_with_the_step_and_the_seed() -> None:
     model, batch = tiny_model(), random_batch(SETS)
-    logits = [run_model(model, batch, seed, step).logits for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    logits = [run_model(model, batch, seed, step).logits[0] for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2])
     assert not torch.allclose(logits[0], logits[3])
@@ -192,8 +196,10 @@ def test_no_patients_at_all() -> None:
     model = tiny_model()
     batch = random_batch([])
     output = run_model(model, batch, seed=0)
-    assert output.logits.shape == (0, 8, 2)
-    loss = compute_losses(output, batch.label, OPTIONS, LossCounts(num_events=5, num_sets=2, num_labelled=1), beta=0.1)
+    assert [logits.shape for logits in output.logits] == [(0, 8, 2)]
+    loss = compute_losses(
+        output, batch.label, OPTIONS, LossCounts(num_events=5, num_sets=2, num_labelled=(1,)), beta=0.1
+    )
     loss.total.backward()
     assert loss.total.item() == 0.0
 
@@ -207,9 +213,9 @@ def test_training_mode_decides_about_noise() -> None:
     """In evaluation the noise of a prepared batch is not looked at; training without noise is refused."""
     model, batch = tiny_model(), random_batch(SETS)
     noisy = PreparedBatch.build(batch, seed=0)
-    trained = model.train()(noisy).logits
-    assert torch.equal(model.eval()(noisy).logits, model(batch).logits)
-    assert not torch.allclose(trained, model(batch).logits)
+    trained = model.train()(noisy).logits[0]
+    assert torch.equal(model.eval()(noisy).logits[0], model(batch).logits[0])
+    assert not torch.allclose(trained, model(batch).logits[0])
     for without in (batch, PreparedBatch.build(batch)):
         with pytest.raises(ValueError, match=r"prepare the batch with a seed, or call model\.eval"):
             model.train()(without)
@@ -218,4 +224,4 @@ def test_training_mode_decides_about_noise() -> None:
 def test_extreme_values_stay_finite() -> None:
     model, batch = tiny_model(), random_batch(SETS)
     extreme = dataclasses.replace(batch, value=batch.value * 1e30, minute=batch.minute * 1e6 - 1e8)
-    assert torch.isfinite(run_model(model, extreme).logits).all()
+    assert torch.isfinite(run_model(model, extreme).logits[0]).all()

@@ -59,7 +59,9 @@ def test_a_rate_of_nothing_changes_nothing() -> None:
 def test_counts_after_dropout_are_those_of_the_batch_with_sets_that_vanish(sizes: list[list[int]], step: int) -> None:
     """As every rank computes them of the global batch, from ids and lengths alone."""
     batch = random_batch(sizes)
-    counts = StepCounts(num_patients=len(sizes), num_labelled=5, num_sets=batch.num_sets, num_events=batch.num_events)
+    counts = StepCounts(
+        num_patients=len(sizes), num_labelled=(5,), num_sets=batch.num_sets, num_events=batch.num_events
+    )
     whole = GlobalBatch(
         sample_key=batch.patient_id,
         num_sets=np.array([len(sets) for sets in sizes], np.int64),
@@ -68,4 +70,4 @@ def test_counts_after_dropout_are_those_of_the_batch_with_sets_that_vanish(sizes
     place = BatchPlace(epoch=0, cursor=0, step=step, counts=counts, global_batch=lambda: whole)
     dropped = drop_events(batch, 0.5, seed=7, step=step)
     found = count_after_dropout(place, 0.5, seed=7)
-    assert (found.num_events, found.num_sets, found.num_labelled) == (dropped.num_events, dropped.num_sets, 5)
+    assert (found.num_events, found.num_sets, found.num_labelled) == (dropped.num_events, dropped.num_sets, (5,))

@@ -4,7 +4,7 @@ import dataclasses
 
 from model.config import SeqSetVAEConfig
 from model.losses import LossOptions
-from training.card import METRICS, write_model_card
+from training.card import METRICS, write_model_cards
 from training.data import DataOptions
 from training.options import RunOptions, TrainOptions
 
@@ -18,12 +18,15 @@ def test_the_model_card_says_what_was_measured_and_what_was_not() -> None:
     metrics |= {f"{name}_high": 0.625 for name in METRICS}
     test = {**metrics, "brier": None, "num_labelled": 12, "num_positive": 3, "active_units": 60}
     summary = {"steps": 1000, "seconds": 61.4, "best": {"epoch": 2}, "test": test}
-    text = write_model_card(config, options, {"train": 5000, "test": 12}, summary)
+    ((name, text),) = write_model_cards(config, options, {"train": 5000, "test": 12}, summary)
+    assert name == "MODEL_CARD.md"
     assert "5,000 train, 12 test patients" in text
     assert "| AUROC | 0.500 | 0.400 to 0.625 |" in text
     assert "Brier" not in text  # undefined
     assert "Active units 60 of 64" in text
-    assert "`--pos_weight 4.0` shifts them" in text
-    assert "Not tested" in write_model_card(config, options, {"train": 5000}, {**summary, "test": None})
+    assert "`--pos_weight` and `--class_weights`, shift them" in text
+    ((_, untested),) = write_model_cards(config, options, {"train": 5000}, {**summary, "test": None})
+    assert "Not tested" in untested
     pretrain = dataclasses.replace(options, loss=LossOptions(objective="pretrain"))
-    assert "outcome head was not trained" in write_model_card(config, pretrain, {"train": 5000}, summary)
+    ((_, pretrained),) = write_model_cards(config, pretrain, {"train": 5000}, summary)
+    assert "outcome head was not trained" in pretrained

@@ -71,7 +71,7 @@ def run_steps(path: Path, model: SeqSetVAE, steps: int, done: int) -> StepProfil
     batch = PreparedBatch.build(random_batch([[1, 3], [2]]))
     with StepProfiler(path, model.eval(), LossOptions(), torch.float32, steps=steps) as profiler:
         for _ in range(done):
-            model(batch).logits.sum().backward()
+            model(batch).logits[0].sum().backward()
             profiler.step([batch])
     return profiler
 

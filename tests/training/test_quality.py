@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
+from model.config import Outcome
 from training.quality import CALIBRATION_BINS, evaluate_predictions, rank_predictions
 
 METRICS = ("auroc", "auprc", "min_se_ppv", "brier", "ece", "prevalence")
+
+
+NUMBER = Outcome(name="los", kind="regression", classes=())
+CLASSES = Outcome(name="ward", kind="multiclass", classes=("a", "b", "c"))
 
 
 def naive_metrics(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
@@ -57,7 +62,7 @@ def test_agrees_with_naive_and_library(given_predictions: tuple[np.ndarray, np.n
     assert evaluation["auroc"] == pytest.approx(roc_auc_score(label, probability))
     assert evaluation["auprc"] == pytest.approx(average_precision_score(label, probability))
     assert evaluation["brier"] == pytest.approx(brier_score_loss(label, probability))
-    assert rank_predictions(label, probability) == (evaluation["auroc"], evaluation["auprc"])
+    assert rank_predictions(label, probability) == {name: evaluation[name] for name in ("auroc", "auprc")}
 
 
 def test_bins_are_the_library_s() -> None:
@@ -76,7 +81,7 @@ def test_unlabelled_are_left_out_and_counted() -> None:
     labelled = label >= 0
     alone = evaluate_predictions(label[labelled], probability[labelled])
     assert evaluation == alone | {"num_unlabelled": 2}
-    assert rank_predictions(label, probability) == (0.5, 0.5)
+    assert rank_predictions(label, probability) == {"auroc": 0.5, "auprc": 0.5}
 
 
 @pytest.mark.parametrize("label", [[], [-1, -1], [0, 0, 0], [1, -1]])
@@ -86,7 +91,7 @@ def test_what_is_undefined_is_none(label: list[int]) -> None:
     json.dumps(evaluation, allow_nan=False)
     assert evaluation["auroc"] is evaluation["auprc_low"] is evaluation["min_se_ppv"] is None
     assert (evaluation["brier"] is None) == (evaluation["num_labelled"] == 0)
-    assert rank_predictions(np.array(label, dtype=np.int64), probability) == (None, None)
+    assert rank_predictions(np.array(label, dtype=np.int64), probability) == {"auroc": None, "auprc": None}
 
 
 def test_intervals_hold_the_value_and_narrow_with_patients() -> None:
@@ -129,7 +134,7 @@ def test_refuses_what_is_no_probability(probability: float) -> None:
 
 
 def test_refuses_other_labels() -> None:
-    with pytest.raises(ValueError, match=r"\[2\]"):
+    with pytest.raises(ValueError, match="not among the 2 classes"):
         evaluate_predictions(np.array([0, 2]), np.array([0.5, 0.5]))
 
 
@@ -146,3 +151,66 @@ def test_samples_of_a_patient_are_drawn_together() -> None:
         assert copies[name] == pytest.approx(alone[name], abs=1e-2)
     widths = [float(each["auroc_high"] or 0) - float(each["auroc_low"] or 0) for each in (copies, as_others)]
     assert widths[0] > 2 * widths[1]
+
+
+def test_numbers_by_hand() -> None:
+    """Labels 1, 2, 4 and 4: errors 1, 0, -1 and 2.  Five pairs differ, of which three are in order and one is tied."""
+    label, prediction = np.array([1.0, np.nan, 2, 4, 4]), np.array([2.0, 9, 2, 3, 6])
+    found = evaluate_predictions(label, prediction, NUMBER)
+    assert (found["num_labelled"], found["num_unlabelled"]) == (4, 1)
+    assert found["mae"] == pytest.approx(1.0)
+    assert found["rmse"] == pytest.approx(np.sqrt(6 / 4))
+    assert found["r2"] == pytest.approx(1 - 6 / (27 / 4))
+    assert found["c_index"] == pytest.approx((4 + 0.5) / 5)
+    assert found["mae_low"] <= 1.0 <= found["mae_high"]
+    assert "num_positive" not in found
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=30))
+def test_the_c_index_is_that_of_all_pairs(pairs: list[tuple[int, int]]) -> None:
+    label, prediction = np.array(pairs, np.float64).T
+    with mock.patch("training.quality.NUM_RESAMPLES", 3):
+        found = evaluate_predictions(label, prediction, NUMBER)
+    different = [(a, b) for a in pairs for b in pairs if a[0] < b[0]]
+    won = [1.0 if a[1] < b[1] else 0.5 if a[1] == b[1] else 0.0 for a, b in different]
+    assert found["c_index"] == (pytest.approx(np.mean(won)) if won else None)
+    assert found["mae"] == pytest.approx(np.abs(label - prediction).mean())
+
+
+def test_classes_by_hand() -> None:
+    """The third class occurs in no sample: means are over the other two."""
+    label = np.array([0, 1, -1, 1])
+    prediction = np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.0, 0.0, 1.0], [0.1, 0.7, 0.2]])
+    found = evaluate_predictions(label, prediction, CLASSES)
+    assert found["classes"]["a"] == {"num_labelled": 1, "auroc": 1.0, "auprc": 1.0}
+    assert found["classes"]["c"] == {"num_labelled": 0, "auroc": None, "auprc": None}
+    assert (found["auroc"], found["auprc"]) == (1.0, 1.0)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    squares = (0.16 + 0.09 + 0.01) + (0.25 + 0.36 + 0.01) + (0.01 + 0.09 + 0.04)
+    assert found["brier"] == pytest.approx(squares / 3)
+    assert rank_predictions(label, prediction, CLASSES) == {"auroc": 1.0, "auprc": 1.0}
+
+
+def test_nothing_is_defined_without_labels() -> None:
+    nobody = np.array([-1, -1])
+    found = evaluate_predictions(nobody, np.full((2, 3), 1 / 3), CLASSES)
+    assert {found[name] for name in ("auroc", "auprc", "accuracy", "brier", "ece")} == {None}
+    found = evaluate_predictions(np.full(2, np.nan), np.zeros(2), NUMBER)
+    assert {found[name] for name in ("r2", "mae", "rmse", "c_index")} == {None}
+    found = evaluate_predictions(np.array([2.0, 2.0]), np.array([1.0, 3.0]), NUMBER)
+    assert (found["mae"], found["r2"], found["c_index"]) == (1.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("label", "prediction", "outcome", "message"),
+    [
+        (np.array([0, 3]), np.full((2, 3), 1 / 3), CLASSES, "not among the 3 classes"),
+        (np.array([0, 1]), np.full((2, 3), np.nan), CLASSES, "not in"),
+        (np.array([0.5, 1.0]), np.array([np.inf, 0]), NUMBER, "not finite"),
+    ],
+)
+def test_what_is_no_prediction_is_refused(
+    label: np.ndarray, prediction: np.ndarray, outcome: Outcome, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_predictions(label, prediction, outcome)

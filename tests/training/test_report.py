@@ -31,7 +31,7 @@ TRAIN = {
         "loss": 2.0,
         "reconstruction": 3.0,
         "kl": 40.0,
-        "classification": 0.7,
+        "outcome": 0.7,
     },
     **{"grad_norm": 1.0, "learning_rate": 1e-3, "beta": 0.1, "rss_bytes": 2**30, "patients_per_second": 9.0},
     **{"events_per_second": 900.0, "data_wait_fraction": 0.01, "event_padding_waste": 0.02, "set_padding_waste": 0.2},
@@ -44,7 +44,7 @@ VALID = {
         "loss": 1.5,
         "reconstruction": 2.5,
         "kl": 30.0,
-        "classification": 0.6,
+        "outcome": 0.6,
     },
     **{"auroc": 0.8, "auprc": 0.5, "active_units": 60, "mean_posterior_variance": 0.1, "collapsed": False},
 }

@@ -176,7 +176,7 @@ OTHER_VALUES: dict[str, list[str]] = {
     "ema_decay": ["--ema_decay", "0"],
     "gradient_clip": ["--gradient_clip", "0"],
     "vae_weight": ["--vae_weight", "0.5"],
-    "classification_weight": ["--classification_weight", "0.5"],
+    "outcome_weight": ["--outcome_weight", "0.5"],
     "pos_weight": ["--pos_weight", "2"],
     "beta": ["--beta", "0.5"],
     "beta_warmup_steps": ["--beta_warmup_steps", "2"],

@@ -47,7 +47,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_is_a_prediction_a_sample_and_the_prevalence_where_there_is_no_event(finished: Path, data: Path) -> None:
     task = Task.load(data, Manifest.load(data), "early")
     counts = task.splits["train"]
-    assert task.prevalence() == counts.num_positive / counts.num_labelled == (16 + 8) / (32 + 8)
+    assert task.prior()[1] == counts.class_counts[1] / counts.num_labelled == (16 + 8) / (32 + 8)
     predictions = pq.read_table(finished / "predictions_test.parquet")
     assert predictions.column_names == ["patient_id", "prediction_time", "label", "probability"]
     assert predictions.num_rows == task.splits["test"].num_samples == 16
@@ -55,7 +55,7 @@ def test_there_is_a_prediction_a_sample_and_the_prevalence_where_there_is_no_eve
     keys = [(row["patient_id"], row["prediction_time"]) for row in rows]
     assert keys == sorted(keys)
     without = [row["probability"] for row in rows if row["prediction_time"] < -1e5]
-    assert without == [task.prevalence()] * 8
+    assert without == [task.prior()[1]] * 8
     assert not {row["probability"] for row in rows if row["prediction_time"] > -1e5} & set(without)
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["test"]["num_labelled"] == 16

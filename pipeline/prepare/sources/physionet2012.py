@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 import numpy as np
 import polars as pl
 
-from pipeline.prepare.sources.labels import Labels, merge_samples, read_labels
+from pipeline.prepare.sources.labels import Labels, read_label_files
 from pipeline.prepare.sources.listing import Listing, list_files
 from pipeline.prepare.sources.reading import FILE, ROW, Piece, reading
 from pipeline.prepare.sources.source import RawRows, Source
@@ -62,8 +62,7 @@ class PhysioNet2012(Source):
         paths = [path for role, path in self.find_side_files().items() if role.startswith("labels") and path]
         if not paths:
             return None
-        frames = [read_labels(path, self.label_column).frame for path in paths]
-        return Labels(" and ".join(map(str, paths)), merge_samples(paths[0], pl.concat(frames)))
+        return read_label_files(paths, " and ".join(map(str, paths)), self.label_columns)
 
     def _find_outcomes(self) -> list[Path]:
         inside = list_files(self.path, lambda path: path.match("Outcomes-*.txt")).files

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.options import Section, option
-from pipeline.prepare.sources.labels import Labels, read_labels
+from pipeline.prepare.sources.labels import LABEL_KIND_HELP, LabelColumns, LabelKind, Labels, read_labels
 from pipeline.prepare.sources.listing import Listing, list_parquet
 from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
 from pipeline.schema import PATIENT_ID, UserError
@@ -66,6 +66,7 @@ class SideFileOptions(Section):
 
     labels: Path | None = option(None, "CSV or Parquet file of outcomes; for MEDS also a folder of label files.")
     label_column: str | None = option(None, "Column of the outcome in --labels.")
+    label_kind: LabelKind = option("auto", LABEL_KIND_HELP)
     embeddings: Path | None = option(None, "CSV file with a column Key and a vector for each variable.")
 
 
@@ -140,8 +141,14 @@ class Source(SideFileOptions, ABC):
 
     def read_labels(self) -> Labels | None:
         """Return the labels of the task ``default``; None without labels."""
-        path, patient_column = self.find_side_files()["labels"], getattr(self, "patient_column", None)
-        return None if path is None else read_labels(path, self.label_column, patient_column)
+        path = self.find_side_files()["labels"]
+        return None if path is None else read_labels(path, self.label_columns)
+
+    @property
+    def label_columns(self) -> LabelColumns:
+        """Return which columns of ``--labels`` serve as what."""
+        patient = getattr(self, "patient_column", None)
+        return LabelColumns(label=self.label_column, patient=patient, kind=self.label_kind)
 
     def read_splits(self) -> pl.DataFrame | None:
         """Return ``patient_id``, ``split``, a row a patient (or subject); None where a hash splits patients."""

@@ -54,7 +54,7 @@ class Synthetic(Source, SyntheticOptions):
     """
 
     name: ClassVar[str] = "synthetic"
-    unused: ClassVar[tuple[str, ...]] = ("labels", "label_column")
+    unused: ClassVar[tuple[str, ...]] = ("labels", "label_column", "label_kind")
 
     path: Path = Path("synthetic")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.kernels import ops
-from model.losses import MIN_NORM, chamfer_sums
+from model.reconstruction import MIN_NORM, chamfer_sums
 from tests.model.kernels.helpers import CORNERS, check, layout_of
 
 

@@ -25,12 +25,12 @@ def results(
     prepared = PreparedBatch.build(batch, seed=1, step=2, capacities=capacities)
     assert (prepared.shape in capacities) or not capacities
     output = model(prepared)
-    counts = LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=batch.num_patients)
+    counts = LossCounts(num_events=batch.num_events, num_sets=batch.num_sets, num_labelled=(batch.num_patients,))
     losses = compute_losses(output, prepared.batch.label, LossOptions(), counts, beta=0.1)
     losses.total.backward()
     assert output.decoded is not None
     assert output.logits is not None
-    found = {"loss": losses.total, "logits": output.logits, "context": output.context}
+    found = {"loss": losses.total, "logits": output.logits[0], "context": output.context}
     found["decoded"] = output.decoded[prepared.sets.mask]
     found |= {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     return {name: tensor.detach() for name, tensor in found.items()}

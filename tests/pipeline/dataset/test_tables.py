@@ -46,7 +46,7 @@ def test_lengths_are_those_of_the_shards_asked_for(
     directories: list[Path], patients: list[Patient], picked: list[int], layout: int, again: bool
 ) -> None:
     manifest = Manifest.load(directories[layout])
-    index, stored = SampleIndex(Folder(directories[layout]), manifest, None), in_stored_order(patients)
+    index, stored = SampleIndex(Folder(directories[layout]), manifest), in_stored_order(patients)
     if again:
         index.read(manifest.splits["valid"])
     samples = index.read([manifest.splits["train"][shard] for shard in picked])
@@ -65,7 +65,7 @@ def test_row_groups_of_other_shards_are_not_read(directories: list[Path], monkey
         return whole(file, groups, columns, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", noted)
-    SampleIndex(Folder(directories[1]), manifest, None).read(manifest.splits["train"][4:6])
+    SampleIndex(Folder(directories[1]), manifest).read(manifest.splits["train"][4:6])
     assert read == [([4, 5], ["shard", "num_events", "num_sets"])]
 
 
@@ -79,17 +79,17 @@ def test_the_checksum_is_compared_once_by_each_folder(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("pipeline.storage.folder.file_sha256", noted)
     for _ in range(2):
-        index = SampleIndex(folder, manifest, None)
+        index = SampleIndex(folder, manifest)
         index.read(manifest.splits["train"])
         index.read([])
     assert summed == [INDEX_FILE]
-    SampleIndex(Folder(data), manifest, None, verify=False).read(manifest.splits["train"])
+    SampleIndex(Folder(data), manifest, verify=False).read(manifest.splits["train"])
     assert summed == [INDEX_FILE]
     (data / INDEX_FILE).write_bytes(b"PAR1")
     with pytest.raises(UserError, match=f"{INDEX_FILE}: checksum differs"):
-        SampleIndex(Folder(data), manifest, None).read(manifest.splits["train"])
+        SampleIndex(Folder(data), manifest).read(manifest.splits["train"])
     with pytest.raises(UserError, match=f"{INDEX_FILE}: cannot be read"):
-        SampleIndex(Folder(data), manifest, None, verify=False).read(manifest.splits["train"])
+        SampleIndex(Folder(data), manifest, verify=False).read(manifest.splits["train"])
 
 
 @pytest.mark.parametrize("field", ["num_patients", "num_sets", "num_events"])
@@ -98,7 +98,7 @@ def test_an_index_unlike_the_manifest_is_refused(tmp_path: Path, field: str) -> 
     manifest = Manifest.load(data)
     entry: ShardEntry = manifest.splits["train"][0]
     with pytest.raises(UserError, match=f"{data}/{INDEX_FILE}: contradicts the manifest"):
-        SampleIndex(Folder(data), manifest, None).read([replace(entry, **{field: getattr(entry, field) + 1})])
+        SampleIndex(Folder(data), manifest).read([replace(entry, **{field: getattr(entry, field) + 1})])
 
 
 def test_an_index_of_other_columns_is_named(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_an_index_of_other_columns_is_named(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(data / INDEX_FILE).drop_columns(["shard"]), data / INDEX_FILE)
     manifest = Manifest.load(data)
     with pytest.raises(UserError, match=f"{data}/{INDEX_FILE}: cannot be read"):
-        SampleIndex(Folder(data), manifest, None, verify=False).read(manifest.splits["train"])
+        SampleIndex(Folder(data), manifest, verify=False).read(manifest.splits["train"])
 
 
 @pytest.mark.parametrize("shard", [pa.array([7, 7]), pa.array([b"x", b"x"]), pa.nulls(2), pa.array([[1], [2]])])
@@ -116,4 +116,4 @@ def test_an_index_of_other_types_is_named(tmp_path: Path, shard: pa.Array) -> No
     pq.write_table(index.set_column(index.column_names.index("shard"), "shard", shard), data / INDEX_FILE)
     manifest = Manifest.load(data)
     with pytest.raises(UserError, match=f"{data}/{INDEX_FILE}: cannot be read"):
-        SampleIndex(Folder(data), manifest, None, verify=False).read(manifest.splits["train"])
+        SampleIndex(Folder(data), manifest, verify=False).read(manifest.splits["train"])

@@ -113,7 +113,7 @@ def test_a_place_tells_of_the_batches_of_all_ranks(
             batches = [batch for _, _, batch in parts]
             counts = StepCounts(
                 num_patients=sum(batch.num_patients for batch in batches),
-                num_labelled=sum(int((batch.label >= 0).sum()) for batch in batches),
+                num_labelled=(sum(int((batch.label >= 0).sum()) for batch in batches),),
                 num_sets=sum(batch.num_sets for batch in batches),
                 num_events=sum(batch.num_events for batch in batches),
             )

@@ -30,7 +30,9 @@ def load(directory: Path, split: str = "train") -> Loaded:
     manifest = Manifest.load(directory)
     entries = manifest.splits[split]
     task = Task.load(directory, manifest, "default")
-    return Loaded(PatientStore(directory, entries), SampleIndex(Folder(directory), manifest, task).read(entries))
+    return Loaded(
+        PatientStore(directory, entries), SampleIndex(Folder(directory), manifest, task and (task,)).read(entries)
+    )
 
 
 def select(

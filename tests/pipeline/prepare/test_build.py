@@ -88,7 +88,7 @@ def test_messy_rows_become_what_the_naive_reference_says(rows: list[Row], labels
     assert summary["patients"] == len(patients)
     samples = summary["samples"].values()
     assert sum(split["num_labelled"] for split in samples) == sum(label is not None for _, label, _ in patients)
-    assert sum(split["num_positive"] for split in samples) == sum(label == 1 for _, label, _ in patients)
+    assert sum(split["class_counts"][1] for split in samples) == sum(label == 1 for _, label, _ in patients)
     assert summary["labels_without_patient"] == len(labels.keys() - written)
     without = sorted({name for name in known if name and name.strip()} - {name for name, *_ in patients})
     assert summary["patients_without_events"] == len(without)
@@ -413,7 +413,7 @@ def test_set_a(tmp_path: Path, set_a_dir: Path, outcomes_a: Path) -> None:
     assert summary["sets"] == 292_178
     samples = summary["samples"].values()
     assert [sum(split[name] for split in samples) for name in ("num_samples", "num_labelled")] == [4000, 4000]
-    assert sum(split["num_positive"] for split in samples) == 554
+    assert sum(split["class_counts"][1] for split in samples) == 554
     assert summary["labels_without_patient"] == summary["patients_without_events"] == 0
     index = pl.read_parquet(tmp_path / "out" / "index.parquet")
     assert index["shard"].unique().sort().to_list() == [f"{split}/00000.parquet" for split in sorted(SPLITS)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.prepare.sources.labels import read_labels
+from pipeline.prepare.sources.labels import LabelColumns, LabelKind, read_labels
 from pipeline.schema import UserError
 
 
@@ -23,15 +23,20 @@ def test_labels_are_zero_one_or_none(tmp_path: Path) -> None:
     assert dict(labels.frame.iter_rows()) == expected
     frame = pl.DataFrame({"subject_id": [1, 2, 3], "boolean_value": [True, False, None]})
     frame.write_parquet(tmp_path / "1.parquet")
-    assert read_labels(tmp_path / "1.parquet", "boolean_value").frame.rows() == [("1", 1), ("2", 0), ("3", None)]
+    assert read_labels(tmp_path / "1.parquet", LabelColumns(label="boolean_value")).frame.rows() == [
+        ("1", 1),
+        ("2", 0),
+        ("3", None),
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("patient_id,label\na,0\na,1\n", "rows 1 to 2 give a patient both label 0 and label 1"),
+        ("patient_id,label\na,0\na,1\n", "rows 1 to 2 give one sample two labels"),
         ("patient_id,label\na,2\n", "row 1, column 'label': a label is 0, 1"),
-        ("patient_id,label\na,yes\n", "row 1, column 'label': a label is 0, 1"),
+        ("patient_id,label\na,yes\nb,1\n", "row 1, column 'label': a label is 0, 1"),
+        ("patient_id,label\na,yes\n", "column 'label' has fewer than two classes"),
         ("patient_id,died\na,1\n", "no column 'label' or .*--label_column"),
         ("who,label\na,1\n", "no column 'patient_id' or"),
         ("patient_id,time,label\na,1,1\n,1,1\n", "row 2 has no patient_id"),
@@ -43,7 +48,58 @@ def test_labels_are_zero_one_or_none(tmp_path: Path) -> None:
 )
 def test_labels_that_cannot_be_used_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"1\.csv: .*{message}"):
-        read_labels(write(tmp_path / "1.csv", text), time_column="time" if "minute" in text or "time" in text else None)
+        read_labels(
+            write(tmp_path / "1.csv", text), LabelColumns(time="time" if "minute" in text or "time" in text else None)
+        )
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "given", "kind", "classes", "expected"),
+    [
+        ("label", ["1", "0", ""], "auto", "binary", ("0", "1"), [1, 0, None]),
+        ("label", ["sick", " well ", ""], "auto", "multiclass", ("sick", "well"), [0, 1, None]),
+        ("label", ["10", "9.0", "-1"], "multiclass", "multiclass", ("9", "10"), [1, 0, None]),
+        ("label", ["2", "b", "10"], "multiclass", "multiclass", ("2", "10", "b"), [0, 2, 1]),
+        ("label", ["1", "0", "nan"], "multiclass", "multiclass", ("0", "1"), [1, 0, None]),
+        ("label", ["1.5", "-1", ""], "regression", "regression", (), [1.5, -1.0, None]),
+        ("Length_of_stay", ["5", "-1", "0"], "regression", "regression", (), [5.0, None, 0.0]),
+        ("float_value", ["5", "-1", "0"], "auto", "regression", (), [5.0, -1.0, 0.0]),
+        ("label", ["", "", ""], "auto", "binary", ("0", "1"), [None, None, None]),
+    ],
+)
+def test_the_kind_of_a_task_is_given_or_seen(
+    tmp_path: Path,
+    column: str,
+    labels: list[str],
+    given: LabelKind,
+    kind: str,
+    classes: tuple[str, ...],
+    expected: object,
+) -> None:
+    rows = "".join(f"{patient},{label}\n" for patient, label in zip("abc", labels, strict=True))
+    found = read_labels(
+        write(tmp_path / "1.csv", f"patient_id,{column}\n{rows}"), LabelColumns(label=column, kind=given)
+    )
+    assert (found.kind, found.classes) == (kind, classes)
+    assert found.frame["label"].to_list() == expected
+    assert found.frame["label"].dtype == {"binary": pl.Int8, "multiclass": pl.Int32, "regression": pl.Float64}[kind]
+
+
+def test_classes_do_not_depend_on_the_type_in_which_a_file_has_them(tmp_path: Path) -> None:
+    pl.DataFrame({"patient_id": ["a", "b"], "label": [2, 0]}).write_parquet(tmp_path / "1.parquet")
+    pl.DataFrame({"patient_id": ["c", "d"], "label": [2.0, None]}).write_parquet(tmp_path / "2.parquet")
+    pl.DataFrame({"patient_id": ["e"], "label": ["02x"]}).write_parquet(tmp_path / "3.parquet")
+    found = read_labels(tmp_path, LabelColumns(kind="multiclass"))
+    assert found.classes == ("0", "2", "02x")
+    assert found.frame["label"].to_list() == [1, 0, 1, None, 2]
+
+
+@pytest.mark.parametrize("label", ["x", "inf", "1e400"])
+def test_a_number_that_is_none_is_named(tmp_path: Path, label: str) -> None:
+    path = write(tmp_path / "1.csv", f"patient_id,label\na,1\nb,{label}\n")
+    with pytest.raises(UserError, match=r"1\.csv: row 2, column 'label': a label is a number, or empty") as error:
+        read_labels(path, LabelColumns(kind="regression"))
+    assert label not in str(error.value).split("label", 2)[2]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -61,7 +117,7 @@ def test_prediction_times_are_dates_or_minutes(tmp_path: Path) -> None:
         ("1", datetime(2150, 1, 2, 12, 30), 0),
         ("2", datetime(2150, 1, 1), 1),
     ]
-    labels = read_labels(write(tmp_path / "2.csv", "ts_id,hour,label\n1,90,1\n1,-3.5,0\n"), time_column="hour")
+    labels = read_labels(write(tmp_path / "2.csv", "ts_id,hour,label\n1,90,1\n1,-3.5,0\n"), LabelColumns(time="hour"))
     assert labels.time_column == "prediction_minute"
     assert labels.frame.select("prediction_minute", "label").rows() == [(-3.5, 0), (90.0, 1)]
 

@@ -447,4 +447,4 @@ def test_labels_of_another_column(root: Path, tmp_path: Path) -> None:
     write(table, tmp_path / "task.parquet")
     source = Meds(path=root, labels=tmp_path / "task.parquet", label_column="integer_value")
     build(source, tmp_path / "out", ALL_TRAIN)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["samples"]["train"]["num_positive"] == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["samples"]["train"]["class_counts"][1] == 1
