@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from sklearn.metrics import precision_recall_curve
 
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.samples import is_labelled
 from pipeline.dataset.tasks import Task
 from pipeline.schema import UserError
 from pipeline.storage.files import replace_atomically
@@ -43,9 +45,9 @@ def check_meds_task(manifest: Manifest, tasks: tuple[Task, ...]) -> None:
         raise UserError(f"--meds_predictions: {problem}")
 
 
-def choose_threshold(label: npt.NDArray[np.float64], probability: npt.NDArray[np.float64]) -> float:
-    """Return the least probability that counts as positive where F1 is best; labels are 0, 1, or NaN = unlabelled."""
-    labelled = np.isfinite(label)
+def choose_threshold(label: npt.NDArray[Any], probability: npt.NDArray[np.float64]) -> float:
+    """Return the least probability that counts as positive where F1 is best; labels are 0, 1, or -1 or NaN = unlabelled."""
+    labelled = is_labelled(label)
     label, probability = label[labelled], probability[labelled]
     if len(np.unique(label)) < 2:
         return NO_THRESHOLD

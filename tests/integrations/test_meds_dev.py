@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+
+from tests.training.test_meds_predictions import evaluate_as_meds
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "integrations" / "meds_dev" / "model.yaml"
@@ -88,4 +91,6 @@ def test_the_three_commands_end_in_predictions_of_every_split(meds: Path, tmp_pa
         assert predictions["predicted_boolean_probability"].is_between(0, 1).all()
         assert predictions.columns == [*SAMPLE, "predicted_boolean_value", "predicted_boolean_probability"]
         assert predictions["boolean_value"].any() == (split != "held_out")
+        found = evaluate_as_meds(output / "predictions.parquet", output / "evaluation.json")
+        assert math.isnan(found["roc_auc_score"]) == (split == "held_out")  # which has one class
     assert not (pretrained / "data" / "tasks").exists(), "pretraining is left as it was"

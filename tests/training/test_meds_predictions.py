@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sysconfig
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -46,6 +49,15 @@ def meds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def evaluate_as_meds(predictions: Path, output: Path) -> dict[str, float]:
+    """Return the metrics of samples that the program of ``meds-evaluation`` writes."""
+    program = Path(sysconfig.get_path("scripts")) / "meds-evaluation-cli"
+    command = [str(program), f"predictions_path={predictions}", f"output_file={output}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=output.parent)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(output.read_text())["samples_equally_weighted"])
+
+
 def prepare(meds: Path, output: Path, *flags: str) -> Path:
     given = [str(meds), "--output", str(output), "--labels", str(meds / "task"), "--workers", "1"]
     assert preprocess.main([*given, *flags]) == 0
@@ -68,6 +80,10 @@ def test_a_run_writes_what_the_evaluation_of_meds_reads(meds: Path, tmp_path: Pa
     assert table["boolean_value"].to_pylist() == [subject % 2 == 1 for subject in range(49, 61)]
     probability, test = table["predicted_boolean_probability"].to_numpy(), read_summary(tmp_path / "run")["test"]
     assert test["auroc"] == pytest.approx(roc_auc_score(table["boolean_value"].to_numpy(), probability))
+    found = evaluate_as_meds(tmp_path / "run" / "predictions_meds" / "test.parquet", tmp_path / "evaluation.json")
+    assert found["roc_auc_score"] == pytest.approx(test["auroc"])
+    assert found["average_precision_score"] == pytest.approx(test["auprc"])
+    assert found["brier_score"] == pytest.approx(test["brier"])
     assert table["predicted_boolean_value"].to_pylist() == (probability >= test["threshold"]).tolist()
 
 
