@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, publish
+from model.config import Outcome
 from pipeline.loading.loader import make_loader
 from training.baselines import fit_baselines
 
@@ -24,7 +25,7 @@ def main() -> None:
 
 def of_data(data: Path) -> dict[str, Any]:
     train, test = (make_loader(data, split=split, batch_size=64, shuffle=False) for split in ("train", "test"))
-    return fit_baselines(train, test, train.manifest.num_codes)
+    return fit_baselines(train, test, train.manifest.num_codes, (Outcome(),))[0]
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def check_meds_task(manifest: Manifest, tasks: tuple[Task, ...]) -> None:
 
 
 def choose_threshold(label: npt.NDArray[Any], probability: npt.NDArray[np.float64]) -> float:
-    """Return the least probability that counts as positive where F1 is best; labels are 0, 1, or -1 or NaN = unlabelled."""
+    """Return the least probability that counts as positive where F1 is best; labels are 0 and 1, -1 or NaN = none."""
     labelled = is_labelled(label)
     label, probability = label[labelled], probability[labelled]
     if len(np.unique(label)) < 2:

@@ -39,7 +39,7 @@ def label_correlation(plan: EpochPlan, lengths: Ints, label: npt.NDArray[Any]) -
 
     ``label`` is [P] numbers, also of classes, -1 or NaN = unlabelled; of [P, T] the first column counts.
     """
-    label = label.reshape(len(label), -1)[:, 0]
+    label = label[:, 0] if label.ndim > 1 else label
     means = (plan.sum_per_batch(lengths) / plan.batch_sizes)[_batch_of_patient(plan)]
     labelled = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED
     return _correlation(means[labelled], label[labelled].astype(np.float64))

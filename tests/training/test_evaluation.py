@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from model.config import Outcome
 from model.prepared import PreparedBatch
 from pipeline.loading.batch import PatientBatch
 from tests.model.helpers import random_batch, tiny_model
@@ -33,7 +34,7 @@ def test_buckets_by_hand() -> None:
     """Lengths 1…8 in four buckets of two; the longest are ranked the wrong way, an unlabelled patient is left out."""
     label = np.array([0, 1, 0, 1, 0, 1, 0, 1, -1])
     probability = np.array([0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.9, 0.1, 0.5])
-    found = evaluate_by_length(label, probability, np.array([1, 2, 3, 4, 5, 6, 7, 8, 100]))
+    found = evaluate_by_length(label, probability, np.array([1, 2, 3, 4, 5, 6, 7, 8, 100]), Outcome())
     assert list(found) == ["1 to 2 events", "3 to 4 events", "5 to 6 events", "7 to 8 events"]
     assert [bucket["auroc"] for bucket in found.values()] == [1.0, 1.0, 1.0, 0.0]
     assert [(bucket["patients"], bucket["positive"]) for bucket in found.values()] == [(2, 1)] * 4
@@ -50,4 +51,4 @@ def test_means_reconstruct_what_lies_at_the_mean() -> None:
 
 
 def test_lengths_of_no_labelled_patient() -> None:
-    assert evaluate_by_length(np.array([-1, -1]), np.array([0.5, 0.5]), np.array([3, 4])) == {}
+    assert evaluate_by_length(np.array([-1, -1]), np.array([0.5, 0.5]), np.array([3, 4]), Outcome()) == {}

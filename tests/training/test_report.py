@@ -122,7 +122,7 @@ def test_run_report(tmp_path: Path) -> None:
         "Predictions: test",
         "Predictions: valid",
         "Losses",
-        "Discrimination",
+        "Quality",
         "Optimisation",
         "Posterior collapse",
         "Throughput",
@@ -134,13 +134,13 @@ def test_run_report(tmp_path: Path) -> None:
         "Options",
     ]
     assert len(page.addresses) == 9  # no curves of one class
-    assert "4 labelled patients, 2 positive." in page.text
+    assert "4 labelled samples, 2 positive." in page.text
     predicted, losses, *_, bars, memory = page.words
     assert {"Sensitivity over 1 − specificity", "Precision over recall", "Observed over predicted rate"} <= set(
         predicted
     )
     assert "Total loss" in losses
-    assert not {"Reconstruction", "KL divergence", "Classification"} & set(losses)
+    assert not {"Reconstruction", "KL divergence", "Outcome"} & set(losses)
     assert {"main, resident", "child, resident", "main, reserved on the GPU", "validation"} <= set(memory)
     assert "child, unique" not in memory
     assert {"3.5"} <= set(bars)
@@ -171,7 +171,7 @@ def test_all_metrics_are_drawn(tmp_path: Path) -> None:
     page = Page(write_run_report(write_run(tmp_path / "run", records=records)))
     check_self_contained(page)
     titles = {
-        *("Total loss", "Reconstruction", "KL divergence", "Classification", "AUROC", "AUPRC", "Learning rate"),
+        *("Total loss", "Reconstruction", "KL divergence", "Outcome", "AUROC", "AUPRC", "Learning rate"),
         *("Weight of the KL divergence", "Norm of the gradient", "Active units", "Mean posterior variance"),
         *(
             "Patients per second",
@@ -192,7 +192,7 @@ def test_an_objective_that_is_not_used_has_no_panel(tmp_path: Path) -> None:
     without = {name: value for name, value in VALID.items() if name not in ("active_units", "reconstruction", "kl")}
     records = [{**TRAIN, **unused, "step": 10}, {**without, "step": 10}]
     page = Page(write_run_report(write_run(tmp_path / "run", records=records)))
-    assert {"Total loss", "Classification"} <= set(page.words[0])
+    assert {"Total loss", "Outcome"} <= set(page.words[0])
     assert not {"Reconstruction", "KL divergence", "Active units"} & {word for words in page.words for word in words}
 
 

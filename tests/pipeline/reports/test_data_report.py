@@ -104,8 +104,8 @@ def test_data_report(tmp_path: Path) -> None:
     assert page.row("train") == ["4", "80.0%", "535", "1,070"]
     assert page.row("test") == ["1", "20.0%", "40", "80"]
     tasks = [row[1:] for row in page.rows if row[0] == "default"]
-    assert tasks[0] == ["binary", "train", "4", "4", "1", "3", "2", "66.7%", "0", "30", "–"]
-    assert tasks[1] == ["binary", "test", "1", "1", "1", "0", "0", "–", "0", "80", "–"]
+    assert tasks[0] == ["binary", "train", "4", "4", "1", "3", "66.67% positive", "0", "30", "–"]
+    assert tasks[1] == ["binary", "test", "1", "1", "1", "0.00% positive", "0", "80", "–"]
     assert page.row("duplicate") == ["3", "42.9%"]
     assert "7 rows of 1,157 (0.605%)." in page.text
     # Of nine values in ten events: -2, -0.25, 0, 0, 0, 0.5, 1, 2, 3, each times 2 and plus 0.5.
@@ -136,7 +136,7 @@ def test_data_report_of_equal_patients_and_many_variables(tmp_path: Path) -> Non
     many = [f"variable {number}" for number in range(MAX_VARIABLES + 5)]
     write_data(tmp_path, num_events=[7] * 9, split=["valid"] * 9, label=[0] * 9, variables=many, suffix=".tar")
     page = Page(write_data_report(tmp_path))
-    assert [row[-4] for row in page.rows if row[0] == "default"] == ["0.0%"]
+    assert [row[-4] for row in page.rows if row[0] == "default"] == ["0.00% positive"]
     assert page.row(many[-1])[-4:-1] == ["0.5"] * 3
     assert "variable 4" not in [row[0] for row in page.rows]  # counts rise with the number: the last five are dropped
     assert "and 5 more" in page.text
