@@ -105,7 +105,7 @@ def test_data_report(tmp_path: Path) -> None:
     assert page.row("test") == ["1", "20.0%", "40", "80"]
     tasks = [row[1:] for row in page.rows if row[0] == "default"]
     assert tasks[0] == ["binary", "train", "4", "4", "1", "3", "66.67% positive", "0", "30", "–"]
-    assert tasks[1] == ["binary", "test", "1", "1", "1", "0.00% positive", "0", "80", "–"]
+    assert tasks[1] == ["binary", "test", "1", "1", "1", "0", "none", "0", "80", "–"]
     assert page.row("duplicate") == ["3", "42.9%"]
     assert "7 rows of 1,157 (0.605%)." in page.text
     # Of nine values in ten events: -2, -0.25, 0, 0, 0, 0.5, 1, 2, 3, each times 2 and plus 0.5.
