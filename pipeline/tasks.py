@@ -41,9 +41,7 @@ class NameOptions(DirectoryOptions):
 class AddOptions(NameOptions):
     """The task and its labels."""
 
-    labels: Path = option(
-        MISSING, "CSV or Parquet file of labels, or a folder of Parquet files such as MEDS label files."
-    )
+    labels: Path = option(MISSING, "CSV or Parquet file of labels, or a folder of them such as MEDS label files.")
     label_column: str | None = option(None, "Column of the label; else one of the usual names.")
     patient_column: str | None = option(None, "Column of the patient; else one of the usual names.")
     time_column: str | None = option(None, "Column of the prediction time, as a date or as minutes of the patient.")

@@ -16,13 +16,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.prepare.sources.listing import CODECS, SEPARATORS
 from pipeline.prepare.sources.reading import PIECE_BYTES, Piece, reading
 from pipeline.schema import UserError
 
 BLOCK_BYTES: Final = 1 << 22
-SEPARATORS: Final = {".csv": ",", ".tsv": "\t", ".psv": "|"}
-CODECS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-SUFFIXES: Final = tuple(suffix + packed for suffix in SEPARATORS for packed in ("", *CODECS))
 
 MAX_PACKING: Final = 8
 """Approximate bytes of text in a byte of a packed file."""
@@ -53,6 +51,9 @@ class Dialect:
             row = first_row + content[: error.start].count(b"\n")
             problem = f"row {row} is not in the encoding {self.encoding}"
             raise UserError(f"{path}: cannot be read ({problem}); say which it is, e.g. --encoding latin-1") from None
+
+
+UTF8: Final = Dialect()
 
 
 def is_packed(path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Final
 import polars as pl
 
 from pipeline.prepare.columns import check_any, is_missing, to_patient_names, to_times
+from pipeline.prepare.sources.listing import list_tables
 from pipeline.prepare.sources.reading import pick_column
 from pipeline.prepare.sources.side_files import ID_COLUMNS, read_frame
 from pipeline.schema import LABEL, PATIENT_ID, PREDICTION_MINUTE, PREDICTION_TIME, UserError
@@ -43,7 +44,7 @@ class Labels:
 def read_labels(
     path: Path, label_column: str | None = None, patient_column: str | None = None, time_column: str | None = None
 ) -> Labels:
-    """Return the labels of a CSV or Parquet file, or of all Parquet files of a folder and its folders.
+    """Return the labels of a CSV or Parquet file, or of all such files of a folder and its folders.
 
     Empty and -1 mean unlabelled.  Columns that are not named are found by their usual names; a file has no
     ``patient_column`` if its name is another's.  Times in ``time_column`` are dates, or else minutes.
@@ -51,9 +52,9 @@ def read_labels(
     Raises:
         UserError: a file cannot be read, has no such columns, holds what is no label, or contradicts itself.
     """
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = list_tables(path)
     if not files:
-        raise UserError(f"{path}: no **/*.parquet here; name the label file, or the folder of a task")
+        raise UserError(f"{path}: no Parquet or CSV files here; name the label file, or the folder of a task")
     frames = [_read_file(file, label_column, patient_column, time_column) for file in files]
     for file, frame in zip(files, frames, strict=True):
         if frame.columns != frames[0].columns:

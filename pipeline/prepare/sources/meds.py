@@ -22,7 +22,7 @@ from pipeline.prepare.columns import (
     to_plain,
 )
 from pipeline.prepare.sources.layout import ColumnOptions
-from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_parquet
+from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_tables
 from pipeline.prepare.sources.reading import (
     SPLIT,
     Piece,
@@ -59,11 +59,13 @@ def find_meds(path: Path) -> Path | None:
     MEDS is known by its columns.  Without ``data`` or ``metadata`` around it, a folder must have the column of numbers
     too, or folders named like MEDS's splits.
     """
-    if (path / "data").is_dir() and any(map(_has_columns, list_parquet(path / "data")[:1])):
+    if (path / "data").is_dir() and any(map(_has_columns, list_tables(path / "data", is_parquet)[:1])):
         return path
     if not path.is_dir() and not is_parquet(path):
         return None
-    first = next((file for file in list_parquet(path) if file.relative_to(path).parts[:1] != ("metadata",)), None)
+    first = next(
+        (file for file in list_tables(path, is_parquet) if file.relative_to(path).parts[:1] != ("metadata",)), None
+    )
     if first is None or not _has_columns(first):
         return None
     place = path.absolute()
@@ -204,7 +206,7 @@ class Meds(Source, MedsOptions, ColumnOptions):
         path = self.find_side_files().get("subject_splits")
         if path is None:
             return None
-        frame = pl.concat(self._read_split_file(part) for part in list_parquet(path))
+        frame = pl.concat(self._read_split_file(part) for part in list_tables(path))
         known = dict(self.split_map)
         unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
         if len(unknown):

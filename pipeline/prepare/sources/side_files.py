@@ -10,31 +10,47 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.prepare.columns import to_variable_names
-from pipeline.prepare.sources.reading import pick_column, reading
+from pipeline.prepare.sources.csv_files import UTF8, Dialect, parse_rows, read_header, read_parts
+from pipeline.prepare.sources.listing import is_parquet
+from pipeline.prepare.sources.reading import Piece, pick_column, read_parquet, reading
 from pipeline.schema import FIRST_CODE, VARIABLE, UserError
 
 ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
 
 
-def read_frame(path: Path, needed: Sequence[str] = (), header: str | None = None) -> pl.DataFrame:
-    """Return a whole CSV file (every column as text) or Parquet file.
+def read_frame(
+    path: Path, needed: Sequence[str] = (), header: str | None = None, dialect: Dialect = UTF8
+) -> pl.DataFrame:
+    """Return a whole CSV file (every column as text) or Parquet file (columns of the types of ``columns.to_plain``).
 
     One that has not all ``needed`` columns is a UserError that shows the ``header`` that it should have.
     """
-    with reading(path):
-        if path.suffix == ".parquet":
-            frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
-        else:
-            frame = pl.read_csv(path, infer_schema=False, separator=separator_of(path), glob=False)
+    frame = _read_columns(path) if is_parquet(path) else _read_texts(path, dialect)
     for name in needed:
         pick_column(path, frame.columns, name, (), f"a header {header or ','.join(needed)}")
     return frame
 
 
-def separator_of(path: Path) -> str:
-    return "\t" if ".tsv" in path.suffixes else ","
+def _read_columns(path: Path) -> pl.DataFrame:
+    """Return the columns of a Parquet file that hold numbers, text or times; lists are of no use in a side file."""
+    with reading(path):
+        file = pq.ParquetFile(path)
+        is_nested = {field.name: pa.types.is_nested(field.type) for field in file.schema_arrow}
+    return read_parquet(path, Piece(files=(path.name,)), [name for name, nested in is_nested.items() if not nested])[0]
+
+
+def _read_texts(path: Path, dialect: Dialect) -> pl.DataFrame:
+    """Return the rows of a CSV file; the second column of a name gets another one, as Polars gives it."""
+    header = read_header(path, dialect)
+    names = [name if name not in header[:at] else f"{name}_duplicated_0" for at, name in enumerate(header)]
+    wanted, separator = list(dict.fromkeys(names)), dialect.separator_of(path)
+    parts = read_parts(path, Piece(files=(path.name,)), dialect)
+    frames = [parse_rows(path, text, row, names, wanted, separator) for text, row in parts]
+    return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
 
 
 def read_keyed_frame(

@@ -15,7 +15,7 @@ import polars as pl
 
 from pipeline.options import Section, option
 from pipeline.prepare.sources.labels import Labels, read_labels
-from pipeline.prepare.sources.listing import Listing, list_parquet
+from pipeline.prepare.sources.listing import Listing, list_tables
 from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
 from pipeline.schema import PATIENT_ID, UserError
 
@@ -64,7 +64,7 @@ class Origin:
 class SideFileOptions(Section):
     """Labels and embeddings, from files of their own."""
 
-    labels: Path | None = option(None, "CSV or Parquet file of outcomes; for MEDS also a folder of label files.")
+    labels: Path | None = option(None, "CSV or Parquet file of labels, or a folder of them such as MEDS label files.")
     label_column: str | None = option(None, "Column of the outcome in --labels.")
     embeddings: Path | None = option(None, "CSV file with a column Key and a vector for each variable.")
 
@@ -135,7 +135,7 @@ class Source(SideFileOptions, ABC):
         found = {f"events/{name}": path for name, path in self.find_events().items()}
         side_files = [(role, top) for role, top in self.find_side_files().items() if top is not None]
         for role, top in side_files:
-            found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_parquet(top)}
+            found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_tables(top)}
         return found
 
     def read_labels(self) -> Labels | None:

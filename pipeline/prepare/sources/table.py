@@ -15,7 +15,7 @@ from pipeline.prepare import columns, names
 from pipeline.prepare.clean import END_OF_TIME, NO_ORIGIN
 from pipeline.prepare.sources import csv_files, layout
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, ORIGIN, TIME, TableLayout
-from pipeline.prepare.sources.listing import Listing, is_hidden, is_parquet, list_files
+from pipeline.prepare.sources.listing import TABLES, Listing, is_hidden, is_parquet, is_table, list_files
 from pipeline.prepare.sources.reading import (
     PIECE_BYTES,
     Piece,
@@ -26,12 +26,12 @@ from pipeline.prepare.sources.reading import (
     read_column_names,
     read_parquet,
 )
+from pipeline.prepare.sources.side_files import read_frame
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.prepare.sources.wide import PREFIX, list_wide_columns, melt
 from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
-SUFFIXES: Final = (".parquet", *csv_files.SUFFIXES)
 CHUNK_ROWS: Final = 1 << 20
 """Minimum number of rows of files that are handed out together, but for the last ones of a piece."""
 
@@ -46,10 +46,6 @@ CHECKS: Final = {
     TIME: columns.check_times,
     ORIGIN: columns.check_dates,
 }
-
-
-def is_table(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +72,7 @@ class Table(Source, TableLayout):
 
     def list_events(self) -> Listing:
         if self.path.is_file() and not is_table(self.path):
-            raise UserError(f"{self.path}: not a table; give {', '.join(SUFFIXES)}")
+            raise UserError(f"{self.path}: not a table; give {', '.join(TABLES)}")
         others = {path.resolve() for path in self.find_side_files().values() if path}
         if self.path.exists():
             found = list_files(self.path, is_table)
@@ -89,7 +85,7 @@ class Table(Source, TableLayout):
         return Listing([path for path in found.files if path.resolve() not in others], found.left_out)
 
     def find_events(self) -> dict[str, Path]:
-        wanted = f"files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern"
+        wanted = f"files {', '.join(TABLES)} here; name a file, a folder or a pattern"
         return self.name_files(self.list_events().files, wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
@@ -230,24 +226,9 @@ class Table(Source, TableLayout):
     def _origins(self) -> dict[str, object]:
         """Return the instant of each patient in ``--origin_table``; the earliest, where there are several."""
         assert self.origin_table is not None
-        path, patient, time = Path(self.origin_table[0]), *self.origin_table[1:]
-        header = self.read_header(path)
-        roles = [
-            pick_column(path, header, wanted, (), "--origin_table FILE:PATIENT:TIME") for wanted in (patient, time)
-        ]
-        if is_parquet(path):
-            parts = [read_parquet(path, Piece(files=(path.name,)), roles)[0]]
-        else:
-            separator = self.dialect.separator_of(path)
-            contents = csv_files.read_parts(path, Piece(files=(path.name,)), self.dialect)
-            parts = [csv_files.parse_rows(path, text, first, header, roles, separator) for text, first in contents]
-        found = pl.concat(
-            pl.DataFrame(
-                {
-                    PATIENT_ID: columns.to_patient_names(part[patient]),
-                    TIME: columns.to_instants(columns.check_dates(path, part[time])),
-                }
-            )
-            for part in parts
-        )
-        return dict(found.drop_nulls().group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())
+        path, *wanted = Path(self.origin_table[0]), *self.origin_table[1:]
+        frame, flag = read_frame(path, dialect=self.dialect), "--origin_table FILE:PATIENT:TIME"
+        patient, time = (frame[pick_column(path, frame.columns, name, (), flag)] for name in wanted)
+        instants = columns.to_instants(columns.check_dates(path, time))
+        origins = pl.DataFrame({PATIENT_ID: columns.to_patient_names(patient), TIME: instants}).drop_nulls()
+        return dict(origins.group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())

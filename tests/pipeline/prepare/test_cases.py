@@ -412,6 +412,12 @@ def test_physionet_2019(tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_text(header + rows)
     summary = prepare(tmp_path / "in", tmp_path / "out")
     assert (summary["format"], summary["source_rows"], summary["events_in"]) == ("physionet2019", 3, 9)
+    assert summary["labels_from"] == "in: SepsisLabel"
+    table = pq.read_table(tmp_path / "out" / "tasks" / "default.parquet").to_pylist()
+    names = ("patient_id", "prediction_minute", "num_events", "label")
+    assert [tuple(row[name] for name in names) for row in table] == [
+        ("p100001", 60.0, 3, 0), ("p000001", 60.0, 4, 0), ("p000001", 120.0, 6, 1),
+    ]  # fmt: skip
     assert read_stays(tmp_path / "out") == {
         "p000001": [(None, [("Age", 60.0), ("Gender", 1.0), ("HospAdmTime", -3.5)]), (60.0, [("HR", 80.0)]),
                     (120.0, [("HR", 81.0), ("Temp", 36.5)])],
@@ -430,6 +436,7 @@ def test_yaib(tmp_path: Path) -> None:
     pl.DataFrame({"stay_id": [1, 2], "label": [0, 1]}).write_parquet(folder / "outc.parquet")
     summary = prepare(folder, tmp_path / "out")
     assert (summary["format"], summary["events_in"], summary["rejects"]) == ("yaib", 5, {})
+    assert (summary["labels_from"], summary["samples"]["train"]["num_positive"]) == ("outc.parquet", 1)
     assert read_stays(tmp_path / "out") == {
         "1": [(None, [("age", 60.0), ("sex=Male", None)]), (0.0, [("hr", 80.0)]), (60.0, [("na", 140.0)])],
         "2": [(None, [("sex=Female", None)])],
