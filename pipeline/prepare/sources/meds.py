@@ -216,8 +216,9 @@ class Meds(Source, MedsOptions, ColumnOptions):
         return check_splits(path, frame[SUBJECT_ID], frame[SPLIT].replace_strict(known))
 
     def _read_split_file(self, path: Path) -> pl.DataFrame:
-        frame = read_frame(path, (SUBJECT_ID, SPLIT))
-        subject = _to_subjects(path, frame[SUBJECT_ID]).cast(pl.String)
+        frame = read_frame(path, (SPLIT,), "subject_id,split")
+        subject_id = pick_column(path, frame.columns, None, SUBJECT_IDS, "a header subject_id,split")
+        subject = _to_subjects(path, frame[subject_id]).cast(pl.String)
         return pl.DataFrame({SUBJECT_ID: subject, SPLIT: frame[SPLIT].cast(pl.String)})
 
     def read_descriptions(self) -> dict[str, str]:
