@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,11 @@ import pyarrow.parquet as pq
 
 from pipeline.prepare.columns import to_variable_names
 from pipeline.prepare.sources.csv_files import UTF8, Dialect, parse_rows, read_header, read_parts
-from pipeline.prepare.sources.listing import is_parquet
+from pipeline.prepare.sources.listing import is_parquet, list_tables
 from pipeline.prepare.sources.reading import Piece, pick_column, read_parquet, reading
 from pipeline.schema import FIRST_CODE, VARIABLE, UserError
+
+T = TypeVar("T")
 
 ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
 
@@ -51,6 +54,23 @@ def _read_texts(path: Path, dialect: Dialect) -> pl.DataFrame:
     parts = read_parts(path, Piece(files=(path.name,)), dialect)
     frames = [parse_rows(path, text, row, names, wanted, separator) for text, row in parts]
     return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
+
+
+def read_once(read: Callable[..., T], path: Path, *options: Any) -> T:
+    """Return ``read(path, *options)`` of a file or of the tables of a folder.
+
+    A process reads them once, as long as they stay as they are, whatever the number of pieces that need them.
+    """
+    with reading(path):
+        stats = [file.stat() for file in list_tables(path)]
+    found: T = _read_once(read, path, options, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _read_once(read: Callable[..., T], path: Path, options: tuple[Any, ...], files: tuple[Any, ...]) -> T:
+    del files  # of another size or time, they are read again
+    return read(path, *options)
 
 
 def read_keyed_frame(

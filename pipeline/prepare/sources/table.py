@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -26,7 +25,7 @@ from pipeline.prepare.sources.reading import (
     read_column_names,
     read_parquet,
 )
-from pipeline.prepare.sources.side_files import read_frame
+from pipeline.prepare.sources.side_files import read_frame, read_once
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.prepare.sources.wide import PREFIX, list_wide_columns, melt
 from pipeline.prepare.times import MICROSECONDS
@@ -217,18 +216,18 @@ class Table(Source, TableLayout):
     def _find_origins(self, rows: pl.DataFrame) -> pl.Series:
         """Return the instant from which the minutes of each row's patient count, of ``--origin_table``."""
         patients = names.encode(rows[PATIENT_ID], columns.to_patient_names)
-        known = self._origins
+        assert self.origin_table is not None
+        known = read_once(_read_origins, Path(self.origin_table[0]), *self.origin_table[1:], self.dialect)
         of_name = {name: known.get(name) for name in patients.dtype.categories.to_list()}  # type: ignore[attr-defined]
         origins = pl.Series(list(of_name.values()), dtype=pl.Datetime("us"))
         return origins.gather(patients.to_physical())
 
-    @cached_property
-    def _origins(self) -> dict[str, object]:
-        """Return the instant of each patient in ``--origin_table``; the earliest, where there are several."""
-        assert self.origin_table is not None
-        path, *wanted = Path(self.origin_table[0]), *self.origin_table[1:]
-        frame, flag = read_frame(path, dialect=self.dialect), "--origin_table FILE:PATIENT:TIME"
-        patient, time = (frame[pick_column(path, frame.columns, name, (), flag)] for name in wanted)
-        instants = columns.to_instants(columns.check_dates(path, time))
-        origins = pl.DataFrame({PATIENT_ID: columns.to_patient_names(patient), TIME: instants}).drop_nulls()
-        return dict(origins.group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())
+
+def _read_origins(path: Path, patient_column: str, time_column: str, dialect: csv_files.Dialect) -> dict[str, object]:
+    """Return the instant of each patient in ``--origin_table``; the earliest, where there are several."""
+    frame, flag = read_frame(path, dialect=dialect), "--origin_table FILE:PATIENT:TIME"
+    wanted = (patient_column, time_column)
+    patient, time = (frame[pick_column(path, frame.columns, name, (), flag)] for name in wanted)
+    instants = columns.to_instants(columns.check_dates(path, time))
+    origins = pl.DataFrame({PATIENT_ID: columns.to_patient_names(patient), TIME: instants}).drop_nulls()
+    return dict(origins.group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())
