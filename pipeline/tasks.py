@@ -17,6 +17,7 @@ from pipeline.options import Section, option, parse_options
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.sources.labels import read_labels
 from pipeline.prepare.tasks import default_exclusions, write_task
+from pipeline.prepare.warn import warn_of_strangers
 from pipeline.schema import UserError
 
 PROG: Final = "python -m pipeline.tasks"
@@ -90,8 +91,8 @@ def add(arguments: Sequence[str]) -> None:
         exclude_codes = ()
     task = write_task(directory, manifest, given.name, labels, exclude_codes, pseudonyms=pseudonyms)
     _print_tasks([task])
-    if task.labels_without_patient:
-        print(f"{task.labels_without_patient:,} samples name no patient of the data set and are left out")
+    for warning in warn_of_strangers(task, labels, directory, pseudonyms):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def list_(arguments: Sequence[str]) -> None:

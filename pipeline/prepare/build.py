@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import SHARD_SUFFIXES
 from pipeline.dataset.tasks import Task
+from pipeline.prepare.clean import describe_reasons
 from pipeline.prepare.executors import ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.inputs import check_disk_space, compute_fingerprint, write_known_patients
 from pipeline.prepare.journal import JOURNAL, Progress, Stage, StageRunner, ignore_progress
@@ -38,7 +38,7 @@ from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.spill import SpilledPiece, check_same_columns, describe_reasons, spill_piece
+from pipeline.prepare.spill import SpilledPiece, check_same_columns, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
 from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.vocabulary import make_vocabulary
@@ -48,9 +48,7 @@ from pipeline.schema import (
     DEFAULT_TASK,
     EMBEDDINGS_FILE,
     FIRST_CODE,
-    INDEX_FILE,
     MINUTE,
-    PATIENT_ID,
     SUMMARY_FILE,
     TASKS_FOLDER,
     UserError,
@@ -80,7 +78,7 @@ def build(
         output: a new or an empty folder, or a data directory, which ``overwrite`` allows to replace.
         options: with the source, what decides the output; ``execution`` does not.
         progress: is called after every task.
-        log: receives lines: what was recognised, warnings, and that a run does not begin from nothing.
+        log: receives lines: what was recognised, and that a run does not begin from nothing.
 
     Raises:
         UserError: the input cannot be used as a whole, or the output folder not at all; nothing new is left in it.
@@ -113,9 +111,9 @@ def build(
         summary = results.summarise(counts, description, task, time.monotonic() - started)
         summary["files_left_out"] = len(source.list_events().left_out)
         summary["notes"] = [] if options.pseudonyms else notes  # files are often named like patients
-        summary["warnings"] = [*results.find_warnings(task), *_warn_of_labels(labels, options, data)]
-        for warning in summary["warnings"]:
-            log(f"warning: {warning}")
+        summary["warnings"] = results.find_warnings(task)
+        if task and labels:
+            summary["warnings"] += warn_of_strangers(task, labels, data, options.pseudonyms)
         summary = write_summary(data / SUMMARY_FILE, summary)
         manifest.save(data)
     return summary
@@ -129,14 +127,6 @@ def _write_default_task(data: Path, manifest: Manifest, labels: Labels | None, o
         return None
     exclude_codes = default_exclusions(manifest.options["format"], labels)
     return write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes, pseudonyms=options.pseudonyms)
-
-
-def _warn_of_labels(labels: Labels | None, options: BuildOptions, data: Path) -> list[str]:
-    """Return a warning where labels name patients that the input does not have."""
-    if labels is None or options.pseudonyms is not None:
-        return []
-    patients = pl.read_parquet(data / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
-    return warn_of_strangers(labels.frame[PATIENT_ID].unique(), patients)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from typing import Final
 
 import polars as pl
 
+from pipeline.prepare.clean import describe_reasons, describe_rejects
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.spill import CleanedPart, describe_reasons, describe_rejects
+from pipeline.prepare.spill import CleanedPart
 
 MAX_SAMPLED: Final = 8
 """Maximum number of pieces of which the first part is read."""

@@ -38,6 +38,7 @@ class PatientFiles(Source):
     """The folder that holds the split folders.  The file's name is the patient: ``200001.0.parquet`` is 200001."""
 
     name: ClassVar[str] = "patient_files"
+    files_are_patients: ClassVar[bool] = True
 
     def list_events(self) -> Listing:
         files = [path for split in SPLITS for path in sorted((self.path / split).glob("*.parquet"))]

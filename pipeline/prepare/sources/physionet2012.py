@@ -45,6 +45,7 @@ class PhysioNet2012(Source):
     """
 
     name: ClassVar[str] = "physionet2012"
+    files_are_patients: ClassVar[bool] = True
 
     def list_events(self) -> Listing:
         return list_files(self.path, is_record)

@@ -50,6 +50,7 @@ class PhysioNet2019(Source):
     """Record files of a folder and its folders.  The file's name is the patient."""
 
     name: ClassVar[str] = "physionet2019"
+    files_are_patients: ClassVar[bool] = True
 
     def list_events(self) -> Listing:
         return list_files(self.path, is_hourly_record)

@@ -80,6 +80,9 @@ class Source(SideFileOptions, ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     """Options that this format does not take."""
 
+    files_are_patients: ClassVar[bool] = False
+    """Whether each file holds one patient, and is named like it."""
+
     path: Path  # the file, folder or pattern that was named
 
     @property
@@ -111,6 +114,10 @@ class Source(SideFileOptions, ABC):
         if not named:
             raise UserError(f"{self.path}: no {wanted}")
         return named
+
+    def name_site(self, name: str) -> str:
+        """Return where the rows of a file come from, as far as its name says: the file, or its folder."""
+        return f"{Path(name).parent.as_posix()}/" if self.files_are_patients else name
 
     def pieces(self) -> list[Piece]:
         """Divide the input into pieces, which do not depend on the number of workers."""

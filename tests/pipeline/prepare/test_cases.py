@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import preprocess
+from pipeline import tasks
 from pipeline.prepare.rules import read_ranges
 from tests.prepared import read_prepared
 
@@ -536,10 +537,29 @@ def test_labels_that_name_nobody_are_said(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "labels.csv").write_text("patient_id,label\n123,1\n4,0\n5,1\n")
     summary = prepare(tmp_path / "a.csv", tmp_path / "out", "--labels", str(tmp_path / "labels.csv"))
     expected = (
-        "2 labels name no patient of the input; 1 of them differ from an id of the input in leading zeros or case alone"
+        "2 labels name no patient of the data set, and are left out; "
+        "1 of their ids differ from one of the data set in leading zeros or case alone"
     )
     assert expected in summary["warnings"]
-    assert f"warning: {expected}" in " ".join(capsys.readouterr().err.split())
+    assert capsys.readouterr().err.count("name no patient") == 1
+    add = ["add", str(tmp_path / "out"), "--name", "again", "--labels", str(tmp_path / "labels.csv")]
+    assert tasks.main(add) == 0
+    assert f"warning: {expected}\n" in capsys.readouterr().err
+
+
+def test_files_of_other_units_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for site, factor in (("a", 1.0), ("b", 18.0), ("c", 1.0)):
+        rows = [
+            f"{site}{at % 25},{at},glucose,{factor * (5 + at % 3)}\n{site}{at % 25},{at},hr,{80 + at % 9}"
+            for at in range(150)
+        ]
+        (tmp_path / "in" / f"{site}.csv").write_text(HEADER + "\n".join(rows) + "\n")
+    summary = prepare(tmp_path / "in", tmp_path / "out")
+    (warning,) = summary["warnings"]
+    assert warning.startswith("medians of files a factor apart: 'glucose' (18 times as high in b.csv as in a.csv);")
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    assert warning in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
 def test_what_was_recognised_is_said_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
