@@ -37,7 +37,7 @@ def find_warnings(train: Moments, splits: Mapping[str, SampleCounts], scales: Se
     return [
         *_warn_of_outliers(train),
         *_warn_of_constants(train),
-        *_warn_of_scales(scales),
+        *warn_of_scales(scales),
         *_warn_of_splits(splits),
     ]
 
@@ -60,7 +60,8 @@ def _warn_of_constants(train: Moments) -> list[str]:
     return [f"always the same value: {name_some([train.variables[at] for at in constant])}"] if len(constant) else []
 
 
-def _warn_of_scales(scales: Sequence[Scale]) -> list[str]:
+def warn_of_scales(scales: Sequence[Scale]) -> list[str]:
+    """Return a warning where the medians of a variable are a factor apart between files."""
     apart = [
         f"{name!r} ({ratio:.3g} times as high in {high} as in {low})"
         for name, ratio, high, low in compare_scales(scales)

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 import polars as pl
 
 from pipeline.options import Section, option
+from pipeline.prepare.sources.csv_files import parse_encoding, parse_separator
 from pipeline.prepare.sources.labels import LABEL_COLUMNS
 from pipeline.prepare.sources.reading import pick_column
 from pipeline.prepare.sources.side_files import read_keyed_frame
@@ -89,9 +90,11 @@ class TableOptions(Section):
         dict, "CSV file of variable, category, value: numbers in place of texts.", parse=read_categories
     )
     text_events: bool = option(False, "Make events without a number, VARIABLE=TEXT, of texts in a long table's values.")
-    separator: str | None = option(None, "Separator of fields in CSV files, where their name does not say it.")
+    separator: str | None = option(
+        None, "Separator of fields in CSV files, where their name does not say it.", parse=parse_separator
+    )
     decimal_comma: bool = option(False, "Numbers of CSV files have a decimal comma.")
-    encoding: str = option("utf-8", "Encoding of CSV files, such as latin-1.")
+    encoding: str = option("utf-8", "Encoding of CSV files, such as latin-1.", parse=parse_encoding)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +49,7 @@ class Piece:
     start: int = 0  # the first part
     stop: int = 0  # one past the last part; 0 where files are read whole
     first_row: int = 1  # number of the first data row of a range of bytes
+    max_rows: int | None = None  # of a Parquet file, of which the beginning is read as a sample
 
 
 @contextmanager
@@ -170,7 +172,11 @@ def read_parquet(
             file = pq.ParquetFile(
                 path, metadata=metadata, read_dictionary=name_columns, coerce_int96_timestamp_unit="us"
             )
-        table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
+        if piece.max_rows is None:
+            table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
+        else:
+            first = list(islice(file.iter_batches(piece.max_rows, columns=wanted), 1))
+            table = pa.Table.from_batches(first, None if first else file.schema_arrow).select(wanted)
         encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
         series = [names.from_dictionary(name, table[name]) for name in encoded]
         return _to_frame(path, table.drop_columns(encoded)).hstack(series), 1 + num_before

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
 from pipeline.prepare.sources.labels import Labels, read_labels
-from pipeline.prepare.sources.listing import Listing, list_tables
-from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
+from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
+from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, reading
 from pipeline.schema import PATIENT_ID, UserError
 
 
@@ -122,6 +123,15 @@ class Source(SideFileOptions, ABC):
     def pieces(self) -> list[Piece]:
         """Divide the input into pieces, which do not depend on the number of workers."""
         return group_files({name: path.stat().st_size for name, path in self.find_events().items()})
+
+    def sample(self, name: str, path: Path, num_bytes: int) -> tuple[Piece, float]:
+        """Return the beginning of a file, of about so many bytes, or the whole file; and its share of the file."""
+        if not is_parquet(path):
+            return Piece(files=(name,)), 1.0
+        with reading(path):
+            num_rows = pq.read_metadata(path).num_rows
+        max_rows = max(1, num_bytes // ROW_BYTES)
+        return Piece(files=(name,), max_rows=max_rows), min(1.0, max_rows / max(1, num_rows))
 
     @abstractmethod
     def read(self, piece: Piece) -> Iterator[RawRows]:

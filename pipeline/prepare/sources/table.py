@@ -109,12 +109,18 @@ class Table(Source, TableLayout):
     def pieces(self) -> list[Piece]:
         files = self.find_events()
         texts = {name: path for name, path in files.items() if not is_parquet(path)}
-        packed = [name for name, path in texts.items() if csv_files.is_packed(path)]
+        packed = [name for name, path in texts.items() if csv_files.is_stream(path, self.dialect)]
         large = [name for name, path in texts.items() if name not in packed and path.stat().st_size > PIECE_BYTES]
         alone = [name for name in packed if texts[name].stat().st_size > PIECE_BYTES // csv_files.MAX_PACKING]
         whole = cut_files({name: path for name, path in files.items() if name not in (*large, *alone)})
         cut = [piece for name in large for piece in csv_files.cut_csv(files[name], name)]
         return whole + cut + [Piece(files=(name,)) for name in alone]
+
+    def sample(self, name: str, path: Path, num_bytes: int) -> tuple[Piece, float]:
+        if is_parquet(path):
+            return super().sample(name, path, num_bytes)
+        stop, share = csv_files.find_beginning(path, self.dialect, num_bytes)
+        return Piece(files=(name,), stop=stop), share
 
     def read(self, piece: Piece) -> Iterator[RawRows]:
         first = self.base / piece.files[0]

@@ -7,6 +7,7 @@ import gzip
 import html
 import json
 import os
+import re
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -579,11 +580,40 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert preprocess.main(flags) == 0
     said = capsys.readouterr().out
     assert "time = charttime" in said
-    assert "sample: 2 rows of 1 of 1 pieces, 1 kept" in said
+    assert "sample: 2 rows of the beginnings of 1 of 1 files, 1 kept" in said
     assert "rejected: bad_minute 1 (column 'charttime', as in '##/##/####')" in said
     assert "1 variables, such as 220045" in said
     assert "the work: 1 pieces, about 2 rows" in said
     assert os.listdir(tmp_path) == ["a.csv"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+def test_a_dry_run_reads_the_beginning_of_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for file in range(12):
+        factor = 18.0 if file == 10 else 1.0  # another unit
+        rows = [(f"{file}-{at % 20}", float(at), "glucose", factor * (5 + at % 3)) for at in range(9000)]
+        frame = pl.DataFrame(rows, ["patient_id", "minute", "variable", "value"], orient="row")
+        if file == 11:
+            frame = frame.with_columns(minute=pl.lit("01/02/2150"))
+        path = tmp_path / "in" / f"{file:02}{suffix}"
+        if suffix == ".parquet":
+            frame.write_parquet(path)
+        else:
+            text = frame.write_csv().encode()
+            path.write_bytes(pack(text, ".gz") if suffix == ".csv.gz" else text)
+    monkeypatch.setattr("pipeline.prepare.dry_run.SAMPLE_BYTES", 1)  # the least of a file: 64 KiB
+    assert preprocess.main([str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    sampled, kept = (int(text.replace(",", "")) for text in re.findall(r"([\d,]+) (?:rows of|kept)", said))
+    assert 12 * 1000 < sampled < 12 * 4500
+    assert f"rejected: bad_minute {sampled - kept:,} (column 'minute', as in '##/##/####')" in said
+    assert "'glucose' (18 times as high in 10" in said
+    (total,) = (int(text.replace(",", "")) for text in re.findall(r"about ([\d,]+) rows", said))
+    assert total == pytest.approx(12 * 9000, rel=0.1 if suffix != ".csv.gz" else 0.9)
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_the_ranges_of_yaib_are_rules(tmp_path: Path) -> None:
