@@ -8,17 +8,17 @@ from typing import Final
 
 import polars as pl
 
-from pipeline.prepare.columns import check_any, is_missing, to_patient_names, to_times
+from pipeline.prepare.columns import is_missing, to_patient_names, to_times
 from pipeline.prepare.sources.listing import list_tables
-from pipeline.prepare.sources.reading import pick_column
-from pipeline.prepare.sources.side_files import ID_COLUMNS, read_frame
+from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
+from pipeline.prepare.sources.side_files import read_frame
 from pipeline.schema import LABEL, PATIENT_ID, PREDICTION_MINUTE, PREDICTION_TIME, UserError
 
 LABEL_COLUMNS: Final = (
     "label", "in_hospital_mortality", "In-hospital_death", "boolean_value", "integer_value", "float_value",
     "categorical_value",
 )  # fmt: skip
-LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "stay_id", "icustay_id", "hadm_id")
+LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "hadm_id")
 TIME_COLUMNS: Final = (PREDICTION_TIME, PREDICTION_MINUTE)
 
 
@@ -89,7 +89,7 @@ def _read_file(
 def _parse_times(path: Path, column: pl.Series) -> dict[str, pl.Series]:
     """Return prediction times by the name of the column that they are; raise UserError where one is neither."""
     is_given = ~is_missing(column)
-    times = to_times(check_any(path, column), are_numbers_minutes=True)
+    times = to_times(column, are_numbers_minutes=True)
     name = PREDICTION_TIME if isinstance(times.dtype, pl.Datetime) else PREDICTION_MINUTE
     wrong = (times.is_null() & is_given).arg_true()
     if len(wrong):

@@ -13,12 +13,11 @@ import polars as pl
 from pipeline.options import Section, option
 from pipeline.prepare.sources.csv_files import parse_encoding, parse_separator
 from pipeline.prepare.sources.labels import LABEL_COLUMNS
-from pipeline.prepare.sources.reading import pick_column
+from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
 from pipeline.prepare.sources.side_files import read_keyed_frame
 from pipeline.prepare.sources.wide import PREFIX
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
-ID_COLUMNS: Final = ("patient_id", "ts_id", "stay_id", "icustay_id", "RecordID", "subject_id", "person_id")
 VARIABLE_COLUMNS: Final = ("variable", "code", "itemid", "measurement_concept_id", "parameter")
 VALUE_COLUMNS: Final = ("valuenum", "value_as_number", "numeric_value", "value")
 MINUTE_COLUMNS: Final = ("minute", "minutes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -15,9 +16,10 @@ import pyarrow.parquet as pq
 from pipeline.options import Section, option
 from pipeline.prepare import names
 from pipeline.prepare.columns import (
-    check_dates,
-    check_names,
-    check_numbers,
+    DATES,
+    NAMES,
+    NUMBERS,
+    check,
     to_instants,
     to_patient_names,
 )
@@ -131,6 +133,8 @@ class Meds(Source, MedsOptions, ColumnOptions):
     """
 
     name: ClassVar[str] = "meds"
+    wanted: ClassVar[str] = "data/**/*.parquet here; name the folder that holds data and metadata"
+    patient_column: ClassVar[str] = SUBJECT_ID  # of labels, where they name stays too
     event_options: ClassVar[tuple[str, ...]] = ("origin_code", "exclude_codes", "code_modifiers", "roll_up")
 
     @property
@@ -151,12 +155,9 @@ class Meds(Source, MedsOptions, ColumnOptions):
         return self.path / "data" if (self.path / "data").is_dir() else self.path
 
     def list_events(self) -> Listing:
-        return list_files(self._data, is_parquet)
-
-    def find_events(self) -> dict[str, Path]:
-        wanted = "data/**/*.parquet here; name the folder that holds data and metadata"
-        files = [path for path in self.list_events().files if path.relative_to(self.path).parts[0] != "metadata"]
-        return self.name_files(files, wanted)
+        found = list_files(self._data, is_parquet)
+        is_event = [path.relative_to(self.path).parts[0] != "metadata" for path in found.files]
+        return Listing(list(compress(found.files, is_event)), found.left_out)
 
     def find_side_files(self) -> dict[str, Path | None]:
         metadata = self.path / "metadata"
@@ -225,30 +226,23 @@ class Meds(Source, MedsOptions, ColumnOptions):
         frame, first = read_parquet(path, piece, (subject, *COLUMNS, *wanted), [NUMERIC_VALUE], name_columns=["code"])
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
         code, value = frame["code"], frame.get_column(self.value_column or NUMERIC_VALUE, default=no_value)
-        code = code if isinstance(code.dtype, pl.Enum) else names.encode(check_names(path, code))
+        code = code if isinstance(code.dtype, pl.Enum) else names.encode(check(path, code, NAMES))
         excluded = names.test(code, self._is_excluded).fill_null(False)
         if self.roll_up:
             code = roll_up(code, self._find_parents())
         if self._modifiers:
-            code = join_modifiers(code, [check_names(path, frame[name]) for name in self._modifiers])
+            code = join_modifiers(code, [check(path, frame[name], NAMES) for name in self._modifiers])
         columns = {
             SUBJECT: _to_subjects(path, frame[subject]),
-            MINUTE: to_instants(check_dates(path, frame["time"])),
+            MINUTE: to_instants(check(path, frame["time"], DATES)),
             VARIABLE: code,
-            VALUE: check_numbers(path, value),
+            VALUE: check(path, value, NUMBERS),
             EXCLUDED: excluded,
         }
         return number_rows(columns, file=number, first=first)
 
     def _is_excluded(self, codes: pl.Series) -> pl.Series:
-        """Return [N] bool, whether an expression of ``exclude_codes`` is found in a code."""
-        excluded = pl.repeat(False, len(codes), eager=True)
-        for expression in self._expressions:
-            try:
-                excluded |= codes.str.contains(expression).fill_null(False)
-            except pl.exceptions.ComputeError as error:
-                raise UserError(f"--exclude_codes {expression}: no regular expression ({error}); mend it") from None
-        return excluded
+        return names.find_expressions(codes, self._expressions)
 
     def read_splits(self) -> pl.DataFrame | None:
         path = self.find_side_files().get("subject_splits")
@@ -276,14 +270,16 @@ class Meds(Source, MedsOptions, ColumnOptions):
 
 def _read_labelled(path: Path, label_column: str | None) -> pl.Series:
     """Return the subjects that have a sample."""
-    return read_labels(path, label_column).frame[PATIENT_ID].unique().cast(pl.Int64, strict=False).drop_nulls()
+    return (
+        read_labels(path, label_column, SUBJECT_ID).frame[PATIENT_ID].unique().cast(pl.Int64, strict=False).drop_nulls()
+    )
 
 
 def _to_subjects(path: Path, column: pl.Series) -> pl.Series:
     """Return subjects as int64; raise UserError where one is no whole number that int64 holds."""
     if column.dtype.is_integer() and column.dtype != pl.UInt64:
         return column.cast(pl.Int64).rename(SUBJECT)
-    text = to_patient_names(check_names(path, column))
+    text = to_patient_names(check(path, column, NAMES))
     subjects = text.cast(pl.Int64, strict=False)
     wrong = (subjects.is_null() & text.is_not_null()).arg_true()
     if len(wrong):

@@ -22,6 +22,9 @@ FILE: Final = "file"  # uint32, number of the file within its piece
 ROW: Final = "row"  # int64, data row of the file, from 1; header lines do not count
 SPLIT: Final = "split"  # string, one of SPLITS
 
+ID_COLUMNS: Final = ("patient_id", "ts_id", "stay_id", "icustay_id", "RecordID", "subject_id", "person_id")
+"""Usual names of the column of the patient; the first that is there serves."""
+
 AS_TEXT: Final = pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
 """The columns that rejects show as text."""
 

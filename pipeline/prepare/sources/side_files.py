@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,6 @@ from pipeline.prepare.sources.reading import Piece, pick_column, read_parquet, r
 from pipeline.schema import FIRST_CODE, VARIABLE, UserError
 
 T = TypeVar("T")
-
-ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
 
 
 def read_frame(

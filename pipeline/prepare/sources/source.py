@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -81,6 +81,8 @@ class Source(SideFileOptions, ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     """Options that this format does not take."""
 
+    wanted: ClassVar[str] = "files here"
+    """Which files an input without any lacks, and what to name instead."""
     files_are_patients: ClassVar[bool] = False
     """Whether each file holds one patient, and is named like it."""
 
@@ -101,19 +103,15 @@ class Source(SideFileOptions, ABC):
         """The folder that names of files are relative to."""
         return self.path
 
+    @abstractmethod
     def list_events(self) -> Listing:
         """Return the files of events, and those like them that are left out."""
-        return Listing(list(self.find_events().values()))
 
-    @abstractmethod
     def find_events(self) -> dict[str, Path]:
-        """Return the files of events, by their names relative to the input."""
-
-    def name_files(self, files: Iterable[Path], wanted: str) -> dict[str, Path]:
-        """Return files by their names; raise UserError, saying what is ``wanted``, where there are none."""
-        named = {path.relative_to(self.base).as_posix(): path for path in files}
+        """Return the files of events, by their names relative to the input; raise UserError where there are none."""
+        named = {path.relative_to(self.base).as_posix(): path for path in self.list_events().files}
         if not named:
-            raise UserError(f"{self.path}: no {wanted}")
+            raise UserError(f"{self.path}: no {self.wanted}")
         return named
 
     def name_site(self, name: str) -> str:

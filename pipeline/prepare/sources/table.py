@@ -36,14 +36,14 @@ CHUNK_ROWS: Final = 1 << 20
 
 MAX_DESCRIBED_FILES: Final = 100
 
-CHECKS: Final = {
-    PATIENT_ID: columns.check_names,
-    VARIABLE: columns.check_names,
-    VALUE: columns.check_numbers,
-    SET_INDEX: columns.check_numbers,
-    MINUTE: columns.check_minutes,
-    TIME: columns.check_times,
-    ORIGIN: columns.check_dates,
+KINDS: Final = {
+    PATIENT_ID: columns.NAMES,
+    VARIABLE: columns.NAMES,
+    VALUE: columns.NUMBERS,
+    SET_INDEX: columns.NUMBERS,
+    MINUTE: columns.MINUTES,
+    TIME: columns.TIMES,
+    ORIGIN: columns.DATES,
 }
 
 
@@ -52,6 +52,7 @@ class Table(Source, TableLayout):
     """One file, all files of a folder and its folders, or the files of a glob pattern."""
 
     name: ClassVar[str] = "table"
+    wanted: ClassVar[str] = f"files {', '.join(TABLES)} here; name a file, a folder or a pattern"
 
     @property
     def base(self) -> Path:
@@ -82,10 +83,6 @@ class Table(Source, TableLayout):
                 *([path for path, is_ in zip(paths, hidden, strict=True) if is_ == kind] for kind in (False, True))
             )
         return Listing([path for path in found.files if path.resolve() not in others], found.left_out)
-
-    def find_events(self) -> dict[str, Path]:
-        wanted = f"files {', '.join(TABLES)} here; name a file, a folder or a pattern"
-        return self.name_files(self.list_events().files, wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
         origins = Path(self.origin_table[0]) if self.origin_table else None
@@ -166,10 +163,8 @@ class Table(Source, TableLayout):
             if self.decimal_comma and is_number and values.dtype == pl.String:
                 values = values.str.replace(",", ".", literal=True)
             if role == TIME and self.time_unit is not None:
-                role, check = MINUTE, columns.check_minutes
-            else:
-                check = CHECKS.get(role, columns.check_any)
-            series[role] = check(path, values)
+                role = MINUTE
+            series[role] = columns.check(path, values, KINDS[role]) if role in KINDS else values
         return number_rows(series, file=number, first=first)
 
     def _to_rows(self, frames: Sequence[pl.DataFrame], named: Mapping[str, str]) -> Iterator[RawRows]:
@@ -234,6 +229,6 @@ def _read_origins(path: Path, patient_column: str, time_column: str, dialect: cs
     frame, flag = read_frame(path, dialect=dialect), "--origin_table FILE:PATIENT:TIME"
     wanted = (patient_column, time_column)
     patient, time = (frame[pick_column(path, frame.columns, name, (), flag)] for name in wanted)
-    instants = columns.to_instants(columns.check_dates(path, time))
+    instants = columns.to_instants(columns.check(path, time, columns.DATES))
     origins = pl.DataFrame({PATIENT_ID: columns.to_patient_names(patient), TIME: instants}).drop_nulls()
     return dict(origins.group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())

@@ -32,6 +32,7 @@ class Yaib(Table):
     """The folder of one task and source.  A row of the grid whose cells are all null is no event."""
 
     name: ClassVar[str] = "yaib"
+    wanted: ClassVar[str] = f"{DYNAMIC} here; name the folder of a task and source"
 
     wide: bool | None = True
     static_tables: tuple[str, ...] = (STATIC,)
@@ -39,9 +40,6 @@ class Yaib(Table):
     def list_events(self) -> Listing:
         files = (self.path / name for name in (DYNAMIC, STATIC))
         return Listing([path for path in files if path.is_file()])
-
-    def find_events(self) -> dict[str, Path]:
-        return self.name_files(self.list_events().files, f"{DYNAMIC} here; name the folder of a task and source")
 
     def find_side_files(self) -> dict[str, Path | None]:
         outcomes = self.path / OUTCOMES

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.prepare.sources.labels import read_labels
+from pipeline.prepare.sources.meds import Meds
+from pipeline.prepare.sources.table import Table
 from pipeline.schema import UserError
 
 
@@ -112,3 +114,12 @@ def test_labels_of_every_type(tmp_path: Path, ids: pa.Array, labels: pa.Array) -
     pq.write_table(table, tmp_path / "1.parquet", use_deprecated_int96_timestamps=True)
     time = datetime(2150, 1, 1)
     assert read_labels(tmp_path / "1.parquet").frame.rows() == [("1", time, 1), ("2", time, 0)]
+
+
+def test_the_patient_of_a_label_is_that_of_the_events(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "labels.csv", "subject_id,hadm_id,stay_id,label\n1,2,3,1\n")
+    for source, patient in ((Table(path=tmp_path, labels=path), "3"), (Meds(path=tmp_path, labels=path), "1")):
+        labels = source.read_labels()
+        assert labels is not None
+        assert labels.frame.rows() == [(patient, 1)]
