@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -104,7 +104,7 @@ def build(
         for note in notes:
             log(note)
         with open_executor(execution, max_workers=len(pieces)) as executor:
-            results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run()
+            results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run(execution)
         data, counts = work / "data", results.join_tables(work)
         manifest = results.make_manifest(data, description, fingerprint)
         task = _write_default_task(data, manifest, labels, options)
@@ -138,10 +138,17 @@ class _Steps:
     pieces: Sequence[Piece]
     options: BuildOptions
 
-    def run(self) -> Results:
+    def run(self, execution: ExecutionOptions) -> Results:
         write_known_patients(self.source, self.options, self.runner.work)
         spilled = self.read_pieces()
         total = self._count_partitions(spilled)
+        if len(self.pieces) >= min(execution.workers, total):
+            return self._sort_and_write(spilled, total)
+        with open_executor(execution, max_workers=total) as executor:  # few pieces, such as a packed file, become many
+            return replace(self, runner=replace(self.runner, executor=executor))._sort_and_write(spilled, total)
+
+    def _sort_and_write(self, spilled: list[SpilledPiece], total: int) -> Results:
+        """Return the results of all stages; ``total`` partitions are cut from the spills."""
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
         num_spills = tuple(piece.num_spills for piece in spilled)
         partitions = [Partition(work, number, total, num_spills, rule, origin) for number in range(total)]
