@@ -104,10 +104,8 @@ def print_summary(summary: dict[str, Any], *, verbose: bool) -> None:
     samples: list[dict[str, int]] = [*summary["samples"].values()]
     total, labelled = (sum(split[name] for split in samples) for name in ("num_samples", "num_labelled"))
     print(f"labels from {summary['labels_from'] or 'nowhere'}: {total:,} samples, {labelled:,} labelled")
-    if unknown := summary["labels_without_patient"]:
-        print(f"warning: {unknown:,} samples name no patient of the data set, and are left out", file=sys.stderr)
-    if empty := sum(split["num_without_events"] for split in samples):
-        print(f"warning: {empty:,} samples have no event before their prediction time", file=sys.stderr)
+    for warning in summary["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     memory = f"at most {summary['peak_rss_bytes'] / 2**20:,.0f} MiB in a process"
     print(f"{summary['seconds']:.1f} s, {summary['events_per_second'] / 1e6:.2f} M rows/s, {memory}")
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ def disk(folder: Path) -> int:
     return total
 
 
-def measure(num_events: int, workers: int, output: Path) -> dict[str, Any]:
-    command = ["preprocess.py", "synthetic", "--num_patients", str(num_events // EVENTS_PER_PATIENT)]
-    command += ["--workers", str(workers), "--output", str(output)]
+def measure(arguments: Sequence[str], workers: int, output: Path) -> dict[str, Any]:
+    """Run preprocess.py with ``arguments``, and return its time and the memory and disk that it took."""
+    command = ["preprocess.py", *arguments, "--workers", str(workers), "--output", str(output)]
     started = looked = time.monotonic()
     running = psutil.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = most_disk = 0
@@ -97,7 +98,8 @@ def main() -> None:
     rows = []
     for num_events in given.events:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(num_events, given.workers, Path(folder) / "data"))
+            arguments = ["synthetic", "--num_patients", str(num_events // EVENTS_PER_PATIENT)]
+            rows.append(measure(arguments, given.workers, Path(folder) / "data"))
         print("  ".join(f"{name} {number:,}" for name, number in rows[-1].items()), flush=True)
     if given.output:
         result = {"machine": describe(), "workers": given.workers, "rows": rows}

@@ -17,7 +17,7 @@ from pipeline.options import Section, option, parse_options
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.sources.labels import LABEL_KIND_HELP, LabelColumns, LabelKind, read_labels
 from pipeline.prepare.tasks import default_exclusions, write_task
-from pipeline.prepare.warn import warn_of_splits
+from pipeline.prepare.warn import warn_of_splits, warn_of_strangers
 from pipeline.schema import UserError
 
 PROG: Final = "python -m pipeline.tasks"
@@ -42,9 +42,7 @@ class NameOptions(DirectoryOptions):
 class AddOptions(NameOptions):
     """The task and its labels."""
 
-    labels: Path = option(
-        MISSING, "CSV or Parquet file of labels, or a folder of Parquet files such as MEDS label files."
-    )
+    labels: Path = option(MISSING, "CSV or Parquet file of labels, or a folder of them such as MEDS label files.")
     label_column: str | None = option(None, "Column of the label; else one of the usual names.")
     label_kind: LabelKind = option("auto", LABEL_KIND_HELP)
     patient_column: str | None = option(None, "Column of the patient; else one of the usual names.")
@@ -95,10 +93,8 @@ def add(arguments: Sequence[str]) -> None:
         exclude_codes = ()
     task = write_task(directory, manifest, given.name, labels, exclude_codes, pseudonyms=pseudonyms)
     _print_tasks([task])
-    for warning in warn_of_splits(task.splits):
+    for warning in (*warn_of_splits(task.splits), *warn_of_strangers(task, labels, directory, pseudonyms)):
         print(f"warning: {warning}", file=sys.stderr)
-    if task.labels_without_patient:
-        print(f"{task.labels_without_patient:,} samples name no patient of the data set and are left out")
 
 
 def list_(arguments: Sequence[str]) -> None:

@@ -14,18 +14,18 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import SHARD_SUFFIXES
 from pipeline.dataset.tasks import Task
+from pipeline.prepare.clean import describe_reasons
 from pipeline.prepare.executors import ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.inputs import check_disk_space, compute_fingerprint, write_known_patients
 from pipeline.prepare.journal import JOURNAL, Progress, Stage, StageRunner, ignore_progress
@@ -38,7 +38,7 @@ from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.spill import SpilledPiece, check_same_columns, describe_reasons, spill_piece
+from pipeline.prepare.spill import SpilledPiece, check_same_columns, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
 from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.vocabulary import make_vocabulary
@@ -48,9 +48,7 @@ from pipeline.schema import (
     DEFAULT_TASK,
     EMBEDDINGS_FILE,
     FIRST_CODE,
-    INDEX_FILE,
     MINUTE,
-    PATIENT_ID,
     SUMMARY_FILE,
     TASKS_FOLDER,
     UserError,
@@ -80,7 +78,7 @@ def build(
         output: a new or an empty folder, or a data directory, which ``overwrite`` allows to replace.
         options: with the source, what decides the output; ``execution`` does not.
         progress: is called after every task.
-        log: receives lines: what was recognised, warnings, and that a run does not begin from nothing.
+        log: receives lines: what was recognised, and that a run does not begin from nothing.
 
     Raises:
         UserError: the input cannot be used as a whole, or the output folder not at all; nothing new is left in it.
@@ -106,16 +104,16 @@ def build(
         for note in notes:
             log(note)
         with open_executor(execution, max_workers=len(pieces)) as executor:
-            results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run()
+            results = _Steps(StageRunner(executor, work, progress), source, pieces, options).run(execution)
         data, counts = work / "data", results.join_tables(work)
         manifest = results.make_manifest(data, description, fingerprint)
         task = _write_default_task(data, manifest, labels, options)
         summary = results.summarise(counts, description, task, time.monotonic() - started)
         summary["files_left_out"] = len(source.list_events().left_out)
         summary["notes"] = [] if options.pseudonyms else notes  # files are often named like patients
-        summary["warnings"] = [*results.find_warnings(task), *_warn_of_labels(labels, options, data)]
-        for warning in summary["warnings"]:
-            log(f"warning: {warning}")
+        summary["warnings"] = results.find_warnings(task)
+        if task and labels:
+            summary["warnings"] += warn_of_strangers(task, labels, data, options.pseudonyms)
         summary = write_summary(data / SUMMARY_FILE, summary)
         manifest.save(data)
     return summary
@@ -131,14 +129,6 @@ def _write_default_task(data: Path, manifest: Manifest, labels: Labels | None, o
     return write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes, pseudonyms=options.pseudonyms)
 
 
-def _warn_of_labels(labels: Labels | None, options: BuildOptions, data: Path) -> list[str]:
-    """Return a warning where labels name patients that the input does not have."""
-    if labels is None or options.pseudonyms is not None:
-        return []
-    patients = pl.read_parquet(data / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
-    return warn_of_strangers(labels.frame[PATIENT_ID].unique(), patients)
-
-
 @dataclass(frozen=True, slots=True)
 class _Steps:
     """The stages of one build, and what is decided between them."""
@@ -148,10 +138,17 @@ class _Steps:
     pieces: Sequence[Piece]
     options: BuildOptions
 
-    def run(self) -> Results:
+    def run(self, execution: ExecutionOptions) -> Results:
         write_known_patients(self.source, self.options, self.runner.work)
         spilled = self.read_pieces()
         total = self._count_partitions(spilled)
+        if len(self.pieces) >= min(execution.workers, total):
+            return self._sort_and_write(spilled, total)
+        with open_executor(execution, max_workers=total) as executor:  # few pieces, such as a packed file, become many
+            return replace(self, runner=replace(self.runner, executor=executor))._sort_and_write(spilled, total)
+
+    def _sort_and_write(self, spilled: list[SpilledPiece], total: int) -> Results:
+        """Return the results of all stages; ``total`` partitions are cut from the spills."""
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
         num_spills = tuple(piece.num_spills for piece in spilled)
         partitions = [Partition(work, number, total, num_spills, rule, origin) for number in range(total)]

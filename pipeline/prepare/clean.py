@@ -5,6 +5,8 @@ Every row goes to exactly one of the two.  No row is an error: a row that cannot
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 import polars as pl
@@ -116,3 +118,22 @@ def _without_negative_zero(name: str) -> pl.Expr:
     column = pl.col(name)
     zero_or_column = pl.when(column == 0).then(pl.lit(0.0)).otherwise(column)
     return zero_or_column.cast(pl.Float32 if name == VALUE else pl.Float64).alias(name)
+
+
+def describe_reasons(rejects: Counter[str], examples: Mapping[str, str]) -> str:
+    """Return reasons to reject with their counts, and the columns and forms that are examples of them."""
+    return "; ".join(
+        f"{reason} {number:,}" + (f" ({examples[reason]})" if reason in examples else "")
+        for reason, number in rejects.most_common()
+    )
+
+
+def describe_rejects(rejected: pl.DataFrame, headers: Mapping[str, str]) -> dict[str, str]:
+    """Return by reason the column at fault, and the form of its first value without content."""
+    at_fault = {"bad_minute": MINUTE, "end_of_time": MINUTE, "bad_value": VALUE, "infinite_value": VALUE}
+    first = rejected.filter(pl.col("reason").is_in(list(at_fault))).unique("reason", keep="first", maintain_order=True)
+    return {
+        row["reason"]: f"column {headers.get(name, name)!r}, as in {columns.describe_form(row[name] or '')!r}"
+        for row in first.iter_rows(named=True)
+        for name in [at_fault[row["reason"]]]
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -100,52 +100,32 @@ def _to_microseconds(ticks: pl.Series, unit: str) -> pl.Series:
     return ticks.set(~ticks.is_between(-limit, limit).fill_null(True), None) * _TICKS[unit]
 
 
-def refuse_unless(path: Path, column: pl.Series, *, fits: bool, wanted: str) -> None:
-    if not fits:
-        raise UserError(f"{path}: column {column.name!r} holds {column.dtype}; it must hold {wanted}")
+class Kinds(NamedTuple):
+    """The types that a column of some role may have after :func:`to_plain`, and those in words."""
+
+    has_numbers: bool
+    others: tuple[Any, ...]
+    wanted: str
 
 
-def check_any(path: Path, column: pl.Series) -> pl.Series:
-    """Return the column of a variable in a wide table, of any type that :func:`to_plain` gives; the cells decide."""
-    del path
+NAMES: Final = Kinds(True, (pl.String, pl.Null, pl.Boolean, pl.Enum), "numbers or text")
+NUMBERS: Final = Kinds(True, (pl.String, pl.Null, pl.Boolean), "numbers or text")
+MINUTES: Final = Kinds(
+    True, (pl.String, pl.Null, pl.Duration), "numbers or durations; if it holds dates, use --time_column"
+)
+TIMES: Final = Kinds(
+    False,
+    (pl.Datetime, pl.Duration, pl.String, pl.Null),
+    "dates or durations; if it holds numbers, say --time_unit hours, or --minute_column for minutes",
+)
+DATES: Final = Kinds(False, (pl.Datetime, pl.String, pl.Null), "dates with time")
+
+
+def check(path: Path, column: pl.Series, kinds: Kinds) -> pl.Series:
+    """Return the column, if it is of one of the kinds; else raise UserError."""
+    if not ((kinds.has_numbers and column.dtype.is_numeric()) or column.dtype in kinds.others):
+        raise UserError(f"{path}: column {column.name!r} holds {column.dtype}; it must hold {kinds.wanted}")
     return column
-
-
-def check_names(path: Path, column: pl.Series) -> pl.Series:
-    """Return the column of patients or variables, if it is one of numbers or text; else raise UserError."""
-    refuse_unless(path, column, fits=_is_number_or_text(column.dtype, pl.Boolean, pl.Enum), wanted="numbers or text")
-    return column
-
-
-def check_numbers(path: Path, column: pl.Series) -> pl.Series:
-    """Return the column of values or set indices, if it is one of numbers or text; else raise UserError."""
-    refuse_unless(path, column, fits=_is_number_or_text(column.dtype, pl.Boolean), wanted="numbers or text")
-    return column
-
-
-def check_minutes(path: Path, column: pl.Series) -> pl.Series:
-    """Return the column of minutes, if it is one of numbers, text or durations; else raise UserError."""
-    wanted = "numbers or durations; if it holds dates, use --time_column"
-    refuse_unless(path, column, fits=_is_number_or_text(column.dtype, pl.Duration), wanted=wanted)
-    return column
-
-
-def check_times(path: Path, column: pl.Series) -> pl.Series:
-    """Return the column of times, if it is one of dates, durations or text; else raise UserError."""
-    fits = column.dtype in (pl.Datetime, pl.Duration, pl.String, pl.Null)
-    wanted = "dates or durations; if it holds numbers, say --time_unit hours, or --minute_column for minutes"
-    refuse_unless(path, column, fits=fits, wanted=wanted)
-    return column
-
-
-def check_dates(path: Path, column: pl.Series) -> pl.Series:
-    """Return the column of instants, if it is one of dates or text; else raise UserError."""
-    refuse_unless(path, column, fits=column.dtype in (pl.Datetime, pl.String, pl.Null), wanted="dates with time")
-    return column
-
-
-def _is_number_or_text(dtype: Any, *others: Any) -> bool:
-    return bool(dtype.is_numeric() or dtype in (pl.String, pl.Null, *others))
 
 
 def to_patient_names(values: pl.Series) -> pl.Series:

@@ -13,6 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.schema import UserError
+
 
 def _as_text(values: pl.Series) -> pl.Series:
     return values.cast(pl.String)
@@ -45,6 +47,18 @@ def concat(parts: Sequence[pl.Series]) -> pl.Series:
 def test(column: pl.Series, predicate: Callable[[pl.Series], pl.Series]) -> pl.Series:
     """Return [E] bool, whether ``predicate`` holds for the row's name; null where there is none."""
     return predicate(_names(column)).gather(column.to_physical())
+
+
+def find_expressions(texts: pl.Series, expressions: Sequence[str]) -> pl.Series:
+    """Return [N] bool, whether one of the regular expressions of ``--exclude_codes`` is found in a text."""
+    found = pl.repeat(False, len(texts), eager=True)
+    for expression in expressions:
+        try:
+            found |= texts.str.contains(expression).fill_null(False)
+        except pl.exceptions.ComputeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--exclude_codes {expression}: no regular expression ({reason}); mend it") from None
+    return found
 
 
 def _names(column: pl.Series) -> pl.Series:

@@ -24,10 +24,11 @@ import pyarrow.compute as pc
 from pipeline.arrays import concatenate_ranges
 from pipeline.prepare import names
 from pipeline.prepare.arrow_files import read_partition_slice, read_row_range, write_parquet, write_table
-from pipeline.prepare.clean import REJECTS_SCHEMA, clean
-from pipeline.prepare.columns import describe_form, to_patient_names
+from pipeline.prepare.clean import REJECTS_SCHEMA, clean, describe_rejects
+from pipeline.prepare.columns import to_patient_names
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.rules import apply_ranges
+from pipeline.prepare.scales import Scale, measure_scales
 from pipeline.prepare.sources.reading import FILE, ROW, Piece
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
@@ -58,25 +59,28 @@ class SpilledPiece:
     rejects: dict[str, int]  # the other rows, by reason
     columns: dict[str, str]  # dtypes of minutes and set indices; static minutes fit any
     examples: dict[str, str]  # by reason, the column that is at fault, and the form of a value without its content
+    scales: list[Scale]
 
 
 def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions, work: Path) -> SpilledPiece:
     """Read and clean a piece; its kept rows go to ``spills/``, the others to ``rejects/``."""
     spills: list[SpilledPiece] = []
     parts: list[CleanedPart] = []
+    sites = [source.name_site(name) for name in piece.files]
     for raw in source.read(piece):
         parts.append(CleanedPart.clean(raw, options))
         if sum(part.num_rows for part in parts) >= SPILL_ROWS:
-            spills.append(_spill_parts(parts, piece, f"{number:05d}.{len(spills):05d}", options, work))
+            spills.append(_spill_parts(parts, piece, sites, options, work / f"{number:05d}.{len(spills):05d}"))
             parts = []
     if parts or not spills:
-        spills.append(_spill_parts(parts, piece, f"{number:05d}.{len(spills):05d}", options, work))
+        spills.append(_spill_parts(parts, piece, sites, options, work / f"{number:05d}.{len(spills):05d}"))
     kinds = [spill.columns for spill in spills if spill.num_kept]
     return SpilledPiece(
         **{name: sum(getattr(spill, name) for spill in spills) for name in COUNTS},
         rejects=dict(sum((Counter(spill.rejects) for spill in spills), Counter[str]())),
         columns=_join_columns(piece.files[0], kinds),
         examples={reason: text for spill in reversed(spills) for reason, text in spill.examples.items()},
+        scales=[scale for spill in spills for scale in spill.scales],
     )
 
 
@@ -104,10 +108,10 @@ class CleanedPart:
 
 
 def _spill_parts(
-    parts: Sequence[CleanedPart], piece: Piece, name: str, options: BuildOptions, work: Path
+    parts: Sequence[CleanedPart], piece: Piece, sites: Sequence[str], options: BuildOptions, stem: Path
 ) -> SpilledPiece:
-    """Write the spill ``name`` and its rejects."""
-    pseudonyms, files = options.pseudonyms, list(piece.files)
+    """Write a spill and its rejects, in the folders of ``stem`` under its name."""
+    pseudonyms, files, work, name = options.pseudonyms, list(piece.files), stem.parent, stem.name
     kept, columns = _join_kept([part.kept for part in parts], piece.files[0])
     rejected = pl.concat([part.rejected for part in parts]).sort(FILE, ROW, maintain_order=True)
     examples = describe_rejects(rejected, parts[0].columns)
@@ -115,6 +119,7 @@ def _spill_parts(
     if pseudonyms is not None:  # files are often named like patients
         kept, rejected = pseudonyms.hide_kept(kept), pseudonyms.hide_rejected(rejected)
         others, files = pseudonyms.hide_names(others), [pseudonyms.hide(name) for name in files]
+        sites = [pseudonyms.hide(site) for site in sites]
     present = [kept[PATIENT_ID].unique().cast(pl.String), to_patient_names(rejected[PATIENT_ID].unique())]
     patients = list(dict.fromkeys([*pl.concat(present).drop_nulls(), *others]))
     hashes = options.split_rule.hash_patients(patients)[0]
@@ -132,6 +137,7 @@ def _spill_parts(
         rejects=dict(rejected["reason"].value_counts().iter_rows()),
         columns=columns,
         examples=examples,
+        scales=measure_scales(kept, sites),
     )
 
 
@@ -174,25 +180,6 @@ def check_same_columns(file: str, columns: Mapping[str, str], other_file: str, o
     if {MINUTE: others.get(MINUTE), **columns} != {MINUTE: columns.get(MINUTE), **others}:
         advice = "give minutes in all files or dates in all, and set indices in all or in none"
         raise UserError(f"{file} gives {dict(columns)}, {other_file} gives {dict(others)}; {advice}")
-
-
-def describe_reasons(rejects: Counter[str], examples: Mapping[str, str]) -> str:
-    """Return reasons to reject with their counts, and the columns and forms that are examples of them."""
-    return "; ".join(
-        f"{reason} {number:,}" + (f" ({examples[reason]})" if reason in examples else "")
-        for reason, number in rejects.most_common()
-    )
-
-
-def describe_rejects(rejected: pl.DataFrame, columns: Mapping[str, str]) -> dict[str, str]:
-    """Return by reason the column at fault, and the form of its first value without content."""
-    at_fault = {"bad_minute": MINUTE, "end_of_time": MINUTE, "bad_value": VALUE, "infinite_value": VALUE}
-    first = rejected.filter(pl.col("reason").is_in(list(at_fault))).unique("reason", keep="first", maintain_order=True)
-    return {
-        row["reason"]: f"column {columns.get(name, name)!r}, as in {describe_form(row[name] or '')!r}"
-        for row in first.iter_rows(named=True)
-        for name in [at_fault[row["reason"]]]
-    }
 
 
 def _write_spill(

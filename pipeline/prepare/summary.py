@@ -107,7 +107,11 @@ class Results:
 
     def find_warnings(self, task: Task | None) -> list[str]:
         """Return warnings about variables, and about the labels of the first task."""
-        return find_warnings(Moments.merge([part.train for part in self.parts]), task.splits if task else {})
+        train, scales = (
+            Moments.merge([part.train for part in self.parts]),
+            [each for piece in self.spilled for each in piece.scales],
+        )
+        return find_warnings(train, task.splits if task else {}, scales)
 
     def make_manifest(self, data: Path, options: dict[str, Any], fingerprint: str) -> Manifest:
         """Return the manifest of the data directory ``data``, whose shards and tables are complete."""

@@ -17,6 +17,7 @@ from pipeline.dataset.schemas import SHARD_SCHEMA, task_schema
 from pipeline.dataset.shards import read_rows
 from pipeline.dataset.tables import open_checked, read_vocabulary, report_damage
 from pipeline.dataset.tasks import SampleCounts, Task, Times, check_task_name, list_tasks, task_files
+from pipeline.prepare.names import find_expressions
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.times import MICROSECONDS
@@ -102,18 +103,10 @@ def _find_codes(directory: Path, manifest: Manifest, expressions: tuple[str, ...
 
     Names of unknown variables are not kept, so any of them may be such a one: they are excluded with the others.
     """
-    variables = (
-        pl.Series(read_vocabulary(directory, manifest)["variable"].to_pylist()) if expressions else pl.Series([""])
-    )
-    found = pl.repeat(False, len(variables), eager=True)
-    for expression in expressions:
-        try:
-            found |= variables.str.contains(expression)
-        except pl.exceptions.ComputeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--exclude_codes {expression}: no regular expression ({reason}); mend it") from None
-    if expressions:
-        found[UNKNOWN_CODE] = True
+    if not expressions:
+        return np.zeros(0, np.int64)
+    found = find_expressions(pl.Series(read_vocabulary(directory, manifest)["variable"].to_pylist()), expressions)
+    found[UNKNOWN_CODE] = True
     return found.arg_true().to_numpy().astype(np.int64)
 
 

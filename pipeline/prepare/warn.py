@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import polars as pl
 
-from pipeline.dataset.tasks import SampleCounts
+from pipeline.dataset.tasks import SampleCounts, Task
 from pipeline.prepare.moments import Moments
+from pipeline.prepare.pseudonyms import Pseudonyms
+from pipeline.prepare.scales import Scale, compare_scales
+from pipeline.prepare.sources.labels import Labels
+from pipeline.schema import INDEX_FILE, PATIENT_ID
 
 FLATTENING_SHARE: Final = 0.5
 """Share of a variable's variance, above which a single value flattens all others."""
@@ -21,14 +26,20 @@ MAX_NAMED: Final = 5
 """Maximum number of variables that a warning names."""
 
 
-def find_warnings(train: Moments, splits: Mapping[str, SampleCounts]) -> list[str]:
-    """Return warnings about the variables of the train split, and about splits whose labels are all alike.
+def find_warnings(train: Moments, splits: Mapping[str, SampleCounts], scales: Sequence[Scale] = ()) -> list[str]:
+    """Return warnings about variables, and about splits whose labels are all alike or whose samples have no event.
 
     Args:
         train: moments of the train split's variables.
         splits: counts of each split of a task; none without labels.
+        scales: of variables in the files of the input.
     """
-    return [*_warn_of_outliers(train), *_warn_of_constants(train), *warn_of_splits(splits)]
+    return [
+        *_warn_of_outliers(train),
+        *_warn_of_constants(train),
+        *warn_of_scales(scales),
+        *warn_of_splits(splits),
+    ]
 
 
 def _warn_of_outliers(train: Moments) -> list[str]:
@@ -49,11 +60,23 @@ def _warn_of_constants(train: Moments) -> list[str]:
     return [f"always the same value: {name_some([train.variables[at] for at in constant])}"] if len(constant) else []
 
 
+def warn_of_scales(scales: Sequence[Scale]) -> list[str]:
+    """Return a warning where the medians of a variable are a factor apart between files."""
+    apart = [
+        f"{name!r} ({ratio:.3g} times as high in {high} as in {low})"
+        for name, ratio, high, low in compare_scales(scales)
+    ]
+    advice = "where units differ, convert them, or give the variables names of their own"
+    return [f"medians of files a factor apart: {_join_some(apart)}; {advice}"] if apart else []
+
+
 def warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
-    """Return warnings about splits of a task that lack labels, or a class of them."""
+    """Return warnings about samples of a task without events, and splits that lack labels, or a class of them."""
+    empty = sum(counts.num_without_events for counts in splits.values())
+    warnings = [f"{empty:,} samples have no event before their prediction time"] if empty else []
     if not any(counts.num_labelled for counts in splits.values()):
-        return []
-    warnings, advice = [], "look at --split_fractions"
+        return warnings
+    advice = "look at --split_fractions"
     for split, counts in splits.items():
         missing = [number for number, samples in enumerate(counts.class_counts) if not samples]
         if counts.num_samples and not counts.num_labelled:
@@ -68,18 +91,23 @@ def warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
     return warnings
 
 
-def warn_of_strangers(label_ids: pl.Series, patient_ids: pl.Series) -> list[str]:
-    """Return a warning where labels name patients that the input does not have, and say where ids nearly agree.
+def warn_of_strangers(task: Task, labels: Labels, directory: Path, pseudonyms: Pseudonyms | None) -> list[str]:
+    """Return a warning where labels name patients that the data set does not have, and say where ids nearly agree.
 
-    Ids nearly agree that differ in zeros before them or in the case of letters alone.
+    Ids nearly agree that differ in zeros before them or in the case of letters alone; of pseudonyms nobody can say so.
     """
-    strangers = label_ids.filter(~label_ids.is_in(patient_ids.implode()))
-    if not len(strangers):
+    if not task.labels_without_patient:
         return []
-    unlabelled = patient_ids.filter(~patient_ids.is_in(label_ids.implode()))
+    message = f"{task.labels_without_patient:,} labels name no patient of the data set, and are left out"
+    if pseudonyms is not None:
+        return [message]
+    patients = pl.read_parquet(directory / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
+    named = labels.frame[PATIENT_ID].unique()
+    strangers = named.filter(~named.is_in(patients.implode()))
+    unlabelled = patients.filter(~patients.is_in(named.implode()))
     near = _strip_id(strangers).is_in(_strip_id(unlabelled).implode()).sum()
-    hint = f"; {near:,} of them differ from an id of the input in leading zeros or case alone" if near else ""
-    return [f"{len(strangers):,} labels name no patient of the input{hint}"]
+    hint = f"; {near:,} of their ids differ from one of the data set in leading zeros or case alone" if near else ""
+    return [message + hint]
 
 
 def _strip_id(ids: pl.Series) -> pl.Series:
@@ -88,5 +116,9 @@ def _strip_id(ids: pl.Series) -> pl.Series:
 
 def name_some(names: Sequence[str]) -> str:
     """Return the first of some names, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(map(repr, names[:MAX_NAMED])) + more
+    return _join_some([repr(name) for name in names])
+
+
+def _join_some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - MAX_NAMED:,} more" if len(texts) > MAX_NAMED else ""
+    return ", ".join(texts[:MAX_NAMED]) + more

@@ -68,13 +68,14 @@ def manifest(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
 
 def record(folder: Path) -> tuple[Callable[[bytes], object], bytes]:
     physionet2012 = import_module("pipeline.prepare.sources.physionet2012")
+    header = f"{physionet2012.HEADER}\n".encode()
     path = folder / "set" / "1.txt"
     path.parent.mkdir()
     path.touch()
 
     def read(content: bytes) -> None:
-        path.write_bytes(physionet2012.HEADER + content)
-        lines = (physionet2012.HEADER + content.replace(b"\r\n", b"\n")).rstrip(b"\n").count(b"\n")
+        path.write_bytes(header + content)
+        lines = (header + content.replace(b"\r\n", b"\n")).rstrip(b"\n").count(b"\n")
         with contextlib.suppress(physionet2012.UserError):
             source = physionet2012.PhysioNet2012(path=path.parent)
             (rows,) = (next(source.read(piece)).rows for piece in source.pieces())

@@ -8,14 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from pipeline.prepare.sources.listing import list_files
+from pipeline.prepare.sources.listing import is_table, list_files
 from pipeline.prepare.sources.meds import Meds, find_meds
 from pipeline.prepare.sources.patient_files import PatientFiles
 from pipeline.prepare.sources.physionet2012 import PhysioNet2012, is_record
 from pipeline.prepare.sources.physionet2019 import PhysioNet2019, is_physionet2019
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.sources.synthetic import Synthetic
-from pipeline.prepare.sources.table import Table, is_table
+from pipeline.prepare.sources.table import Table
 from pipeline.prepare.sources.yaib import Yaib, is_yaib
 from pipeline.schema import SPLITS, UserError
 

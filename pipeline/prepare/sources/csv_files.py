@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -16,16 +17,22 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.prepare.sources.listing import CODECS, SEPARATORS
 from pipeline.prepare.sources.reading import PIECE_BYTES, Piece, reading
 from pipeline.schema import UserError
 
 BLOCK_BYTES: Final = 1 << 22
-SEPARATORS: Final = {".csv": ",", ".tsv": "\t", ".psv": "|"}
-CODECS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-SUFFIXES: Final = tuple(suffix + packed for suffix in SEPARATORS for packed in ("", *CODECS))
 
 MAX_PACKING: Final = 8
 """Approximate bytes of text in a byte of a packed file."""
+
+MARKS: Final = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Encodings by the bytes with which their files begin, as Excel and other programs of Windows write them."""
 
 ADVICE: Final = "if rows have another form, say --separator, --encoding or --decimal_comma"
 
@@ -45,7 +52,7 @@ class Dialect:
     def to_utf8(self, path: Path, content: bytes, first_row: int) -> bytes:
         """Return the text as UTF-8; raise UserError where it is in another encoding."""
         try:
-            if codecs.lookup(self.encoding).name == "utf-8":
+            if is_recoded(self.encoding) or codecs.lookup(self.encoding).name == "utf-8":
                 content.decode()
                 return content
             return content.decode(self.encoding).encode()
@@ -55,27 +62,87 @@ class Dialect:
             raise UserError(f"{path}: cannot be read ({problem}); say which it is, e.g. --encoding latin-1") from None
 
 
-def is_packed(path: Path) -> bool:
-    return path.suffix.lower() in CODECS
+UTF8: Final = Dialect()
+
+
+@lru_cache(maxsize=4)
+def is_recoded(encoding: str) -> bool:
+    """Return whether text of an encoding becomes UTF-8 as it is read, as line feeds and quotes are no bytes in it."""
+    ascii_bytes = bytes(range(128))
+    if codecs.lookup(encoding).name == "utf-8":
+        return False
+    is_bytewise = len(bytes(range(256)).decode(encoding, "replace")) == 256
+    return not is_bytewise or ascii_bytes.decode(encoding, "replace") != ascii_bytes.decode()
+
+
+def parse_encoding(text: str) -> str:
+    """Return the name of an encoding; raise ValueError where Python knows none of that name."""
+    try:
+        "".encode(text)
+    except LookupError:
+        raise ValueError(f"{text!r} is no encoding; e.g. latin-1, cp1252 or utf-16") from None
+    return text
+
+
+def parse_separator(text: str) -> str:
+    """Return a separator of one byte; tab is also written as a backslash and t."""
+    text = text.replace("\\t", "\t")
+    if len(text.encode()) != 1 or text in '"\r\n':
+        raise ValueError(f"{text!r} is not one character, such as ; or \\t")
+    return text
+
+
+def is_stream(path: Path, dialect: Dialect) -> bool:
+    """Return whether a file can be read from its beginning alone: it is packed, or of an encoding like UTF-16."""
+    return path.suffix.lower() in CODECS or _find_encoding(path, dialect) is not None
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[Any]:
+def open_text(path: Path, dialect: Dialect) -> Iterator[Any]:
     """Open a file and unpack it while it is read; whatever is wrong with it is a UserError."""
-    with reading(path):
-        if not is_packed(path):
-            with path.open("rb") as file:
-                yield file
-            return
-        with pa.OSFile(str(path)) as packed, pa.CompressedInputStream(packed, CODECS[path.suffix.lower()]) as stream:
-            yield stream
+    encoding = _find_encoding(path, dialect)
+    with reading(path), _open_bytes(path) as file:
+        yield file if encoding is None else _Utf8Stream(io.TextIOWrapper(file, encoding, newline=""))
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[Any]:
+    codec = CODECS.get(path.suffix.lower())
+    if codec is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    with pa.OSFile(str(path)) as packed, pa.CompressedInputStream(packed, codec) as stream:
+        yield stream
+
+
+def _find_encoding(path: Path, dialect: Dialect) -> str | None:
+    """Return the encoding from which a file becomes UTF-8 as it is read: one that is said, or that its mark tells."""
+    if codecs.lookup(dialect.encoding).name != "utf-8":
+        return dialect.encoding if is_recoded(dialect.encoding) else None
+    with reading(path), _open_bytes(path) as file:
+        first = file.read(4)
+    return next((encoding for mark, encoding in MARKS.items() if first.startswith(mark)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Utf8Stream:
+    """Reads a text as the bytes that it has in UTF-8, some more than it is asked for."""
+
+    text: io.TextIOWrapper
+
+    def read(self, size: int) -> bytes:
+        return self.text.read(size).encode()
 
 
 def read_header(path: Path, dialect: Dialect) -> list[str]:
     """Return the names of the columns, without blanks at their ends."""
-    with open_text(path) as file:
+    with open_text(path, dialect) as file:
         first = _read_first_row(path, file)
     text = dialect.to_utf8(path, first, 0).decode().removeprefix("\ufeff").rstrip("\r\n")
+    if "\0" in text:
+        problem = "its header holds bytes of zero, as UTF-16 has"
+        raise UserError(f"{path}: cannot be read ({problem}); say which it is, e.g. --encoding utf-16-le")
     try:
         names = next(csv.reader(io.StringIO(text, newline=""), delimiter=dialect.separator_of(path)), [])
     except csv.Error:
@@ -112,10 +179,20 @@ def cut_csv(path: Path, name: str) -> list[Piece]:
     quote counts twice.
     """
     pieces = []
-    with open_text(path) as file:
+    with open_text(path, UTF8) as file:
         for start, stop, first_row, _ in _cut(file, keep=False):
             pieces.append(Piece(files=(name,), start=start, stop=stop, first_row=first_row))
     return pieces
+
+
+def find_beginning(path: Path, dialect: Dialect, num_bytes: int) -> tuple[int, float]:
+    """Return where the last row of the first ``num_bytes`` ends, and the share of the file that lies before it."""
+    with open_text(path, dialect) as file:
+        first = file.read(num_bytes)
+    if len(first) < num_bytes:
+        return len(first), 1.0
+    end = _find_row_ends(first, inside=False)[1] or len(first)
+    return end, min(1.0, end / path.stat().st_size / (MAX_PACKING if is_stream(path, dialect) else 1))
 
 
 def _cut(file: IO[bytes], *, keep: bool) -> Iterator[tuple[int, int, int, bytes]]:
@@ -156,11 +233,13 @@ def read_parts(path: Path, piece: Piece, dialect: Dialect) -> Iterator[tuple[byt
 
     The next part is unpacked by a thread while one is worked on.
     """
-    with open_text(path) as file:
+    with open_text(path, dialect) as file:
         if piece.stop:
-            file.seek(piece.start)
+            if piece.start:
+                file.seek(piece.start)
+            num_bytes = piece.stop - piece.start
             parts: Iterator[tuple[int, int, int, bytes]] = iter(
-                [(piece.start, piece.stop, piece.first_row, file.read(piece.stop - piece.start))]
+                [(piece.start, piece.stop, piece.first_row, file.read(num_bytes)[:num_bytes])]
             )
         else:
             parts = _cut(file, keep=True)

@@ -9,16 +9,17 @@ from typing import Final, Literal
 
 import polars as pl
 
-from pipeline.prepare.columns import check_any, is_missing, to_patient_names, to_times
-from pipeline.prepare.sources.reading import pick_column
-from pipeline.prepare.sources.side_files import ID_COLUMNS, read_frame
+from pipeline.prepare.columns import is_missing, to_patient_names, to_times
+from pipeline.prepare.sources.listing import list_tables
+from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
+from pipeline.prepare.sources.side_files import read_frame
 from pipeline.schema import LABEL, PATIENT_ID, PREDICTION_MINUTE, PREDICTION_TIME, Kind, UserError
 
 LABEL_COLUMNS: Final = (
     "label", "in_hospital_mortality", "In-hospital_death", "boolean_value", "integer_value", "float_value",
     "categorical_value",
 )  # fmt: skip
-LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "stay_id", "icustay_id", "hadm_id")
+LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "hadm_id")
 TIME_COLUMNS: Final = (PREDICTION_TIME, PREDICTION_MINUTE)
 
 CLASSES: Final = ("0", "1")
@@ -30,7 +31,7 @@ UNKNOWN_IS_MINUS_1: Final = ("Length_of_stay", "Survival", "SAPS-I", "SOFA")
 LabelKind = Literal["auto", "binary", "multiclass", "regression"]
 LABEL_KIND_HELP: Final = (
     "What labels are: 0 and 1 (binary), names or numbers of classes (multiclass), or numbers (regression). Default: as "
-    "they look; numbers other than 0 and 1 must be said."
+    "they look; what whole numbers other than 0 and 1 are must be said."
 )
 
 
@@ -74,16 +75,16 @@ class LabelColumns:
 
 
 def read_labels(path: Path, columns: LabelColumns | None = None) -> Labels:
-    """Return the labels of a CSV or Parquet file, or of all Parquet files of a folder and its folders.
+    """Return the labels of a CSV or Parquet file, or of all such files of a folder and its folders.
 
     Empty means unlabelled, and so does -1 unless labels are numbers.
 
     Raises:
         UserError: a file cannot be read, has no such columns, holds what is no label, or contradicts itself.
     """
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = list_tables(path)
     if not files:
-        raise UserError(f"{path}: no **/*.parquet here; name the label file, or the folder of a task")
+        raise UserError(f"{path}: no Parquet or CSV files here; name the label file, or the folder of a task")
     return read_label_files(files, str(path), columns or LabelColumns())
 
 
@@ -134,7 +135,7 @@ def _read_file(path: Path, columns: LabelColumns) -> tuple[pl.DataFrame, str]:
 def _parse_times(path: Path, column: pl.Series) -> dict[str, pl.Series]:
     """Return prediction times by the name of the column that they are; raise UserError where one is neither."""
     is_given = ~is_missing(column)
-    times = to_times(check_any(path, column), are_numbers_minutes=True)
+    times = to_times(column, are_numbers_minutes=True)
     name = PREDICTION_TIME if isinstance(times.dtype, pl.Datetime) else PREDICTION_MINUTE
     wrong = (times.is_null() & is_given).arg_true()
     if len(wrong):
@@ -146,8 +147,8 @@ def _parse_times(path: Path, column: pl.Series) -> dict[str, pl.Series]:
 def find_kind(labels: Sequence[pl.Series], name: str) -> Kind:
     """Return of what kind labels are that stand in columns called ``name``.
 
-    Labels that are all 0, 1, true or false are binary, words are classes, and ``float_value`` of MEDS is a number.
-    Other numbers may be either, so a person must say.
+    Labels that are all 0, 1, true or false are binary, words are classes, and what has fractions or is MEDS's
+    ``float_value`` is numbers.  Other whole numbers may be either, so a person must say.
     """
     numbers = pl.concat([_to_numbers(column) for column in labels])
     given = ~pl.concat([_is_unlabelled(column) for column in labels])
@@ -155,7 +156,8 @@ def find_kind(labels: Sequence[pl.Series], name: str) -> Kind:
         return "binary"
     if not (numbers.is_not_null() & given).any():
         return "multiclass"
-    return "regression" if name == "float_value" and numbers.is_not_null().filter(given).all() else "binary"
+    has_fractions = bool((numbers != numbers.floor()).any()) or name == "float_value"
+    return "regression" if has_fractions and numbers.is_not_null().filter(given).all() else "binary"
 
 
 def parse_labels(path: Path, name: str, labels: pl.Series, kind: Kind) -> pl.Series:

@@ -11,13 +11,13 @@ from typing import Any, Final, Literal, TypeAlias
 import polars as pl
 
 from pipeline.options import Section, option
+from pipeline.prepare.sources.csv_files import parse_encoding, parse_separator
 from pipeline.prepare.sources.labels import LABEL_COLUMNS
-from pipeline.prepare.sources.reading import pick_column
+from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
 from pipeline.prepare.sources.side_files import read_keyed_frame
 from pipeline.prepare.sources.wide import PREFIX
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
-ID_COLUMNS: Final = ("patient_id", "ts_id", "stay_id", "icustay_id", "RecordID", "subject_id", "person_id")
 VARIABLE_COLUMNS: Final = ("variable", "code", "itemid", "measurement_concept_id", "parameter")
 VALUE_COLUMNS: Final = ("valuenum", "value_as_number", "numeric_value", "value")
 MINUTE_COLUMNS: Final = ("minute", "minutes")
@@ -89,9 +89,11 @@ class TableOptions(Section):
         dict, "CSV file of variable, category, value: numbers in place of texts.", parse=read_categories
     )
     text_events: bool = option(False, "Make events without a number, VARIABLE=TEXT, of texts in a long table's values.")
-    separator: str | None = option(None, "Separator of fields in CSV files, where their name does not say it.")
+    separator: str | None = option(
+        None, "Separator of fields in CSV files, where their name does not say it.", parse=parse_separator
+    )
     decimal_comma: bool = option(False, "Numbers of CSV files have a decimal comma.")
-    encoding: str = option("utf-8", "Encoding of CSV files, such as latin-1.")
+    encoding: str = option("utf-8", "Encoding of CSV files, such as latin-1.", parse=parse_encoding)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Final, NoReturn, TypeAlias
 
 from pipeline.schema import UserError
 
 FileTest: TypeAlias = Callable[[Path], bool]
+
+SEPARATORS: Final = {".csv": ",", ".tsv": "\t", ".psv": "|"}
+CODECS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+TABLES: Final = (".parquet", *(suffix + packed for suffix in SEPARATORS for packed in ("", *CODECS)))
+"""Endings of the names of tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,10 @@ class Listing:
 
 def is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
+
+
+def is_table(path: Path) -> bool:
+    return path.name.lower().endswith(TABLES) and path.is_file()
 
 
 def is_hidden(relative: Path) -> bool:
@@ -61,6 +70,6 @@ def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable, or leave it out")
 
 
-def list_parquet(top: Path) -> list[Path]:
-    """Return the Parquet files of a folder and its folders; of a file, the file itself."""
-    return list_files(top, is_parquet).files if top.is_dir() else [top]
+def list_tables(top: Path, is_wanted: FileTest = is_table) -> list[Path]:
+    """Return the tables of a folder and its folders; of a file, the file itself."""
+    return list_files(top, is_wanted).files if top.is_dir() else [top]

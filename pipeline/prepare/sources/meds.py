@@ -1,9 +1,11 @@
-"""MEDS 0.4, the Medical Event Data Standard: ``data/**/*.parquet``, ``metadata/``, and label files of a task."""
+"""MEDS 0.3 and 0.4, the Medical Event Data Standard: ``data/**/*.parquet``, ``metadata/`` and labels of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -14,15 +16,25 @@ import pyarrow.parquet as pq
 from pipeline.options import Section, option
 from pipeline.prepare import names
 from pipeline.prepare.columns import (
-    check_dates,
-    check_names,
-    check_numbers,
+    DATES,
+    NAMES,
+    NUMBERS,
+    check,
     to_instants,
     to_patient_names,
-    to_plain,
 )
+from pipeline.prepare.sources.labels import LabelColumns, read_labels
 from pipeline.prepare.sources.layout import ColumnOptions
-from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_parquet
+from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_tables
+from pipeline.prepare.sources.meds_codes import (
+    DECLARED,
+    count_texts,
+    join_modifiers,
+    read_descriptions,
+    read_modifiers,
+    read_roll_up,
+    roll_up,
+)
 from pipeline.prepare.sources.reading import (
     SPLIT,
     Piece,
@@ -34,7 +46,7 @@ from pipeline.prepare.sources.reading import (
     read_parquet,
     reading,
 )
-from pipeline.prepare.sources.side_files import read_frame
+from pipeline.prepare.sources.side_files import read_frame, read_once
 from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
 from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
@@ -46,6 +58,9 @@ SUBJECT_IDS: Final = (SUBJECT_ID, "patient_id")
 COLUMNS: Final = ("time", "code")
 SUBJECT: Final = "subject"  # int64, a subject of the rows as they came
 NUMERIC_VALUE: Final = "numeric_value"
+TEXT_VALUE: Final = "text_value"
+EXCLUDED: Final = "excluded"  # bool, whether the code is one of --exclude_codes
+DATASET: Final = "dataset.json"
 
 BIRTH: Final = r"^MEDS_BIRTH(//|$)"
 
@@ -59,11 +74,13 @@ def find_meds(path: Path) -> Path | None:
     MEDS is known by its columns.  Without ``data`` or ``metadata`` around it, a folder must have the column of numbers
     too, or folders named like MEDS's splits.
     """
-    if (path / "data").is_dir() and any(map(_has_columns, list_parquet(path / "data")[:1])):
+    if (path / "data").is_dir() and any(map(_has_columns, list_tables(path / "data", is_parquet)[:1])):
         return path
     if not path.is_dir() and not is_parquet(path):
         return None
-    first = next((file for file in list_parquet(path) if file.relative_to(path).parts[:1] != ("metadata",)), None)
+    first = next(
+        (file for file in list_tables(path, is_parquet) if file.relative_to(path).parts[:1] != ("metadata",)), None
+    )
     if first is None or not _has_columns(first):
         return None
     place = path.absolute()
@@ -98,6 +115,13 @@ class MedsOptions(Section):
     labelled_only: bool = option(False, "Leave out subjects without a sample in --labels.")
     origin_code: str | None = option(None, "Code from which minutes count, instead of the first event but birth.")
     exclude_codes: tuple[str, ...] = option((), "Regular expressions of codes to reject, or none.")
+    code_modifiers: tuple[str, ...] = option(
+        (), "Columns whose texts are joined to the code, CODE//TEXT, or declared: those that dataset.json declares."
+    )
+    roll_up: tuple[str, ...] = option(
+        (),
+        "Vocabularies, such as LOINC: codes become their nearest parent of one, by the parent_codes of codes.parquet.",
+    )
     split_map: SplitMap = option(SPLIT_MAP, "Splits of the names in subject_splits.parquet.", parse=parse_split_map)
 
 
@@ -109,7 +133,9 @@ class Meds(Source, MedsOptions, ColumnOptions):
     """
 
     name: ClassVar[str] = "meds"
-    event_options: ClassVar[tuple[str, ...]] = ("origin_code", "exclude_codes")
+    wanted: ClassVar[str] = "data/**/*.parquet here; name the folder that holds data and metadata"
+    patient_column: ClassVar[str] = SUBJECT_ID  # of labels, where they name stays too
+    event_options: ClassVar[tuple[str, ...]] = ("origin_code", "exclude_codes", "code_modifiers", "roll_up")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -129,22 +155,21 @@ class Meds(Source, MedsOptions, ColumnOptions):
         return self.path / "data" if (self.path / "data").is_dir() else self.path
 
     def list_events(self) -> Listing:
-        return list_files(self._data, is_parquet)
-
-    def find_events(self) -> dict[str, Path]:
-        wanted = "data/**/*.parquet here; name the folder that holds data and metadata"
-        files = [path for path in self.list_events().files if path.relative_to(self.path).parts[0] != "metadata"]
-        return self.name_files(files, wanted)
+        found = list_files(self._data, is_parquet)
+        is_event = [path.relative_to(self.path).parts[0] != "metadata" for path in found.files]
+        return Listing(list(compress(found.files, is_event)), found.left_out)
 
     def find_side_files(self) -> dict[str, Path | None]:
         metadata = self.path / "metadata"
         paths = {name: metadata / f"{name}.parquet" for name in ("subject_splits", "codes")}
+        paths |= {"dataset": metadata / DATASET} if DECLARED in self.code_modifiers else {}
         if (metadata / "subject_splits").is_dir():
             paths["subject_splits"] = metadata / "subject_splits"
         return super().find_side_files() | {name: path for name, path in paths.items() if path.exists()}
 
     def pieces(self) -> list[Piece]:
-        self._is_excluded(pl.Series([""]))  # a wrong expression is found before the work
+        self._is_excluded(pl.Series([""]))  # what is wrong is found before the work
+        self._find_parents()
         return cut_files(self.find_events())
 
     def read(self, piece: Piece) -> Iterator[RawRows]:
@@ -161,50 +186,69 @@ class Meds(Source, MedsOptions, ColumnOptions):
             others = [field.name for field in schema if field.name not in known and _is_number(field.type)]
             hint = f"; if {others[0]!r} holds them, say --value_column {others[0]}" if others else ""
             notes.append(f"{files[0]}: no column {NUMERIC_VALUE!r}: no event has a number{hint}")
+        if num_texts := count_texts(files, TEXT_VALUE):
+            notes.append(f"{self._data}: {num_texts:,} events have a {TEXT_VALUE}, which is not read")
+        modifiers = read_modifiers(self.path / "metadata" / DATASET)
+        if modifiers and not self.code_modifiers:
+            declares = f"declares {', '.join(modifiers)}, which {'is' if len(modifiers) == 1 else 'are'} left alone"
+            notes.append(
+                f"{self.path / 'metadata' / DATASET}: {declares}; --code_modifiers {DECLARED} joins them to the code"
+            )
+        if parents := self._find_parents():
+            into = len(set(parents.values()))
+            notes.append(f"--roll_up: {len(parents):,} codes become {into:,}, if they occur; others stay as they are")
         return notes
 
+    @cached_property
+    def _modifiers(self) -> tuple[str, ...]:
+        declared = read_modifiers(self.path / "metadata" / DATASET) if DECLARED in self.code_modifiers else ()
+        return (*declared, *(name for name in self.code_modifiers if name != DECLARED))
+
+    def _find_parents(self) -> dict[str, str]:
+        """Return the code that stands for each one that is rolled up."""
+        codes = self.path / "metadata" / "codes.parquet"
+        return read_once(read_roll_up, codes, self.roll_up) if self.roll_up else {}
+
     def _to_rows(self, rows: pl.DataFrame) -> RawRows:
-        excluded = names.test(rows[VARIABLE], self._is_excluded).fill_null(False)
-        rows = rows.with_columns(excluded.alias("excluded"))
-        rules = [("excluded_code", pl.col("excluded"))]
         rows = rows.with_columns(pl.col(SUBJECT).alias(PATIENT_ID))
-        if self.labelled_only and (labels := self.read_labels()):
-            is_labelled = pl.col(SUBJECT).cast(pl.String).is_in(labels.frame[PATIENT_ID].unique().to_list())
-            rules.insert(0, ("no_sample", ~is_labelled))
+        rules = [("excluded_code", pl.col(EXCLUDED))]
+        labels = self.find_side_files()["labels"]
+        if self.labelled_only and labels:
+            labelled = read_once(_read_labelled, labels, self.label_columns)
+            rules.insert(0, ("no_sample", ~pl.col(SUBJECT).is_in(labelled.implode())))
         return RawRows(rows=rows, minute=pl.col(MINUTE), static=True, rules=tuple(rules))
 
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
-        """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``."""
+        """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``, ``excluded``."""
         path = self.path / piece.files[number]
         subject = pick_column(path, read_column_names(path), None, SUBJECT_IDS, "one of these headers")
-        wanted = [] if self.value_column is None else [self.value_column]
+        wanted = dict.fromkeys([*self._modifiers, *([self.value_column] if self.value_column else [])])
         frame, first = read_parquet(path, piece, (subject, *COLUMNS, *wanted), [NUMERIC_VALUE], name_columns=["code"])
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
         code, value = frame["code"], frame.get_column(self.value_column or NUMERIC_VALUE, default=no_value)
-        is_encoded = isinstance(code.dtype, pl.Enum)
+        code = code if isinstance(code.dtype, pl.Enum) else names.encode(check(path, code, NAMES))
+        excluded = names.test(code, self._is_excluded).fill_null(False)
+        if self.roll_up:
+            code = roll_up(code, self._find_parents())
+        if self._modifiers:
+            code = join_modifiers(code, [check(path, frame[name], NAMES) for name in self._modifiers])
         columns = {
             SUBJECT: _to_subjects(path, frame[subject]),
-            MINUTE: _to_instants(path, frame["time"]),
-            VARIABLE: code if is_encoded else names.encode(check_names(path, code)),
-            VALUE: check_numbers(path, value),
+            MINUTE: to_instants(check(path, frame["time"], DATES)),
+            VARIABLE: code,
+            VALUE: check(path, value, NUMBERS),
+            EXCLUDED: excluded,
         }
         return number_rows(columns, file=number, first=first)
 
     def _is_excluded(self, codes: pl.Series) -> pl.Series:
-        """Return [N] bool, whether an expression of ``exclude_codes`` is found in a code."""
-        excluded = pl.repeat(False, len(codes), eager=True)
-        for expression in self._expressions:
-            try:
-                excluded |= codes.str.contains(expression).fill_null(False)
-            except pl.exceptions.ComputeError as error:
-                raise UserError(f"--exclude_codes {expression}: no regular expression ({error}); mend it") from None
-        return excluded
+        return names.find_expressions(codes, self._expressions)
 
     def read_splits(self) -> pl.DataFrame | None:
         path = self.find_side_files().get("subject_splits")
         if path is None:
             return None
-        frame = pl.concat(self._read_split_file(part) for part in list_parquet(path))
+        frame = pl.concat(self._read_split_file(part) for part in list_tables(path))
         known = dict(self.split_map)
         unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
         if len(unknown):
@@ -214,35 +258,26 @@ class Meds(Source, MedsOptions, ColumnOptions):
         return check_splits(path, frame[SUBJECT_ID], frame[SPLIT].replace_strict(known))
 
     def _read_split_file(self, path: Path) -> pl.DataFrame:
-        frame = read_frame(path, (SUBJECT_ID, SPLIT))
-        subject = _to_subjects(path, frame[SUBJECT_ID]).cast(pl.String)
+        frame = read_frame(path, (SPLIT,), "subject_id,split")
+        subject_id = pick_column(path, frame.columns, None, SUBJECT_IDS, "a header subject_id,split")
+        subject = _to_subjects(path, frame[subject_id]).cast(pl.String)
         return pl.DataFrame({SUBJECT_ID: subject, SPLIT: frame[SPLIT].cast(pl.String)})
 
     def read_descriptions(self) -> dict[str, str]:
-        """Return each code's descriptions, each once, in the order of ``codes.parquet``."""
         path = self.find_side_files().get("codes")
-        if path is None:
-            return {}
-        with reading(path):
-            table = pq.read_table(path)
-        pick_column(path, table.column_names, "code", (), "a header code")
-        if "description" not in table.column_names:
-            return {}
-        description = table["description"]
-        if pa.types.is_list(description.type) or pa.types.is_large_list(description.type):
-            texts = ["; ".join(text.strip() for text in texts or () if text) for texts in description.to_pylist()]
-            description = pa.chunked_array([pa.array(texts, pa.string())])
-        frame = pl.DataFrame([to_plain(path, "code", table["code"]), to_plain(path, "description", description)])
-        text = frame.select(pl.col("code", "description").cast(pl.String).str.strip_chars()).drop_nulls()
-        text = text.filter(pl.col("description") != "").unique(maintain_order=True)
-        return dict(text.group_by("code").agg(pl.col("description").str.join("; ")).iter_rows())
+        return {} if path is None else read_descriptions(path)
+
+
+def _read_labelled(path: Path, columns: LabelColumns) -> pl.Series:
+    """Return the subjects that have a sample."""
+    return read_labels(path, columns).frame[PATIENT_ID].unique().cast(pl.Int64, strict=False).drop_nulls()
 
 
 def _to_subjects(path: Path, column: pl.Series) -> pl.Series:
     """Return subjects as int64; raise UserError where one is no whole number that int64 holds."""
     if column.dtype.is_integer() and column.dtype != pl.UInt64:
         return column.cast(pl.Int64).rename(SUBJECT)
-    text = to_patient_names(check_names(path, column))
+    text = to_patient_names(check(path, column, NAMES))
     subjects = text.cast(pl.Int64, strict=False)
     wrong = (subjects.is_null() & text.is_not_null()).arg_true()
     if len(wrong):
@@ -254,7 +289,3 @@ def _to_subjects(path: Path, column: pl.Series) -> pl.Series:
 
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind))
-
-
-def _to_instants(path: Path, column: pl.Series) -> pl.Series:
-    return to_instants(check_dates(path, column))

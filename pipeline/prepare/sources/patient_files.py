@@ -13,7 +13,7 @@ from typing import ClassVar, Final
 
 import polars as pl
 
-from pipeline.prepare.columns import check_minutes, check_names, check_numbers, to_numbers, to_patient_names, to_times
+from pipeline.prepare.columns import MINUTES, NAMES, NUMBERS, check, to_numbers, to_patient_names, to_times
 from pipeline.prepare.sources.listing import Listing, is_hidden
 from pipeline.prepare.sources.reading import (
     FILE,
@@ -38,15 +38,13 @@ class PatientFiles(Source):
     """The folder that holds the split folders.  The file's name is the patient: ``200001.0.parquet`` is 200001."""
 
     name: ClassVar[str] = "patient_files"
+    wanted: ClassVar[str] = f"{{{','.join(SPLITS)}}}/<patient>.parquet here; name the folder above them"
+    files_are_patients: ClassVar[bool] = True
 
     def list_events(self) -> Listing:
         files = [path for split in SPLITS for path in sorted((self.path / split).glob("*.parquet"))]
         hidden = [path for path in files if is_hidden(path.relative_to(self.path))]
         return Listing([path for path in files if path not in set(hidden)], hidden)
-
-    def find_events(self) -> dict[str, Path]:
-        files = self.list_events().files
-        return self.name_files(files, f"{{{','.join(SPLITS)}}}/<patient>.parquet here; name the folder above them")
 
     def find_side_files(self) -> dict[str, Path | None]:
         given = super().find_side_files()
@@ -73,11 +71,11 @@ class PatientFiles(Source):
         time = pick_column(path, frame.columns, None, (MINUTE, TIME), "one of these headers")
         series = {
             MINUTE: _check_time(path, frame[time]),
-            VALUE: check_numbers(path, frame[VALUE]),
-            VARIABLE: check_names(path, frame[VARIABLE]),
+            VALUE: check(path, frame[VALUE], NUMBERS),
+            VARIABLE: check(path, frame[VARIABLE], NAMES),
         }
         if SET_INDEX in frame.columns:
-            series[SET_INDEX] = check_numbers(path, frame[SET_INDEX])
+            series[SET_INDEX] = check(path, frame[SET_INDEX], NUMBERS)
         if IS_CARRY in frame.columns:
             series[IS_CARRY] = to_numbers(frame[IS_CARRY])
         return number_rows(series, file=number)
@@ -94,4 +92,4 @@ def _to_patients(names: Iterable[str]) -> pl.Series:
 
 def _check_time(path: Path, column: pl.Series) -> pl.Series:
     """Return minutes, as numbers or durations, or instants."""
-    return column if column.dtype == pl.Datetime else check_minutes(path, column)
+    return column if column.dtype == pl.Datetime else check(path, column, MINUTES)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-import numpy as np
 import polars as pl
 
 from pipeline.prepare.sources.labels import Labels, read_label_files
-from pipeline.prepare.sources.listing import Listing, list_files
-from pipeline.prepare.sources.reading import FILE, ROW, Piece, reading
-from pipeline.prepare.sources.source import RawRows, Source
+from pipeline.prepare.sources.listing import FileTest, list_files
+from pipeline.prepare.sources.reading import FILE, ROW, Piece
+from pipeline.prepare.sources.records import Records, name_patients
+from pipeline.prepare.sources.source import RawRows
 from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 
-HEADER: Final = b"Time,Parameter,Value\n"
+HEADER: Final = "Time,Parameter,Value"
 
 _CLOCK = pl.col(MINUTE).str.splitn(":", 2)
 _HOURS = _CLOCK.struct.field("field_0").cast(pl.UInt32, strict=False)
@@ -36,7 +36,7 @@ def is_record(path: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhysioNet2012(Source):
+class PhysioNet2012(Records):
     """Record files of a folder and its folders; outcomes come from ``labels``, or from files ``Outcomes-*.txt``.
 
     These lie in the folder, in its folders, or beside it: then ``Outcomes-a.txt`` is that of ``set-a``.
@@ -45,13 +45,8 @@ class PhysioNet2012(Source):
     """
 
     name: ClassVar[str] = "physionet2012"
-
-    def list_events(self) -> Listing:
-        return list_files(self.path, is_record)
-
-    def find_events(self) -> dict[str, Path]:
-        wanted = "record files (<RecordID>.txt) here; name the folder that holds them"
-        return self.name_files(self.list_events().files, wanted)
+    wanted: ClassVar[str] = "record files (<RecordID>.txt) here; name the folder that holds them"
+    is_record: ClassVar[FileTest] = staticmethod(is_record)
 
     def find_side_files(self) -> dict[str, Path | None]:
         outcomes = [self.labels] if self.labels else self._find_outcomes()
@@ -77,22 +72,20 @@ class PhysioNet2012(Source):
         return outcomes
 
     def read(self, piece: Piece) -> Iterator[RawRows]:
-        bodies = [_read_body(self.path / name) for name in piece.files]
-        num_rows = [body.count(b"\n") for body in bodies]
-        patients = [Path(name).stem for name in piece.files]
-        # One parse of all files together is ten times as fast as one parse a file.  A row of three fields goes first,
-        # and away again: Polars refuses a file whose first row has fewer.
-        content, schema = b"".join([b",,\n", *bodies]), dict.fromkeys((MINUTE, VARIABLE, VALUE), pl.String)
-        rows = pl.read_csv(content, has_header=False, schema=schema, quote_char=None, truncate_ragged_lines=True)
-        rows = rows.slice(1)
-        assert rows.height == sum(num_rows), "a row a line"
-        file = np.repeat(np.arange(len(bodies), dtype=np.uint32), num_rows)
-        first = np.cumsum([0, *num_rows[:-1]])
-        row = pl.Series(ROW, np.arange(1, rows.height + 1) - first[file])
-        patient = pl.Series(PATIENT_ID, patients).gather(file)
-        rows = rows.select(pl.Series(FILE, file), row, patient, MINUTE, VARIABLE, VALUE)
+        rows = self.read_records(piece)
         self._check_record_ids(piece, rows)
-        yield RawRows(rows=rows, minute=CLOCK_MINUTE, rules=RULES, patients=tuple(patients))
+        yield RawRows(rows=rows, minute=CLOCK_MINUTE, rules=RULES, patients=tuple(name_patients(piece)))
+
+    def check_header(self, path: Path, header: str, first: str) -> None:
+        if header != HEADER:
+            raise UserError(f"{path}: the first line is not {HEADER}; leave the file out if it is no record")
+
+    def parse_rows(self, header: str, content: bytes, wanted: Sequence[str]) -> pl.DataFrame:
+        # A row of three fields goes first, and away again: Polars refuses a file whose first row has fewer.
+        schema = dict.fromkeys((MINUTE, VARIABLE, VALUE), pl.String)
+        content = b",,\n" + content
+        rows = pl.read_csv(content, has_header=False, schema=schema, quote_char=None, truncate_ragged_lines=True)
+        return rows.slice(1)
 
     def _check_record_ids(self, piece: Piece, rows: pl.DataFrame) -> None:
         """Refuse a copied or renamed record, which would put one patient into two splits."""
@@ -100,17 +93,3 @@ class PhysioNet2012(Source):
         if other.height:
             path, row = self.path / piece.files[other[FILE][0]], other[ROW][0]
             raise UserError(f"{path}: row {row} has another RecordID; name the file like its record, or leave it out")
-
-
-def _read_body(path: Path) -> bytes:
-    """Return the data rows of a record, each ended by a line feed."""
-    with reading(path):
-        content = path.read_bytes()
-        content.decode()
-    if b"\r" in content:
-        content = content.replace(b"\r\n", b"\n")
-    content = content.rstrip(b"\n") + b"\n"
-    if not content.startswith(HEADER):
-        header = HEADER.decode().strip()
-        raise UserError(f"{path}: the first line is not {header}; leave the file out if it is no record")
-    return content[len(HEADER) :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,9 @@ from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 FILE: Final = "file"  # uint32, number of the file within its piece
 ROW: Final = "row"  # int64, data row of the file, from 1; header lines do not count
 SPLIT: Final = "split"  # string, one of SPLITS
+
+ID_COLUMNS: Final = ("patient_id", "ts_id", "stay_id", "icustay_id", "RecordID", "subject_id", "person_id")
+"""Usual names of the column of the patient; the first that is there serves."""
 
 AS_TEXT: Final = pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
 """The columns that rejects show as text."""
@@ -48,6 +52,7 @@ class Piece:
     start: int = 0  # the first part
     stop: int = 0  # one past the last part; 0 where files are read whole
     first_row: int = 1  # number of the first data row of a range of bytes
+    max_rows: int | None = None  # of a Parquet file, of which the beginning is read as a sample
 
 
 @contextmanager
@@ -170,7 +175,11 @@ def read_parquet(
             file = pq.ParquetFile(
                 path, metadata=metadata, read_dictionary=name_columns, coerce_int96_timestamp_unit="us"
             )
-        table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
+        if piece.max_rows is None:
+            table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
+        else:
+            first = list(islice(file.iter_batches(piece.max_rows, columns=wanted), 1))
+            table = pa.Table.from_batches(first, None if first else file.schema_arrow).select(wanted)
         encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
         series = [names.from_dictionary(name, table[name]) for name in encoded]
         return _to_frame(path, table.drop_columns(encoded)).hstack(series), 1 + num_before

@@ -3,38 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.prepare.columns import to_variable_names
-from pipeline.prepare.sources.reading import pick_column, reading
+from pipeline.prepare.sources.csv_files import UTF8, Dialect, parse_rows, read_header, read_parts
+from pipeline.prepare.sources.listing import is_parquet, list_tables
+from pipeline.prepare.sources.reading import Piece, pick_column, read_parquet, reading
 from pipeline.schema import FIRST_CODE, VARIABLE, UserError
 
-ID_COLUMNS: Final = ("patient_id", "ts_id", "RecordID", "subject_id")
+T = TypeVar("T")
 
 
-def read_frame(path: Path, needed: Sequence[str] = (), header: str | None = None) -> pl.DataFrame:
-    """Return a whole CSV file (every column as text) or Parquet file.
+def read_frame(
+    path: Path, needed: Sequence[str] = (), header: str | None = None, dialect: Dialect = UTF8
+) -> pl.DataFrame:
+    """Return a whole CSV file (every column as text) or Parquet file (columns of the types of ``columns.to_plain``).
 
     One that has not all ``needed`` columns is a UserError that shows the ``header`` that it should have.
     """
-    with reading(path):
-        if path.suffix == ".parquet":
-            frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
-        else:
-            frame = pl.read_csv(path, infer_schema=False, separator=separator_of(path), glob=False)
+    frame = _read_columns(path) if is_parquet(path) else _read_texts(path, dialect)
     for name in needed:
         pick_column(path, frame.columns, name, (), f"a header {header or ','.join(needed)}")
     return frame
 
 
-def separator_of(path: Path) -> str:
-    return "\t" if ".tsv" in path.suffixes else ","
+def _read_columns(path: Path) -> pl.DataFrame:
+    """Return the columns of a Parquet file that hold numbers, text or times; lists are of no use in a side file."""
+    with reading(path):
+        file = pq.ParquetFile(path)
+        is_nested = {field.name: pa.types.is_nested(field.type) for field in file.schema_arrow}
+    return read_parquet(path, Piece(files=(path.name,)), [name for name, nested in is_nested.items() if not nested])[0]
+
+
+def _read_texts(path: Path, dialect: Dialect) -> pl.DataFrame:
+    """Return the rows of a CSV file; the second column of a name gets another one, as Polars gives it."""
+    header = read_header(path, dialect)
+    names = [name if name not in header[:at] else f"{name}_duplicated_0" for at, name in enumerate(header)]
+    wanted, separator = list(dict.fromkeys(names)), dialect.separator_of(path)
+    parts = read_parts(path, Piece(files=(path.name,)), dialect)
+    frames = [parse_rows(path, text, row, names, wanted, separator) for text, row in parts]
+    return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
+
+
+def read_once(read: Callable[..., T], path: Path, *options: Any) -> T:
+    """Return ``read(path, *options)`` of a file or of the tables of a folder.
+
+    A process reads them once, as long as they stay as they are, whatever the number of pieces that need them.
+    """
+    with reading(path):
+        stats = [file.stat() for file in list_tables(path)]
+    found: T = _read_once(read, path, options, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _read_once(read: Callable[..., T], path: Path, options: tuple[Any, ...], files: tuple[Any, ...]) -> T:
+    del files  # of another size or time, they are read again
+    return read(path, *options)
 
 
 def read_keyed_frame(

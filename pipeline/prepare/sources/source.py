@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
 from pipeline.prepare.sources.labels import LABEL_KIND_HELP, LabelColumns, LabelKind, Labels, read_labels
-from pipeline.prepare.sources.listing import Listing, list_parquet
-from pipeline.prepare.sources.reading import SPLIT, Piece, group_files
+from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
+from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, reading
 from pipeline.schema import PATIENT_ID, UserError
 
 
@@ -64,7 +65,7 @@ class Origin:
 class SideFileOptions(Section):
     """Labels and embeddings, from files of their own."""
 
-    labels: Path | None = option(None, "CSV or Parquet file of outcomes; for MEDS also a folder of label files.")
+    labels: Path | None = option(None, "CSV or Parquet file of labels, or a folder of them such as MEDS label files.")
     label_column: str | None = option(None, "Column of the outcome in --labels.")
     label_kind: LabelKind = option("auto", LABEL_KIND_HELP)
     embeddings: Path | None = option(None, "CSV file with a column Key and a vector for each variable.")
@@ -80,6 +81,11 @@ class Source(SideFileOptions, ABC):
     """Options that decide which events there are, so that a vocabulary fits no other choice of them."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Options that this format does not take."""
+
+    wanted: ClassVar[str] = "files here"
+    """Which files an input without any lacks, and what to name instead."""
+    files_are_patients: ClassVar[bool] = False
+    """Whether each file holds one patient, and is named like it."""
 
     path: Path  # the file, folder or pattern that was named
 
@@ -98,24 +104,33 @@ class Source(SideFileOptions, ABC):
         """The folder that names of files are relative to."""
         return self.path
 
+    @abstractmethod
     def list_events(self) -> Listing:
         """Return the files of events, and those like them that are left out."""
-        return Listing(list(self.find_events().values()))
 
-    @abstractmethod
     def find_events(self) -> dict[str, Path]:
-        """Return the files of events, by their names relative to the input."""
-
-    def name_files(self, files: Iterable[Path], wanted: str) -> dict[str, Path]:
-        """Return files by their names; raise UserError, saying what is ``wanted``, where there are none."""
-        named = {path.relative_to(self.base).as_posix(): path for path in files}
+        """Return the files of events, by their names relative to the input; raise UserError where there are none."""
+        named = {path.relative_to(self.base).as_posix(): path for path in self.list_events().files}
         if not named:
-            raise UserError(f"{self.path}: no {wanted}")
+            raise UserError(f"{self.path}: no {self.wanted}")
         return named
+
+    def name_site(self, name: str) -> str:
+        """Return where the rows of a file come from, as far as its name says: the file, or its folder."""
+        return f"{Path(name).parent.as_posix()}/" if self.files_are_patients else name
 
     def pieces(self) -> list[Piece]:
         """Divide the input into pieces, which do not depend on the number of workers."""
         return group_files({name: path.stat().st_size for name, path in self.find_events().items()})
+
+    def sample(self, name: str, path: Path, num_bytes: int) -> tuple[Piece, float]:
+        """Return the beginning of a file, of about so many bytes, or the whole file; and its share of the file."""
+        if not is_parquet(path):
+            return Piece(files=(name,)), 1.0
+        with reading(path):
+            num_rows = pq.read_metadata(path).num_rows
+        max_rows = max(1, num_bytes // ROW_BYTES)
+        return Piece(files=(name,), max_rows=max_rows), min(1.0, max_rows / max(1, num_rows))
 
     @abstractmethod
     def read(self, piece: Piece) -> Iterator[RawRows]:
@@ -136,7 +151,7 @@ class Source(SideFileOptions, ABC):
         found = {f"events/{name}": path for name, path in self.find_events().items()}
         side_files = [(role, top) for role, top in self.find_side_files().items() if top is not None]
         for role, top in side_files:
-            found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_parquet(top)}
+            found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_tables(top)}
         return found
 
     def read_labels(self) -> Labels | None:

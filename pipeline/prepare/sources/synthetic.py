@@ -16,6 +16,7 @@ import polars as pl
 from pipeline.arrays import Floats, Ints
 from pipeline.options import Section, option
 from pipeline.prepare.sources.labels import Labels
+from pipeline.prepare.sources.listing import Listing
 from pipeline.prepare.sources.reading import Piece, number_rows
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import LABEL, MINUTE, PATIENT_ID, VALUE, VARIABLE
@@ -57,6 +58,9 @@ class Synthetic(Source, SyntheticOptions):
     unused: ClassVar[tuple[str, ...]] = ("labels", "label_column", "label_kind")
 
     path: Path = Path("synthetic")
+
+    def list_events(self) -> Listing:
+        return Listing()
 
     def find_events(self) -> dict[str, Path]:
         return {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -15,7 +14,7 @@ from pipeline.prepare import columns, names
 from pipeline.prepare.clean import END_OF_TIME, NO_ORIGIN
 from pipeline.prepare.sources import csv_files, layout
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, ORIGIN, TIME, TableLayout
-from pipeline.prepare.sources.listing import Listing, is_hidden, is_parquet, list_files
+from pipeline.prepare.sources.listing import TABLES, Listing, is_hidden, is_parquet, is_table, list_files
 from pipeline.prepare.sources.reading import (
     PIECE_BYTES,
     Piece,
@@ -26,30 +25,26 @@ from pipeline.prepare.sources.reading import (
     read_column_names,
     read_parquet,
 )
+from pipeline.prepare.sources.side_files import read_frame, read_once
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.prepare.sources.wide import PREFIX, list_wide_columns, melt
 from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
-SUFFIXES: Final = (".parquet", *csv_files.SUFFIXES)
 CHUNK_ROWS: Final = 1 << 20
 """Minimum number of rows of files that are handed out together, but for the last ones of a piece."""
 
 MAX_DESCRIBED_FILES: Final = 100
 
-CHECKS: Final = {
-    PATIENT_ID: columns.check_names,
-    VARIABLE: columns.check_names,
-    VALUE: columns.check_numbers,
-    SET_INDEX: columns.check_numbers,
-    MINUTE: columns.check_minutes,
-    TIME: columns.check_times,
-    ORIGIN: columns.check_dates,
+KINDS: Final = {
+    PATIENT_ID: columns.NAMES,
+    VARIABLE: columns.NAMES,
+    VALUE: columns.NUMBERS,
+    SET_INDEX: columns.NUMBERS,
+    MINUTE: columns.MINUTES,
+    TIME: columns.TIMES,
+    ORIGIN: columns.DATES,
 }
-
-
-def is_table(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +52,7 @@ class Table(Source, TableLayout):
     """One file, all files of a folder and its folders, or the files of a glob pattern."""
 
     name: ClassVar[str] = "table"
+    wanted: ClassVar[str] = f"files {', '.join(TABLES)} here; name a file, a folder or a pattern"
 
     @property
     def base(self) -> Path:
@@ -76,7 +72,7 @@ class Table(Source, TableLayout):
 
     def list_events(self) -> Listing:
         if self.path.is_file() and not is_table(self.path):
-            raise UserError(f"{self.path}: not a table; give {', '.join(SUFFIXES)}")
+            raise UserError(f"{self.path}: not a table; give {', '.join(TABLES)}")
         others = {path.resolve() for path in self.find_side_files().values() if path}
         if self.path.exists():
             found = list_files(self.path, is_table)
@@ -87,10 +83,6 @@ class Table(Source, TableLayout):
                 *([path for path, is_ in zip(paths, hidden, strict=True) if is_ == kind] for kind in (False, True))
             )
         return Listing([path for path in found.files if path.resolve() not in others], found.left_out)
-
-    def find_events(self) -> dict[str, Path]:
-        wanted = f"files {', '.join(SUFFIXES)} here; name a file, a folder or a pattern"
-        return self.name_files(self.list_events().files, wanted)
 
     def find_side_files(self) -> dict[str, Path | None]:
         origins = Path(self.origin_table[0]) if self.origin_table else None
@@ -114,12 +106,18 @@ class Table(Source, TableLayout):
     def pieces(self) -> list[Piece]:
         files = self.find_events()
         texts = {name: path for name, path in files.items() if not is_parquet(path)}
-        packed = [name for name, path in texts.items() if csv_files.is_packed(path)]
+        packed = [name for name, path in texts.items() if csv_files.is_stream(path, self.dialect)]
         large = [name for name, path in texts.items() if name not in packed and path.stat().st_size > PIECE_BYTES]
         alone = [name for name in packed if texts[name].stat().st_size > PIECE_BYTES // csv_files.MAX_PACKING]
         whole = cut_files({name: path for name, path in files.items() if name not in (*large, *alone)})
         cut = [piece for name in large for piece in csv_files.cut_csv(files[name], name)]
         return whole + cut + [Piece(files=(name,)) for name in alone]
+
+    def sample(self, name: str, path: Path, num_bytes: int) -> tuple[Piece, float]:
+        if is_parquet(path):
+            return super().sample(name, path, num_bytes)
+        stop, share = csv_files.find_beginning(path, self.dialect, num_bytes)
+        return Piece(files=(name,), stop=stop), share
 
     def read(self, piece: Piece) -> Iterator[RawRows]:
         first = self.base / piece.files[0]
@@ -165,10 +163,8 @@ class Table(Source, TableLayout):
             if self.decimal_comma and is_number and values.dtype == pl.String:
                 values = values.str.replace(",", ".", literal=True)
             if role == TIME and self.time_unit is not None:
-                role, check = MINUTE, columns.check_minutes
-            else:
-                check = CHECKS.get(role, columns.check_any)
-            series[role] = check(path, values)
+                role = MINUTE
+            series[role] = columns.check(path, values, KINDS[role]) if role in KINDS else values
         return number_rows(series, file=number, first=first)
 
     def _to_rows(self, frames: Sequence[pl.DataFrame], named: Mapping[str, str]) -> Iterator[RawRows]:
@@ -221,33 +217,18 @@ class Table(Source, TableLayout):
     def _find_origins(self, rows: pl.DataFrame) -> pl.Series:
         """Return the instant from which the minutes of each row's patient count, of ``--origin_table``."""
         patients = names.encode(rows[PATIENT_ID], columns.to_patient_names)
-        known = self._origins
+        assert self.origin_table is not None
+        known = read_once(_read_origins, Path(self.origin_table[0]), *self.origin_table[1:], self.dialect)
         of_name = {name: known.get(name) for name in patients.dtype.categories.to_list()}  # type: ignore[attr-defined]
         origins = pl.Series(list(of_name.values()), dtype=pl.Datetime("us"))
         return origins.gather(patients.to_physical())
 
-    @cached_property
-    def _origins(self) -> dict[str, object]:
-        """Return the instant of each patient in ``--origin_table``; the earliest, where there are several."""
-        assert self.origin_table is not None
-        path, patient, time = Path(self.origin_table[0]), *self.origin_table[1:]
-        header = self.read_header(path)
-        roles = [
-            pick_column(path, header, wanted, (), "--origin_table FILE:PATIENT:TIME") for wanted in (patient, time)
-        ]
-        if is_parquet(path):
-            parts = [read_parquet(path, Piece(files=(path.name,)), roles)[0]]
-        else:
-            separator = self.dialect.separator_of(path)
-            contents = csv_files.read_parts(path, Piece(files=(path.name,)), self.dialect)
-            parts = [csv_files.parse_rows(path, text, first, header, roles, separator) for text, first in contents]
-        found = pl.concat(
-            pl.DataFrame(
-                {
-                    PATIENT_ID: columns.to_patient_names(part[patient]),
-                    TIME: columns.to_instants(columns.check_dates(path, part[time])),
-                }
-            )
-            for part in parts
-        )
-        return dict(found.drop_nulls().group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())
+
+def _read_origins(path: Path, patient_column: str, time_column: str, dialect: csv_files.Dialect) -> dict[str, object]:
+    """Return the instant of each patient in ``--origin_table``; the earliest, where there are several."""
+    frame, flag = read_frame(path, dialect=dialect), "--origin_table FILE:PATIENT:TIME"
+    wanted = (patient_column, time_column)
+    patient, time = (frame[pick_column(path, frame.columns, name, (), flag)] for name in wanted)
+    instants = columns.to_instants(columns.check(path, time, columns.DATES))
+    origins = pl.DataFrame({PATIENT_ID: columns.to_patient_names(patient), TIME: instants}).drop_nulls()
+    return dict(origins.group_by(PATIENT_ID).agg(pl.col(TIME).min()).iter_rows())

@@ -1,17 +1,26 @@
-"""YAIB, Yet Another ICU Benchmark: ``dyn.parquet`` on an hourly grid and ``sta.parquet``, a column a variable."""
+"""YAIB, Yet Another ICU Benchmark: ``dyn.parquet`` on an hourly grid and ``sta.parquet``, a column a variable.
+
+``outc.parquet`` beside them holds the labels: one of each stay, or, with a column ``time``, one of each hour.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Final
 
+import polars as pl
+
+from pipeline.prepare.sources.labels import Labels, read_labels
+from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, TIME
 from pipeline.prepare.sources.listing import Listing
+from pipeline.prepare.sources.reading import read_column_names
 from pipeline.prepare.sources.table import Table
+from pipeline.schema import PREDICTION_MINUTE
 
 DYNAMIC: Final = "dyn.parquet"
 STATIC: Final = "sta.parquet"
-"""``outc.parquet`` beside them holds the labels, which are no events."""
+OUTCOMES: Final = "outc.parquet"
 
 
 def is_yaib(path: Path) -> bool:
@@ -23,6 +32,7 @@ class Yaib(Table):
     """The folder of one task and source.  A row of the grid whose cells are all null is no event."""
 
     name: ClassVar[str] = "yaib"
+    wanted: ClassVar[str] = f"{DYNAMIC} here; name the folder of a task and source"
 
     wide: bool | None = True
     static_tables: tuple[str, ...] = (STATIC,)
@@ -31,5 +41,20 @@ class Yaib(Table):
         files = (self.path / name for name in (DYNAMIC, STATIC))
         return Listing([path for path in files if path.is_file()])
 
-    def find_events(self) -> dict[str, Path]:
-        return self.name_files(self.list_events().files, f"{DYNAMIC} here; name the folder of a task and source")
+    def find_side_files(self) -> dict[str, Path | None]:
+        outcomes = self.path / OUTCOMES
+        return super().find_side_files() | {"labels": self.labels or (outcomes if outcomes.is_file() else None)}
+
+    def read_labels(self) -> Labels | None:
+        """Return the labels of ``--labels``, else those of the task's own file."""
+        path = self.find_side_files()["labels"]
+        if path is None or self.labels is not None:
+            return super().read_labels()
+        time = self.time_column or TIME
+        if time not in read_column_names(path):
+            return read_labels(path, self.label_columns)
+        labels = read_labels(path, replace(self.label_columns, time=time))
+        if self.time_unit is None:
+            return labels
+        minute = pl.col(PREDICTION_MINUTE) * MINUTES_OF_UNIT[self.time_unit]
+        return replace(labels, frame=labels.frame.with_columns(minute))

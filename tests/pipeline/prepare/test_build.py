@@ -23,7 +23,7 @@ from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.dataset.shards import read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
 from pipeline.prepare.build import build
-from pipeline.prepare.executors import ExecutionOptions
+from pipeline.prepare.executors import ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.publish import WORK, claim_output_folder
 from pipeline.prepare.sort import sort_order
@@ -197,6 +197,24 @@ def test_the_output_is_the_same_for_one_process_and_for_two(tmp_path: Path, monk
     assert seen[-1][0] == "write"
     assert seen[-1][1] == seen[-1][2]
     assert seen[-1][3] == summaries[0]["events_written"]
+
+
+def test_a_packed_file_is_read_by_one_process_and_sorted_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "in.parquet", icu_rows(40))
+    opened = []
+
+    def open_here(options: ExecutionOptions, max_workers: int) -> Any:
+        opened.append(min(options.workers, max_workers))
+        return open_executor(ONE_PROCESS, 1)
+
+    monkeypatch.setattr("pipeline.prepare.build.open_executor", open_here)
+    for events_per_shard, wanted in ((50, [1, 2]), (1 << 20, [1])):
+        options, output = BuildOptions(events_per_shard=events_per_shard), tmp_path / str(events_per_shard)
+        build(Table(path=tmp_path / "in.parquet"), output, options, execution=ExecutionOptions(workers=2))
+        assert opened == wanted
+        opened.clear()
 
 
 def test_tars_and_parquet_hold_the_same_shards(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gzip
 import html
 import json
 import os
+import re
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import preprocess
+from pipeline import tasks
 from pipeline.prepare.rules import read_ranges
 from tests.prepared import read_prepared
 
@@ -412,6 +414,12 @@ def test_physionet_2019(tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_text(header + rows)
     summary = prepare(tmp_path / "in", tmp_path / "out")
     assert (summary["format"], summary["source_rows"], summary["events_in"]) == ("physionet2019", 3, 9)
+    assert summary["labels_from"] == "in: SepsisLabel"
+    table = pq.read_table(tmp_path / "out" / "tasks" / "default.parquet").to_pylist()
+    names = ("patient_id", "prediction_minute", "num_events", "label")
+    assert [tuple(row[name] for name in names) for row in table] == [
+        ("p100001", 60.0, 3, 0), ("p000001", 60.0, 4, 0), ("p000001", 120.0, 6, 1),
+    ]  # fmt: skip
     assert read_stays(tmp_path / "out") == {
         "p000001": [(None, [("Age", 60.0), ("Gender", 1.0), ("HospAdmTime", -3.5)]), (60.0, [("HR", 80.0)]),
                     (120.0, [("HR", 81.0), ("Temp", 36.5)])],
@@ -430,6 +438,7 @@ def test_yaib(tmp_path: Path) -> None:
     pl.DataFrame({"stay_id": [1, 2], "label": [0, 1]}).write_parquet(folder / "outc.parquet")
     summary = prepare(folder, tmp_path / "out")
     assert (summary["format"], summary["events_in"], summary["rejects"]) == ("yaib", 5, {})
+    assert (summary["labels_from"], summary["samples"]["train"]["num_positive"]) == ("outc.parquet", 1)
     assert read_stays(tmp_path / "out") == {
         "1": [(None, [("age", 60.0), ("sex=Male", None)]), (0.0, [("hr", 80.0)]), (60.0, [("na", 140.0)])],
         "2": [(None, [("sex=Female", None)])],
@@ -529,10 +538,29 @@ def test_labels_that_name_nobody_are_said(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "labels.csv").write_text("patient_id,label\n123,1\n4,0\n5,1\n")
     summary = prepare(tmp_path / "a.csv", tmp_path / "out", "--labels", str(tmp_path / "labels.csv"))
     expected = (
-        "2 labels name no patient of the input; 1 of them differ from an id of the input in leading zeros or case alone"
+        "2 labels name no patient of the data set, and are left out; "
+        "1 of their ids differ from one of the data set in leading zeros or case alone"
     )
     assert expected in summary["warnings"]
-    assert f"warning: {expected}" in " ".join(capsys.readouterr().err.split())
+    assert capsys.readouterr().err.count("name no patient") == 1
+    add = ["add", str(tmp_path / "out"), "--name", "again", "--labels", str(tmp_path / "labels.csv")]
+    assert tasks.main(add) == 0
+    assert f"warning: {expected}\n" in capsys.readouterr().err
+
+
+def test_files_of_other_units_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for site, factor in (("a", 1.0), ("b", 18.0), ("c", 1.0)):
+        rows = [
+            f"{site}{at % 25},{at},glucose,{factor * (5 + at % 3)}\n{site}{at % 25},{at},hr,{80 + at % 9}"
+            for at in range(150)
+        ]
+        (tmp_path / "in" / f"{site}.csv").write_text(HEADER + "\n".join(rows) + "\n")
+    summary = prepare(tmp_path / "in", tmp_path / "out")
+    (warning,) = summary["warnings"]
+    assert warning.startswith("medians of files a factor apart: 'glucose' (18 times as high in b.csv as in a.csv);")
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    assert warning in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
 def test_what_was_recognised_is_said_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -552,11 +580,40 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert preprocess.main(flags) == 0
     said = capsys.readouterr().out
     assert "time = charttime" in said
-    assert "sample: 2 rows of 1 of 1 pieces, 1 kept" in said
+    assert "sample: 2 rows of the beginnings of 1 of 1 files, 1 kept" in said
     assert "rejected: bad_minute 1 (column 'charttime', as in '##/##/####')" in said
     assert "1 variables, such as 220045" in said
     assert "the work: 1 pieces, about 2 rows" in said
     assert os.listdir(tmp_path) == ["a.csv"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+def test_a_dry_run_reads_the_beginning_of_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for file in range(12):
+        factor = 18.0 if file == 10 else 1.0  # another unit
+        rows = [(f"{file}-{at % 20}", float(at), "glucose", factor * (5 + at % 3)) for at in range(9000)]
+        frame = pl.DataFrame(rows, ["patient_id", "minute", "variable", "value"], orient="row")
+        if file == 11:
+            frame = frame.with_columns(minute=pl.lit("01/02/2150"))
+        path = tmp_path / "in" / f"{file:02}{suffix}"
+        if suffix == ".parquet":
+            frame.write_parquet(path)
+        else:
+            text = frame.write_csv().encode()
+            path.write_bytes(pack(text, ".gz") if suffix == ".csv.gz" else text)
+    monkeypatch.setattr("pipeline.prepare.dry_run.SAMPLE_BYTES", 1)  # the least of a file: 64 KiB
+    assert preprocess.main([str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    sampled, kept = (int(text.replace(",", "")) for text in re.findall(r"([\d,]+) (?:rows of|kept)", said))
+    assert 12 * 1000 < sampled < 12 * 4500
+    assert f"rejected: bad_minute {sampled - kept:,} (column 'minute', as in '##/##/####')" in said
+    assert "'glucose' (18 times as high in 10" in said
+    (total,) = (int(text.replace(",", "")) for text in re.findall(r"about ([\d,]+) rows", said))
+    assert total == pytest.approx(12 * 9000, rel=0.1 if suffix != ".csv.gz" else 0.9)
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_the_ranges_of_yaib_are_rules(tmp_path: Path) -> None:

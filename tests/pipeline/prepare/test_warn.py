@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
-import polars as pl
 
 from pipeline.dataset.tasks import SampleCounts
 from pipeline.prepare.moments import Moments
-from pipeline.prepare.warn import find_warnings, name_some, warn_of_strangers
+from pipeline.prepare.scales import Scale
+from pipeline.prepare.warn import find_warnings, name_some
 
 
 def measure(**values: list[float]) -> Moments:
@@ -44,11 +44,20 @@ def test_splits_whose_labels_are_all_alike_are_said() -> None:
     assert find_warnings(measure(), {"train": counts(0, 0)}) == []
 
 
-def test_labels_that_name_nobody() -> None:
-    patients = pl.Series(["00123", "b", "c"])
-    assert warn_of_strangers(pl.Series(["b"]), patients) == []
-    (warning,) = warn_of_strangers(pl.Series(["123", "B", "x", "c"]), patients)
-    assert warning.startswith("3 labels name no patient of the input; 2 of them differ")
+def test_samples_without_events_are_said() -> None:
+    counts = SampleCounts(num_samples=5, num_patients=5, num_labelled=4, num_without_events=3)
+    (warning,) = find_warnings(measure(), {"train": counts})
+    assert warning == "3 samples have no event before their prediction time"
+
+
+def test_scales_that_are_apart_are_one_warning() -> None:
+    scales = [Scale("a", f"v{n}", 0.9, 1.0, 1.1) for n in range(7)] + [
+        Scale("b", f"v{n}", 18 + n, 20 + n, 22 + n) for n in range(7)
+    ]
+    (warning,) = find_warnings(measure(), {}, scales)
+    assert warning.startswith("medians of files a factor apart: 'v6' (26 times as high in b as in a), 'v5' (25 times")
+    assert "and 2 more; where units differ, convert them" in warning
+    assert find_warnings(measure(), {}, scales[:7]) == []
 
 
 def test_only_some_are_named() -> None:

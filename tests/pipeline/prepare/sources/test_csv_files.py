@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import preprocess
 from pipeline.prepare.sources import csv_files as module
 from pipeline.prepare.sources import table as table_module
-from pipeline.prepare.sources.csv_files import cut_csv
+from pipeline.prepare.sources.csv_files import cut_csv, parse_separator
 from pipeline.prepare.sources.reading import FILE, ROW, Piece
 from pipeline.prepare.sources.table import Table
+from pipeline.schema import UserError
 
 cells = st.sampled_from(["", "1", "a,b", 'say "x"', "two\nlines", '"', "\n", '\n"\n', "ü" * 20])
 rows = st.lists(st.tuples(cells, cells, cells, cells), min_size=1, max_size=30)
@@ -57,3 +60,57 @@ def test_a_cut_is_after_a_row_and_not_within_quotes(tmp_path: Path, monkeypatch:
         Piece(files=("a.csv",), start=4, stop=14, first_row=1),
         Piece(files=("a.csv",), start=14, stop=18, first_row=2),
     ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "shift_jis", "cp037", "latin-1", "utf-8-sig"])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("small", [True, False])
+def test_texts_of_every_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, packed: str, small: bool
+) -> None:
+    text = "patient_id,minute,variable,value\r\n" + "".join(f'p{at},{at},"a\nu",{at}\r\n' for at in range(40))
+    content = text.encode(encoding)
+    (tmp_path / f"a.csv{packed}").write_bytes(gzip.compress(content) if packed else content)
+    if small:
+        monkeypatch.setattr("pipeline.prepare.sources.csv_files.PIECE_BYTES", 100)
+        monkeypatch.setattr("pipeline.prepare.sources.csv_files.BLOCK_BYTES", 64)
+        monkeypatch.setattr("pipeline.prepare.sources.table.PIECE_BYTES", 100)
+    said = {} if encoding in ("utf-16", "utf-32", "utf-8-sig") else {"encoding": encoding}
+    source = Table(path=tmp_path, **said)  # type: ignore[arg-type]
+    rows = pl.concat(raw.rows for piece in source.pieces() for raw in source.read(piece))
+    assert rows["patient_id"].to_list() == [f"p{at}" for at in range(40)]
+    assert rows["row"].to_list() == list(range(1, 41))
+    assert set(rows["variable"]) == {"a\nu"}
+
+
+def test_a_text_that_is_cut_within_a_character_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("patient_id,minute,variable,value\np,0,hr,80\n".encode("utf-16")[:-1])
+    source = Table(path=tmp_path)
+    with pytest.raises(UserError, match=r"a.csv: cannot be read \(byte \d+ is no UTF-16"):
+        list(source.read(source.pieces()[0]))
+    (tmp_path / "a.csv").write_bytes("patient_id,minute,variable,value\np,0,hr,80\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"bytes of zero, as UTF-16 has\); say which it is, e.g. --encoding utf-16-le"):
+        source.describe()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--encoding", "foo"], "'foo' is no encoding"),
+        (["--encoding", "base64"], "'base64' is no encoding"),
+        (["--separator", ";;"], "';;' is not one character"),
+        (["--separator", ""], "'' is not one character"),
+    ],
+)
+def test_encodings_and_separators_that_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    (tmp_path / "a.csv").write_text("patient_id,minute,variable,value\np,0,hr,80\n")
+    assert preprocess.main([str(tmp_path / "a.csv"), "--output", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_tab_may_be_written_as_people_write_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("patient_id\tminute\tvariable\tvalue\np\t0\thr\t80\n")
+    source = Table(path=tmp_path, separator=parse_separator("\\t"))
+    assert [raw.rows.height for raw in source.read(source.pieces()[0])] == [1]

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import gzip
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.prepare.sources.labels import LabelColumns, LabelKind, read_labels
+from pipeline.prepare.sources.meds import Meds
+from pipeline.prepare.sources.table import Table
 from pipeline.schema import UserError
 
 
@@ -62,6 +68,7 @@ def test_labels_that_cannot_be_used_are_named(tmp_path: Path, text: str, message
         ("label", ["2", "b", "10"], "multiclass", "multiclass", ("2", "10", "b"), [0, 2, 1]),
         ("label", ["1", "0", "nan"], "multiclass", "multiclass", ("0", "1"), [1, 0, None]),
         ("label", ["1.5", "-1", ""], "regression", "regression", (), [1.5, -1.0, None]),
+        ("label", ["1.5", "-1", ""], "auto", "regression", (), [1.5, -1.0, None]),
         ("Length_of_stay", ["5", "-1", "0"], "regression", "regression", (), [5.0, None, 0.0]),
         ("float_value", ["5", "-1", "0"], "auto", "regression", (), [5.0, -1.0, 0.0]),
         ("label", ["", "", ""], "auto", "binary", ("0", "1"), [None, None, None]),
@@ -138,3 +145,38 @@ def test_the_files_of_a_folder_are_one_task(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="other columns of times"):
         read_labels(tmp_path)
+
+
+def test_labels_of_meds_may_be_csv_files(tmp_path: Path) -> None:
+    header = "subject_id,prediction_time,boolean_value,integer_value,float_value,categorical_value\n"
+    write(tmp_path / "0.csv", header + "1,2150-01-01T00:00:00,True,,,\n")
+    (tmp_path / "1.csv.gz").write_bytes(gzip.compress((header + "2,2150-01-01 05:00:00.000000,False,,,\n").encode()))
+    write(tmp_path / "._0.csv", "no labels")
+    assert read_labels(tmp_path).frame.select("patient_id", "prediction_time", "label").rows() == [
+        ("1", datetime(2150, 1, 1), 1),
+        ("2", datetime(2150, 1, 1, 5), 0),
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no Parquet or CSV files here"):
+        read_labels(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "ids", [pa.array([b"1", b"2"]), pa.array(["1", "2"]).dictionary_encode(), pa.array([1.0, 2.0])]
+)
+@pytest.mark.parametrize("labels", [pa.array([Decimal("1.0"), Decimal("0.0")]), pa.array([b"1", b"0"])])
+def test_labels_of_every_type(tmp_path: Path, ids: pa.Array, labels: pa.Array) -> None:
+    times = pa.array([datetime(2150, 1, 1)] * 2, pa.timestamp("ns", "UTC"))
+    table = pa.table({"subject_id": ids, "prediction_time": times, "label": labels, "lists": [[1], [2]]})
+    pq.write_table(table, tmp_path / "1.parquet", use_deprecated_int96_timestamps=True)
+    time = datetime(2150, 1, 1)
+    assert read_labels(tmp_path / "1.parquet").frame.rows() == [("1", time, 1), ("2", time, 0)]
+
+
+def test_the_patient_of_a_label_is_that_of_the_events(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "labels.csv", "subject_id,hadm_id,stay_id,label\n1,2,3,1\n")
+    for source, patient in ((Table(path=tmp_path, labels=path), "3"), (Meds(path=tmp_path, labels=path), "1")):
+        labels = source.read_labels()
+        assert labels is not None
+        assert labels.frame.rows() == [(patient, 1)]

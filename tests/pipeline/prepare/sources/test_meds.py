@@ -424,7 +424,7 @@ TASK = {"labels": "task"}
             "task/0",
             {"subject_id": [1, 1], "prediction_time": [ADMISSION] * 2, "boolean_value": [True, False]},
             TASK,
-            "give a patient both label 0 and label 1",
+            "give one sample two labels",
         ),
         ("task/x/0", {"subject_id": [9], "prediction_time": [ADMISSION], "boolean_value": [True]}, TASK, "names no"),
         ("data/1", {"subject_id": [1], "time": [ADMISSION], "code": ["A"]}, {"exclude_codes": ("(",)}, "no regular"),

@@ -1,0 +1,69 @@
+"""Whether a variable is on one scale in all files, or its unit is another in some: the medians of each file tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import polars as pl
+
+from pipeline.prepare.sources.reading import FILE
+from pipeline.schema import PATIENT_ID, VALUE, VARIABLE
+
+SAMPLED_ROWS: Final = 1 << 15
+"""Maximum number of rows of a spill that are looked at."""
+
+MIN_VALUES: Final = 100
+MIN_PATIENTS: Final = 10
+"""Minimum numbers of values and of patients whose quartiles say something of a scale."""
+
+MIN_RATIO: Final = 2.0
+"""Minimum ratio of medians that is no chance: pounds are 2.2 kilograms, °F 2.7 °C, mg/dL of glucose 18 mmol/L."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The quartiles of a variable's values in the rows of a site, which is a file, or a folder of patients' files."""
+
+    site: str
+    variable: str
+    low: float
+    median: float
+    high: float
+
+
+def measure_scales(kept: pl.DataFrame, sites: Sequence[str]) -> list[Scale]:
+    """Return the scales of variables with enough values in a sample of the kept rows; ``sites`` [F] are the files'."""
+    rows = kept.select(FILE, PATIENT_ID, VARIABLE, VALUE)
+    if rows.height > SAMPLED_ROWS:
+        rows = rows[np.random.default_rng(0).integers(0, rows.height, SAMPLED_ROWS)]
+    site = pl.Series("site", sites, dtype=pl.String).gather(rows[FILE])
+    value = pl.col(VALUE).cast(pl.Float64)
+    quartiles = [value.quantile(part).alias(name) for name, part in (("low", 0.25), ("median", 0.5), ("high", 0.75))]
+    groups = rows.with_columns(site, pl.col(PATIENT_ID).to_physical()).drop_nulls(VALUE)
+    measured = groups.group_by("site", VARIABLE).agg(
+        pl.len(), pl.col(PATIENT_ID).n_unique().alias("patients"), *quartiles
+    )
+    enough = measured.filter(pl.col("len") >= MIN_VALUES, pl.col("patients") >= MIN_PATIENTS)
+    names = enough.select("site", pl.col(VARIABLE).cast(pl.String), "low", "median", "high").sort("site", VARIABLE)
+    return [Scale(*row) for row in names.iter_rows()]
+
+
+def compare_scales(scales: Sequence[Scale]) -> list[tuple[str, float, str, str]]:
+    """Return the variables whose medians are a factor apart, largest first: name, ratio, and the two sites.
+
+    Their values must be apart too: the upper quartile of one below the lower quartile of the other.
+    """
+    found = []
+    by_variable: dict[str, list[Scale]] = {}
+    for scale in scales:
+        by_variable.setdefault(scale.variable, []).append(scale)
+    for variable, group in by_variable.items():
+        few, many = (pick(group, key=lambda scale: abs(scale.median)) for pick in (min, max))
+        ratio = many.median / few.median if few.median else 0.0
+        are_apart = few.high < many.low or many.high < few.low
+        if ratio >= MIN_RATIO and are_apart:
+            found.append((variable, ratio, many.site, few.site))
+    return sorted(found, key=lambda each: (-each[1], each[0]))
