@@ -48,7 +48,10 @@ def _receive(sent: Any) -> int:
 
 
 class Command:
-    """A process that ends with the exit code of ``main(arguments)``; in most things like a ``subprocess.Popen``."""
+    """A process that ends with the exit code of ``main(arguments)``; in most things like a ``subprocess.Popen``.
+
+    Its environment is that in which the server started, and what it is given.
+    """
 
     def __init__(self, main: Callable[[Sequence[str]], int], *arguments: object, **environment: str) -> None:
         self._out, self._err = Output(), Output()

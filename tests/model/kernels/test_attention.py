@@ -62,7 +62,7 @@ def test_a_set_of_500_events() -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 17))
+@given(st.lists(st.integers(1, 33), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 17))
 def test_any_sizes(sizes: list[int], heads: int, points: int) -> None:
     check_gather(sizes, heads, points, 16)
     check_scatter(sizes, heads, points, 16)
