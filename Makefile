@@ -14,7 +14,8 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo    synthetic patients: preprocess, train on CPU, evaluate, report (a few minutes)"
 	@echo "make test    all tests"
-	@echo "make test-faults  the whole fault suite, with its counts into benchmarks/results/faults.json (an hour)"
+	@echo "make test-faults  the whole fault suite, with its counts into benchmarks/results/faults.json (an hour),"
+	@echo "             and the properties of the pipeline with all their examples"
 	@echo "make lint    ruff, mypy and the directions of imports"
 	@echo "make format  ruff, rewriting files"
 	@echo "make bench   the figures of the README, measured again into benchmarks/results"
@@ -33,10 +34,10 @@ demo: $(READY)
 	$(BIN)/python train.py --data_dir demo/data --output_dir demo/run --preset small --max_epochs 4
 
 test: $(READY)
-	$(BIN)/python -m pytest --quiet --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal
 
 test-faults: $(READY)
-	FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto tests/faults
+	FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/faults tests/pipeline
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.data_dirs import Patient, make_patients, write_data_dir
+from tests.pages import draw, draw_nothing
 
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore
@@ -45,6 +46,19 @@ def closing_files() -> Iterator[None]:
         warnings.simplefilter("ignore", ResourceWarning)
         yield
         gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _draws_nothing() -> Iterator[None]:
+    with draw_nothing():
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[None]:
+    """For the tests of reports, which look at figures."""
+    with draw():
+        yield
 
 
 @pytest.fixture(scope="session")

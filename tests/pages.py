@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import base64
 import re
+from contextlib import AbstractContextManager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+from unittest import mock
 from xml.etree import ElementTree
+
+from matplotlib.figure import Figure
 
 HOSTILE = "</td></pre><script>alert('$x_{$')</script>\U0001f600&amp;"
 
 VOID = ("meta", "img")
+
+DRAW = Figure.savefig
+
+
+def draw_nothing() -> AbstractContextManager[Any]:
+    """Figures are made, but written as an empty image: drawing one takes four times as long as preparing tiny data."""
+    return mock.patch.object(Figure, "savefig", lambda _, file, **__: file.write(b"<svg/>"))
+
+
+def draw() -> AbstractContextManager[Any]:
+    """Figures are drawn, for the tests of reports."""
+    return mock.patch.object(Figure, "savefig", DRAW)
 
 
 class Page(HTMLParser):

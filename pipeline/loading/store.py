@@ -123,18 +123,17 @@ class PatientStore:
         if not (is_inside & (stop - set_start == samples.num_sets)).all():
             raise UserError("index.parquet, or the task: contradicts the shards; run preprocess.py, or add it, again")
         is_static = (self.has_static[patient] & (samples.num_sets == 1)) if self.has_static.any() else None
-        lengths = {"num_events": samples.num_events, "num_sets": samples.num_sets}
-        if limit is None or not (samples.num_events > limit).any():
-            return Windows(samples=samples, is_static=is_static, event_start=start, set_start=set_start, **lengths)
-        num_events = np.minimum(samples.num_events, limit)
-        skipped = samples.num_events - num_events
-        if options.truncate == "earliest":
-            skipped[:] = 0
-        elif options.truncate == "random":
-            skipped = rng.integers(skipped, endpoint=True)
-        start = start + skipped
-        set_start = np.searchsorted(self.set_offsets, start, side="right") - 1
-        num_sets = np.searchsorted(self.set_offsets, start + num_events, side="left") - set_start
+        num_events, num_sets = samples.num_events, samples.num_sets
+        if limit is not None and (num_events > limit).any():
+            num_events = np.minimum(num_events, limit)
+            skipped = samples.num_events - num_events
+            if options.truncate == "earliest":
+                skipped[:] = 0
+            elif options.truncate == "random":
+                skipped = rng.integers(skipped, endpoint=True)
+            start = start + skipped
+            set_start = np.searchsorted(self.set_offsets, start, side="right") - 1
+            num_sets = np.searchsorted(self.set_offsets, start + num_events, side="left") - set_start
         lengths = {"num_events": num_events, "num_sets": num_sets}
         return Windows(samples=samples, is_static=is_static, event_start=start, set_start=set_start, **lengths)
 

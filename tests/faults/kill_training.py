@@ -1,6 +1,6 @@
 """SIGKILL at random moments of training, resumed each time: the end must be that of a run left alone, to the bit.
 
-    python -m tests.faults.kill_training [--kills 50] [--ranks 1] [--seed 0]
+    python -m tests.faults.kill_training [--kills 50] [--ranks 1] [--patients 48] [--seed 0]
 
 A run is killed after a random time, or by itself at a random call inside validation, while a file is saved, or in the
 first step after it began or was resumed.  Weights of ``last.pt`` and ``best.pt`` and ``summary.json`` without its
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ import train
 import training.step
 import training.validation
 from tests.data_dirs import make_patients, write_data_dir
-from tests.training.runs import assert_same, read_summary, untimed, weights
+from tests.pages import draw_nothing
+from tests.training.runs import assert_same, read_summary, short_end, untimed, weights
 from training.checkpoint import Checkpoint
 
 FLAGS = [
@@ -110,7 +112,8 @@ def start(data: Path, out: Path, ranks: int, *, victim: int = 0, moment: Moment 
             if moment is not None and rank == victim:
                 moment.arm()
             flags = ["--data_dir", str(data), "--output_dir", str(out), *FLAGS, "--checkpoint_steps", "1", "--resume"]
-            code = train.main([*flags, "--device", "cpu"])
+            with draw_nothing(), short_end(report=True):
+                code = train.main([*flags, "--device", "cpu"])
         finally:
             os._exit(code)
     return children
@@ -163,17 +166,18 @@ def run_until_killed(data: Path, out: Path, ranks: int, kind: str, rng: random.R
     return True
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--patients", type=int, default=48, help="patients to train on, 6 a step")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rng, base = random.Random(options.seed), Path(tempfile.mkdtemp())
     torch.set_num_threads(1)
     splits = {
         name: make_patients([[1 + (7 * i + k) % 11 for k in range(1 + i % 6)] for i in range(count)], prefix=name)
-        for name, count in {"train": 48, "valid": 8, "test": 8}.items()
+        for name, count in {"train": options.patients, "valid": 8, "test": 8}.items()
     }
     data, whole, out = write_data_dir(base / "data", splits), base / "whole", base / "run1"
     began = time.monotonic()
@@ -196,6 +200,7 @@ def main() -> None:
     shutil.rmtree(base)
     counts = {"kills": dict(kills), "with_a_checkpoint": resumed, "runs_compared": runs, "bit_identical": True}
     print(json.dumps({"ranks": options.ranks, **counts, "seconds_of_a_whole_run": round(seconds, 2)}))
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pipeline.reports.data_report import write_data_report
 from pipeline.schema import REPORT_FILE, SPLITS, SUMMARY_FILE, UserError
 from tests.faults.conftest import cases
 from tests.faults.harm import KINDS, harm
-from tests.training.runs import untimed
+from tests.training.runs import short_end, untimed
 from training.checkpoint import Checkpoint
 from training.run import Run
 
@@ -173,7 +173,8 @@ def run_dir(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def run(data: Path, out: Path, *flags: str) -> int:
-    return train.main(["--data_dir", str(data / "out"), "--output_dir", str(out), *QUICK, *flags])
+    with short_end(report=True):
+        return train.main(["--data_dir", str(data / "out"), "--output_dir", str(out), *QUICK, *flags])
 
 
 def state_of(path: Path) -> str:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+import preprocess
 from pipeline.schema import REPORT_FILE, SUMMARY_FILE
 from tests.data_dirs import make_patients, write_data_dir
+from tests.faults import kill_training
 from tests.faults.conftest import cases, full_only
+from tests.processes import ROOT, Command
 
 Tried = Callable[[str, int], None]
 
-ROOT = Path(__file__).parents[2]
 QUICK = [
     "--max_epochs=2",
     "--batch_size=6",
@@ -31,29 +36,25 @@ QUICK = [
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-LIMITED = """
-import resource, sys
-what, size, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-sys.argv[1:] = sys.argv[4:]
-module = __import__(name)
-import torch, numpy, polars, matplotlib.figure, sklearn.calibration, sklearn.metrics
-torch.set_num_threads(1)
-if size:
-    now = 0
-    if what == "RLIMIT_AS":
-        import psutil
-        now = psutil.Process().memory_info().vms
-    resource.setrlimit(getattr(resource, what), (now + size, now + size))
-sys.exit(module.main())
-"""
+
+def limited(arguments: Sequence[str]) -> int:
+    """``main`` of a module under a limit of the system: its name, the limit's, and its size; 0 = none."""
+    what, size, name, *given = arguments
+    torch.set_num_threads(1)
+    if int(size):
+        used = psutil.Process().memory_info().vms if what == "RLIMIT_AS" else 0
+        resource.setrlimit(getattr(resource, what), (used + int(size),) * 2)
+    code: int = importlib.import_module(name).main(given)
+    return code
 
 
 def run(what: str, size: int, name: str, *given: object) -> tuple[int, str]:
     """The exit code and the last line that was said, under a limit of the system."""
-    command = [sys.executable, "-c", LIMITED, what, str(size), name, *map(str, given)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, (done.stderr.splitlines() or [""])[-1]
+    command = Command(limited, what, size, name, *given)
+    _, said = command.communicate(timeout=300)
+    assert "Traceback" not in said, said
+    assert command.returncode is not None
+    return command.returncode, (said.splitlines() or [""])[-1]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -191,27 +192,28 @@ def test_preprocess_killed_at_random_moments(workers: str, tried: Tried) -> None
 
 
 def test_a_little_training_killed(tried: Tried) -> None:
-    command = [sys.executable, "-m", "tests.faults.kill_training", "--kills", "4", "--ranks", "2"]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    command = Command(kill_training.main, "--kills", 4, "--ranks", 2, "--patients", 12)
+    _, said = command.communicate(timeout=300)
+    assert command.returncode == 0, said
     tried("kills of training, 2 rank(s)", 4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_preprocess_with_a_line_and_it_goes_on(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "preprocess.py", *PREPARE[:2], "6000", *PREPARE[3:], "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    given = [*PREPARE[:2], 1500, *PREPARE[3:], "--output", tmp_path / "out"]
+    command = Command(preprocess.main, *given)
     journal = tmp_path / "out" / ".preprocess" / "journal"
     while not list(journal.glob("*/*.json")):
-        assert process.poll() is None
+        assert command.poll() is None
         time.sleep(0.005)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
+    command.send_signal(number)
+    _, said = command.communicate(timeout=30)
+    assert command.returncode == 128 + number
     assert said.splitlines()[-1] == "preprocess.py: interrupted; the same command goes on from here"
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert "it goes on where it was" in done.stderr
+    again = Command(preprocess.main, *given)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert "it goes on where it was" in said
 
 
 def test_data_are_on_the_disk_before_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import polars as pl
 import pytest
 import yaml
 
+import pipeline.tasks
+import preprocess
+from tests.processes import ROOT, Command
+from tests.training.runs import run_shortly
 from tests.training.test_meds_predictions import evaluate_as_meds
 
-ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "integrations" / "meds_dev" / "model.yaml"
-PROGRAMS = {"seqsetvae-preprocess": "preprocess", "seqsetvae-train": "train", "seqsetvae-tasks": "pipeline.tasks"}
+PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {
+    "seqsetvae-preprocess": preprocess.main, "seqsetvae-train": run_shortly, "seqsetvae-tasks": pipeline.tasks.main
+}  # fmt: skip
 START = datetime(2150, 1, 1)
 SAMPLE = ["subject_id", "prediction_time", "boolean_value"]
 SPLITS = {"train": 24, "tuning": 8, "held_out": 8}
@@ -58,26 +64,49 @@ def meds(tmp_path: Path) -> Path:
     return tmp_path / "meds"
 
 
-def make_programs(folder: Path) -> Path:
-    """The programs that an installation makes, for the code of this checkout."""
+CALL = """#!/bin/sh
+{{ echo {name}; printf '%s\\n' "$@"; }} > "{folder}/called"
+read code < "{folder}/ended"
+exit "$code"
+"""
+
+
+@pytest.fixture
+def errors(tmp_path: Path) -> Iterator[list[str]]:
+    """The programs that an installation makes, run by this process for whoever calls them; what they said of errors."""
+    folder, errors = tmp_path / "bin", list[str]()
     folder.mkdir()
-    for name, module in PROGRAMS.items():
-        path = folder / name
-        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
-        path.chmod(0o755)
-    return folder
+    called, ended = folder / "called", folder / "ended"
+    for pipe in (called, ended):
+        os.mkfifo(pipe)
+    for name in PROGRAMS:
+        (folder / name).write_text(CALL.format(name=name, folder=folder))
+        (folder / name).chmod(0o755)
+
+    def serve() -> None:
+        while words := called.read_text().splitlines():
+            command = Command(PROGRAMS[words[0]], *words[1:])
+            errors.append(command.communicate()[1])
+            ended.write_text(f"{command.returncode}\n")
+
+    server = Thread(target=serve)
+    server.start()
+    try:
+        yield errors
+    finally:
+        called.write_text("")
+        server.join()
 
 
-def test_the_three_commands_end_in_predictions_of_every_split(meds: Path, tmp_path: Path) -> None:
+def test_the_three_commands_end_in_predictions_of_every_split(meds: Path, errors: list[str], tmp_path: Path) -> None:
     commands = yaml.safe_load(MODEL.read_text())["commands"]
-    path = f"{make_programs(tmp_path / 'bin')}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
     def execute(kind: str, stage: str, output: Path, **others: object) -> None:
         folders = {"dataset_dir": meds, "labels_dir": meds / "task", "output_dir": output, "split": "", **others}
         script = "set -e\n" + commands[kind][stage].format(**{"model_initialization_dir": "", **folders})
         done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, (done.stderr, errors)
 
     pretrained, trained = tmp_path / "unsupervised" / "train", tmp_path / "supervised" / "train"
     execute("unsupervised", "train", pretrained)

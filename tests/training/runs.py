@@ -7,19 +7,26 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 import train
+import training.parallel
 from tests.data_dirs import make_patients, write_data_dir
+from tests.processes import ROOT, Command
 from training.checkpoint import Checkpoint
 
-ROOT = Path(train.__file__).parent
 QUICK = ["--max_epochs", "2", "--batch_size", "6", "--warmup_steps", "3", "--beta_warmup_steps", "10"]
 QUICK += ["--log_steps", "2", "--threads", "1", "--device", "cpu"]
+
+TRAIN = train.train
 
 
 def write_tiny_data(folder: Path) -> Path:
@@ -33,30 +40,59 @@ def write_tiny_data(folder: Path) -> Path:
     return write_data_dir(folder, splits)
 
 
+@contextmanager
+def short_end(*, report: bool = False) -> Iterator[None]:
+    """Few resamples and no report, which would take longer than a tiny run."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("training.quality.NUM_RESAMPLES", 20))
+        if not report:
+            stack.enter_context(mock.patch.object(train, "write_run_report", lambda folder: folder / "report.html"))
+        yield
+
+
 def run(data: Path | str, out: Path, *flags: str, report: bool = False) -> int:
-    """A run in this process; its exit code.  Drawing the report takes longer than all else, so few runs do."""
-    arguments = ["--data_dir", str(data), "--output_dir", str(out), *QUICK, *flags]
-    if report:
-        return train.main(arguments)
-    with mock.patch.object(train, "write_run_report", lambda folder: folder / "report.html"):
+    """A run in this process; its exit code."""
+    with short_end(report=report):
+        return train.main(["--data_dir", str(data), "--output_dir", str(out), *QUICK, *flags])
+
+
+def start(
+    data: Path | str, out: Path, *flags: str, main: Callable[[Sequence[str]], int] | None = None, **environment: str
+) -> Command:
+    """A run in a process of its own; ``main`` ends in calling :func:`run_shortly`, and does that by default."""
+    return Command(main or run_shortly, "--data_dir", data, "--output_dir", out, *QUICK, *flags, **environment)
+
+
+def run_shortly(arguments: Sequence[str]) -> int:
+    """``train.main`` whose ranks, if it has several, import nothing and end as shortly."""
+    with (
+        short_end(),
+        mock.patch.object(train, "train", _train_shortly),
+        mock.patch.object(training.parallel, "LaunchConfig", partial(LaunchConfig, start_method="forkserver")),
+    ):
         return train.main(arguments)
 
 
-def start(data: Path | str, out: Path, *flags: str, program: str | None = None, **environment: str) -> Any:
-    """A run in a process of its own; ``program`` is Python code that ends in calling ``train.main()``."""
-    arguments = ["--data_dir", str(data), "--output_dir", str(out), *QUICK, *flags]
-    command = [sys.executable, *(["-c", program] if program else [str(ROOT / "train.py")]), *arguments]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+def _train_shortly(*arguments: Any) -> int:
+    with short_end():
+        return TRAIN(*arguments)
+
+
+def start_program(data: Path | str, out: Path, *flags: str) -> subprocess.Popen[str]:
+    """``train.py`` as a user starts it, which takes seconds."""
+    command = [sys.executable, "train.py", "--data_dir", str(data), "--output_dir", str(out), *QUICK, *flags]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def rank_environments(size: int) -> list[dict[str, str]]:
-    """What ``torchrun`` tells each of ``size`` processes of one machine."""
+def rank_environments(size: int, *, machines: int = 1) -> list[dict[str, str]]:
+    """What ``torchrun`` tells each of ``size`` processes of some machines."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    local = size // machines
+    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(size)]
 
 
 def weights(out: Path, name: str = "last", which: str = "model") -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ def ready_batch(batch: PatientBatch, step: int, *, capacities: tuple[BatchShape,
 def train(graphs: StepGraphs | None) -> tuple[TrainState, list[float], list[float]]:
     """Four steps; the third batch has no room in the capacity."""
     options, loader = OptimisationOptions(warmup_steps=3, learning_rate=1e-2), Any
-    state = build_state(tiny_model(dropout=0.2), loader, options)
+    state = build_state(tiny_model(dropout=0.2, heads=1, levels=1, layers=1), loader, options)
     world, preparer = World(0, 1, CPU), BatchPreparer(seed=1)
     settings = StepSettings(LossOptions(beta_warmup_steps=9), options, world, 12, preparer, graphs)
     totals, norms = [], []

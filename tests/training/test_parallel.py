@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.runs import QUICK, ROOT, assert_same, read_summary, run, weights, write_tiny_data
+from tests.training.runs import assert_same, rank_environments, read_summary, run, start, weights, write_tiny_data
 from training import parallel
 from training.parallel import World, choose_threads
 
@@ -47,23 +43,12 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_machines_of_two_ranks_are_one_run(tmp_path: Path) -> None:
-    """Two ``torchrun`` that meet on one port, as on two machines with a common file system."""
+    """Four ranks that meet on one port, told what two ``torchrun`` tell them that have a common file system."""
     data = write_tiny_data(tmp_path / "data")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = ["--data_dir", str(data), "--output_dir", str(tmp_path / "two"), *QUICK, "--max_epochs", "1"]
-    common = ["--nnodes=2", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    machines = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *common, f"--node_rank={node}", "train.py", *flags],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True,
-        )
-        for node in range(2)
-    ]  # fmt: skip
-    errors = [machine.communicate(timeout=180)[1] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], errors
+    environments = rank_environments(4, machines=2)
+    ranks = [start(data, tmp_path / "two", "--max_epochs", "1", **environment) for environment in environments]
+    errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 4, errors
     assert run(data, tmp_path / "one", "--max_epochs", "1") == 0
     assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
     assert read_summary(tmp_path / "two")["best"]["auroc"] == read_summary(tmp_path / "one")["best"]["auroc"]

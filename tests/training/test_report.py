@@ -21,6 +21,8 @@ from pipeline.schema import UserError
 from tests.pages import HOSTILE, Page, check_self_contained
 from training.report import MAX_POINTS, Run, main, write_run_report
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 ROOT = Path(__file__).parents[2]
 
 TRAIN = {

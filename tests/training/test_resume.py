@@ -6,11 +6,10 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -26,11 +25,13 @@ from tests.training.runs import (
     read_metrics,
     read_summary,
     run,
+    run_shortly,
     start,
     untimed,
     weights,
     write_tiny_data,
 )
+from training import validation
 from training.checkpoint import Checkpoint
 from training.data import DataOptions
 from training.options import AT_RESUME, AtResume, RunOptions, TrainOptions
@@ -42,11 +43,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_runs() -> Iterator[None]:
-    """Few resamples, and the number of threads of this process as it was."""
+def same_threads() -> Iterator[None]:
+    """Runs set the number of threads of this process."""
     before = torch.get_num_threads()
-    with mock.patch("training.quality.NUM_RESAMPLES", 20):
-        yield
+    yield
     torch.set_num_threads(before)
 
 
@@ -92,26 +92,28 @@ def kill_at_write(patch: pytest.MonkeyPatch, number: int) -> list[str]:
     return written
 
 
-def test_a_kill_between_any_two_writes_changes_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
-    expected = untimed(read_summary(finished))
+def test_a_kill_between_any_two_writes_changes_nothing(data: Path, tmp_path: Path) -> None:
+    flags = ["--max_epochs", "1", "--checkpoint_steps", "3", "--log_steps", "1"]
+    assert run(data, tmp_path / "whole", *flags) == 0
+    expected = untimed(read_summary(tmp_path / "whole"))
     for number in itertools.count():
         out = tmp_path / str(number)
         with pytest.MonkeyPatch.context() as patch:
             written = kill_at_write(patch, number)
             try:
-                run(data, out)
+                run(data, out, *flags)
             except Killed:
                 pass
             else:
                 break
-        assert run(data, out, "--resume") == 0
+        assert run(data, out, *flags, "--resume") == 0
         for name, which in itertools.product(("last", "best"), ("model", "ema_model")):
-            assert_same(weights(out, name, which), weights(finished, name, which))
+            assert_same(weights(out, name, which), weights(tmp_path / "whole", name, which))
         assert untimed(read_summary(out)) == expected, written
-        steps = [line["step"] for line in read_metrics(out) if line["kind"] == "train"]
-        assert steps == [2, 4, 6, 8, 10]
-    assert written[:3] == ["config.yaml", "last.pt", "best.pt"], "the best checkpoint before the last that counts it"
-    assert number == len(written) >= 9
+        assert [line["step"] for line in read_metrics(out) if line["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert number == len(written)
+    best = written.index("best.pt")
+    assert "last.pt" in written[best:], "the best checkpoint before the last that counts it"
 
 
 def test_early_stopping_ends_a_killed_run_where_it_ends_another(
@@ -136,11 +138,16 @@ def test_early_stopping_ends_a_killed_run_where_it_ends_another(
     assert read_summary(out)["steps"] == 15
 
 
-def test_collapse_ends_a_killed_run_too(data: Path, tmp_path: Path) -> None:
+def test_collapse_is_caught_and_ends_a_killed_run_too(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A KL weight that outweighs everything makes the posterior the prior."""
     flags = ["--beta", "1000", "--free_bits", "0", "--beta_warmup_steps", "0", "--stop_on_collapse"]
     flags += ["--max_epochs", "40", "--learning_rate", "0.01", "--gradient_clip", "100000"]
     with killed_in("finish"), pytest.raises(Killed):
         run(data, tmp_path, *flags)
+    assert "collapsed" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "collapsed.pt").exists()
     assert run(data, tmp_path, *flags, "--resume") == 0
     summary = read_summary(tmp_path)
     assert summary["stopped_by"] == "collapse"
@@ -251,9 +258,21 @@ def test_options_that_are_obeyed_have_an_effect(half: Path, data: Path, tmp_path
     assert moved == {"head"}
 
 
-def test_refused_commands_change_no_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    assert run(data, out, "--max_memory", "64GB", "--max_epochs", "1") == 0
+@pytest.fixture(scope="module")
+def budgeted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch within a budget of memory."""
+    out = tmp_path_factory.mktemp("budgeted")
+    with pytest.MonkeyPatch.context() as patch:
+        # Measuring would take longer than the run.
+        patch.setattr("training.budget.measure_peak", lambda step, _: 10**6 * step.args[0].num_events)
+        assert run(data, out, "--max_memory", "64GB", "--max_epochs", "1") == 0
+    return out
+
+
+def test_refused_commands_change_no_file(
+    budgeted: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_run(budgeted, tmp_path / "run")
     other = write_tiny_data(tmp_path / "other")
     (other / "train" / "00000.parquet").write_bytes(b"damaged")
     before = read_folder(out)
@@ -271,9 +290,8 @@ def test_refused_commands_change_no_file(data: Path, tmp_path: Path, capsys: pyt
     assert run(data, out, "--max_memory", "64GB", "--max_epochs", "2", "--resume") == 0
 
 
-def test_a_budgeted_run_is_resumed_on_another_number_of_devices(finished: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert run(data, out, "--max_memory", "64GB", "--max_epochs", "1") == 0
+def test_a_budgeted_run_is_resumed_on_another_number_of_devices(budgeted: Path, data: Path, tmp_path: Path) -> None:
+    out = copy_run(budgeted, tmp_path / "run")
     process = start(data, out, "--max_memory", "64GB", "--max_epochs", "2", "--resume", "--devices", "2")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -315,16 +333,16 @@ def test_every_step_is_in_some_interval_and_totals_are_of_the_whole_run(
     assert summary["seconds"] > progress["totals"]["seconds"] > 0
 
 
-SLOW_VALIDATION = """
-import sys, time, train, training.validation as validation
-original = validation.forward_in_parts
-def slow(*arguments):
-    print("validating", flush=True)
-    time.sleep(1.5)
-    yield from original(*arguments)
-validation.forward_in_parts = slow
-sys.exit(train.main())
-"""
+def validate_slowly(arguments: Sequence[str]) -> int:
+    original = validation.forward_in_parts
+
+    def slow(*given: Any) -> Iterator[Any]:
+        print("validating", flush=True)
+        time.sleep(1.5)
+        yield from original(*given)
+
+    validation.forward_in_parts = slow
+    return run_shortly(arguments)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -333,10 +351,12 @@ def test_a_signal_is_heard_inside_validation_on_all_ranks(
 ) -> None:
     environments = rank_environments(2) if ranks == 2 else [{}]
     processes = [
-        start(data, tmp_path, "--batch_size", "6", program=SLOW_VALIDATION, **environment)
-        for environment in environments
+        start(data, tmp_path, "--batch_size", "6", main=validate_slowly, **environment) for environment in environments
     ]
-    assert processes[0].stdout.readline() == "validating\n"
+    while not (printed := processes[0].read_output()):
+        assert processes[0].poll() is None
+        time.sleep(0.02)
+    assert printed.startswith("validating\n")
     processes[-1].send_signal(signal.SIGTERM)  # one rank hears it, all stop
     sent = time.monotonic()
     errors = [process.communicate(timeout=60)[1] for process in processes]
@@ -381,15 +401,21 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(finished: Path, data: Path, 
     assert any(not torch.equal(w, weights(tmp_path / "one")[n]) for n, w in weights(tmp_path / "three").items())
 
 
+def exit_after_a_step(arguments: Sequence[str]) -> int:
+    original = train.train_step
+
+    def step(*given: Any) -> None:
+        original(*given)
+        os._exit(9)
+
+    train.train_step = step
+    return run_shortly(arguments)
+
+
 def test_a_run_after_os_exit_in_the_first_step_after_resume(half: Path, data: Path, tmp_path: Path) -> None:
     """Killed again right after it was resumed, and resumed again."""
     out = copy_run(half, tmp_path / "run")
-    program = (
-        "import os, sys, train\noriginal = train.train_step\n"
-        "def step(*arguments):\n    original(*arguments)\n    os._exit(9)\n"
-        "train.train_step = step\nsys.exit(train.main())"
-    )
-    process = start(data, out, "--checkpoint_steps", "1", "--resume", program=program)
+    process = start(data, out, "--checkpoint_steps", "1", "--resume", main=exit_after_a_step)
     process.communicate(timeout=60)
     assert process.returncode == 9
     assert run(data, out, "--checkpoint_steps", "1", "--resume") == 0

@@ -56,13 +56,13 @@ def test_sets_of_corner_sizes(sizes: list[int], heads: int, points: int, width: 
     check_scatter(sizes, heads, points, width)
 
 
-def test_a_set_of_5000_events() -> None:
-    check_gather([3, 5000], 1, 4, 16)
-    check_scatter([3, 5000], 1, 4, 16)
+def test_a_set_of_500_events() -> None:
+    check_gather([3, 500], 1, 4, 16)
+    check_scatter([3, 500], 1, 4, 16)
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 17))
+@given(st.lists(st.integers(1, 33), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 17))
 def test_any_sizes(sizes: list[int], heads: int, points: int) -> None:
     check_gather(sizes, heads, points, 16)
     check_scatter(sizes, heads, points, 16)

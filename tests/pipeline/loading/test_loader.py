@@ -24,6 +24,7 @@ from pipeline.loading.loader import PatientLoader
 from pipeline.loading.place import BatchPlace, GlobalBatch, StepCounts
 from pipeline.schema import MANIFEST_FILE, UserError
 from tests.data_dirs import Patient, in_stored_order, make_patients, write_data_dir
+from tests.faults.conftest import cases
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
 
 ROOT = Path(__file__).parents[3]
@@ -87,7 +88,7 @@ def place_of(batch: PatientBatch, place: BatchPlace) -> tuple[BatchPlace, Global
     return place, place.global_batch(), batch
 
 
-@settings(max_examples=30)
+@settings(max_examples=cases(15, 30))
 @given(
     world_size=st.integers(1, 4),
     prefetch=st.sampled_from([0, 3]),
@@ -179,7 +180,7 @@ def test_what_was_loaded_before_does_not_matter(data_dir: Path) -> None:
     assert ids(walked) == ids(jumped)
 
 
-@settings(max_examples=40)
+@settings(max_examples=cases(15, 40))
 @given(
     stops=st.lists(st.integers(1, 25), min_size=1, max_size=4),
     worlds=st.permutations([1, 2, 4, 3]),

@@ -28,6 +28,7 @@ from pipeline.sampling.cost import CostModel
 from pipeline.schema import INDEX_FILE, UserError
 from pipeline.storage.files import file_sha256
 from tests.data_dirs import Patient, make_patients, write_data_dir
+from tests.faults.conftest import cases
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
 from tests.pipeline.loading.test_loader import ids, joined, prefetch_threads
 
@@ -56,7 +57,7 @@ def walk(loader: PatientLoader) -> list[int]:
     return [loader._group.position.number for _ in loader]
 
 
-@settings(max_examples=60)
+@settings(max_examples=cases(25, 60))
 @given(
     group_events=st.integers(1, 2000),
     batch_size=st.integers(1, 20),

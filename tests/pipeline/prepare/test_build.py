@@ -33,6 +33,7 @@ from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import MANIFEST_FILE, SPLITS, UserError
+from tests.faults.conftest import cases
 from tests.prepared import Row, assert_same, expected, read_prepared
 
 HALVES = BuildOptions(split_rule=SplitRule(split_fractions=(0.5, 0.25, 0.25)), events_per_shard=7)
@@ -61,7 +62,7 @@ def shard_bytes(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in ours}
 
 
-@settings(max_examples=60)
+@settings(max_examples=cases(25, 60))
 @given(messy_rows, st.dictionaries(st.sampled_from("abcx"), st.sampled_from([0, 1, None])))
 def test_messy_rows_become_what_the_naive_reference_says(rows: list[Row], labels: dict[str, int | None]) -> None:
     naive = expected(rows, HALVES.split_rule, labels)

@@ -438,7 +438,7 @@ def test_yaib(tmp_path: Path) -> None:
     pl.DataFrame({"stay_id": [1, 2], "label": [0, 1]}).write_parquet(folder / "outc.parquet")
     summary = prepare(folder, tmp_path / "out")
     assert (summary["format"], summary["events_in"], summary["rejects"]) == ("yaib", 5, {})
-    assert (summary["labels_from"], summary["samples"]["train"]["num_positive"]) == ("outc.parquet", 1)
+    assert (summary["labels_from"], summary["samples"]["train"]["class_counts"][1]) == ("outc.parquet", 1)
     assert read_stays(tmp_path / "out") == {
         "1": [(None, [("age", 60.0), ("sex=Male", None)]), (0.0, [("hr", 80.0)]), (60.0, [("na", 140.0)])],
         "2": [(None, [("sex=Female", None)])],

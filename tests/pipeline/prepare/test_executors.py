@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from multiprocessing import parent_process
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -17,17 +18,19 @@ import preprocess
 from pipeline.prepare.executors import ExecutionOptions, open_executor
 from pipeline.schema import UserError
 from tests.pipeline.prepare.test_build import shard_bytes
+from tests.processes import CONTEXT, ROOT, Command
 
-ROOT = Path(preprocess.__file__).parent
-TRIAL = """
-import os, sys
-import pipeline.prepare.sources.synthetic as synthetic
-synthetic.PATIENTS_PER_PIECE = {"icu": 25}
-import preprocess
-sys.exit(preprocess.main(sys.argv[1:]))
-"""
-"""preprocess.py with many small pieces."""
 PATIENTS = ["synthetic", "--num_patients", "600", "--events_per_shard", "20000", "--shard_format", "both"]
+
+
+def prepare(arguments: Sequence[str]) -> int:
+    """``preprocess.main`` with many small pieces, and with workers that import nothing."""
+    with (
+        patch("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 25}),
+        patch("pipeline.prepare.executors.get_context", lambda _: CONTEXT),
+    ):
+        return preprocess.main(arguments)
+
 
 needs_dask = pytest.mark.skipif(find_spec("distributed") is None, reason="distributed, an optional extra, is missing")
 
@@ -61,31 +64,22 @@ def cluster(tmp_path: Path) -> Iterator[tuple[Path, list[subprocess.Popen[bytes]
         yield file, workers
 
 
-def prepare(output: Path, *options: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", TRIAL, *PATIENTS, "--output", output, *options]
-    return subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
 @needs_dask
 def test_dask_workers_write_the_bytes_of_one_process_also_when_one_is_killed(
     tmp_path: Path, cluster: tuple[Path, list[subprocess.Popen[bytes]]]
 ) -> None:
     file, workers = cluster
-    assert prepare(tmp_path / "local", "--workers", 1).wait() == 0
-    with prepare(tmp_path / "dask", "--executor", file) as run:
-        assert run.wait(60) == 0
-    assert shard_bytes(tmp_path / "dask") == shard_bytes(tmp_path / "local")
-
+    with patch("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 25}):
+        assert preprocess.main([*PATIENTS, "--workers", "1", "--output", str(tmp_path / "local")]) == 0
     journal = tmp_path / "killed" / ".preprocess" / "journal" / "read"
-    with prepare(tmp_path / "killed", "--executor", file) as run:
-        while len(list(journal.glob("*.json"))) < 10:
-            assert run.poll() is None
-            time.sleep(0.01)
-        workers[0].send_signal(signal.SIGKILL)
+    run = Command(prepare, *PATIENTS, "--executor", file, "--output", tmp_path / "killed")
+    while len(list(journal.glob("*.json"))) < 10:
         assert run.poll() is None
-        assert run.wait(60) == 0
+        time.sleep(0.01)
+    workers[0].send_signal(signal.SIGKILL)
+    assert run.poll() is None
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 0, said
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "local")
 
 

@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+import preprocess
 from pipeline.dataset.manifest import ShardEntry
 from pipeline.prepare.build import build
 from pipeline.prepare.executors import InlineExecutor
@@ -24,7 +24,8 @@ from pipeline.prepare.sort import SortedPartition
 from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.prepare.write import WrittenPartition
 from tests.pipeline.prepare.test_build import shard_bytes
-from tests.pipeline.prepare.test_executors import PATIENTS, ROOT, TRIAL
+from tests.pipeline.prepare.test_executors import PATIENTS, prepare
+from tests.processes import Command
 
 
 @dataclass
@@ -100,24 +101,24 @@ def test_results_come_back_from_the_journal_to_the_last_bit(tmp_path: Path) -> N
 def test_killed_again_and_again_the_output_is_that_of_a_run_left_alone(tmp_path: Path) -> None:
     """Each kill comes after some more tasks are done, so that every stage is met."""
 
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", TRIAL, *PATIENTS, "--output", str(output), "--workers", "2"]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    def start(output: Path) -> Command:
+        return Command(prepare, *PATIENTS, "--output", output, "--workers", 2)
 
-    with start(tmp_path / "whole") as whole:
-        whole.communicate()
+    with patch("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 25}):
+        assert preprocess.main([*PATIENTS, "--output", str(tmp_path / "whole"), "--workers", "1"]) == 0
     tasks = 24 + 2 * math.ceil(600 * 425 / 20_000)
     rng = random.Random(0)
     output = tmp_path / "killed"
     for goal in sorted(rng.sample(range(1, tasks - 2), 4)):
-        with start(output) as running:
-            while len(list((output / WORK / JOURNAL).glob("*/*.json"))) < goal and running.poll() is None:
-                time.sleep(0.002)
-            running.kill()
-    with start(output) as running:
-        _, said = running.communicate()
-        assert running.returncode == 0
-    assert b"it goes on where it was" in said or b"nothing to do" in said
+        running = start(output)
+        while len(list((output / WORK / JOURNAL).glob("*/*.json"))) < goal and running.poll() is None:
+            time.sleep(0.002)
+        running.kill()
+        running.communicate(timeout=10)
+    running = start(output)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert "it goes on where it was" in said or "nothing to do" in said
     assert shard_bytes(output) == shard_bytes(tmp_path / "whole")
     assert not (output / WORK).exists()
 

@@ -21,6 +21,7 @@ from pipeline.prepare.rules import ACTIONS, Aggregate, Range, Rules, compute_out
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import UserError
+from tests.faults.conftest import cases
 from tests.prepared import Row, assert_same, expected, read_prepared
 
 HALVES = SplitRule(split_fractions=(0.5, 0.25, 0.25))
@@ -62,7 +63,7 @@ def prepare(rows: list[Row], folder: Path, options: BuildOptions) -> dict[str, A
     return build(Table(path=folder / "rows.parquet"), folder / "out", options)
 
 
-@settings(max_examples=60)
+@settings(max_examples=cases(25, 60))
 @given(rows, rules)
 def test_rules_do_what_the_naive_reference_says(rows: list[Row], rules: Rules) -> None:
     naive = expected(rows, HALVES, {}, rules=rules)

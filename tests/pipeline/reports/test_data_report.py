@@ -21,6 +21,8 @@ from pipeline.storage.files import file_sha256
 from tests.data_dirs import Patient, add_task, shard_table
 from tests.pages import HOSTILE, Page, check_self_contained
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def write_data(
     directory: Path,

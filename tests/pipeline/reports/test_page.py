@@ -14,6 +14,8 @@ from pipeline.reports.page import MAX_LABEL, draw_figure, figure_label, flatten,
 from pipeline.schema import UserError
 from tests.pages import image_words
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 ROOT = Path(__file__).parents[3]
 
 

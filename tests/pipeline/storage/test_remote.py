@@ -31,6 +31,7 @@ from tests.conftest import ragged_sizes
 from tests.data_dirs import Patient, make_patients, write_data_dir
 from tests.object_store import BUCKET, Fault, ObjectStore
 from tests.pipeline.loading.test_batch import assert_equal
+from tests.processes import CONTEXT
 
 ROOT = Path(__file__).parents[3]
 
@@ -346,9 +347,8 @@ def test_processes_share_a_small_cache(data_dir: Path, cache: Path) -> None:
     entries = entries_of(data_dir)
     expected = {entry.path: (data_dir / entry.path).read_bytes() for entry in entries}
     limit = 2 * entries[0].num_bytes
-    context = multiprocessing.get_context("spawn")
     arguments = [(f"file://{data_dir}", cache, limit, seed, expected) for seed in range(4)]
-    processes = [context.Process(target=read_at_random, args=given) for given in arguments]
+    processes = [CONTEXT.Process(target=read_at_random, args=given) for given in arguments]
     for process in processes:
         process.start()
     for process in processes:

@@ -27,6 +27,7 @@ from pipeline.prepare.sources.meds import Meds
 from pipeline.prepare.splits import SplitRule
 from pipeline.prepare.tasks import EXCLUDE_CODES
 from pipeline.schema import SPLITS, UserError
+from tests.faults.conftest import cases
 from tests.prepared import Row, assert_same, expected, read_prepared
 
 BIRTH = datetime(1931, 4, 5)
@@ -328,7 +329,7 @@ def rows_of(events: Sequence[Event], times: dict[int, list[datetime]]) -> list[R
     return rows
 
 
-@settings(max_examples=60)
+@settings(max_examples=cases(25, 60))
 @given(st.lists(events, min_size=1, max_size=50), samples)
 def test_messy_events_become_what_the_naive_reference_says(
     events: list[Event], samples: dict[tuple[int, datetime], bool]
