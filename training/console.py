@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,13 @@ class EpochBar:
 
 
 @contextmanager
-def open_metrics_log(run_dir: Path, world: World, step: int) -> Iterator[Callable[..., None]]:
-    """Give ``log(kind, **numbers)``, which adds a line to metrics.jsonl on the first rank, and nothing on others."""
+def open_metrics_log(run_dir: Path, world: World, keep: int) -> Iterator[JsonLines | None]:
+    """Give the file metrics.jsonl with the first ``keep`` lines that it has, on the first rank; None on others."""
     if not world.is_main:
-        yield lambda kind, **numbers: None
+        yield None
         return
-    with JsonLines(run_dir / "metrics.jsonl", resume_step=step) as lines:
-        yield lambda kind, **numbers: lines.write({"kind": kind, **numbers})
+    with JsonLines(run_dir / "metrics.jsonl", keep=keep) as lines:
+        yield lines
 
 
 def memory_file(run_dir: Path, world: World) -> Path:

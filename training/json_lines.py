@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,15 +32,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 class JsonLines:
     """An append-only file of one flat JSON object a line, each flushed as it is written.
 
-    A run that goes on from ``resume_step`` writes the lines of later steps again, so these are dropped; a last line
-    that a crash cut short is dropped in any case.
+    A run that goes on from a state in which it had written ``keep`` lines writes the later ones again, so these are
+    dropped; a last line that a crash cut short is dropped in any case.  ``num_lines`` counts what is there.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, *, keep: int | None = None) -> None:
+        self.num_lines = 0
         if path.exists():
-            limit = inf if resume_step is None else resume_step
-            kept = [json.dumps(record) + "\n" for record in read_json_lines(path) if record.get("step", 0) <= limit]
+            kept = [json.dumps(record) + "\n" for record in read_json_lines(path)[:keep]]
             write_atomically(path, "".join(kept).encode())
+            self.num_lines = len(kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, str | float | None]) -> None:
@@ -48,6 +49,7 @@ class JsonLines:
         unknown = {name: None for name, value in record.items() if isinstance(value, float) and not isfinite(value)}
         self._file.write(json.dumps({**record, **unknown}, allow_nan=False) + "\n")
         self._file.flush()
+        self.num_lines += 1
 
     def close(self) -> None:
         """Wait until all is on the disk, and close."""

@@ -119,6 +119,7 @@ class Progress:
         collapsed: whether the posterior had collapsed at the last validation.
         seconds: wall time spent, over all resumed parts of the run.
         threads: of each process's CPU operations, as the run began with.
+        log_lines: lines of metrics.jsonl that the first rank had written.
         totals: throughput of all steps so far, of all ranks, as a dictionary.
         interval: throughput since the last line of the log, of all ranks, as a dictionary.
         loss_sums: sums of losses since then, of all ranks; empty = none.
@@ -131,6 +132,7 @@ class Progress:
     seconds: float = 0.0
     threads: int = 0
     peak_rss_bytes: int = 0
+    log_lines: int = 0
     totals: dict[str, Any] = field(default_factory=dict)
     interval: dict[str, Any] = field(default_factory=dict)
     loss_sums: dict[str, float] = field(default_factory=dict)

@@ -78,8 +78,7 @@ class Run:
         if self.pool is not None:
             self._stack.callback(self.pool.close)
         self._signal = enter(StopSignal(self.world))
-        first_line = self.state.progress.step if self.resumed else -1
-        self.log = enter(open_metrics_log(self.directory, self.world, first_line))
+        self._lines = enter(open_metrics_log(self.directory, self.world, self.state.progress.log_lines))
         path = memory_file(self.directory, self.world) if options.profile_memory else None
         self.monitor = enter(MemoryMonitor(path))
         self.bar = enter(EpochBar(self.world, self.options.optimisation.max_epochs))
@@ -91,6 +90,11 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    def log(self, kind: str, **numbers: Any) -> None:
+        """Add a line to metrics.jsonl; on the first rank alone."""
+        if self._lines is not None:
+            self._lines.write({"kind": kind, **numbers})
 
     def _open_directory(self) -> None:
         """Write what the run is; nothing was written before, so that a command that is refused changes no file."""
@@ -200,6 +204,7 @@ class Run:
         """Save ``last.pt``, if losses and weights are finite; all ranks take part, the first writes."""
         progress = self.state.progress
         self._meters.store(progress)
+        progress.log_lines = 0 if self._lines is None else self._lines.num_lines
         progress.seconds = self.seconds
         progress.peak_rss_bytes = max(progress.peak_rss_bytes, peak_rss_bytes())
         self.state.check_finite(last_loss=progress.loss_sums["loss"])

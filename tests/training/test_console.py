@@ -33,10 +33,11 @@ def test_the_bar_shows_the_rate_of_all_ranks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_only_the_first_rank_writes_the_log(tmp_path: Path) -> None:
-    with open_metrics_log(tmp_path, World(1, 2, CPU), 0) as log:
-        log("train", step=1)
+    with open_metrics_log(tmp_path, World(1, 2, CPU), 0) as lines:
+        assert lines is None
     assert not list(tmp_path.iterdir())
     assert memory_file(tmp_path, World(1, 2, CPU)).name == "memory_rank1.csv"
-    with open_metrics_log(tmp_path, World(0, 2, CPU), 0) as log:
-        log("train", step=1)
+    with open_metrics_log(tmp_path, World(0, 2, CPU), 0) as lines:
+        assert lines is not None
+        lines.write({"kind": "train", "step": 1})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'

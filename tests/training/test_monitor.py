@@ -127,12 +127,13 @@ def test_lines_are_there_as_soon_as_written(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_resuming_drops_the_cut_line_and_later_steps(tmp_path: Path) -> None:
+def test_resuming_drops_the_cut_line_and_later_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     kept = '{"step": 1}\n{"kind": "event"}\n{"step": 2}\n'
     path.write_text(kept + '{"step": 3}\n{"step": 4, "lo')
-    with JsonLines(path, resume_step=2) as lines:
+    with JsonLines(path, keep=3) as lines:
         lines.write({"step": 3})
+        assert lines.num_lines == 4
     assert path.read_text() == kept + '{"step": 3}\n'
 
     path.write_text(kept + '{"st')

@@ -93,8 +93,10 @@ def kill_at_write(patch: pytest.MonkeyPatch, number: int) -> list[str]:
 
 
 def test_a_kill_between_any_two_writes_changes_nothing(data: Path, tmp_path: Path) -> None:
-    flags = ["--max_epochs", "1", "--checkpoint_steps", "3", "--log_steps", "1"]
+    flags = ["--max_epochs", "1", "--checkpoint_steps", "3", "--log_steps", "2"]
     assert run(data, tmp_path / "whole", *flags) == 0
+    lines = [(line["kind"], line["step"]) for line in read_metrics(tmp_path / "whole")]
+    assert lines == [("train", 2), ("train", 4), ("valid", 5), ("train", 5)]
     expected = untimed(read_summary(tmp_path / "whole"))
     for number in itertools.count():
         out = tmp_path / str(number)
@@ -110,7 +112,7 @@ def test_a_kill_between_any_two_writes_changes_nothing(data: Path, tmp_path: Pat
         for name, which in itertools.product(("last", "best"), ("model", "ema_model")):
             assert_same(weights(out, name, which), weights(tmp_path / "whole", name, which))
         assert untimed(read_summary(out)) == expected, written
-        assert [line["step"] for line in read_metrics(out) if line["kind"] == "train"] == [1, 2, 3, 4, 5]
+        assert [(line["kind"], line["step"]) for line in read_metrics(out)] == lines, written
     assert number == len(written)
     best = written.index("best.pt")
     assert "last.pt" in written[best:], "the best checkpoint before the last that counts it"
