@@ -165,9 +165,10 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
         else:
             task = ",".join(outcome.name for outcome in outcomes)
     data = agree_on_data(options.data, manifest, world, task, *splits)
-    if data.tasks and [task.classes for task in data.tasks] != [outcome.classes for outcome in outcomes]:
+    if data.tasks and [each.classes for each in data.tasks] != [outcome.classes for outcome in outcomes]:
         learned = ", ".join(f"{outcome.name} ({outcome.kind})" for outcome in outcomes)
-        raise UserError(f"--task {task}: of other classes than {path} predicts: {learned}; name tasks like those")
+        advice = "name tasks like those, or add one with --label_classes"
+        raise UserError(f"--task {task}: of other classes than {path} predicts: {learned}; {advice}")
     if evaluation.meds_predictions:
         check_meds_task(data.manifest, data.tasks)
     if not data.manifest.splits.get(split):

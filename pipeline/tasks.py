@@ -15,7 +15,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tasks import Task, describe_labels, list_tasks, remove_task
 from pipeline.options import Section, option, parse_options
 from pipeline.prepare.pseudonyms import Pseudonyms
-from pipeline.prepare.sources.labels import LABEL_KIND_HELP, LabelColumns, LabelKind, read_labels
+from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP, LabelColumns, LabelKind, read_labels
 from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.warn import warn_of_splits, warn_of_strangers
 from pipeline.schema import UserError
@@ -45,6 +45,7 @@ class AddOptions(NameOptions):
     labels: Path = option(MISSING, "CSV or Parquet file of labels, or a folder of them such as MEDS label files.")
     label_column: str | None = option(None, "Column of the label; else one of the usual names.")
     label_kind: LabelKind = option("auto", LABEL_KIND_HELP)
+    label_classes: tuple[str, ...] = option((), LABEL_CLASSES_HELP)
     patient_column: str | None = option(None, "Column of the patient; else one of the usual names.")
     time_column: str | None = option(None, "Column of the prediction time, as a date or as minutes of the patient.")
     exclude_codes: tuple[str, ...] = option(
@@ -87,7 +88,7 @@ def add(arguments: Sequence[str]) -> None:
         how = "give its key with --pseudonymize" if key else "leave --pseudonymize out"
         raise UserError(f"{directory}: was prepared {'with a' if key else 'without a'} key for patients' ids; {how}")
     names = {"label": given.label_column, "patient": given.patient_column, "time": given.time_column}
-    labels = read_labels(given.labels, LabelColumns(**names, kind=given.label_kind))
+    labels = read_labels(given.labels, LabelColumns(**names, kind=given.label_kind, classes=given.label_classes))
     exclude_codes = given.exclude_codes or default_exclusions(manifest.options.get("format", ""), labels)
     if exclude_codes == ("none",):
         exclude_codes = ()

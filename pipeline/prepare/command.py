@@ -80,7 +80,7 @@ def resolve_options(options: PreprocessOptions, explicit: frozenset[str]) -> tup
         if "outlier_action" in explicit and "outlier_std" not in explicit:
             raise UserError("--outlier_action: has no effect without --outlier_std; give both")
         return source, BuildOptions(split_rule=options.split, rules=options.rules, **shards)
-    for name in ("split_fractions", "split_seed", "embeddings"):
+    for name in ("splits", "split_fractions", "split_seed", "embeddings"):
         if name in explicit:
             raise UserError(f"--{name}: not used with --like; leave it out")
     reference = ReferenceDataSet.open(like)

@@ -48,7 +48,7 @@ def check_disk_space(source: Source, output: Path) -> None:
 
 def write_known_patients(source: Source, options: BuildOptions, work: Path) -> None:
     """Write the splits of patients that the input gives to ``known.arrow``, sorted by hash like the spills."""
-    splits = None if options.reference else source.read_splits()
+    splits = None if options.reference else source.find_splits()
     if splits is None:
         splits = pl.DataFrame(schema={PATIENT_ID: pl.String, SPLIT: pl.String})
     if options.pseudonyms is not None:

@@ -13,7 +13,7 @@ from pipeline.prepare.columns import is_missing, to_patient_names, to_times
 from pipeline.prepare.sources.listing import list_tables
 from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
 from pipeline.prepare.sources.side_files import read_frame
-from pipeline.schema import LABEL, PATIENT_ID, PREDICTION_MINUTE, PREDICTION_TIME, Kind, UserError
+from pipeline.schema import FLOAT32_MAX, LABEL, PATIENT_ID, PREDICTION_MINUTE, PREDICTION_TIME, Kind, UserError
 
 LABEL_COLUMNS: Final = (
     "label", "in_hospital_mortality", "In-hospital_death", "boolean_value", "integer_value", "float_value",
@@ -28,6 +28,10 @@ CLASSES: Final = ("0", "1")
 UNKNOWN_IS_MINUS_1: Final = ("Length_of_stay", "Survival", "SAPS-I", "SOFA")
 """Columns of PhysioNet 2012's outcomes in which -1 says that the number is not known."""
 
+LABEL_CLASSES_HELP: Final = (
+    "Names of the classes, in their order, of labels that are classes; by default those that occur. Give those of a "
+    "trained model to evaluate it on labels that lack one."
+)
 LabelKind = Literal["auto", "binary", "multiclass", "regression"]
 LABEL_KIND_HELP: Final = (
     "What labels are: 0 and 1 (binary), names or numbers of classes (multiclass), or numbers (regression). Default: as "
@@ -66,12 +70,14 @@ class LabelColumns:
         patient: tried before the usual names.
         time: of dates, or else of minutes.
         kind: of the labels; ``auto`` looks at them.
+        classes: names of the classes in their order; none = those that occur.
     """
 
     label: str | None = None
     patient: str | None = None
     time: str | None = None
     kind: LabelKind = "auto"
+    classes: tuple[str, ...] = ()
 
 
 def read_labels(path: Path, columns: LabelColumns | None = None) -> Labels:
@@ -96,20 +102,29 @@ def read_label_files(files: Sequence[Path], origin: str, columns: LabelColumns) 
             raise UserError(f"{file}: has other columns of times than {files[0]}; make the files alike")
     kind = columns.kind
     if kind == "auto":
-        kind = find_kind([frame[LABEL] for frame in frames], names[0])
+        kind = "multiclass" if columns.classes else find_kind([frame[LABEL] for frame in frames], names[0])
     where = zip(files, names, strict=True)
     parsed = [parse_labels(*at, frame[LABEL], kind) for at, frame in zip(where, frames, strict=True)]
     rows = pl.concat([frame.with_columns(label) for frame, label in zip(frames, parsed, strict=True)])
     rows = rows.filter(pl.col(PATIENT_ID).is_not_null())
-    classes: tuple[str, ...] = {"binary": CLASSES, "multiclass": (), "regression": ()}[kind]
+    classes: tuple[str, ...] = CLASSES if kind == "binary" else ()
     if kind == "multiclass":
-        by_size = pl.col(LABEL).cast(pl.Float64, strict=False)  # of numbers; words come after
-        found = rows.select(pl.col(LABEL).unique().drop_nulls()).sort(by_size, LABEL, nulls_last=True)
-        classes = tuple(found[LABEL])
+        classes = columns.classes or _find_classes(rows)
         if len(classes) < 2:
             raise UserError(f"{origin}: column {names[0]!r} has fewer than two classes; name another --label_column")
+        if not rows[LABEL].drop_nulls().is_in(classes).all():
+            raise UserError(
+                f"{origin}: column {names[0]!r} has labels that are not in --label_classes; name all classes"
+            )
         rows = rows.with_columns(pl.col(LABEL).replace_strict(classes, range(len(classes)), return_dtype=pl.Int32))
     return Labels(origin, merge_samples(origin, rows), kind, classes)
+
+
+def _find_classes(rows: pl.DataFrame) -> tuple[str, ...]:
+    """Return the classes that occur: numbers by size, then words."""
+    by_size = pl.col(LABEL).cast(pl.Float64, strict=False)
+    found = rows.select(pl.col(LABEL).unique().drop_nulls()).sort(by_size, LABEL, nulls_last=True)
+    return tuple(found[LABEL])
 
 
 def _read_file(path: Path, columns: LabelColumns) -> tuple[pl.DataFrame, str]:
@@ -179,7 +194,8 @@ def parse_labels(path: Path, name: str, labels: pl.Series, kind: Kind) -> pl.Ser
         advice = "mend it, or say --label_kind multiclass or regression"
         is_none |= (number == -1).fill_null(False)
     else:
-        is_right, what, advice = number.is_finite().fill_null(False), "a number, or empty for none", "mend it"
+        is_right = (number.abs() <= FLOAT32_MAX).fill_null(False)  # as batches hold them
+        what, advice = "a number, or empty for none", "mend it"
         if name in UNKNOWN_IS_MINUS_1:
             is_none |= (number == -1).fill_null(False)
     wrong = (~(is_none | is_right)).arg_true()

@@ -15,10 +15,20 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
-from pipeline.prepare.sources.labels import LABEL_KIND_HELP, LabelColumns, LabelKind, Labels, read_labels
+from pipeline.prepare.columns import to_patient_names
+from pipeline.prepare.sources.labels import (
+    LABEL_CLASSES_HELP,
+    LABEL_ID_COLUMNS,
+    LABEL_KIND_HELP,
+    LabelColumns,
+    LabelKind,
+    Labels,
+    read_labels,
+)
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
-from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, reading
-from pipeline.schema import PATIENT_ID, UserError
+from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, pick_column, reading
+from pipeline.prepare.sources.side_files import read_frame
+from pipeline.schema import PATIENT_ID, SPLITS, UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +73,16 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class SideFileOptions(Section):
-    """Labels and embeddings, from files of their own."""
+    """Labels, splits and embeddings, from files of their own."""
 
     labels: Path | None = option(None, "CSV or Parquet file of labels, or a folder of them such as MEDS label files.")
     label_column: str | None = option(None, "Column of the outcome in --labels.")
     label_kind: LabelKind = option("auto", LABEL_KIND_HELP)
+    label_classes: tuple[str, ...] = option((), LABEL_CLASSES_HELP)
+    splits: Path | None = option(
+        None, "CSV or Parquet file, or a folder of them, of each patient's split: train, valid or test. It takes the "
+        "place of splits that the input has.",
+    )  # fmt: skip
     embeddings: Path | None = option(None, "CSV file with a column Key and a vector for each variable.")
 
 
@@ -92,7 +107,7 @@ class Source(SideFileOptions, ABC):
     @property
     def options(self) -> dict[str, Any]:
         """Return what decides the rows besides the content of files, for the manifest."""
-        others = ("path", "labels", "embeddings", *self.unused)
+        others = ("path", "labels", "embeddings", "splits", *self.unused)
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
     @property
@@ -141,7 +156,7 @@ class Source(SideFileOptions, ABC):
 
         ``statistics`` is a CSV file of ``variable``, ``mean``, ``std`` that replace those of the train split.
         """
-        return {"labels": self.labels, "embeddings": self.embeddings}
+        return {"labels": self.labels, "embeddings": self.embeddings, "splits": self.splits}
 
     def inputs(self) -> dict[str, Path]:
         """Return every file that is read, by what it is read as and its place in the input.
@@ -163,7 +178,17 @@ class Source(SideFileOptions, ABC):
     def label_columns(self) -> LabelColumns:
         """Return which columns of ``--labels`` serve as what."""
         patient = getattr(self, "patient_column", None)
-        return LabelColumns(label=self.label_column, patient=patient, kind=self.label_kind)
+        kind, classes = self.label_kind, self.label_classes
+        return LabelColumns(label=self.label_column, patient=patient, kind=kind, classes=classes)
+
+    def find_splits(self) -> pl.DataFrame | None:
+        """Return the splits of ``--splits``, or else those that the input has; see :meth:`read_splits`."""
+        if self.splits is None:
+            return self.read_splits()
+        frames = [_read_split_file(path, self.label_columns.patient) for path in list_tables(self.splits)]
+        if not frames:
+            raise UserError(f"{self.splits}: no Parquet or CSV files here; name the file of splits")
+        return check_splits(self.splits, *pl.concat(frames).get_columns())
 
     def read_splits(self) -> pl.DataFrame | None:
         """Return ``patient_id``, ``split``, a row a patient (or subject); None where a hash splits patients."""
@@ -179,6 +204,18 @@ class Source(SideFileOptions, ABC):
     def read_descriptions(self) -> dict[str, str]:
         """Return what variables mean, in words."""
         return {}
+
+
+def _read_split_file(path: Path, patient: str | None) -> pl.DataFrame:
+    """Return ``patient_id`` and ``split`` of a file of ``--splits``."""
+    frame = read_frame(path, (SPLIT,), "patient_id,split")
+    id_columns = [patient, *LABEL_ID_COLUMNS] if patient else LABEL_ID_COLUMNS
+    ids = to_patient_names(frame[pick_column(path, frame.columns, None, id_columns, "a header patient_id,split")])
+    split = frame[SPLIT].cast(pl.String).str.strip_chars()
+    wrong = (ids.is_null() | ~split.is_in(SPLITS).fill_null(False)).arg_true()
+    if len(wrong):
+        raise UserError(f"{path}: row {wrong[0] + 1} has no patient, or no split among {', '.join(SPLITS)}; mend it")
+    return pl.DataFrame({PATIENT_ID: ids, SPLIT: split})
 
 
 def check_splits(path: Path, patients: pl.Series, splits: pl.Series) -> pl.DataFrame:

@@ -55,7 +55,7 @@ class Synthetic(Source, SyntheticOptions):
     """
 
     name: ClassVar[str] = "synthetic"
-    unused: ClassVar[tuple[str, ...]] = ("labels", "label_column", "label_kind")
+    unused: ClassVar[tuple[str, ...]] = ("labels", "label_column", "label_kind", "label_classes")
 
     path: Path = Path("synthetic")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +136,41 @@ def test_where_the_whole_input_lies_does_not_matter(
     Path("in").rename("elsewhere/in")
     moved = [word.replace("in", "elsewhere/in", 1) if word.split("/")[0] == "in" else word for word in words]
     assert preprocess.main([*moved, *options]) == 0
+
+
+def prepare_with_splits(folder: Path, splits: str, *flags: str) -> int:
+    rows = "".join(f"{patient},{minute},HR,1\n" for patient in ("1", "2", "3", "4") for minute in (0, 5))
+    (folder / "events.csv").write_text("patient_id,minute,variable,value\n" + rows)
+    (folder / "splits.csv").write_text(splits)
+    command = [str(folder / "events.csv"), "--output", str(folder / "out"), "--workers", "1", *flags]
+    return preprocess.main([*command, "--splits", str(folder / "splits.csv")])
+
+
+def test_a_file_may_say_which_patient_is_in_which_split(tmp_path: Path) -> None:
+    """Who is not in it goes where the hash says; blanks and integers that come as floats are no matter."""
+    assert prepare_with_splits(tmp_path, "subject_id,split\n1.0,test\n 2 , train \n3,valid\n9,test\n") == 0
+    index = pl.read_parquet(tmp_path / "out" / "index.parquet")
+    found = dict(index.select("patient_id", "split").iter_rows())
+    assert {name: found[name] for name in ("1", "2", "3")} == {"1": "test", "2": "train", "3": "valid"}
+    assert found["4"] in ("train", "valid", "test")
+    before = json.loads((tmp_path / "out" / "manifest.json").read_text())["fingerprint"]
+    shutil.rmtree(tmp_path / "out")
+    assert prepare_with_splits(tmp_path, "subject_id,split\n1,test\n2,train\n3,test\n9,test\n") == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["fingerprint"] != before
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ("patient_id,split\n1,train\n2,dev\n", "splits.csv: row 2 has no patient, or no split among train"),
+        ("patient_id,split\n1,train\n,test\n", "splits.csv: row 2 has no patient"),
+        ("patient_id,split\n1,train\n1,test\n", "splits.csv: patient number"),
+        ("patient_id,fold\n1,train\n", "splits.csv: no column 'split'"),
+        ("who,split\n1,train\n", "splits.csv: no column"),
+    ],
+)
+def test_splits_that_cannot_be_used_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], splits: str, message: str
+) -> None:
+    assert prepare_with_splits(tmp_path, splits) == 2
+    assert message in capsys.readouterr().err

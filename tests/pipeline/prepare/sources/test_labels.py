@@ -101,7 +101,16 @@ def test_classes_do_not_depend_on_the_type_in_which_a_file_has_them(tmp_path: Pa
     assert found.frame["label"].to_list() == [1, 0, 1, None, 2]
 
 
-@pytest.mark.parametrize("label", ["x", "inf", "1e400"])
+def test_classes_may_be_more_than_occur_but_not_less(tmp_path: Path) -> None:
+    path = write(tmp_path / "1.csv", "patient_id,label\na,low\nb,\nc,high\n")
+    found = read_labels(path, LabelColumns(classes=("low", "middle", "high")))
+    assert (found.kind, found.classes) == ("multiclass", ("low", "middle", "high"))
+    assert found.frame["label"].to_list() == [0, None, 2]
+    with pytest.raises(UserError, match="'label' has labels that are not in --label_classes"):
+        read_labels(path, LabelColumns(classes=("low", "middle")))
+
+
+@pytest.mark.parametrize("label", ["x", "inf", "1e400", "1e39"])
 def test_a_number_that_is_none_is_named(tmp_path: Path, label: str) -> None:
     path = write(tmp_path / "1.csv", f"patient_id,label\na,1\nb,{label}\n")
     with pytest.raises(UserError, match=r"1\.csv: row 2, column 'label': a label is a number, or empty") as error:
