@@ -141,7 +141,7 @@ def _write_whole_patients(
             num_samples=len(patients),
             num_patients=len(patients),
             num_labelled=sum(patient.label is not None for patient in patients),
-            class_counts=tuple(sum(patient.label == label for patient in patients) for label in (0, 1)),
+            class_counts=[sum(patient.label == label for patient in patients) for label in (0, 1)],
         )
         for split, patients in splits.items()
     }

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -46,7 +46,7 @@ class SampleCounts:
     num_patients: int = 0
     num_labelled: int = 0
     num_without_events: int = 0
-    class_counts: tuple[int, ...] = ()
+    class_counts: list[int] = field(default_factory=list)
     mean: float | None = None
     std: float | None = None
 
@@ -113,10 +113,7 @@ class Task:
             plain = unseal(content, path, advice)
             if plain.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"{path}: of another format version than {FORMAT_VERSION}; {advice}")
-            splits = {
-                split: SampleCounts(**counts | {"class_counts": tuple(counts["class_counts"])})
-                for split, counts in plain["splits"].items()
-            }
+            splits = {split: SampleCounts(**counts) for split, counts in plain["splits"].items()}
             task = cls(**plain | {"splits": splits, "classes": tuple(plain["classes"])})
         except FileNotFoundError:
             add = f"add it with python -m pipeline.tasks add {folder} --name {name} --labels FILE"

@@ -163,7 +163,7 @@ def _count_samples(samples: pl.DataFrame, labels: Labels) -> SampleCounts:
         num_patients=samples[PATIENT_ID].n_unique(),
         num_labelled=len(label),
         num_without_events=int((samples["num_events"] == 0).sum()),
-        class_counts=tuple(np.bincount(label, minlength=len(labels.classes)).tolist()) if labels.classes else (),
+        class_counts=np.bincount(label, minlength=len(labels.classes)).tolist() if labels.classes else [],
         mean=float(np.mean(label.to_numpy())) if is_number else None,
         std=float(np.std(label.to_numpy())) if is_number else None,
     )

@@ -77,7 +77,7 @@ class Moment:
 
 
 MOMENTS: dict[str, tuple[list[tuple[Any, str]], int]] = {
-    "validation": ([(training.validation, "compute_losses"), (training.validation, "rank_table")], 3),
+    "validation": ([(training.validation, "compute_losses"), (training.validation, "rank_predictions")], 3),
     "saving": ([(os, "fsync"), (os, "replace")], 20),
     "first step": ([(training.step, "forward_losses"), (training.step, "update_ema"), (train, "train_step")], 1),
 }

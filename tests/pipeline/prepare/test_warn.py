@@ -33,7 +33,7 @@ def test_constants_are_said_but_not_variables_of_one_value() -> None:
 def test_splits_whose_labels_are_all_alike_are_said() -> None:
     def counts(labelled: int, positive: int) -> SampleCounts:
         return SampleCounts(
-            num_samples=5, num_patients=5, num_labelled=labelled, class_counts=(labelled - positive, positive)
+            num_samples=5, num_patients=5, num_labelled=labelled, class_counts=[labelled - positive, positive]
         )
 
     warnings = find_warnings(measure(), {"train": counts(4, 2), "valid": counts(3, 0), "test": counts(0, 0)})
