@@ -164,8 +164,11 @@ def compute_losses(
         labels = [label] * len(output.logits) if label.ndim == 1 else [*label.unbind(1)]
         sums = [outcome_sum(*each, options) for each in zip(output.outcomes, output.logits, labels, strict=True)]
         losses = [each / _at_least_one(count) for each, count in zip(sums, counts.num_labelled, strict=True)]
-        weighted = [options.weight_of(task) * loss for task, loss in enumerate(losses)]
-        outcome, tasks = sum(weighted[1:], weighted[0]), torch.stack(losses) if len(losses) > 1 else losses[0][None]
+        outcome, tasks = losses[0], losses[0][None]
+        if len(losses) > 1:
+            tasks = torch.stack(losses)
+            weighted = [options.weight_of(task) * loss for task, loss in enumerate(losses)]
+            outcome = sum(weighted[1:], weighted[0])
         total = total + options.effective_outcome_weight * outcome
     return Losses(
         total=total,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.ops import TILE, uses_kernels
-from model.segments import Segments, attention_pool, take_unique
+from model.segments import Segments, attention_pool, permute_rows
 from pipeline.arrays import concatenate_ranges, offsets_from_sizes
 
 
@@ -168,11 +168,11 @@ class SetLayout:
 
     def sort_sets(self, x_SD: Tensor) -> Tensor:
         """Return rows of the batch's order of sets in the sorted order."""
-        return take_unique(x_SD, self.set_order)
+        return permute_rows(x_SD, self.set_order, self.set_rank)
 
     def unsort_sets(self, x_SD: Tensor) -> Tensor:
         """Return rows of the sorted order of sets in the batch's order."""
-        return take_unique(x_SD, self.set_rank)
+        return permute_rows(x_SD, self.set_rank, self.set_order)
 
     def split(self, x_RD: Tensor) -> tuple[Tensor, ...]:
         """Return the slots of each class, as views of one operation, so that its gradient is one concatenation."""

@@ -122,6 +122,23 @@ def sum_rows(x: Tensor, segments: Segments) -> Tensor:
     return summed
 
 
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return ``x[order]`` for a permutation; its gradient takes rows by the inverse, which nobody has to add up."""
+    permuted: Tensor = _PermuteRows.apply(x, order, inverse)
+    return permuted
+
+
 def attention_pool(values_ND: Tensor, scores_NH: Tensor, segments: Segments) -> Tensor:
     """Return [G, D] float32, the mean of the values of each segment, weighted by the softmax of its scores.
 
