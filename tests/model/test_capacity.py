@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.capacity import MAX_CAPACITIES, BatchShape, fill_batch, fit_capacities
+from model.config import Outcome
 from model.losses import LossOptions, compute_losses
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
@@ -134,3 +136,19 @@ def test_capacities_have_room_for_what_they_were_fitted_to() -> None:
     filled = [fill_batch(batch, capacities) for batch in batches]
     assert sum(found is not None for found in filled) >= 36
     assert fit_capacities([], num_codes=NUM_CODES) == ()
+
+
+def test_fillers_have_no_label_of_any_task() -> None:
+    """Two tasks, a number and classes: a packed batch with fillers has the losses of the batch without."""
+    outcomes = (Outcome(name="los", kind="regression", classes=()), Outcome(name="ward"))
+    model = tiny_model(outcomes=outcomes)
+    batch = random_batch([[3, 4, 1], [5, 17], [2]])
+    batch = dataclasses.replace(batch, label=torch.tensor([[1.5, 1.0], [math.nan, 0.0], [-2.0, math.nan]]))
+    capacity = add(BatchShape.of(batch), ROOM)
+    prepared = PreparedBatch.build(batch, seed=1, step=2, capacities=[capacity]).pack(pin=False)
+    assert prepared.shape == capacity
+    assert prepared.batch.label[3:].isnan().all()
+    found, alone = results(model, batch, prepared), results(model, batch, PreparedBatch.build(batch, seed=1, step=2))
+    largest = max(float(expected.abs().max()) for expected in alone.values())
+    for name, expected in alone.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6 * largest, msg=name)
