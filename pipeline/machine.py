@@ -15,7 +15,7 @@ from typing import Final
 
 import psutil
 
-MAX_HELD: Final = 1.6
+MAX_HELD: Final = 1.85
 """Times the most that a step has been seen to add to the heap that gaps and the next step may take together."""
 
 
