@@ -89,7 +89,7 @@ WHOLE = [
 ]
 NUMBERS = [
     Form(plain(pa.float64()), repr),
-    Form(plain(pa.float32()), lambda value: f" {value:+.2e}"),
+    Form(plain(pa.float32()), lambda value: f" {value:+.9e}"),
     Form(plain(pa.float64(), lambda value: value), lambda value: f"{value:.4f}"),
     Form(plain(pa.decimal128(12, 4), lambda value: Decimal(str(value))), repr),
     Form(plain(pa.string(), str), str),
