@@ -1,4 +1,4 @@
-"""Index arithmetic on flat arrays: sizes, offsets and ranges, without a loop over the parts."""
+"""Arithmetic on flat arrays: sizes, offsets, ranges and labels, without a loop over the parts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.schema import UNLABELLED
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -19,6 +21,12 @@ def offsets_from_sizes(sizes: npt.NDArray[Any]) -> Ints:
     offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets
+
+
+def is_labelled(label: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return where there is a label, in the shape of ``label``: not -1 of integers, not NaN of floats."""
+    known: npt.NDArray[np.bool_] = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED
+    return known
 
 
 def concatenate_ranges(starts: Ints, sizes: Ints) -> Ints:

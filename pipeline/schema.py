@@ -52,6 +52,12 @@ LABEL: Final = "label"  # null = unlabelled
 Kind = Literal["binary", "multiclass", "regression"]
 """What the labels of a task are: of two classes, of several, or numbers."""
 
+Times = Literal["date", "minute"]
+"""What the prediction times of a task are."""
+
+TIME_COLUMNS: Final[dict[Times, str]] = {"date": PREDICTION_TIME, "minute": PREDICTION_MINUTE}
+"""The columns that have them, as the labels give them."""
+
 
 class UserError(ValueError):
     """An error that the user can repair.

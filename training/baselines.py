@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from model.config import Outcome
-from pipeline.dataset.samples import is_labelled
+from pipeline.arrays import is_labelled
 from pipeline.loading.batch import PatientBatch
 from training.predictions import labels_of_batch
 from training.quality import Floats, Metrics, evaluate_predictions

@@ -23,7 +23,7 @@ from model.reconstruction import chamfer_sums
 from model.segments import take_unique
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
 from model.set_vae import Posterior
-from pipeline.dataset.samples import is_labelled
+from pipeline.arrays import is_labelled
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
 from pipeline.storage.files import replace_atomically, write_atomically

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import precision_recall_curve
 
+from pipeline.arrays import is_labelled
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import is_labelled
 from pipeline.dataset.tasks import Task
 from pipeline.schema import UserError
 from pipeline.storage.files import replace_atomically

@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model.config import Outcome
-from pipeline.dataset.tasks import Task, Times
+from pipeline.dataset.tasks import Task
 from pipeline.loading.batch import PatientBatch, PredictionTime
-from pipeline.schema import PREDICTION_MINUTE, PREDICTION_TIME, UNLABELLED
+from pipeline.schema import TIME_COLUMNS, UNLABELLED, Times
 
 Floats = npt.NDArray[np.float64]
 
 TIME_TYPES = {"date": pa.timestamp("us"), "minute": pa.float64()}
-TIME_COLUMNS = {"date": PREDICTION_TIME, "minute": PREDICTION_MINUTE}
 
 
 def labels_of_batch(batch: PatientBatch, num_tasks: int) -> list[Floats]:

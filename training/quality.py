@@ -12,7 +12,7 @@ from sklearn import config_context
 from sklearn.metrics import auc, roc_curve
 
 from model.config import Outcome
-from pipeline.dataset.samples import is_labelled
+from pipeline.arrays import is_labelled
 
 CALIBRATION_BINS = 15
 """Bins of equal mass; patients of one probability share a bin, so there may be fewer."""

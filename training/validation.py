@@ -15,11 +15,11 @@ from model.config import Outcome
 from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
-from pipeline.dataset.tasks import Times, common_times
+from pipeline.dataset.tasks import common_times
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
 from pipeline.machine import release_free_memory
-from pipeline.schema import UserError
+from pipeline.schema import Times, UserError
 from training.collapse import CollapseGauges, is_collapsed
 from training.data import BatchPreparer
 from training.memory import halve, is_out_of_memory

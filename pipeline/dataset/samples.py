@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrays import Ints, offsets_from_sizes
+from pipeline.arrays import Ints, is_labelled, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.schemas import INDEX_SCHEMA, task_schema
 from pipeline.dataset.tables import RowsByShard
 from pipeline.dataset.tasks import Task
-from pipeline.schema import INDEX_FILE, PREDICTION_MINUTE, PREDICTION_TIME, UNLABELLED, UserError
+from pipeline.schema import INDEX_FILE, TIME_COLUMNS, UNLABELLED, UserError
 from pipeline.storage.folder import Folder
 
 _LENGTHS = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
@@ -45,12 +45,6 @@ class Samples:
     prediction_time: npt.NDArray[Any] | None = None
 
 
-def is_labelled(label: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Return where there is a label, in the shape of ``label``."""
-    known: npt.NDArray[np.bool_] = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED
-    return known
-
-
 class SampleIndex:
     """The samples of a data set, read for some shards at a time: those of tasks, or without one the patients.
 
@@ -72,11 +66,11 @@ class SampleIndex:
     def count(self, entries: Sequence[ShardEntry]) -> Ints:
         """Return the number of samples of each shard; nothing is read, unless several tasks share samples."""
         if not self.tasks:
-            return np.array([entry.num_patients for entry in entries], np.int64)
-        rows = np.array([[task.shards.get(entry.path, 0) for entry in entries] for task in self.tasks], np.int64)
-        if len(self.tasks) == 1 or not len(entries):
-            return rows.reshape(len(self.tasks), -1)[0]
-        part = rows.sum(0).cumsum() // JOINED_ROWS
+            return _count_rows(None, entries)
+        rows = [_count_rows(task, entries) for task in self.tasks]
+        if len(rows) == 1 or not len(entries):
+            return rows[0]
+        part = np.sum(rows, axis=0).cumsum() // JOINED_ROWS
         found = []
         for start, stop in pairwise([0, *(np.flatnonzero(np.diff(part)) + 1), len(entries)]):
             some = entries[start:stop]
@@ -101,14 +95,14 @@ class SampleIndex:
         patients = offsets_from_sizes(np.array([entry.num_patients for entry in entries], np.int64))
         patient, time = np.arange(table.num_rows), None
         label: npt.NDArray[Any] = np.full(table.num_rows, UNLABELLED, np.int64)
-        expected = [entry.num_patients if task is None else task.shards.get(entry.path, 0) for entry in entries]
         if task is not None:
             patient = patients[shard] + table["position"].to_numpy()
             label = _read_labels(table["label"], task)
-            time = table[_TIME_COLUMNS[task.times]].to_numpy() if task.times else None
+            time = table[TIME_COLUMNS[task.times]].to_numpy() if task.times else None
         inside = (patient >= patients[shard]) & (patient < patients[shard + 1])
         lengths_fit = (num_sets >= 1) & (num_sets <= num_events)
-        if np.bincount(shard, minlength=len(entries)).tolist() != expected or not (inside & lengths_fit).all():
+        has_all = np.array_equal(np.bincount(shard, minlength=len(entries)), _count_rows(task, entries))
+        if not has_all or not (inside & lengths_fit).all():
             raise UserError(self._damage[number])
         if task is None:
             sums = [np.bincount(shard, amount, len(entries)).tolist() for amount in (num_sets, num_events)]
@@ -117,7 +111,10 @@ class SampleIndex:
         return Samples(patient=patient, num_events=num_events, num_sets=num_sets, label=label, prediction_time=time)
 
 
-_TIME_COLUMNS = {"date": PREDICTION_TIME, "minute": PREDICTION_MINUTE}
+def _count_rows(task: Task | None, entries: Sequence[ShardEntry]) -> Ints:
+    """Return the number of samples of one task, or of patients, in each shard, as its JSON or the manifest says."""
+    counts = (entry.num_patients if task is None else task.shards.get(entry.path, 0) for entry in entries)
+    return np.fromiter(counts, np.int64, len(entries))
 
 
 def _sample_schema(task: Task) -> pa.Schema:

@@ -12,18 +12,16 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import pyarrow as pa
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import task_schema
 from pipeline.dataset.tables import read_parquet, report_damage
-from pipeline.schema import FORMAT_VERSION, SPLITS, TASKS_FOLDER, Kind, UserError
+from pipeline.schema import FORMAT_VERSION, SPLITS, TASKS_FOLDER, Kind, Times, UserError
 from pipeline.storage.files import seal, sync, unseal, write_atomically
 from pipeline.storage.folder import Folder, as_folder
-
-Times = Literal["date", "minute"]
 
 MAX_NAMED_CLASSES: Final = 8
 """Maximum number of classes that a line describes."""
@@ -93,9 +91,9 @@ class Task:
         counts = self.splits[split]
         if not counts.num_labelled:
             return None
-        return (
-            (counts.mean,) if counts.mean is not None else tuple(n / counts.num_labelled for n in counts.class_counts)
-        )
+        if counts.mean is not None:
+            return (counts.mean,)
+        return tuple(number / counts.num_labelled for number in counts.class_counts)
 
     def save(self, directory: Path) -> None:
         """Write ``NAME.json``; the table must be complete."""

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.arrays import Ints
+from pipeline.arrays import Ints, is_labelled
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import SampleIndex, Samples, is_labelled
+from pipeline.dataset.samples import SampleIndex, Samples
 from pipeline.dataset.tasks import Task
 from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import BatchPlace, StepCounts

@@ -16,7 +16,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import SHARD_SCHEMA, task_schema
 from pipeline.dataset.shards import read_rows
 from pipeline.dataset.tables import open_checked, read_vocabulary, report_damage
-from pipeline.dataset.tasks import SampleCounts, Task, Times, check_task_name, list_tasks, task_files
+from pipeline.dataset.tasks import SampleCounts, Task, check_task_name, list_tasks, task_files
 from pipeline.prepare.names import find_expressions
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.sources.labels import Labels
@@ -29,7 +29,9 @@ from pipeline.schema import (
     PREDICTION_MINUTE,
     PREDICTION_TIME,
     SPLITS,
+    TIME_COLUMNS,
     UNKNOWN_CODE,
+    Times,
     UserError,
 )
 from pipeline.storage.files import file_sha256, remove_leftovers, replace_atomically
@@ -80,14 +82,14 @@ def write_task(
     excluded = _find_codes(directory, manifest, exclude_codes)
     samples = _locate_samples(directory, manifest, labels, frame)
     samples = _count_lengths(directory, manifest, samples, excluded)
-    times: dict[str | None, Times | None] = {PREDICTION_TIME: "date", PREDICTION_MINUTE: "minute", None: None}
+    times: dict[str | None, Times] = {column: kind for kind, column in TIME_COLUMNS.items()}
     task = Task(
         name=name,
         kind=labels.kind,
         classes=labels.classes,
         data=manifest.fingerprint,
         table_sha256=_write_table(directory, name, samples, task_schema(labels.kind)),
-        times=times[labels.time_column],
+        times=times.get(labels.time_column),
         splits={split: _count_samples(samples.filter(split=split), labels) for split in SPLITS},
         shards=dict(samples.filter(pl.col("num_events") > 0).group_by("shard").len().sort("shard").iter_rows()),
         excluded_codes=excluded.tolist(),

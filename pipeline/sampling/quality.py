@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.arrays import Floats, Ints
+from pipeline.arrays import Floats, Ints, is_labelled
 from pipeline.sampling.plan import EpochPlan, split_across_ranks
-from pipeline.schema import UNLABELLED
 
 
 def padding_waste(plan: EpochPlan, lengths: Ints) -> float:
@@ -41,7 +40,7 @@ def label_correlation(plan: EpochPlan, lengths: Ints, label: npt.NDArray[Any]) -
     """
     label = label[:, 0] if label.ndim > 1 else label
     means = (plan.sum_per_batch(lengths) / plan.batch_sizes)[_batch_of_patient(plan)]
-    labelled = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED
+    labelled = is_labelled(label)
     return _correlation(means[labelled], label[labelled].astype(np.float64))
 
 

@@ -11,7 +11,7 @@ from model.config import SeqSetVAEConfig
 from model.losses import LossCounts
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
-from pipeline.dataset.samples import is_labelled
+from pipeline.arrays import is_labelled
 from pipeline.loading.batch import PatientBatch
 
 NUM_CODES = 9

@@ -9,18 +9,17 @@ from typing import Final, Literal
 
 import polars as pl
 
-from pipeline.prepare.columns import is_missing, to_patient_names, to_times
+from pipeline.prepare.columns import is_missing, to_numbers, to_patient_names, to_times
 from pipeline.prepare.sources.listing import list_tables
 from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
 from pipeline.prepare.sources.side_files import read_frame
-from pipeline.schema import FLOAT32_MAX, LABEL, PATIENT_ID, PREDICTION_MINUTE, PREDICTION_TIME, Kind, UserError
+from pipeline.schema import FLOAT32_MAX, LABEL, PATIENT_ID, TIME_COLUMNS, Kind, UserError
 
 LABEL_COLUMNS: Final = (
     "label", "in_hospital_mortality", "In-hospital_death", "boolean_value", "integer_value", "float_value",
     "categorical_value",
 )  # fmt: skip
 LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "hadm_id")
-TIME_COLUMNS: Final = (PREDICTION_TIME, PREDICTION_MINUTE)
 
 CLASSES: Final = ("0", "1")
 """Names of the classes of a binary task."""
@@ -59,7 +58,7 @@ class Labels:
     @property
     def time_column(self) -> str | None:
         """Return the column of prediction times that there is."""
-        return next((name for name in TIME_COLUMNS if name in self.frame.columns), None)
+        return next((name for name in TIME_COLUMNS.values() if name in self.frame.columns), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +134,7 @@ def _read_file(path: Path, columns: LabelColumns) -> tuple[pl.DataFrame, str]:
     filled = [name for name in LABEL_COLUMNS if name in frame.columns and frame[name].null_count() < frame.height]
     label_name = pick_column(path, frame.columns, columns.label, filled or LABEL_COLUMNS, "--label_column")
     found = {PATIENT_ID: to_patient_names(frame[id_name])}
-    times = [columns.time] if columns.time else [name for name in TIME_COLUMNS if name in frame.columns]
+    times = [columns.time] if columns.time else [name for name in TIME_COLUMNS.values() if name in frame.columns]
     if times:
         time = frame[pick_column(path, frame.columns, times[0], (), "--time_column")]
         found |= _parse_times(path, time)
@@ -151,7 +150,7 @@ def _parse_times(path: Path, column: pl.Series) -> dict[str, pl.Series]:
     """Return prediction times by the name of the column that they are; raise UserError where one is neither."""
     is_given = ~is_missing(column)
     times = to_times(column, are_numbers_minutes=True)
-    name = PREDICTION_TIME if isinstance(times.dtype, pl.Datetime) else PREDICTION_MINUTE
+    name = TIME_COLUMNS["date" if isinstance(times.dtype, pl.Datetime) else "minute"]
     wrong = (times.is_null() & is_given).arg_true()
     if len(wrong):
         row = f"row {wrong[0] + 1}, column {column.name!r}"
@@ -210,16 +209,14 @@ def _text(labels: pl.Series) -> pl.Series:
 
 
 def _to_numbers(labels: pl.Series) -> pl.Series:
-    """Return labels as float64, true and false as 1 and 0; null where one is no number."""
-    if labels.dtype.is_numeric():
-        return labels.cast(pl.Float64)
-    return _text(labels).str.to_lowercase().replace({"true": "1", "false": "0"}).cast(pl.Float64, strict=False)
+    """Return labels as float64, true and false as 1 and 0; null where one is no number, as a time is none."""
+    return to_numbers(labels if labels.dtype.is_numeric() else _text(labels))
 
 
 def _is_unlabelled(labels: pl.Series) -> pl.Series:
     """Return where a label is missing: null, blank, or not a number."""
-    text = _text(labels)
-    return text.is_null() | (text == "").fill_null(False) | _to_numbers(labels).is_nan().fill_null(False)
+    text = _text(labels).str.to_lowercase()
+    return text.is_null() | text.is_in(["", "nan", "+nan", "-nan"]).fill_null(False)
 
 
 def merge_samples(origin: str, rows: pl.DataFrame) -> pl.DataFrame:
