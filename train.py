@@ -1,8 +1,8 @@
 """Train SeqSetVAE, or evaluate it: ``python train.py --help``.
 
 Read top to bottom: :func:`main` parses and starts one process a device, :func:`train` is the loop, :func:`finish`
-writes what a run leaves.  The state of a run is ``training/state.py``, a step ``training/step.py``, validation
-``training/validation.py``.
+writes what a run leaves, :func:`cross_fit` trains several models and joins them.  The state of a run is
+``training/state.py``, a step ``training/step.py``, validation ``training/validation.py``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from pipeline.options import from_dict
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
-from training.card import write_model_cards
+from training.card import is_summary_of, write_model_cards
 from training.checkpoint import Checkpoint, load_model
 from training.console import format_metric, format_quality, log_main
+from training.crossfit import check_cross_fit, finish_cross_fit, join_folds, keep_predictions
 from training.data import agree_on_data
 from training.evaluation import Evaluator, evaluate_checkpoint
+from training.folds import Member, final_members, fold_members
 from training.inspection import inspect_batches
 from training.meds_predictions import check_meds_task
 from training.memory import is_out_of_memory
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = Manifest.load(options.data.open_folder())
         if options.evaluation.inspect:
             return inspect_batches(options, manifest)
-        worker = evaluate if options.evaluation.evaluate else train
+        several = cross_fit if options.cross_fit.is_on else train
+        worker = evaluate if options.evaluation.evaluate else several
         return run(functools.partial(worker, options, manifest), devices=options.run.devices, device=options.run.device)
     except (UserError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
@@ -66,13 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
+def train(options: TrainOptions, manifest: Manifest, world: World, member: Member | None = None) -> int:
     """Train until the last epoch, early stopping or a signal; then evaluate the best checkpoint on the test split."""
-    job = begin_run(options, manifest, world)
+    job = begin_run(options, manifest, world, member)
     state, summary = job.state, job.directory / "summary.json"
     if job.resumed and job.stop_reason and is_summary_of(summary, state.progress.step):
         log_main(world, f"{job.directory}: this run is finished ({job.stop_reason}); nothing to do, {summary} has it")
-        if world.is_main and not (job.directory / "report.html").exists():  # it was killed right before
+        if world.is_main and member is None and not (job.directory / "report.html").exists():  # killed right before
             write_run_report(job.directory)
         return 0
     with job:
@@ -85,7 +88,10 @@ def train(options: TrainOptions, manifest: Manifest, world: World) -> int:
                     train_epoch(job)
                     job.save_last()
                 job.monitor.mark("validation")
-                job.end_epoch(job.evaluator.validate(state.ema_model, "valid").rank())
+                found = job.evaluator.validate(state.ema_model, "valid")
+                if world.is_main and member is not None and member.fold is not None:
+                    keep_predictions(job.directory, state.progress.epochs_validated, found)
+                job.end_epoch(found.rank())
             job.log_interval()
             job.save_last()
             finish(job)
@@ -115,7 +121,7 @@ def train_epoch(job: Run) -> None:
 def finish(job: Run) -> None:
     """Evaluate the best checkpoint on the test split, write summary, model card and report, and say where they are."""
     world, data, directory, test = job.world, job.data, job.directory, None
-    if data.manifest.splits.get("test"):
+    if data.manifest.splits.get("test") and job.member is None:
         model = load_model(directory / "checkpoints" / "best.pt", data.manifest.vocabulary_fingerprint)
         quality = job.evaluator.evaluate_split(model.to(world.device), "test")
         test = quality.flatten() if world.is_main else None
@@ -124,6 +130,9 @@ def finish(job: Run) -> None:
     if not world.is_main:
         return
     summary = job.summarize() | {"test": test}
+    if job.member is not None:
+        write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        return
     for name, card in write_model_cards(job.state.model.config, job.options, data.num_samples, summary, data.unit):
         write_atomically(directory / name, card.encode())
     write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -135,13 +144,21 @@ def finish(job: Run) -> None:
     print(f"report {report}")
 
 
-def is_summary_of(path: Path, step: int) -> bool:
-    """Return whether ``summary.json`` is of a run that ended at ``step``."""
-    try:
-        summary = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(summary, dict) and summary.get("steps") == step
+def cross_fit(options: TrainOptions, manifest: Manifest, world: World) -> int:
+    """Train a model for each fold, then the final models on all patients of train and valid, and join these."""
+    check_cross_fit(options, world)
+    data = agree_on_data(options.data, manifest, world, options.task, *manifest.splits)
+    for member in fold_members(options):
+        log_main(world, f"{member.name}:")
+        if code := train(member.options_of(options), manifest, world, member):
+            return code
+    world.wait()  # the first rank writes what is predicted
+    found = join_folds(options, data.outcomes) if options.cross_fit.folds else None
+    for member in final_members(options):
+        log_main(world, f"{member.name}:")
+        if code := train(member.options_of(options, stop_after=found.epochs if found else 0), manifest, world, member):
+            return code
+    return finish_cross_fit(options, data, world, found)
 
 
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
@@ -156,7 +173,8 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     )  # what the model was trained for, not what this command line says
     options, folder = dataclasses.replace(options, loss=loss), options.data.open_folder()
     saved.check_same_vocabulary(path, manifest.vocabulary_fingerprint)
-    model = saved.build_model(path, manifest.vocabulary_fingerprint).to(world.device)
+    model = saved.build_model(path, manifest.vocabulary_fingerprint, recalibrated=evaluation.recalibrate)
+    model = model.to(world.device)
     task, outcomes = options.data.task, model.config.outcomes
     if task is None and loss.learns_outcome:
         missing = [outcome.name for outcome in outcomes if not has_task(folder, outcome.name)]

@@ -14,6 +14,9 @@ from pipeline.schema import Kind, UserError
 EventForm = Literal["additive", "product"]
 Preset = Literal["reference", "small"]
 
+SMALLEST_PROBABILITY = 1e-12
+"""Stands for 0 in a logarithm."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
@@ -41,6 +44,8 @@ class Outcome:
         prior: share of each class in training, or of a regression the mean; the answer for a patient of whom nothing
             is known.  Empty = not known.
         std: standard deviation of a regression's labels in training.
+        calibration: of classes the slope of the recalibration and then an intercept for each, see :meth:`predict`;
+            empty = none.
     """
 
     name: str = "default"
@@ -48,6 +53,7 @@ class Outcome:
     classes: tuple[str, ...] = ("0", "1")
     prior: tuple[float, ...] = ()
     std: float = 1.0
+    calibration: tuple[float, ...] = ()
 
     @property
     def num_outputs(self) -> int:
@@ -62,10 +68,18 @@ class Outcome:
     def predict(self, logits_BKC: Tensor) -> Tensor:
         """Return [B, C] float32 from the logits of K ensemble heads: the mean probability of each class, or the number
         that a regression predicts, in the units of its labels.
+
+        A recalibration makes probabilities p of classes the softmax of slope · log p + intercepts; of two classes that
+        is logistic recalibration (Cox 1958).
         """
         if self.kind == "regression":
             return self.mean + self.std * logits_BKC.float().mean(1)
-        return logits_BKC.float().softmax(2).mean(1)
+        probability_BC = logits_BKC.float().softmax(2).mean(1)
+        if not self.calibration:
+            return probability_BC
+        slope, *intercepts = self.calibration
+        log_BC = probability_BC.clamp_min(SMALLEST_PROBABILITY).log()
+        return (slope * log_BC + log_BC.new_tensor(intercepts)).softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

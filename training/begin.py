@@ -22,6 +22,7 @@ from pipeline.schema import UserError
 from training.budget import measure_step_memory
 from training.checkpoint import Checkpoint
 from training.data import BatchPreparer, DataSet, agree_on_data
+from training.folds import Member, select_patients
 from training.graphs import StepGraphs
 from training.meds_predictions import check_meds_task
 from training.memory import StepMemory
@@ -47,11 +48,16 @@ THREAD_LIMIT = {"small": 1, "reference": None}
 is better used by the thread that prepares batches."""
 
 
-def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
-    """Build a run, or restore that of ``--output_dir``, where options, data and files allow it."""
+def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: Member | None = None) -> Run:
+    """Build a run, or restore that of ``--output_dir``, where options, data and files allow it.
+
+    The model that a ``member`` of cross-fitting is learns from some patients alone.
+    """
     directory = Path(options.run.output_dir)
     saved = find_checkpoint(options, directory, world)  # before the data: a task that differs is refused by its flag
     data = agree_on_data(options.data, manifest, world, options.task, *manifest.splits)
+    if member is not None:
+        data = select_patients(data, member, options)
     if options.evaluation.meds_predictions:
         check_meds_task(data.manifest, data.tasks)
     monitor = check_outcomes(options, data.outcomes)
@@ -92,7 +98,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World) -> Run:
     if saved is not None:
         state.load_state_dict(saved.state)
     state.progress.threads = threads
-    return Run(options, data, world, memory, state, settings, best, saved is not None, pool)
+    return Run(options, data, world, memory, state, settings, best, saved is not None, pool, member)
 
 
 def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None) -> BatchPreparer:
@@ -169,6 +175,8 @@ def initialise(model: SeqSetVAE, path: Path, data: DataSet) -> None:
     It may have learned other outcomes: where these are not alike in number and classes, their ensembles begin anew.
     """
     saved = Checkpoint.load(path)
+    if "members" in saved.state:
+        raise UserError(f"--init_from {path}: averages several models; name the last.pt of one below RUN/members")
     saved.check_same_model(path, model.config, but=("outcomes",))
     saved.check_same_vocabulary(path, data.manifest.vocabulary_fingerprint)
     there, here = saved.state["ema_model"], model.state_dict()

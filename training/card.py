@@ -1,8 +1,10 @@
-"""The model cards of a run."""
+"""The model cards of a run, and whether its summary is there."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -40,6 +42,8 @@ def write_model_cards(
     test, several = summary["test"], len(config.outcomes) > 1
     for outcome in config.outcomes:
         content = environment.get_template("model_card.md.jinja").render(
+            final_seeds=options.cross_fit.final_seeds,
+            folds=options.cross_fit.folds,
             loss=options.loss,
             metrics=METRICS,
             num_samples=num_samples,
@@ -55,3 +59,12 @@ def write_model_cards(
             width=config.width,
         )
         yield f"MODEL_CARD_{outcome.name}.md" if several else "MODEL_CARD.md", content
+
+
+def is_summary_of(path: Path, step: int) -> bool:
+    """Return whether ``summary.json`` is of a run that ended at ``step``."""
+    try:
+        summary = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(summary, dict) and summary.get("steps") == step

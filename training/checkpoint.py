@@ -6,24 +6,25 @@ import io
 import pickle
 import zipfile
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.average import AveragedModel, TrainedModel
 from model.config import SeqSetVAEConfig
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 
 SHAPELESS = ("dropout",)
 """Fields of the model's configuration that decide no weight's shape or meaning."""
 
 
-def load_model(path: str | Path, vocabulary_fingerprint: str) -> SeqSetVAE:
+def load_model(path: str | Path, vocabulary_fingerprint: str) -> TrainedModel:
     """Return the trained model of a checkpoint, on the CPU, ready to predict.
 
     Args:
@@ -50,7 +51,8 @@ class Checkpoint:
     Attributes:
         vocabulary_fingerprint: of the data it was trained on; codes mean nothing under another.
         options: of the run, by section and field, as ``config.yaml`` has them.
-        state: as :meth:`training.state.TrainState.state_dict` gives it.
+        state: as :meth:`training.state.TrainState.state_dict` gives it; of an average the weights of its ``members`` in
+            place of the states of one model.
         metrics: of the validation that chose this checkpoint, with its ``epoch`` and ``step``; None in ``last.pt``.
     """
 
@@ -95,15 +97,23 @@ class Checkpoint:
             raise UserError(f"{path}: not a checkpoint of train.py")
         return cls(**content)
 
-    def build_model(self, path: Path, vocabulary_fingerprint: str) -> SeqSetVAE:
-        """Return the trained model, on the CPU; ``path`` is for the message if vocabulary or weights are other ones."""
+    def build_model(self, path: Path, vocabulary_fingerprint: str, *, recalibrated: bool = True) -> TrainedModel:
+        """Return the trained model, on the CPU; ``path`` is for the message if vocabulary or weights are other ones.
+
+        Without ``recalibrated`` its probabilities are what they were before cross-fitting recalibrated them.
+        """
         self.check_same_vocabulary(path, vocabulary_fingerprint)
+        models = []
         try:
-            model = SeqSetVAE(SeqSetVAEConfig.from_dict(self.config))
-            model.load_state_dict(self.state["ema_model"])
+            config = SeqSetVAEConfig.from_dict(self.config)
+            if not recalibrated:
+                config = replace(config, outcomes=tuple(replace(each, calibration=()) for each in config.outcomes))
+            for weights in self.state["members"] if "members" in self.state else [self.state["ema_model"]]:
+                models.append(SeqSetVAE(config))
+                models[-1].load_state_dict(weights)
         except (TypeError, RuntimeError, AttributeError, KeyError) as error:
             raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[0]})") from None
-        return model
+        return models[0] if len(models) == 1 else AveragedModel(models)
 
     def check_same_vocabulary(self, path: Path, vocabulary_fingerprint: str) -> None:
         """Raise UserError unless the data's codes mean what they meant in training."""

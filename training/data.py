@@ -8,6 +8,7 @@ batch that losses are divided by.  The step takes the result, moves it in one co
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from model.config import Outcome
 from model.losses import LossCounts
 from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.samples import SampleIndex
+from pipeline.dataset.samples import ChosenPatients, SampleIndex, SplitPart
 from pipeline.dataset.shards import check_shards
 from pipeline.dataset.tasks import Task, common_times, load_tasks
 from pipeline.loading.batch import PatientBatch
@@ -88,7 +89,8 @@ class DataOptions(BatchOptions):
 class DataSet:
     """The data set of a run: the same shards on every rank; some are ``quarantined``, by split, as they are bad.
 
-    Without ``tasks`` a sample is a whole patient, who has no label.
+    Without ``tasks`` a sample is a whole patient, who has no label.  Of a split that is in ``chosen`` those patients
+    alone are used.
     """
 
     options: DataOptions
@@ -96,6 +98,7 @@ class DataSet:
     manifest: Manifest
     tasks: tuple[Task, ...]
     quarantined: dict[str, list[ShardEntry]]
+    chosen: Mapping[str, ChosenPatients] = dataclasses.field(default_factory=dict)
 
     @property
     def quarantined_shards(self) -> list[str]:
@@ -108,8 +111,12 @@ class DataSet:
     @property
     def num_samples(self) -> dict[str, int]:
         """Number of samples with events of each split that are used; without tasks the number of patients."""
-        count = SampleIndex(self.folder, self.manifest, self.tasks).count
-        return {split: int(count(shards).sum()) for split, shards in self.manifest.splits.items()}
+        splits = self.manifest.splits.items()
+        return {split: int(self.index_of(split).count(shards).sum()) for split, shards in splits}
+
+    def index_of(self, split: str) -> SampleIndex:
+        """Return the samples of a split that are used."""
+        return SampleIndex(self.folder, self.manifest, self.tasks, chosen=self.chosen.get(split))
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
@@ -142,7 +149,8 @@ class DataSet:
             settings |= {"batch_size": memory.batch_size, "max_cost": memory.batch_bytes, "budget": memory.peak}
         elif settings["batch_size"] == "auto":
             settings["batch_size"] = DEFAULT_BATCH_SIZE
-        settings |= {"split": split, "task": self.tasks, "quarantined": self.quarantined_shards, **arguments}
+        part = SplitPart(split, self.chosen.get(split))
+        settings |= {"split": part, "task": self.tasks, "quarantined": self.quarantined_shards, **arguments}
         return make_loader(self.folder, manifest=self.manifest, **settings)
 
 

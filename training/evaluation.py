@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from model.average import TrainedModel
 from model.config import Outcome
 from model.losses import DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT, LossOptions
 from model.prepared import PreparedBatch
 from model.reconstruction import chamfer_sums
 from model.segments import take_unique
-from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
+from model.seqsetvae import SeqSetVAEOutput
 from model.set_vae import Posterior
 from pipeline.arrays import is_labelled
 from pipeline.loading.batch import PatientBatch
@@ -84,11 +85,11 @@ class Evaluator:
         seed = self.options.run.seed
         return self.data.open_loader(split, seed=seed, shuffle=False, world=self.world, preparer=preparer)
 
-    def validate(self, model: SeqSetVAE, split: str) -> Validation:
+    def validate(self, model: TrainedModel, split: str) -> Validation:
         """Return metrics and predictions of a split, see :func:`training.validation.validate`."""
         return validate(model, self.open_loader(split), self.options, self.world, self.check_stop)
 
-    def evaluate_split(self, model: SeqSetVAE, split: str) -> Quality:
+    def evaluate_split(self, model: TrainedModel, split: str) -> Quality:
         """Return metrics of a split, on the first rank with bootstrap intervals; write its predictions.
 
         They are in ``predictions_<split>.parquet``, of several tasks in ``predictions_<split>_<task>.parquet``.  With
@@ -117,7 +118,7 @@ class Evaluator:
         return Quality(found.metrics, found.outcomes, of_tasks)
 
     @torch.no_grad()
-    def evaluate_details(self, model: SeqSetVAE, split: str, latents_path: Path | None) -> Quality:
+    def evaluate_details(self, model: TrainedModel, split: str, latents_path: Path | None) -> Quality:
         """Return answers after the first hours, quality by length, and the reconstruction error beside the variables'
         means; write latents of sets to ``latents_path`` (a file a rank).
         """
@@ -146,7 +147,7 @@ class Evaluator:
         of_tasks = _judge_answers(columns, outcomes) if loss.learns_outcome else [dict[str, Any]() for _ in outcomes]
         return Quality(details, outcomes, of_tasks)
 
-    def _answer_early(self, model: SeqSetVAE, batch: PatientBatch) -> Floats:
+    def _answer_early(self, model: TrainedModel, batch: PatientBatch) -> Floats:
         """Return [B, ·] float64: the number of events, the labels of tasks (NaN = unlabelled), then what is predicted
         of each at the end, and after the first hours.
         """
@@ -173,7 +174,7 @@ def _judge_answers(columns: Floats, outcomes: tuple[Outcome, ...]) -> list[dict[
     return found
 
 
-def evaluate_checkpoint(evaluator: Evaluator, model: SeqSetVAE) -> dict[str, Any]:
+def evaluate_checkpoint(evaluator: Evaluator, model: TrainedModel) -> dict[str, Any]:
     """Evaluate a model on one split, write ``evaluation_<split>.json`` beside its predictions, return its content."""
     data, world, options = evaluator.data, evaluator.world, evaluator.options.evaluation
     split, output_dir = options.evaluate_split, Path(evaluator.options.run.output_dir)
@@ -211,7 +212,7 @@ def first_hours(batch: PatientBatch, hours: float) -> PatientBatch:
     return batch.keep_events(early_S[batch.set_of_event])
 
 
-def reconstruction_sums(model: SeqSetVAE, prepared: PreparedBatch, output: SeqSetVAEOutput) -> Tensor:
+def reconstruction_sums(model: TrainedModel, prepared: PreparedBatch, output: SeqSetVAEOutput) -> Tensor:
     """Return [2] float32: the reconstruction loss of the model, and that of decoding each event's own variable at its
     mean, summed over events.
 

@@ -69,8 +69,36 @@ class EvaluationOptions(Section):
         False, "Write predictions in the schema of MEDS too, into predictions_meds; a threshold is chosen on the "
         "validation split.",
     )  # fmt: skip
+    recalibrate: bool = option(
+        True, "With --evaluate: recalibrate probabilities as cross-fitting found it, where the checkpoint is of one."
+    )
     export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
     inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossFitOptions(Section):
+    """Cross-fitting."""
+
+    folds: int = option(
+        0, "Number of folds into which the patients of train and valid are dealt: for each a model learns from the "
+        "others and predicts it, which decides the number of epochs and the recalibration of the final models; 0 = no "
+        "folds.", minimum=0,
+    )  # fmt: skip
+    repeats: int = option(1, "Number of times that patients are dealt into --folds.", minimum=1)
+    final_seeds: int = option(
+        1, "Number of final models, of other seeds, whose predictions are averaged. With --folds, or where there are "
+        "several, they learn from all patients of train and valid.", minimum=1,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds == 1:
+            raise UserError("--folds 1: a model would have nobody to learn from; give 2 or more, or 0 for none")
+
+    @property
+    def is_on(self) -> bool:
+        return self.folds > 0 or self.final_seeds > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +110,7 @@ class TrainOptions:
     loss: LossOptions = field(default_factory=LossOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    cross_fit: CrossFitOptions = field(default_factory=CrossFitOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     @property
@@ -100,6 +129,10 @@ class TrainOptions:
         if self.optimisation.freeze and (self.optimisation.init_from is None or not self.loss.learns_outcome):
             needed = "name a checkpoint with --init_from, and another --objective"
             raise UserError(f"--freeze trains the head alone: {needed}")
+        if self.cross_fit.folds and not self.loss.learns_outcome:
+            raise UserError("--folds judges by what is predicted, and --objective pretrain predicts nothing; leave one")
+        if self.cross_fit.is_on and self.evaluation.meds_predictions:
+            raise UserError("--meds_predictions is for one model; with --folds give it to --evaluate afterwards")
 
 
 def parse_train_options(arguments: Sequence[str] | None) -> TrainOptions:
@@ -121,19 +154,19 @@ class AtResume(Enum):
 _FLAGS = {
     AtResume.SAME: (
         "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing",
-        "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision",
+        "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision", "folds", "repeats",
     ),
     AtResume.OBEYED: (
         "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",
-        "freeze", "max_epochs", "learning_rate", "weight_decay", "warmup_steps", "ema_decay", "gradient_clip",
-        "vae_weight", "outcome_weight", "task_weights", "pos_weight", "class_weights", "beta", "beta_warmup_steps",
-        "beta_schedule", "free_bits",
-        "devices", "device", "threads", "checkpoint_steps", "monitor", "patience", "min_active_units",
+        "freeze", "max_epochs", "stop_after", "final_seeds", "learning_rate", "weight_decay", "warmup_steps",
+        "ema_decay", "gradient_clip", "vae_weight", "outcome_weight", "task_weights", "pos_weight", "class_weights",
+        "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices", "device", "threads",
+        "checkpoint_steps", "monitor", "patience", "min_active_units",
         "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose", "cuda_graphs",
     ),
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",
-        "evaluate_split", "baselines", "meds_predictions", "export_latents", "inspect",
+        "evaluate_split", "baselines", "meds_predictions", "export_latents", "inspect", "recalibrate",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}

@@ -23,6 +23,7 @@ from training.checkpoint import Checkpoint
 from training.console import EpochBar, log_main, memory_file, open_metrics_log
 from training.data import DataSet, ReadyBatch
 from training.evaluation import Evaluator
+from training.folds import Member
 from training.memory import StepMemory
 from training.metrics import Meters, Throughput, task_losses
 from training.monitor import MemoryMonitor
@@ -49,7 +50,7 @@ class Run:
     """A run under way, as a context: files, bar, monitor, profiler and signal handlers are its own while it lasts.
 
     ``best`` has the metrics of the best validation so far, ``resumed`` says whether the state was restored; ``pool``
-    prepares batches, where the loader's thread does not.
+    prepares batches, where the loader's thread does not; ``member`` says which model of cross-fitting is trained.
     """
 
     options: TrainOptions
@@ -61,6 +62,7 @@ class Run:
     best: dict[str, Any] | None
     resumed: bool
     pool: PreparePool | None
+    member: Member | None = None
 
     def __post_init__(self) -> None:
         self.directory = Path(self.options.run.output_dir)
@@ -81,7 +83,7 @@ class Run:
         self._lines = enter(open_metrics_log(self.directory, self.world, self.state.progress.log_lines))
         path = memory_file(self.directory, self.world) if options.profile_memory else None
         self.monitor = enter(MemoryMonitor(path))
-        self.bar = enter(EpochBar(self.world, self.options.optimisation.max_epochs))
+        self.bar = enter(EpochBar(self.world, self.options.optimisation.num_epochs))
         self.profiler = enter(self._make_profiler())
         if self.data.options.on_bad_shard == "quarantine" and not self.resumed:
             patients = {f"{split}_patients": number for split, number in self.data.quarantined_patients.items()}
@@ -116,7 +118,7 @@ class Run:
     def _make_profiler(self) -> StepProfiler:
         """Return a profiler, which is on where ``--profile`` asks for it, on the first rank alone."""
         loader, optimisation = self.state.loader, self.options.optimisation
-        on = self.options.run.profile and self.world.is_main and loader.epoch < optimisation.max_epochs
+        on = self.options.run.profile and self.world.is_main and loader.epoch < optimisation.num_epochs
         steps = len(loader) - loader.cursor if on else 0
         path = self.directory / "trace.json.gz" if on else None
         return StepProfiler(path, self.state.model, self.options.loss, optimisation.dtype, steps=steps)
@@ -129,7 +131,10 @@ class Run:
             return "collapse"
         if options.patience and progress.epochs_since_best >= options.patience:
             return "patience"
-        return "max_epochs" if progress.epochs_validated >= self.options.optimisation.max_epochs else None
+        optimisation, epochs = self.options.optimisation, progress.epochs_validated
+        if epochs < optimisation.num_epochs:
+            return None
+        return "max_epochs" if epochs >= optimisation.max_epochs else "stop_after"
 
     @property
     def seconds(self) -> float:

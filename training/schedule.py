@@ -31,6 +31,10 @@ class OptimisationOptions(Section):
     init_from: str | None = option(None, "Start from the EMA weights of this checkpoint.")
     freeze: bool = option(False, "Train the outcome head alone and keep the rest as --init_from gives it.")
     max_epochs: int = option(8, "Number of epochs.", minimum=1)
+    stop_after: int = option(
+        0, "Number of epochs after which the run ends, though the learning rate falls over --max_epochs; 0 = all.",
+        minimum=0,
+    )  # fmt: skip
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW, reached after warm-up.", minimum=0)
     weight_decay: float = option(0.1, "Weight decay of AdamW, on matrices only.", minimum=0)
     warmup_steps: int = option(50, "Steps over which the learning rate rises; a cosine lowers it after.", minimum=0)
@@ -48,6 +52,11 @@ class OptimisationOptions(Section):
         "Replay steps as CUDA graphs, which costs a step one launch: batches are filled up to one of at most "
         f"{MAX_CAPACITIES} sizes, and those that no size has room for run as without the flag.",
     )
+
+    @property
+    def num_epochs(self) -> int:
+        """Return the number of epochs after which the run ends."""
+        return min(self.stop_after or self.max_epochs, self.max_epochs)
 
     @property
     def dtype(self) -> torch.dtype:

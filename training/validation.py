@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from model.average import TrainedModel
 from model.config import Outcome
 from model.losses import LossCounts, LossOptions, compute_losses
 from model.prepared import PreparedBatch
-from model.seqsetvae import SeqSetVAE, SeqSetVAEOutput
+from model.seqsetvae import SeqSetVAEOutput
 from pipeline.dataset.tasks import common_times
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
@@ -40,7 +41,7 @@ from training.schedule import OptimisationOptions
 
 
 def forward_in_parts(
-    model: SeqSetVAE, parts: list[PreparedBatch], world: World, optimisation: OptimisationOptions, loss: LossOptions
+    model: TrainedModel, parts: list[PreparedBatch], world: World, optimisation: OptimisationOptions, loss: LossOptions
 ) -> Iterator[tuple[PreparedBatch, SeqSetVAEOutput]]:
     """Yield each part of a batch, on the device, with the model's output; a part for which memory ends is halved."""
     waiting = parts[::-1]
@@ -104,7 +105,7 @@ def join_tasks(
 
 @torch.no_grad()
 def validate(
-    model: SeqSetVAE, loader: PatientLoader, options: TrainOptions, world: World, check_stop: Callable[[], None]
+    model: TrainedModel, loader: PatientLoader, options: TrainOptions, world: World, check_stop: Callable[[], None]
 ) -> Validation:
     """Evaluate a model on a split, and leave it in eval mode; the result is the same on every rank.
 

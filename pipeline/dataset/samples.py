@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,16 @@ _LENGTHS = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events
 
 JOINED_ROWS = 1 << 22
 """Rows of several tasks that are joined at once to count their samples."""
+
+ChosenPatients: TypeAlias = Mapping[str, npt.NDArray[np.bool_]]
+"""Which patients [P] of each shard are used, by its path; of a shard that is not named, none are."""
+
+
+class SplitPart(NamedTuple):
+    """Some patients of a split, by its name."""
+
+    split: str
+    patients: ChosenPatients | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,13 +59,20 @@ class Samples:
 class SampleIndex:
     """The samples of a data set, read for some shards at a time: those of tasks, or without one the patients.
 
-    A sample of several tasks has a label of each: a patient up to a time stands once, whichever tasks ask for it.
+    A sample of several tasks has a label of each: a patient up to a time stands once, whichever tasks ask for it.  With
+    ``chosen`` patients the others have no samples.
     """
 
     def __init__(
-        self, folder: Folder, manifest: Manifest, tasks: tuple[Task, ...] = (), *, verify: bool = True
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        tasks: tuple[Task, ...] = (),
+        *,
+        chosen: ChosenPatients | None = None,
+        verify: bool = True,
     ) -> None:
-        self.tasks, advice = tasks, "add the task again"
+        self.tasks, self._chosen, advice = tasks, chosen, "add the task again"
         files = [(task.table, task.table_sha256, advice, _sample_schema(task)) for task in tasks]
         if not tasks:
             files = [(INDEX_FILE, manifest.files.get(INDEX_FILE, ""), folder.repair_advice, _LENGTHS)]
@@ -64,11 +82,12 @@ class SampleIndex:
             raise UserError(f"{folder}/{INDEX_FILE}: not in the manifest; run preprocess.py again")
 
     def count(self, entries: Sequence[ShardEntry]) -> Ints:
-        """Return the number of samples of each shard; nothing is read, unless several tasks share samples."""
-        if not self.tasks:
-            return _count_rows(None, entries)
-        rows = [_count_rows(task, entries) for task in self.tasks]
-        if len(rows) == 1 or not len(entries):
+        """Return the number of samples of each shard.
+
+        Nothing is read, unless several tasks share samples, or patients were chosen.
+        """
+        rows = [_count_rows(task, entries) for task in self.tasks or (None,)]
+        if (len(rows) == 1 and self._chosen is None) or not len(entries):
             return rows[0]
         part = np.sum(rows, axis=0).cumsum() // JOINED_ROWS
         found = []
@@ -81,9 +100,8 @@ class SampleIndex:
 
     def read(self, entries: Sequence[ShardEntry]) -> Samples:
         """Return the samples of some shards."""
-        if not self.tasks:
-            return self._read(0, None, entries)
-        return join_samples([self._read(number, task, entries) for number, task in enumerate(self.tasks)])
+        of_tasks = [self._read(number, task, entries) for number, task in enumerate(self.tasks or (None,))]
+        return join_samples([choose_samples(each, entries, self._chosen) for each in of_tasks])
 
     def _read(self, number: int, task: Task | None, entries: Sequence[ShardEntry]) -> Samples:
         """Return the samples of one task, or the patients, of some shards."""
@@ -109,6 +127,25 @@ class SampleIndex:
             if sums != [[entry.num_sets for entry in entries], [entry.num_events for entry in entries]]:
                 raise UserError(self._damage[number])
         return Samples(patient=patient, num_events=num_events, num_sets=num_sets, label=label, prediction_time=time)
+
+
+def choose_samples(samples: Samples, entries: Sequence[ShardEntry], chosen: ChosenPatients | None) -> Samples:
+    """Return the samples of the chosen patients of some shards, of which they are the samples; None = of all."""
+    if chosen is None:
+        return samples
+    of_shard = [chosen.get(entry.path, np.zeros(entry.num_patients, np.bool_)) for entry in entries]
+    keep = np.concatenate([*of_shard, np.zeros(0, np.bool_)])[samples.patient]
+    time = samples.prediction_time
+    kept = {name: getattr(samples, name)[keep] for name in ("patient", "num_events", "num_sets", "label")}
+    return replace(samples, **kept, prediction_time=None if time is None else time[keep])
+
+
+def fingerprint_patients(chosen: ChosenPatients) -> str:
+    """Return a short checksum of which patients are chosen."""
+    digest = hashlib.sha256()
+    for path in sorted(chosen):
+        digest.update(f"{path} {len(chosen[path])} ".encode() + np.packbits(chosen[path]).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _count_rows(task: Task | None, entries: Sequence[ShardEntry]) -> Ints:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.arrays import Ints, is_labelled
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import SampleIndex, Samples
+from pipeline.dataset.samples import SampleIndex, Samples, SplitPart
 from pipeline.dataset.tasks import Task
 from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import BatchPlace, StepCounts
@@ -66,10 +66,16 @@ class GroupPlanner:
     """
 
     def __init__(
-        self, folder: Folder, manifest: Manifest, split: str, tasks: tuple[Task, ...], options: LoaderOptions
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        part: SplitPart,
+        tasks: tuple[Task, ...],
+        options: LoaderOptions,
     ) -> None:
-        self._index, self._options = SampleIndex(folder, manifest, tasks, verify=options.verify), options
-        entries = manifest.splits[split]
+        self._index = SampleIndex(folder, manifest, tasks, chosen=part.patients, verify=options.verify)
+        self._options = options
+        entries = manifest.splits[part.split]
         counts = self._index.count(entries)
         self.entries, self.num_samples = [entries[number] for number in np.flatnonzero(counts)], counts[counts > 0]
         self.grouping = lru_cache(maxsize=2)(self._group_shards)

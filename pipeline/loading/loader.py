@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 
 from pipeline.arrays import Floats, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.samples import SplitPart, fingerprint_patients
 from pipeline.dataset.tasks import Task, common_times, load_tasks, read_task_table
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.groups import GroupPlan, GroupPlanner, LoadedGroup, Position
@@ -45,7 +46,7 @@ from pipeline.schema import DEFAULT_TASK, UserError
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 # Batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call.
 GATHER_EVENTS = 1 << 17
@@ -70,7 +71,7 @@ class PatientLoader:
         self,
         directory: str | Path | Folder,
         *,
-        split: str = "train",
+        split: str | SplitPart = "train",
         task: str | tuple[Task, ...] | None = DEFAULT_TASK,
         manifest: Manifest | None = None,
         quarantined: Collection[str] = (),
@@ -83,7 +84,7 @@ class PatientLoader:
 
         Args:
             directory: what preprocess.py wrote: a path, a URL, or what ``open_folder`` returned.
-            split: ``train``, ``valid`` or ``test``.
+            split: ``train``, ``valid`` or ``test``; or some patients of one.
             task: name of the task whose samples are loaded, names of several between commas, or the tasks
                 themselves; None = whole patients without labels.
             manifest: of the directory, if it has been read already.
@@ -105,21 +106,23 @@ class PatientLoader:
             raise UserError(f"--world_size {world_size}: must be at least 1")
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} is not among {world_size} ranks, counted from 0")
-        if split not in self.manifest.splits:
-            raise UserError(f"{self._folder}: no split {split!r}; it has {', '.join(sorted(self.manifest.splits))}")
-        self.split = split
+        self._part = split if isinstance(split, SplitPart) else SplitPart(split, None)
+        self.split, splits = self._part.split, sorted(self.manifest.splits)
+        if self.split not in splits:
+            raise UserError(f"{self._folder}: no split {self.split!r}; it has {', '.join(splits)}")
         self._ranks = {"rank": rank, "world_size": world_size}
-        self._planner = GroupPlanner(self._folder, self.manifest, split, self.tasks, self.options)
+        self._planner = GroupPlanner(self._folder, self.manifest, self._part, self.tasks, self.options)
         entries = self._planner.entries
         self.num_samples = int(self._planner.num_samples.sum())
-        # The limit decides nothing if all patients are in a single group.
         is_grouped = sum(entry.num_events for entry in entries) > self.options.group_events
         names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
-        data = {"data": self.manifest.fingerprint, "split": split, "quarantined": sorted(quarantined)}
+        patients = "all" if self._part.patients is None else fingerprint_patients(self._part.patients)
+        data = {"data": self.manifest.fingerprint, "split": self.split}
         task_names = [f"{each.name} ({each.table_sha256[:12]})" for each in self.tasks]
         policy = {name: asdict(self.options)[name] for name in names}
-        group_events = self.options.group_events if is_grouped else None
-        self._settings: dict[str, Any] = {**data, "task": task_names, **policy, "group_events": group_events}
+        group_events = self.options.group_events if is_grouped else None  # else the limit decides nothing
+        used = {"patients": patients, "quarantined": sorted(quarantined), "task": task_names}
+        self._settings: dict[str, Any] = {**data, **used, **policy, "group_events": group_events}
         self._loaded: LoadedGroup | None = None  # the group that was read last, by whichever thread
         self.step = 0
         self._go_to(Position(epoch=0))
@@ -154,8 +157,13 @@ class PatientLoader:
     def read_empty_samples(self, task: Task) -> pa.Table:
         """Return patient, prediction times and labels of a task's samples of the split without events, in no batch."""
         table = read_task_table(self._folder, task).filter(pc.field("num_events") == 0)
-        used = pa.array([entry.path for entry in self.manifest.splits[self.split]], pa.string())
-        return table.filter(pc.is_in(table["shard"], value_set=used))
+        used = [entry.path for entry in self.manifest.splits[self.split]]
+        table = table.filter(pc.is_in(table["shard"], value_set=pa.array(used, pa.string())))
+        if (chosen := self._part.patients) is None:
+            return table
+        rows = zip(table["shard"].to_pylist(), table["position"].to_pylist(), strict=True)
+        keep = [path in chosen and bool(chosen[path][row]) for path, row in rows]
+        return table.filter(pa.array(keep, pa.bool_()))
 
     def predict_costs(self, cost: CostModel) -> Floats:
         """Return the predicted cost of each global batch of the current group, [N] float64.
