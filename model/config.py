@@ -44,8 +44,10 @@ class Outcome:
         prior: share of each class in training, or of a regression the mean; the answer for a patient of whom nothing
             is known.  Empty = not known.
         std: standard deviation of a regression's labels in training.
-        calibration: of classes the slope of the recalibration and then an intercept for each, see :meth:`predict`;
+        calibration: of classes the slope of the recalibration and then an intercept for each, see :meth:`recalibrate`;
             empty = none.
+        conformal: of classes, for each rate of misses the rate and the least probability of each class in a conformal
+            set, see :func:`training.calibration.fit_conformal`; empty = not fitted.
     """
 
     name: str = "default"
@@ -54,6 +56,7 @@ class Outcome:
     prior: tuple[float, ...] = ()
     std: float = 1.0
     calibration: tuple[float, ...] = ()
+    conformal: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_outputs(self) -> int:
@@ -69,12 +72,16 @@ class Outcome:
         """Return [B, C] float32 from the logits of K ensemble heads: the mean probability of each class, or the number
         that a regression predicts, in the units of its labels.
 
-        A recalibration makes probabilities p of classes the softmax of slope · log p + intercepts; of two classes that
-        is logistic recalibration (Cox 1958).
+        Probabilities are recalibrated, where a recalibration was fitted.
         """
         if self.kind == "regression":
             return self.mean + self.std * logits_BKC.float().mean(1)
-        probability_BC = logits_BKC.float().softmax(2).mean(1)
+        return self.recalibrate(logits_BKC.float().softmax(2).mean(1))
+
+    def recalibrate(self, probability_BC: Tensor) -> Tensor:
+        """Return the softmax of slope · log p + intercepts of classes' probabilities p, which of two classes is
+        logistic recalibration (Cox 1958).
+        """
         if not self.calibration:
             return probability_BC
         slope, *intercepts = self.calibration

@@ -16,7 +16,8 @@ from training.options import TrainOptions
 
 METRICS = {
     "auroc": "AUROC", "auprc": "AUPRC", "min_se_ppv": "min(Se, +P)", "accuracy": "Accuracy", "brier": "Brier",
-    "ece": "ECE", "r2": "R²", "mae": "MAE", "rmse": "RMSE", "c_index": "C-index",
+    "log_loss": "Log-loss", "ece": "ECE", "calibration_slope": "Calibration slope",
+    "calibration_intercept": "Calibration intercept", "r2": "R²", "mae": "MAE", "rmse": "RMSE", "c_index": "C-index",
 }  # fmt: skip
 
 

@@ -107,7 +107,8 @@ class Checkpoint:
         try:
             config = SeqSetVAEConfig.from_dict(self.config)
             if not recalibrated:
-                config = replace(config, outcomes=tuple(replace(each, calibration=()) for each in config.outcomes))
+                plain = (replace(outcome, calibration=(), conformal=()) for outcome in config.outcomes)
+                config = replace(config, outcomes=tuple(plain))
             for weights in self.state["members"] if "members" in self.state else [self.state["ema_model"]]:
                 models.append(SeqSetVAE(config))
                 models[-1].load_state_dict(weights)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 
 from model.config import SMALLEST_PROBABILITY, Outcome, SeqSetVAEConfig
@@ -26,17 +27,22 @@ from pipeline.arrays import is_labelled
 from pipeline.options import to_dict
 from pipeline.schema import Times, UserError
 from pipeline.storage.files import replace_atomically, write_atomically
-from training.calibration import fit_calibration
+from training.calibration import fit_calibration, fit_conformal
 from training.card import is_summary_of, write_model_cards
 from training.checkpoint import Checkpoint
 from training.console import format_quality, log_main
 from training.data import DataSet
-from training.evaluation import Evaluator
+from training.evaluation import Evaluator, judge_table, predictions_file
 from training.folds import final_members, fold_members, members_folder
 from training.options import TrainOptions
 from training.parallel import World
-from training.predictions import labels_of, make_table, prediction_columns, sort_samples, values_of
-from training.quality import evaluate_predictions
+from training.predictions import (
+    labels_of,
+    make_table,
+    prediction_columns,
+    probabilities_of,
+    sort_samples,
+)
 from training.report import write_run_report
 from training.validation import Validation, join_tasks
 
@@ -63,10 +69,7 @@ class OutOfFold:
         """Return the quality of the predictions, with intervals, and what they decided."""
         of_tasks = []
         for outcome, table in zip(self.outcomes, self.tables, strict=True):
-            ids = table["patient_id"].to_pylist()
-            quality = evaluate_predictions(
-                labels_of(table, outcome), values_of(table, outcome), outcome, patient_id=ids
-            )
+            quality = judge_table(table, dataclasses.replace(outcome, conformal=()))  # they were fitted to these
             of_tasks.append(quality | {"calibration": list(outcome.calibration)})
         decided = {"epochs": self.epochs, "loss_by_epoch": self.curve}
         return join_tasks(decided, self.outcomes, of_tasks)
@@ -115,8 +118,10 @@ def join_folds(options: TrainOptions, outcomes: tuple[Outcome, ...]) -> OutOfFol
 def _calibrate(outcome: Outcome, table: pa.Table) -> Outcome:
     if outcome.kind == "regression":
         return outcome
-    calibration = fit_calibration(labels_of(table, outcome), _probabilities(table, outcome))
-    return dataclasses.replace(outcome, calibration=calibration)
+    label, probability = labels_of(table, outcome), probabilities_of(table, outcome)
+    outcome = dataclasses.replace(outcome, calibration=fit_calibration(label, probability))
+    recalibrated = outcome.recalibrate(torch.from_numpy(probability)).numpy()
+    return dataclasses.replace(outcome, conformal=fit_conformal(label, recalibrated))
 
 
 def _join_epoch(options: TrainOptions, epoch: int, outcome: Outcome) -> pa.Table | None:
@@ -140,19 +145,13 @@ def _join_epoch(options: TrainOptions, epoch: int, outcome: Outcome) -> pa.Table
     return make_table(outcome, first["patient_id"].to_pylist(), when, labels_of(first, outcome), numbers, times)
 
 
-def _probabilities(table: pa.Table, outcome: Outcome) -> Floats:
-    """Return [P, C] of classes, [P, 1] of a regression."""
-    values = values_of(table, outcome)
-    return np.column_stack([1 - values, values]) if outcome.kind == "binary" else values.reshape(len(values), -1)
-
-
 def _pooled_loss(tables: Sequence[pa.Table], outcomes: tuple[Outcome, ...], loss: LossOptions) -> float:
     """Return the mean loss of predictions, of several tasks weighted as in training: cross-entropy of classes, of a
     regression half the squared error in units of the labels' standard deviation.
     """
     total = 0.0
     for task, (outcome, table) in enumerate(zip(outcomes, tables, strict=True)):
-        label, prediction = labels_of(table, outcome), _probabilities(table, outcome)
+        label, prediction = labels_of(table, outcome), probabilities_of(table, outcome)
         known = is_labelled(label)
         label, prediction = label[known], prediction[known]
         if not len(label):
@@ -184,8 +183,7 @@ def finish_cross_fit(options: TrainOptions, data: DataSet, world: World, found: 
     if world.is_main:
         joined.save(path)
         for outcome, table in zip(outcomes, found.tables if found else [], strict=bool(found)):
-            suffix = f"_{outcome.name}" if len(outcomes) > 1 else ""
-            with replace_atomically(directory / f"predictions_out_of_fold{suffix}.parquet") as file:
+            with replace_atomically(predictions_file(directory, "out_of_fold", outcome, outcomes)) as file:
                 pq.write_table(table, file, write_page_checksum=True)
     test = None
     if data.manifest.splits.get("test"):

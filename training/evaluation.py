@@ -25,16 +25,20 @@ from model.segments import take_unique
 from model.seqsetvae import SeqSetVAEOutput
 from model.set_vae import Posterior
 from pipeline.arrays import is_labelled
+from pipeline.dataset.tables import read_vocabulary
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
 from pipeline.storage.files import replace_atomically, write_atomically
+from training.calibration import measure_conformal
 from training.data import BatchPreparer, DataSet
+from training.decisions import measure_decisions
 from training.meds_predictions import choose_threshold, write_meds_predictions
 from training.memory import StepMemory
 from training.options import TrainOptions
 from training.parallel import World
-from training.predictions import labels_of, labels_of_batch, values_of
+from training.predictions import labels_of, labels_of_batch, probabilities_of, values_of
 from training.quality import HEADLINES, Floats, Ints, evaluate_predictions, rank_predictions
+from training.subgroups import Grouping, evaluate_subgroups, group_patients
 from training.validation import Validation, forward_in_parts, join_tasks, validate
 
 EARLY_HOURS = (6, 12, 24, 48)
@@ -104,15 +108,13 @@ class Evaluator:
         if not self.world.is_main:
             return Quality(found.metrics, found.outcomes, of_tasks)
         for outcome, table, metrics in zip(found.outcomes, found.tables, of_tasks, strict=True):
-            suffix = f"_{outcome.name}" if len(found.outcomes) > 1 else ""
-            with replace_atomically(directory / f"predictions_{split}{suffix}.parquet") as path:
+            with replace_atomically(predictions_file(directory, split, outcome, found.outcomes)) as path:
                 pq.write_table(table, path, write_page_checksum=True)
             if threshold is not None:
                 write_meds_predictions(directory, split, table, threshold)
                 metrics["threshold"] = threshold
             if self.options.loss.learns_outcome:
-                predictions = labels_of(table, outcome), values_of(table, outcome)
-                metrics |= evaluate_predictions(*predictions, outcome, patient_id=table["patient_id"].to_pylist())
+                metrics |= judge_table(table, outcome)
             else:
                 metrics |= dict.fromkeys(HEADLINES[outcome.kind])
         return Quality(found.metrics, found.outcomes, of_tasks)
@@ -160,6 +162,21 @@ class Evaluator:
         return np.column_stack(columns)
 
 
+def judge_table(table: pa.Table, outcome: Outcome) -> dict[str, Any]:
+    """Return the metrics of a table of predictions; of a binary outcome also what acting on them brings, and where
+    conformal sets were fitted their coverage.
+    """
+    label, prediction = labels_of(table, outcome), values_of(table, outcome)
+    metrics = evaluate_predictions(label, prediction, outcome, patient_id=table["patient_id"].to_pylist())
+    if outcome.kind == "binary":
+        known = is_labelled(label)
+        metrics |= measure_decisions(label[known].astype(np.int64), prediction[known])
+    if outcome.conformal:
+        sets = measure_conformal(label, probabilities_of(table, outcome), outcome.conformal, outcome.classes)
+        metrics["conformal"] = sets
+    return metrics
+
+
 def _judge_answers(columns: Floats, outcomes: tuple[Outcome, ...]) -> list[dict[str, Any]]:
     """Return the quality of each task's answers after the first hours, and by length; see ``_answer_early``."""
     num_events, labels = columns[:, 0].astype(np.int64), columns[:, 1 : 1 + len(outcomes)]
@@ -190,6 +207,8 @@ def evaluate_checkpoint(evaluator: Evaluator, model: TrainedModel) -> dict[str, 
         "quarantined_shards": data.quarantined_shards,
     }
     if world.is_main:
+        if options.subgroups and evaluator.options.loss.learns_outcome:
+            quality = quality.join(_judge_subgroups(evaluator, quality.outcomes))
         if options.baselines:
             # Imported here: fitting is slow to import, and training needs none of it.
             fit_baselines = import_module("training.baselines").fit_baselines
@@ -200,6 +219,26 @@ def evaluate_checkpoint(evaluator: Evaluator, model: TrainedModel) -> dict[str, 
         content |= quality.flatten()
         write_atomically(output_dir / f"evaluation_{split}.json", f"{json.dumps(content, indent=1)}\n".encode())
     return content
+
+
+def _judge_subgroups(evaluator: Evaluator, outcomes: tuple[Outcome, ...]) -> Quality:
+    """Return the metrics of the subgroups that ``--subgroups`` names, of the predictions that were just written."""
+    data, options = evaluator.data, evaluator.options.evaluation
+    split, directory = options.evaluate_split, Path(evaluator.options.run.output_dir)
+    loader = data.open_loader(split, seed=0, shuffle=False, world=evaluator.world.alone())
+    groupings = [Grouping.parse(text) for text in options.subgroups]
+    groups, found = group_patients(loader, groupings, read_vocabulary(data.folder, data.manifest)), []
+    for outcome in outcomes:
+        table = pq.read_table(predictions_file(directory, split, outcome, outcomes))
+        columns = table["patient_id"].to_pylist(), labels_of(table, outcome), values_of(table, outcome)
+        found.append({"subgroups": evaluate_subgroups(groups, *columns, outcome)})
+    return Quality({}, outcomes, found)
+
+
+def predictions_file(directory: Path, split: str, outcome: Outcome, outcomes: tuple[Outcome, ...]) -> Path:
+    """Return where the predictions of an outcome are written, of one of several in a file of its own."""
+    suffix = f"_{outcome.name}" if len(outcomes) > 1 else ""
+    return directory / f"predictions_{split}{suffix}.parquet"
 
 
 def first_hours(batch: PatientBatch, hours: float) -> PatientBatch:

@@ -15,6 +15,7 @@ from pipeline.schema import DEFAULT_TASK, UserError
 from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
 from training.schedule import OptimisationOptions
+from training.subgroups import Grouping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class EvaluationOptions(Section):
         False, "With --evaluate: fit trees and logistic regression to summaries of each variable of the train split, "
         "and evaluate them on the same patients.",
     )  # fmt: skip
+    subgroups: tuple[str, ...] = option(
+        (), "With --evaluate: evaluate subgroups of patients too, by variables such as Gender ICUType Age=40,65,80, "
+        "by value, by range of the edges given, or by ranges of equal mass.",
+    )  # fmt: skip
     meds_predictions: bool = option(
         False, "Write predictions in the schema of MEDS too, into predictions_meds; a threshold is chosen on the "
         "validation split.",
@@ -74,6 +79,14 @@ class EvaluationOptions(Section):
     )
     export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
     inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.subgroups:
+            try:
+                Grouping.parse(text)
+            except ValueError as error:
+                raise UserError(f"--subgroups {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +180,7 @@ _FLAGS = {
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",
         "evaluate_split", "baselines", "meds_predictions", "export_latents", "inspect", "recalibrate",
+        "subgroups",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}

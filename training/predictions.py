@@ -85,6 +85,12 @@ def values_of(table: pa.Table, outcome: Outcome) -> Floats:
     return np.column_stack(columns) if outcome.kind == "multiclass" else columns[0]
 
 
+def probabilities_of(table: pa.Table, outcome: Outcome) -> Floats:
+    """Return the predictions of a table as [P, C]: of classes the probability of each, of a regression one column."""
+    values = values_of(table, outcome)
+    return np.column_stack([1 - values, values]) if outcome.kind == "binary" else values.reshape(len(values), -1)
+
+
 def add_empty_samples(table: pa.Table, empty: pa.Table, outcome: Outcome, times: Times | None) -> pa.Table:
     """Return predictions with those of samples before their patient's first event.
 

@@ -11,17 +11,21 @@ from scipy.stats import kendalltau
 from sklearn import config_context
 from sklearn.metrics import auc, roc_curve
 
-from model.config import Outcome
+from model.config import SMALLEST_PROBABILITY, Outcome
 from pipeline.arrays import is_labelled
+from training.calibration import calibration_of
 
 CALIBRATION_BINS = 15
 """Bins of equal mass; patients of one probability share a bin, so there may be fewer."""
 
 METRICS = {
-    "binary": ("auroc", "auprc", "min_se_ppv", "brier", "ece", "prevalence"),
+    "binary": (
+        "auroc", "auprc", "min_se_ppv", "brier", "log_loss", "ece", "calibration_slope", "calibration_intercept",
+        "prevalence",
+    ),
     "multiclass": ("auroc", "auprc", "accuracy", "brier", "ece"),
     "regression": ("r2", "mae", "rmse", "c_index"),
-}
+}  # fmt: skip
 """The metrics of each kind of outcome."""
 
 HEADLINES = {"binary": ("auroc", "auprc"), "multiclass": ("auroc", "auprc"), "regression": ("r2", "mae")}
@@ -65,9 +69,9 @@ def evaluate_predictions(
         its interval under ``…_low`` and ``…_high``.
 
         Binary: ``auroc``; ``auprc`` (average precision: no interpolation); ``min_se_ppv``, the largest min(sensitivity,
-        positive predictive value) of any threshold (score 1 of the PhysioNet Challenge 2012); ``brier``; ``ece``, the
-        mean absolute difference of predicted and observed rate over ``CALIBRATION_BINS`` bins of equal mass (of the
-        whole sample, in resamples too, where it is biased upwards); ``prevalence``.
+        positive predictive value) of any threshold (score 1 of the PhysioNet Challenge 2012); ``brier``; ``log_loss``;
+        ``ece``, the mean absolute difference of predicted and observed rate over bins of equal mass of the whole
+        sample; slope and intercept of :func:`training.calibration.calibration_of`; ``prevalence``.
 
         Classes: means over the classes of ``auroc``, ``auprc`` and ``ece`` of each against all others, where they are
         defined; ``accuracy`` of the likeliest class; ``brier``, the sum over the classes (Brier 1950).
@@ -156,6 +160,9 @@ def _metrics_of(label_P: npt.NDArray[Any], prediction_P: Floats, outcome: Outcom
 def _binary_metrics_of(label_P: Ints, probability_P: Floats) -> Callable[[Floats], Metrics]:
     edges = np.quantile(probability_P, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]) if len(label_P) else np.zeros(0)
     bin_P = np.searchsorted(edges, probability_P)
+    of_label_P = np.where(label_P == 1, probability_P, 1 - probability_P)
+    loss_P = -np.log(of_label_P.clip(SMALLEST_PROBABILITY))
+    calibration = calibration_of(label_P.astype(np.float64), probability_P)
 
     def metrics(weight_P: Floats) -> Metrics:
         values: Metrics = dict.fromkeys(METRICS["binary"])
@@ -171,7 +178,10 @@ def _binary_metrics_of(label_P: Ints, probability_P: Floats) -> Callable[[Floats
             gap = np.bincount(bin_P, weight_P * (probability_P - label_P))
             values["brier"] = float(weight_P @ (probability_P - label_P) ** 2 / total)
             values["ece"] = float(np.abs(gap).sum() / total)
+            values["log_loss"] = float(weight_P @ loss_P / total)
             values["prevalence"] = float(positive / total)
+            slope, intercept = calibration(weight_P)
+            values |= {"calibration_slope": slope, "calibration_intercept": intercept}
         return values
 
     return metrics

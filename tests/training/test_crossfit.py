@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import train
 import training.checkpoint
 import training.run
 from pipeline.dataset.manifest import Manifest
+from pipeline.schema import FIRST_CODE
 from tests.training.runs import (
     assert_same,
     read_folder,
@@ -108,6 +110,16 @@ def test_the_checkpoint_averages_the_final_models_recalibrated(data: Path, finis
     assert answers[0] == pytest.approx(1 / (1 + np.exp(-(slope * logit + intercept))), abs=1e-5)
 
 
+def test_the_test_split_has_decisions_and_the_coverage_of_conformal_sets(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert summary["test"]["conformal"].keys() == {"0.05", "0.1", "0.2"}
+    assert "conformal" not in summary["out_of_fold"], "they were fitted to these predictions"
+    assert summary["test"]["net_benefit"].keys() == summary["out_of_fold"]["net_benefit"].keys()
+    card = (finished / "MODEL_CARD.md").read_text()
+    for words in ("train **and** valid", "the models of 2 folds", "| 0.05 |", "alerts per 100", "may miss"):
+        assert words in card
+
+
 def test_a_finished_run_is_not_changed_and_more_seeds_are_added(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +133,21 @@ def test_a_finished_run_is_not_changed_and_more_seeds_are_added(
     assert run(data, out, "--folds", "0", "--final_seeds", "3", "--max_epochs", "1", "--resume") == 0
     assert len(Checkpoint.load(out / "checkpoints" / "best.pt").state["members"]) == 3
     assert not Checkpoint.load(out / "checkpoints" / "best.pt").config["outcomes"][0]["calibration"]
+
+
+def test_subgroups_of_a_checkpoint_add_up(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variable = pq.read_table(data / "vocabulary.parquet")["variable"].to_pylist()[FIRST_CODE]
+    flags = ["--evaluate", str(finished / "checkpoints" / "best.pt"), "--subgroups"]
+    assert run(data, tmp_path, *flags, f"{variable}=0") == 0
+    found = json.loads((tmp_path / "evaluation_test.json").read_text())
+    groups = found["subgroups"][variable]
+    assert sum(group["num_labelled"] for group in groups.values()) == found["num_labelled"]
+    assert set(groups) <= {"below 0", "from 0", "not recorded"}
+    for words, bad in {"--subgroups 'Age=2,1'": "Age=2,1", "have no such variable": "Nothing"}.items():
+        assert run(data, tmp_path / "refused", *flags, bad) == 2
+        assert words in capsys.readouterr().err
 
 
 class Killed(BaseException):
