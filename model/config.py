@@ -13,6 +13,7 @@ from pipeline.schema import Kind, UserError
 
 EventForm = Literal["additive", "product"]
 Preset = Literal["reference", "small"]
+Part = Literal["nothing", "summary_features", "contexts"]
 
 SMALLEST_PROBABILITY = 1e-12
 """Stands for 0 in a logarithm."""
@@ -27,6 +28,10 @@ class ModelOptions:
     dropout: float = option(
         0.2, "Dropout probability in the transformer and the outcome head.", minimum=0, maximum=0.99
     )
+    without: Part = option(
+        "nothing", "What the outcome head is denied, to see what it brings: the summary features of variables, or the "
+        "contexts that the transformer gives to sets.",
+    )  # fmt: skip
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass instead of storing them.")
 
     def __post_init__(self) -> None:
@@ -106,6 +111,7 @@ class SeqSetVAEConfig:
         layers: number of layers of the causal transformer over sets.
         feed_forward: hidden width of the feed-forward of a transformer layer.
         variable_axis: whether the outcome head pools events per variable as well as per set.
+        without: what the outcome head is denied.
         ensemble_heads: number of ensemble heads, whose mean probability predicts.
         outcomes: what is predicted; each has an ensemble of its own over what all share.
         dropout: dropout probability in the transformer and the outcome head.
@@ -124,6 +130,7 @@ class SeqSetVAEConfig:
     layers: int = 2
     feed_forward: int = 256
     variable_axis: bool = True
+    without: Part = "nothing"
     ensemble_heads: int = 8
     outcomes: tuple[Outcome, ...] = (Outcome(),)
     dropout: float = 0.1
@@ -143,9 +150,14 @@ class SeqSetVAEConfig:
             raise UserError(f"model configuration: dropout must be in [0, 1), not {self.dropout}")
         if self.max_logvar <= 0:
             raise UserError(f"model configuration: max_logvar must be positive, not {self.max_logvar}")
-        if self.event_form not in get_args(EventForm):
-            forms = get_args(EventForm)
-            raise UserError(f"model configuration: event_form must be one of {forms}, not {self.event_form!r}")
+        for name, words in {"event_form": get_args(EventForm), "without": get_args(Part)}.items():
+            if getattr(self, name) not in words:
+                raise UserError(f"model configuration: {name} must be one of {words}, not {getattr(self, name)!r}")
+
+    @property
+    def summary_features(self) -> bool:
+        """Return whether the outcome head is given the summary features of variables."""
+        return self.variable_axis and self.without != "summary_features"
 
     @classmethod
     def preset(cls, name: Preset, *, num_codes: int, **changes: Any) -> SeqSetVAEConfig:

@@ -64,7 +64,9 @@ class VariableAxis(nn.Module):
         self.variable = CodeLinear(config, 1, 1, width, fan_in=1)
         # A feature means something else for each variable, so each has a projection of its own.
         channels = min(width, FEATURE_CHANNELS)
-        self.features = CodeLinear(config, 1, ENCODED_FEATURES, channels, fan_in=ENCODED_FEATURES)
+        self.features = None
+        if config.summary_features:
+            self.features = CodeLinear(config, 1, ENCODED_FEATURES, channels, fan_in=ENCODED_FEATURES)
         self.norm = nn.LayerNorm(width)
         self.block = ISAB(width, config.heads, config.set_feed_forward, config.inducing_points)
         self.scale = math.sqrt(width)
@@ -88,8 +90,9 @@ class VariableAxis(nn.Module):
         score_RH = self.score(x_RD).float().masked_fill(~sets.mask[:, None], -torch.inf)
         pooled_VD = attention_pool(x_RD, score_RH, prepared.slots_of_pair)
         own = factors_VR, prepared
-        projected_VD = run_block(self.features, features_VF[:, None], *own, checkpointed=checkpointed)[:, 0]
-        pooled_VD = pooled_VD + F.pad(projected_VD, (0, pooled_VD.shape[1] - projected_VD.shape[1]))
+        if self.features is not None:
+            projected_VD = run_block(self.features, features_VF[:, None], *own, checkpointed=checkpointed)[:, 0]
+            pooled_VD = pooled_VD + F.pad(projected_VD, (0, pooled_VD.shape[1] - projected_VD.shape[1]))
         pooled_VD = self.norm(pooled_VD + self.variable(torch.ones_like(features_VF[:, None, :1]), *own)[:, 0])
         if noise is not None:
             pooled_VD = noise.pair.dropout(pooled_VD, AXIS_SALT, self.dropout)
@@ -112,7 +115,7 @@ class Ensemble(nn.Module):
         self.salt = ENSEMBLE_SALT + 2 * number
         inputs = (2 if config.variable_axis else 1) * width
         self.heads, self.dropout, self.summary = heads, config.dropout, None
-        if config.variable_axis:
+        if config.summary_features:
             channels = min(width, SUMMARY_CHANNELS)
             usual = min(config.num_codes, USUAL_VARIABLES)
             fan_in = usual * (NUM_FEATURES + 1)  # of the z-scores alone, as it was measured
@@ -167,6 +170,7 @@ class OutcomeHead(nn.Module):
         axes = 2 if config.variable_axis else 1
         self.norm = nn.LayerNorm(axes * config.width)
         self.ensembles = nn.ModuleList(Ensemble(config, number) for number in range(len(config.outcomes)))
+        self.sees_contexts = config.without != "contexts"
         self.factors = CodeFactors(config) if config.variable_axis and has_factors(config) else None
 
     def forward(
@@ -192,6 +196,8 @@ class OutcomeHead(nn.Module):
             checkpointed: whether activations are computed again for the gradient.
         """
         sequences, variables = prepared.sequences, prepared.variables
+        if not self.sees_contexts:
+            context_SD = torch.zeros_like(context_SD)
         score_S1 = (context_SD.float() * z_SD.float()).sum(1, keepdim=True) / math.sqrt(context_SD.shape[1])
         pooled_BD = attention_pool(context_SD, score_S1, sequences.sets_of_patient)
         features_VF, factors_VR = None, None

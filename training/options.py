@@ -168,6 +168,7 @@ _FLAGS = {
     AtResume.SAME: (
         "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing",
         "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision", "folds", "repeats",
+        "without",
     ),
     AtResume.OBEYED: (
         "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",

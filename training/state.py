@@ -66,7 +66,7 @@ class TrainState:
 
 def build_model(options: ModelOptions, data: DataSet, *, seed: int) -> SeqSetVAE:
     """Return an untrained model for this data; the same weights for the same seed on every rank and device."""
-    changes: dict[str, Any] = {"event_form": options.event_form, "dropout": options.dropout}
+    changes: dict[str, Any] = {name: getattr(options, name) for name in ("event_form", "dropout", "without")}
     changes["outcomes"] = data.outcomes
     embeddings, manifest = None, data.manifest
     if manifest.embedding_dim is not None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from model.config import SeqSetVAEConfig
 from model.features import NUM_FEATURES
 from model.outcome import feature_moments
+from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from tests.model import reference
 from tests.model.helpers import NUM_CODES, random_batch, tiny_model
@@ -52,3 +55,22 @@ def test_a_large_vocabulary_has_an_embedding_a_code_and_no_more() -> None:
         if of_few.shape != of_many.shape
     }
     assert grown == {"events.embedding": 29_000 * 64}
+
+
+def test_without_summary_features_the_head_does_not_see_them() -> None:
+    prepared = PreparedBatch.build(random_batch([[3, 1], [5], [2, 2]]))
+    other = replace(prepared, features=prepared.features + 1)
+    for without, same in (("summary_features", True), ("nothing", False)):
+        model = tiny_model(without=without).eval()
+        logits = [model(each).logits[0] for each in (prepared, other)]
+        assert torch.equal(*logits) is same
+
+
+def test_without_contexts_the_head_learns_nothing_from_the_transformer() -> None:
+    prepared = PreparedBatch.build(random_batch([[3, 1], [5], [2, 2]]))
+    for without in ("contexts", "nothing"):
+        model = tiny_model(without=without).eval()
+        model(prepared, reconstruct=False).logits[0].sum().backward()
+        gradients = [parameter.grad for parameter in model.transformer.parameters()]
+        reached = [gradient is not None and bool(gradient.any()) for gradient in gradients]
+        assert any(reached) is (without == "nothing")
