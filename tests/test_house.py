@@ -14,7 +14,7 @@ FILES = sorted(
     for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
 )
 
-MAX_STATEMENT_LINES = 11_040
+MAX_STATEMENT_LINES = 11_050
 """Lines of all files together that are neither blank nor a comment, a docstring or an import.  1,040 of them are
 kernels and what they need, 320 capacities, graphs and processes that prepare batches, 1,200 column rules and formats of
 tables, 700 tasks, 470 their kinds and several at once, 360 cross-fitting,
