@@ -38,6 +38,7 @@ from training.meds_predictions import check_meds_task
 from training.memory import is_out_of_memory
 from training.options import TrainOptions, parse_train_options
 from training.parallel import World, choose_threads, run
+from training.patients import write_patient_pages
 from training.profiling import format_table
 from training.report import write_run_report
 from training.run import Run, Stopped
@@ -189,6 +190,8 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
         raise UserError(f"--task {task}: of other classes than {path} predicts: {learned}; {advice}")
     if evaluation.meds_predictions:
         check_meds_task(data.manifest, data.tasks)
+    if evaluation.patients and not loss.learns_outcome:
+        raise UserError(f"--patients shows answers, and {path} predicts nothing; leave it out")
     if not data.manifest.splits.get(split):
         nobody = f"has no patients in split {split}; choose another with --evaluate_split"
         raise UserError(f"{options.data.data_dir}: {nobody}")
@@ -196,7 +199,10 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     content = evaluate_checkpoint(Evaluator(options, data, world), model)
     if world.is_main:
         print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")
-        print(f"report {write_run_report(Path(options.run.output_dir))}")
+        directory = Path(options.run.output_dir)
+        print(f"report {write_run_report(directory)}")
+        if evaluation.patients:
+            print(f"patients {write_patient_pages(model, data, evaluation.patients, split, directory)}")
     return 0
 
 

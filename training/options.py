@@ -74,6 +74,10 @@ class EvaluationOptions(Section):
         False, "Write predictions in the schema of MEDS too, into predictions_meds; a threshold is chosen on the "
         "validation split.",
     )  # fmt: skip
+    patients: tuple[str, ...] = option(
+        (), "With --evaluate: a page about each of these patients of the split, by id: answers over time, effects of "
+        "variables, sets and their latents.",
+    )  # fmt: skip
     recalibrate: bool = option(
         True, "With --evaluate: recalibrate probabilities as cross-fitting found it, where the checkpoint is of one."
     )
@@ -181,7 +185,7 @@ _FLAGS = {
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",
         "evaluate_split", "baselines", "meds_predictions", "export_latents", "inspect", "recalibrate",
-        "subgroups",
+        "subgroups", "patients",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}
