@@ -14,14 +14,14 @@ FILES = sorted(
     for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
 )
 
-MAX_STATEMENT_LINES = 11_140
+MAX_STATEMENT_LINES = 11_240
 """Lines of all files together that are neither blank nor a comment, a docstring or an import.  1,040 of them are
 kernels and what they need, 320 capacities, graphs and processes that prepare batches, 1,200 column rules and formats of
 tables, 700 tasks, 470 their kinds and several at once, 360 cross-fitting,
-210 what predictions are good for, 85 pages of
-patients.  The aim is 6,000 without these."""
+210 what predictions are good for, 185 looks at
+patients and latents.  The aim is 6,000 without these."""
 
-MAX_LINES = 19_310
+MAX_LINES = 19_460
 """All lines of all files; the aim is 10,000."""
 
 MAX_FILE_LINES = 300

@@ -23,7 +23,6 @@ from model.prepared import PreparedBatch
 from model.reconstruction import chamfer_sums
 from model.segments import take_unique
 from model.seqsetvae import SeqSetVAEOutput
-from model.set_vae import Posterior
 from pipeline.arrays import is_labelled
 from pipeline.dataset.tables import read_vocabulary
 from pipeline.loading.batch import PatientBatch
@@ -32,6 +31,7 @@ from pipeline.storage.files import replace_atomically, write_atomically
 from training.calibration import measure_conformal
 from training.data import BatchPreparer, DataSet
 from training.decisions import measure_decisions
+from training.latents import LATENTS, LatentSums, latent_rows
 from training.meds_predictions import choose_threshold, write_meds_predictions
 from training.memory import StepMemory
 from training.options import TrainOptions
@@ -43,9 +43,6 @@ from training.validation import Validation, forward_in_parts, join_tasks, valida
 
 EARLY_HOURS = (6, 12, 24, 48)
 LENGTH_BUCKETS = 4
-
-FLOATS = pa.list_(pa.float32())
-LATENTS = pa.schema([("patient_id", pa.string()), ("minute", pa.float32()), ("mu", FLOATS), ("logvar", FLOATS)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +119,22 @@ class Evaluator:
     @torch.no_grad()
     def evaluate_details(self, model: TrainedModel, split: str, latents_path: Path | None) -> Quality:
         """Return answers after the first hours, quality by length, and the reconstruction error beside the variables'
-        means; write latents of sets to ``latents_path`` (a file a rank).
+        means; write latents of sets to ``latents_path`` (a file a rank), and a page about them.
         """
         model.eval()
         loss, optimisation, outcomes = self.options.loss, self.options.optimisation, model.config.outcomes
         outputs = sum(outcome.num_outputs for outcome in outcomes)
         no_answers = np.zeros((0, 1 + len(outcomes) + outputs * (1 + len(EARLY_HOURS))))
         errors, total_events, answers = torch.zeros(2), 0, [no_answers]
+        sums = LatentSums(model.config.width, model.config.num_codes) if latents_path else None
         with pq.ParquetWriter(latents_path, LATENTS) if latents_path else nullcontext() as latents:
             for ready in self.open_loader(split):
                 self.check_stop()
                 for prepared, output in forward_in_parts(model, ready.parts, self.world, optimisation, loss):
                     if output.decoded is not None:
                         errors += reconstruction_sums(model, prepared, output)
-                    if latents is not None:
+                    if sums is not None and latents is not None:
+                        sums.add(prepared, output)
                         latents.write_table(latent_rows(prepared.batch.to("cpu"), output.posterior))
                 total_events += ready.counts.num_events
                 if loss.learns_outcome:
@@ -145,9 +144,20 @@ class Evaluator:
         if loss.learns_sets:
             details["reconstruction_error"] = model_error
             details["reconstruction_error_at_variable_means"] = mean_error
+        if sums is not None:
+            details |= self._describe_latents(sums, split)
         columns = np.concatenate(self.world.gather(np.concatenate(answers)))
         of_tasks = _judge_answers(columns, outcomes) if loss.learns_outcome else [dict[str, Any]() for _ in outcomes]
         return Quality(details, outcomes, of_tasks)
+
+    def _describe_latents(self, sums: LatentSums, split: str) -> dict[str, Any]:
+        """Return what the latents of a split are like; on the first rank write ``latents_<split>.html``."""
+        sums.combine(self.world)
+        variables = read_vocabulary(self.data.folder, self.data.manifest)["variable"].to_pylist()
+        found = sums.summarize(variables)
+        if self.world.is_main:
+            sums.write_page(Path(self.options.run.output_dir) / f"latents_{split}.html", found, f"split {split}")
+        return found
 
     def _answer_early(self, model: TrainedModel, batch: PatientBatch) -> Floats:
         """Return [B, ·] float64: the number of events, the labels of tasks (NaN = unlabelled), then what is predicted
@@ -263,13 +273,6 @@ def reconstruction_sums(model: TrainedModel, prepared: PreparedBatch, output: Se
     weights = torch.tensor([DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT])
     sums = [torch.stack(chamfer_sums(output.events, each, output.sets)) for each in (output.decoded, at_mean)]
     return torch.stack([each.cpu() @ weights for each in sums])
-
-
-def latent_rows(batch: PatientBatch, posterior: Posterior) -> pa.Table:
-    """Return a row a set: whose it is, when, and the posterior of its latent."""
-    ids = pa.array(batch.patient_id, pa.string()).take(pa.array(batch.patient_of_set.numpy()))
-    wide = [pa.array(list(part.float().cpu().numpy()), FLOATS) for part in posterior]
-    return pa.table([ids, pa.array(batch.minute.numpy()), *wide], schema=LATENTS)
 
 
 def evaluate_by_length(label: Floats, prediction: Floats, num_events: Ints, outcome: Outcome) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _name_groups(grouping: Grouping, first: Mapping[str, tuple[int, float]], nam
     numbers = {who: raw for who, (_, raw) in first.items() if who not in categories and np.isfinite(raw)}
     values = np.unique(np.round([*numbers.values()], 6))
     if not grouping.edges and len(values) <= MAX_VALUES:
-        return categories | {who: f"{round(raw, 6):g}" for who, raw in numbers.items()}
+        return categories | {who: f"{round(raw, 6) + 0.0:g}" for who, raw in numbers.items()}  # no -0
     edges = grouping.edges or tuple(np.quantile([*numbers.values()], np.linspace(0, 1, RANGES + 1)[1:-1]).tolist())
     bounds = ["", *(f"{edge:.4g}" for edge in edges), ""]
     ranges = [_name_range(low, high) for low, high in pairwise(bounds)]
