@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,9 @@ def test_no_room_is_most_of_the_house() -> None:
         sizes[room] = sizes.get(room, 0) + statement_lines(path.read_text(encoding="utf-8"))
     for room, size in sizes.items():
         assert size <= MAX_ROOM_SHARE * sum(sizes.values()), room
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in FILES if path.parent != ROOT}
+    assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders)
