@@ -21,6 +21,7 @@ width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,39 @@ from model.kernels.ops import uses_kernels
 from model.ragged import SetLayout
 
 
+class _Tail(torch.autograd.Function):
+    """``LN(a + FF(a))`` of ``a = LN(attended + shift)``, with its gradient, by kernels and four products each way.
+
+    Products have the dtype of ``attended``; norms, their output and the sums of biases' gradients are float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, attended: Tensor, shift: Tensor, eps: float, *parameters: Tensor) -> Tensor:
+        gain_1, shift_1, w1, b1, w2, b2, gain_2, shift_2 = parameters
+        w1, b1, w2, b2 = (each.to(attended.dtype) for each in (w1, b1, w2, b2))
+        normed, stats_1 = ops.add_norm(attended, shift, gain_1, shift_1, eps)
+        inner = normed.to(attended.dtype)
+        hidden = torch.addmm(b1, inner, w1.t()).relu_()
+        fed = torch.addmm(b2, hidden, w2.t())
+        out, stats_2 = ops.add_norm(normed, fed, gain_2, shift_2, eps)
+        ctx.save_for_backward(attended, shift, gain_1, stats_1, normed, inner, hidden, w1, w2, fed, gain_2, stats_2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        attended, shift, gain_1, stats_1, normed, inner, hidden, w1, w2, fed, gain_2, stats_2 = ctx.saved_tensors
+        grad_normed, sums_2 = ops.add_norm_gradients(grad, None, normed, fed, gain_2, stats_2)
+        grad_fed = grad_normed.to(fed.dtype)
+        grad_hidden, grad_b1 = ops.relu_gradient(grad_fed @ w2, hidden)
+        grad_attended, sums_1 = ops.add_norm_gradients(grad_normed, grad_hidden @ w1, attended, shift, gain_1, stats_1)
+        (grad_gain_1, grad_shift_1, grad_shift), (grad_gain_2, grad_shift_2, grad_b2) = sums_1, sums_2
+        grad_w1, grad_w2 = ((left.t() @ right).float() for left, right in ((grad_hidden, inner), (grad_fed, hidden)))
+        of_parameters = grad_gain_1, grad_shift_1, grad_w1, grad_b1, grad_w2, grad_b2, grad_gain_2, grad_shift_2
+        return grad_attended, grad_shift.to(shift.dtype), None, *of_parameters
+
+
 class PostAttention(nn.Module):
-    """The post-attention MLP of a MAB: ``LN(a + FF(a))`` of ``a = LN(attended)``."""
+    """The post-attention MLP of a MAB: ``LN(a + FF(a))`` of ``a = LN(attended + shift)``, one shift for all rows."""
 
     def __init__(self, width: int, feed_forward: int) -> None:
         super().__init__()
@@ -41,8 +73,14 @@ class PostAttention(nn.Module):
         self.feed_forward = FeedForward(width, feed_forward)
         self.norm_output = nn.LayerNorm(width)
 
-    def forward(self, attended: Tensor) -> Tensor:
-        normed = self.norm_attention(attended)
+    def forward(self, attended: Tensor, shift: Tensor) -> Tensor:
+        first, feed_forward, last = self.norm_attention, self.feed_forward, self.norm_output
+        if uses_kernels(attended.device):
+            parameters = [
+                p for part in (first, feed_forward.expand, feed_forward.contract, last) for p in part.parameters()
+            ]
+            return _Tail.apply(attended, shift, first.eps, *parameters)
+        normed = self.norm_attention(attended + shift)
         return self.norm_output(normed + self.feed_forward(normed))
 
 
@@ -126,7 +164,7 @@ class MAB(nn.Module):
 
     def _after_attention(self, attended: Tensor) -> Tensor:
         # Attention weights sum to one, so the value's bias goes through the output projection once.
-        return self.post_attention(attended + F.linear(self.value.bias, self.output.weight, self.output.bias))
+        return self.post_attention(attended, F.linear(self.value.bias, self.output.weight, self.output.bias))
 
 
 class ISAB(nn.Module):
