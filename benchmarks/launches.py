@@ -5,6 +5,9 @@
 A step (forward, losses, backward, clipping, optimiser, EMA) runs on the ``meta`` device, by the path that a GPU takes,
 and every operation that is neither a view nor an allocation is counted.  An operation over a list of tensors
 (``_foreach_…``, ``_fused_…``) counts as one: a GPU takes it in a few launches of hundreds of tensors each.
+
+Beside it stand the bytes that the step's one copy takes to the device, and how many of them are events: what would not
+be copied if the data set lay there.
 """
 
 from __future__ import annotations
@@ -75,6 +78,20 @@ def count_launches(data_dir: Path, preset: Preset, batch_size: int) -> LaunchCou
     return counter
 
 
+def count_bytes(data_dir: Path, batch_size: int) -> dict[str, int]:
+    """Return the events of the first batch of a data directory, and the bytes of its copy: of all and of its events."""
+    ready = next(steps.endless_batches(data_dir, batch_size, prefetch=0))
+    (part,) = ready.parts
+    buffer, batch = part.pack(pin=False).buffer, part.batch
+    assert buffer is not None
+    events = (batch.code, batch.value, batch.has_value, part.value, part.has_number)
+    return {
+        "events": batch.num_events,
+        "copied_bytes": buffer.nbytes,
+        "copied_bytes_of_events": sum(tensor.nbytes for tensor in events),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -88,6 +105,7 @@ def main() -> None:
         "parts": counter.by_part(),
         "preset": options.preset,
         "batch_size": options.batch_size,
+        **count_bytes(options.data, options.batch_size),
     }
     if options.by_operation:
         result["operations"] = {f"{part}: {name}": n for (part, name), n in counter.counts.most_common()}

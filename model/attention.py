@@ -21,6 +21,9 @@ width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +35,39 @@ from model.kernels.ops import uses_kernels
 from model.ragged import SetLayout
 
 
+class _Tail(torch.autograd.Function):
+    """``LN(a + FF(a))`` of ``a = LN(attended + shift)``, with its gradient, by kernels and four products each way.
+
+    Products have the dtype of ``attended``; norms, their output and the sums of biases' gradients are float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, attended: Tensor, shift: Tensor, eps: float, *parameters: Tensor) -> Tensor:
+        gain_1, shift_1, w1, b1, w2, b2, gain_2, shift_2 = parameters
+        w1, b1, w2, b2 = (each.to(attended.dtype) for each in (w1, b1, w2, b2))
+        normed, stats_1 = ops.add_norm(attended, shift, gain_1, shift_1, eps)
+        inner = normed.to(attended.dtype)
+        hidden = torch.addmm(b1, inner, w1.t()).relu_()
+        fed = torch.addmm(b2, hidden, w2.t())
+        out, stats_2 = ops.add_norm(normed, fed, gain_2, shift_2, eps)
+        ctx.save_for_backward(attended, shift, gain_1, stats_1, normed, inner, hidden, w1, w2, fed, gain_2, stats_2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        attended, shift, gain_1, stats_1, normed, inner, hidden, w1, w2, fed, gain_2, stats_2 = ctx.saved_tensors
+        grad_normed, sums_2 = ops.add_norm_gradients(grad, None, normed, fed, gain_2, stats_2)
+        grad_fed = grad_normed.to(fed.dtype)
+        grad_hidden, grad_b1 = ops.relu_gradient(grad_fed @ w2, hidden)
+        grad_attended, sums_1 = ops.add_norm_gradients(grad_normed, grad_hidden @ w1, attended, shift, gain_1, stats_1)
+        (grad_gain_1, grad_shift_1, grad_shift), (grad_gain_2, grad_shift_2, grad_b2) = sums_1, sums_2
+        grad_w1, grad_w2 = ((left.t() @ right).float() for left, right in ((grad_hidden, inner), (grad_fed, hidden)))
+        of_parameters = grad_gain_1, grad_shift_1, grad_w1, grad_b1, grad_w2, grad_b2, grad_gain_2, grad_shift_2
+        return grad_attended, grad_shift.to(shift.dtype), None, *of_parameters
+
+
 class PostAttention(nn.Module):
-    """The post-attention MLP of a MAB: ``LN(a + FF(a))`` of ``a = LN(attended)``."""
+    """The post-attention MLP of a MAB: ``LN(a + FF(a))`` of ``a = LN(attended + shift)``, one shift for all rows."""
 
     def __init__(self, width: int, feed_forward: int) -> None:
         super().__init__()
@@ -41,8 +75,14 @@ class PostAttention(nn.Module):
         self.feed_forward = FeedForward(width, feed_forward)
         self.norm_output = nn.LayerNorm(width)
 
-    def forward(self, attended: Tensor) -> Tensor:
-        normed = self.norm_attention(attended)
+    def forward(self, attended: Tensor, shift: Tensor) -> Tensor:
+        first, feed_forward, last = self.norm_attention, self.feed_forward, self.norm_output
+        if uses_kernels(attended.device):
+            parameters = [
+                p for part in (first, feed_forward.expand, feed_forward.contract, last) for p in part.parameters()
+            ]
+            return _Tail.apply(attended, shift, first.eps, *parameters)
+        normed = self.norm_attention(attended + shift)
         return self.norm_output(normed + self.feed_forward(normed))
 
 
@@ -57,7 +97,7 @@ class MAB(nn.Module):
 
     def __init__(self, width: int, heads: int, feed_forward: int) -> None:
         super().__init__()
-        self.heads, self._scale = heads, 1 / math.sqrt(width // heads)
+        self.heads, self.scale = heads, 1 / math.sqrt(width // heads)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
@@ -71,15 +111,11 @@ class MAB(nn.Module):
             [·, D]: M rows for each set, sets in the layout's order; a set of one slot has one row, which stands for M
             equal ones.
         """
-        points, width = queries_MD.shape
+        width = queries_MD.shape[1]
         projected_HMK = self.query(queries_MD).view(-1, self.heads, width // self.heads).transpose(0, 1)
         queries_HMD = projected_HMK @ self.key.weight.view(self.heads, -1, width)
         queries_D, values_D = queries_HMD.reshape(-1, width), self._value_output().reshape(-1, width)
-        if uses_kernels(x_RD.device):
-            sizes = points, layout.num_rows(points)
-            projected = F.linear(x_RD, torch.cat([values_D, queries_D]))
-            return self._after_attention(ops.gather(projected, layout.sets, self.heads, *sizes, self._scale)[0])
-        queries_D, values_RHD, attended = queries_D * self._scale, F.linear(x_RD, values_D), []
+        queries_D, values_RHD, attended = queries_D * self.scale, F.linear(x_RD, values_D), []
         parts = zip(layout.classes, layout.split_mask(), layout.split(x_RD), layout.split(values_RHD), strict=True)
         for c, mask, keys, values in parts:
             values = values.view(c.num_sets, c.size * self.heads, width)
@@ -100,12 +136,7 @@ class MAB(nn.Module):
         folded_HDD = key_HKD.transpose(1, 2) @ self.query.weight.view(self.heads, -1, width)
         bias_HD = (self.query.bias.view(self.heads, 1, -1) @ key_HKD).view(-1)
         output = self._value_output().transpose(0, 1).reshape(width, -1)
-        if uses_kernels(x_RD.device):
-            queries_RHD = F.linear(x_RD, folded_HDD.reshape(-1, width), bias_HD)
-            points = layout.points_of(keys.shape[0])
-            pooled_RHD = ops.scatter(queries_RHD, keys, layout.sets, self.heads, points, self._scale)
-            return self._after_attention(F.linear(pooled_RHD, output))
-        queries_RHD = F.linear(x_RD, folded_HDD.reshape(-1, width) * self._scale, bias_HD * self._scale)
+        queries_RHD = F.linear(x_RD, folded_HDD.reshape(-1, width) * self.scale, bias_HD * self.scale)
         pooled = []
         parts = zip(layout.classes, layout.split(queries_RHD), layout.split_shared(keys), strict=True)
         for c, queries, keys_of_class in parts:
@@ -126,7 +157,25 @@ class MAB(nn.Module):
 
     def _after_attention(self, attended: Tensor) -> Tensor:
         # Attention weights sum to one, so the value's bias goes through the output projection once.
-        return self.post_attention(attended + F.linear(self.value.bias, self.output.weight, self.output.bias))
+        return self.post_attention(attended, F.linear(self.value.bias, self.output.weight, self.output.bias))
+
+
+class Projections(NamedTuple):
+    """What the kernels of an ISAB multiply with: products of its projections, of which each set would have its own.
+
+    Attributes:
+        gather: [H·D + H·M, D], takes a slot to the values of each head and to its scores with the inducing points.
+        queries, queries_bias: [H·D, D] and [H·D], take a slot to the queries with which it meets the inducing rows.
+        scattered: [D, H·D], takes what these queries found to the output of the attention.
+        gather_shift, scatter_shift: [D], which either attention adds to all rows.
+    """
+
+    gather: Tensor
+    queries: Tensor
+    queries_bias: Tensor
+    scattered: Tensor
+    gather_shift: Tensor
+    scatter_shift: Tensor
 
 
 class ISAB(nn.Module):
@@ -139,6 +188,55 @@ class ISAB(nn.Module):
         self.gather = MAB(width, heads, feed_forward)
         self.scatter = MAB(width, heads, feed_forward)
 
-    def forward(self, x_RD: Tensor, layout: SetLayout) -> Tensor:
+    def forward(self, x_RD: Tensor, layout: SetLayout, projections: Projections | None = None) -> Tensor:
+        """Return [R, D]; kernels take ``projections``, by default those of this block alone."""
+        if uses_kernels(x_RD.device):
+            return self._run_kernels(x_RD, layout, projections or fold_projections([self])[0])
         induced = self.gather.shared_queries(self.points, x_RD, layout)
         return self.scatter.own_queries(x_RD, induced, layout)
+
+    def _run_kernels(self, x_RD: Tensor, layout: SetLayout, folded: Projections) -> Tensor:
+        heads, points, scale = self.gather.heads, len(self.points), self.gather.scale
+        projected = F.linear(x_RD, folded.gather)
+        attended = ops.gather(projected, layout.sets, heads, points, layout.num_rows(points), scale)[0]
+        induced = self.gather.post_attention(attended, folded.gather_shift)
+        queries_RHD = F.linear(x_RD, folded.queries, folded.queries_bias)
+        found_RHD = ops.scatter(queries_RHD, induced, layout.sets, heads, layout.points_of(len(induced)), scale)
+        return self.scatter.post_attention(F.linear(found_RHD, folded.scattered), folded.scatter_shift)
+
+
+def fold_projections(blocks: Sequence[ISAB]) -> list[Projections]:
+    """Return the projections of blocks of one shape, of all at once: they are small, so their number is what they cost.
+
+    In the comments N blocks have 2 N MABs, those that gather before those that scatter.
+    """
+    number, heads = len(blocks), blocks[0].gather.heads
+    mabs = [*(block.gather for block in blocks), *(block.scatter for block in blocks)]
+    width = mabs[0].query.in_features
+    query, key, value, output = (
+        torch.stack([getattr(mab, name).weight for mab in mabs]) for name in ("query", "key", "value", "output")
+    )  # [2N, D, D] each
+    query_bias, value_bias, output_bias = (
+        torch.stack([getattr(mab, name).bias for mab in mabs])[:, None] for name in ("query", "value", "output")
+    )  # [2N, 1, D] each
+    of_heads = 2 * number * heads, width // heads, width
+    keys = key.view(of_heads)
+    queries = (keys.transpose(1, 2) @ query.view(of_heads)).view(2 * number, -1, width)
+    queries_bias = (query_bias.view(of_heads[0], 1, -1) @ keys).view(2 * number, 1, -1)
+    outputs = output.unflatten(2, (heads, -1)).transpose(1, 2).reshape(of_heads[0], width, -1)
+    values = (outputs @ value.view(of_heads)).view(2 * number, -1, width)
+    # Not the other way round, or the gradients of the outputs would come transposed, and each would be copied.
+    shifts = torch.baddbmm(output_bias.mT, output, value_bias.mT).view(2 * number, width).unbind()
+    (to_points, queries), (points_bias, queries_bias) = queries.chunk(2), queries_bias.chunk(2)
+    gathered, scattered = values.chunk(2)  # [N, H·D, D] each
+    points = torch.stack([block.points for block in blocks])
+    scored = torch.baddbmm(points_bias, points, to_points.transpose(1, 2))  # [N, M, H·D]
+    scored = scored.unflatten(2, (heads, width)).transpose(1, 2).flatten(1, 2)
+    scattered = scattered.unflatten(1, (heads, width)).transpose(1, 2).flatten(2)
+    of_blocks = (torch.cat([gathered, scored], 1), queries, queries_bias.flatten(1), scattered)
+    return list(map(Projections, *(each.unbind() for each in of_blocks), shifts[:number], shifts[number:]))
+
+
+Folded = Mapping[nn.Module, Projections]
+NOT_FOLDED: Folded = MappingProxyType({})
+"""Of blocks that fold their own projections."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import SeqSetVAEConfig
+from model.kernels.ops import uses_kernels
 from model.precision import full_precision
 from model.segments import Segments, take_rows
 from pipeline.schema import PADDING_CODE, UNKNOWN_CODE
@@ -60,8 +61,13 @@ class EventEncoder(nn.Module):
             number: [N] bool, see :func:`has_number`.
         """
         with full_precision(value.device):
-            direction = take_rows(F.normalize(self.variable(embedding_UE), dim=1), codes)
             if self.event_form == "product":
-                return direction * (value * number)[:, None]
-            scale = take_rows(F.normalize(self.scale(embedding_UE), dim=1), codes)
+                return take_rows(F.normalize(self.variable(embedding_UE), dim=1), codes) * (value * number)[:, None]
+            if uses_kernels(value.device):  # there are few codes, so launches alone cost anything
+                weights = torch.cat([self.variable.weight, self.scale.weight])
+                both = F.normalize(F.linear(embedding_UE, weights).unflatten(1, (2, -1)), dim=2)
+                direction, scale = take_rows(both, codes).unbind(1)
+            else:
+                directions = (F.normalize(layer(embedding_UE), dim=1) for layer in (self.variable, self.scale))
+                direction, scale = (take_rows(each, codes) for each in directions)
             return direction + torch.where(number[:, None], scale * value.asinh()[:, None], self.no_number)

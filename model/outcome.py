@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import ISAB
+from model.attention import ISAB, NOT_FOLDED, Folded
 from model.codes import CodeFactors, CodeLinear, has_factors
 from model.config import SeqSetVAEConfig
 from model.features import NUM_FEATURES, VariableLayout, summary_features
@@ -80,6 +80,7 @@ class VariableAxis(nn.Module):
         context_SD: Tensor,
         features_VF: Tensor,
         noise: StepNoise | None,
+        folded: Folded,
         *,
         checkpointed: bool,
     ) -> Tensor:
@@ -97,7 +98,7 @@ class VariableAxis(nn.Module):
         if noise is not None:
             pooled_VD = noise.pair.dropout(pooled_VD, AXIS_SALT, self.dropout)
         x = take_rows(pooled_VD, prepared.slots_of_variable)
-        x = x + run_block(self.block, x, variables.layout, checkpointed=checkpointed)
+        x = x + run_block(self.block, x, variables.layout, folded.get(self.block), checkpointed=checkpointed)
         return variables.layout.unsort_sets(variables.layout.mean(x))
 
 
@@ -181,6 +182,7 @@ class OutcomeHead(nn.Module):
         context_SD: Tensor,
         z_SD: Tensor,
         noise: StepNoise | None,
+        folded: Folded = NOT_FOLDED,
         *,
         checkpointed: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -193,6 +195,7 @@ class OutcomeHead(nn.Module):
             context_SD: the contexts of its sets, in the batch's order.
             z_SD: their latents.
             noise: the noise of dropout; None = no dropout.
+            folded: projections of blocks.
             checkpointed: whether activations are computed again for the gradient.
         """
         sequences, variables = prepared.sequences, prepared.variables
@@ -206,7 +209,7 @@ class OutcomeHead(nn.Module):
             if self.factors is not None:
                 factors_VR = take_rows(self.factors(embedding_UE), prepared.pairs_of_code)
             axis_BD = self.variables(
-                prepared, factors_VR, events_RD, context_SD, features_VF, noise, checkpointed=checkpointed
+                prepared, factors_VR, events_RD, context_SD, features_VF, noise, folded, checkpointed=checkpointed
             )
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from model.attention import ISAB, NOT_FOLDED, Folded, fold_projections
 from model.config import Outcome, SeqSetVAEConfig
 from model.events import EventEncoder
+from model.kernels.ops import uses_kernels
 from model.outcome import OutcomeHead
 from model.prepared import PreparedBatch
 from model.ragged import SetLayout
@@ -101,9 +103,10 @@ class SeqSetVAE(nn.Module):
         sets, sequences = prepared.sets, prepared.sequences
         checkpointed, decoded_RD, logits = self.gradient_checkpointing, None, None
         with record_function("encoder"):
+            folded = self._fold_projections(reconstruct, classify) if uses_kernels(sets.mask.device) else NOT_FOLDED
             embedding_UE = take_unique(self.events.embedding, prepared.codes)
             events_RD = self.events(embedding_UE, prepared.slots_of_code, prepared.value, prepared.has_number)
-            sorted_posterior = self.encoder(events_RD, sets, checkpointed=checkpointed)
+            sorted_posterior = self.encoder(events_RD, sets, folded, checkpointed=checkpointed)
             posterior = Posterior(*map(sets.unsort_sets, sorted_posterior))
             z_SD = posterior.mu
             if noise is not None:
@@ -113,11 +116,11 @@ class SeqSetVAE(nn.Module):
             context_SD = self.transformer(z_SD, prepared.time, sequences, set_noise, checkpointed=checkpointed)
         if reconstruct:
             with record_function("decoder"):
-                decoded_RD = self.decoder(sets.sort_sets(context_SD), sets, checkpointed=checkpointed)
+                decoded_RD = self.decoder(sets.sort_sets(context_SD), sets, folded, checkpointed=checkpointed)
         if classify:
             with record_function("head"):
                 logits = self.head(
-                    prepared, embedding_UE, events_RD, context_SD, z_SD, noise, checkpointed=checkpointed
+                    prepared, embedding_UE, events_RD, context_SD, z_SD, noise, folded, checkpointed=checkpointed
                 )
         return SeqSetVAEOutput(
             posterior=posterior,
@@ -128,3 +131,9 @@ class SeqSetVAE(nn.Module):
             decoded=decoded_RD,
             sets=sets,
         )
+
+    def _fold_projections(self, reconstruct: bool, classify: bool) -> Folded:
+        """Return the projections of all blocks that will run."""
+        parts = [self.encoder, *([self.decoder] if reconstruct else []), *([self.head] if classify else [])]
+        blocks = [module for part in parts for module in part.modules() if isinstance(module, ISAB)]
+        return dict(zip(blocks, fold_projections(blocks), strict=True))

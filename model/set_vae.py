@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import ISAB
+from model.attention import ISAB, NOT_FOLDED, Folded
 from model.config import SeqSetVAEConfig
 from model.feed_forward import FeedForward
 from model.kernels import ops
@@ -66,11 +66,13 @@ class SetEncoder(nn.Module):
         # Events are unit vectors; the inducing rows they meet are layer-normed, of norm sqrt(width).
         self.scale = math.sqrt(config.width)
 
-    def forward(self, events_RD: Tensor, layout: SetLayout, *, checkpointed: bool = False) -> Posterior:
-        """Return the posterior, sets in the layout's sorted order."""
+    def forward(
+        self, events_RD: Tensor, layout: SetLayout, folded: Folded = NOT_FOLDED, *, checkpointed: bool = False
+    ) -> Posterior:
+        """Return the posterior, sets in the layout's sorted order; ``folded`` has projections of blocks."""
         x_RD = events_RD * self.scale
         for block in self.blocks:
-            x_RD = x_RD + run_block(block, x_RD, layout, checkpointed=checkpointed)
+            x_RD = x_RD + run_block(block, x_RD, layout, folded.get(block), checkpointed=checkpointed)
         with full_precision(x_RD.device):
             mu, logvar = self.posterior(layout.mean(x_RD.float())).chunk(2, dim=1)
             return Posterior(mu, logvar.clamp(-self.max_logvar, self.max_logvar))
@@ -107,11 +109,13 @@ class SetDecoder(nn.Module):
         self.norm, self.feed_forward = nn.LayerNorm(width), FeedForward(width, hidden)
         self.output = nn.Linear(width, width)
 
-    def forward(self, latent_SD: Tensor, layout: SetLayout, *, checkpointed: bool = False) -> Tensor:
+    def forward(
+        self, latent_SD: Tensor, layout: SetLayout, folded: Folded = NOT_FOLDED, *, checkpointed: bool = False
+    ) -> Tensor:
         """Decode latents [S, D] in the layout's sorted order to the slots [R, D]; padding slots are to be ignored."""
         x_RD = run_block(self._first_level, latent_SD, layout, checkpointed=checkpointed)
         for block in self.blocks:
-            x_RD = x_RD + run_block(block, x_RD, layout, checkpointed=checkpointed)
+            x_RD = x_RD + run_block(block, x_RD, layout, folded.get(block), checkpointed=checkpointed)
         return self.output(x_RD + self.feed_forward(self.norm(x_RD)))
 
     def _first_level(self, latent_SD: Tensor, layout: SetLayout) -> Tensor:

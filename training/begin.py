@@ -19,6 +19,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.place import BatchPlace
 from pipeline.schema import UserError
+from training.buckets import GradientBuckets
 from training.budget import measure_step_memory
 from training.checkpoint import Checkpoint
 from training.data import BatchPreparer, DataSet, agree_on_data
@@ -93,7 +94,8 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer, **changes)
     # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
     total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
-    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer, graphs, monitor)
+    buckets = GradientBuckets(model.parameters(), world) if world.size > 1 else None
+    settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer, graphs, buckets, monitor)
     state = build_state(model, loader, options.optimisation)
     if saved is not None:
         state.load_state_dict(saved.state)

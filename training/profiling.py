@@ -27,6 +27,8 @@ from pipeline.schema import UserError
 
 MODULES = ("encoder", "transformer", "decoder", "head")
 PARTS = ("data", "copy", *MODULES, "losses", "backward", "optimiser")
+COMMUNICATION = "communication"
+"""A part of steps on several devices: what is left to wait for when the backward pass is over."""
 
 WARM_UP_STEPS, PROFILED_STEPS = 10, 5
 """Few enough for a trace of some MB, whatever the batch: steps differ in length, not in their number of operations."""
@@ -142,14 +144,15 @@ def time_parts(events: Iterable[FunctionEvent]) -> PartTimes:
         start, stop = event.time_range.start, event.time_range.end
         if event.device_type.name != "CPU":
             end = max(end, stop)
-        elif event.name in PARTS:
+        elif event.name in PARTS or event.name == COMMUNICATION:
             spans.append((start, stop, event.name))
         elif event.kernels and not event.is_user_annotation:  # whose kernels would be those of all inside
             launches.append((start, sum(kernel.duration for kernel in event.kernels)))
     spans.sort()
     host, device = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     for start, stop, name in spans:
-        host[name] += (stop - start) / 1e6
+        host[name] = host.get(name, 0.0) + (stop - start) / 1e6
+        device.setdefault(name, 0.0)
     for moment, duration in launches:
         index = bisect.bisect_right(spans, moment, key=itemgetter(0)) - 1
         if index >= 0 and moment <= spans[index][1]:

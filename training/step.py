@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.profiler import record_function
 
 from model.losses import LossCounts, Losses, LossOptions, beta_at, compute_losses
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
+from training.buckets import GradientBuckets
 from training.console import log_main
 from training.data import BatchPreparer, ReadyBatch
 from training.graphs import StepGraphs, StepNumbers
 from training.memory import halve, is_out_of_memory
 from training.parallel import World
+from training.profiling import COMMUNICATION
 from training.schedule import OptimisationOptions, learning_rate_at
 from training.state import TrainState
 
@@ -30,7 +31,8 @@ class StepSettings:
     """What decides a step besides state and batch.
 
     The learning rate falls over ``total_steps``; ``preparer`` makes smaller parts where memory ends; ``graphs`` replays
-    steps, where there are capacities; ``monitor`` is the validation metric that decides which epoch is best.
+    steps, where there are capacities; ``buckets`` add up gradients, where there are several ranks; ``monitor`` is the
+    validation metric that decides which epoch is best.
     """
 
     loss: LossOptions
@@ -39,6 +41,7 @@ class StepSettings:
     total_steps: int
     preparer: BatchPreparer
     graphs: StepGraphs | None = None
+    buckets: GradientBuckets | None = None
     monitor: str = "loss"
 
 
@@ -93,8 +96,10 @@ def run_step(
     """Make a step of the parts of a batch, without asking the host for anything: a CUDA graph may hold it."""
     state.optimizer.zero_grad(set_to_none=True)
     losses = accumulate_gradients(parts, numbers, state, settings)
+    if settings.buckets is not None:
+        with record_function(COMMUNICATION):
+            settings.buckets.finish()
     with record_function("optimiser"):
-        sum_gradients([*state.model.parameters()], settings.world)
         state.scaler.unscale_(state.optimizer)
         gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
         norm = clip_gradients(gradients, settings.optimisation.gradient_clip or math.inf)
@@ -110,34 +115,19 @@ def accumulate_gradients(
     parts: list[PreparedBatch], numbers: StepNumbers, state: TrainState, settings: StepSettings
 ) -> Losses:
     """Add up the gradients of a batch part by part; return the sum of the losses, without a graph."""
-    total = None
+    total, last = None, parts[-1]
     for part in parts:
         with record_function("copy"):
             prepared = part.to(settings.world.device, non_blocking=True)
         losses = forward_losses(state.model, prepared, numbers.counts, settings, numbers.beta)
         with record_function("backward"):
+            if part is last and settings.buckets is not None:
+                settings.buckets.begin()
             state.scaler.scale(losses.total).backward()
         losses = dataclasses.replace(losses, total=losses.total.detach())
         total = losses if total is None else total + losses
     assert total is not None
     return total
-
-
-def sum_gradients(parameters: list[torch.nn.Parameter], world: World) -> None:
-    """Add up gradients over ranks, in one message; losses are shares of a sum, so gradients are too.
-
-    A rank that got no patients, or only sets of one event, has no gradient of some parameters and adds nothing to
-    theirs.  A parameter without a gradient on any rank stays without one, as on a single device.
-    """
-    if world.size == 1:
-        return
-    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    dist.all_reduce(used, dist.ReduceOp.MAX, group=world.control)
-    shared = [parameter for parameter, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in shared])
-    pieces = world.sum(flat).split([parameter.numel() for parameter in shared])
-    for parameter, piece in zip(shared, pieces, strict=True):
-        parameter.grad = piece.view_as(parameter)
 
 
 def forward_losses(

@@ -137,6 +137,24 @@ _divergence_gradients = _define(
     "(Tensor grad, Tensor mu, Tensor logvar, Tensor num_sets, float free_bits) -> (Tensor, Tensor)",
     lambda grad, mu, *rest: (torch.empty(mu.shape, device=mu.device), torch.empty(mu.shape, device=mu.device)),
 )
+add_norm = _define(
+    "norms.add_norm",
+    "(Tensor x, Tensor y, Tensor gain, Tensor shift, float eps) -> (Tensor, Tensor)",
+    lambda x, *rest: (
+        x.new_empty(x.shape, dtype=torch.float32),
+        x.new_empty(2, len(x), dtype=torch.float32),
+    ),
+)
+add_norm_gradients = _define(
+    "norms.add_norm_gradients",
+    "(Tensor grad, Tensor? more, Tensor x, Tensor y, Tensor gain, Tensor stats) -> (Tensor, Tensor)",
+    lambda grad, more, x, *rest: (torch.empty_like(x), x.new_empty(3, x.shape[1], dtype=torch.float32)),
+)
+relu_gradient = _define(
+    "norms.relu_gradient",
+    "(Tensor grad, Tensor hidden) -> (Tensor, Tensor)",
+    lambda grad, hidden: (torch.empty_like(hidden), hidden.new_empty(hidden.shape[1], dtype=torch.float32)),
+)
 sinusoids = _define(
     "noise.sinusoids",
     "(Tensor position, int width, float log_period) -> Tensor",

@@ -8,10 +8,10 @@ from typing import Literal
 import pytest
 import torch
 
-from benchmarks.launches import LaunchCounter, count_launches
+from benchmarks.launches import LaunchCounter, count_bytes, count_launches
 from benchmarks.synthetic import write_synthetic_data
 
-MAX_LAUNCHES = 760
+MAX_LAUNCHES = 590
 """Operations of a step that are neither views nor allocations; more has to be asked for here."""
 
 
@@ -28,3 +28,10 @@ def test_a_step_has_few_launches_whatever_the_batch(preset: Literal["small", "re
     few, many = (count_launches(data, preset, size).counts.total() for size in (4, 24))
     assert few <= many <= few + 5
     assert many <= MAX_LAUNCHES
+
+
+def test_few_of_the_bytes_of_a_step_are_events(tmp_path: Path) -> None:
+    """Shards on the device would save so little of the copy (docs/gpu.md)."""
+    counts = count_bytes(write_synthetic_data(tmp_path / "data", num_patients=40, sets=12), 24)
+    assert counts["copied_bytes_of_events"] == pytest.approx(counts["events"] * (8 + 4 + 1 + 4 + 1), rel=0.01)
+    assert counts["copied_bytes_of_events"] < 0.13 * counts["copied_bytes"]

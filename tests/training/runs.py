@@ -85,14 +85,13 @@ def start_program(data: Path | str, out: Path, *flags: str) -> subprocess.Popen[
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def rank_environments(size: int, *, machines: int = 1) -> list[dict[str, str]]:
-    """What ``torchrun`` tells each of ``size`` processes of some machines."""
+def rank_environments(size: int) -> list[dict[str, str]]:
+    """What ``torchrun`` tells each of ``size`` processes of a machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    local = size // machines
-    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(size)]
+    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def weights(out: Path, name: str = "last", which: str = "model") -> dict[str, torch.Tensor]:
@@ -124,3 +123,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 def read_folder(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+if __name__ == "__main__":  # what torchrun starts in a test
+    sys.exit(run_shortly(sys.argv[1:]))

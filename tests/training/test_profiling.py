@@ -42,6 +42,12 @@ def test_on_a_cpu_a_part_takes_the_time_between_its_ends() -> None:
     assert times.whole == pytest.approx(190e-6)
 
 
+def test_only_several_devices_wait_for_one_another() -> None:
+    assert "communication" not in time_parts(LABELS).host
+    times = time_parts([*LABELS, event("communication", 91, 96)])
+    assert times.host["communication"] == pytest.approx(5e-6)
+
+
 def test_on_a_gpu_a_part_takes_its_kernels_whoever_launched_them_and_whenever_they_ran() -> None:
     gpu = DeviceType.CUDA
     events = [

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model.config import SeqSetVAEConfig
-from model.kernels import attention, causal, chamfer, noise, pooling, posterior, rows
+from model.kernels import attention, causal, chamfer, noise, norms, pooling, posterior, rows
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = dict.fromkeys(
@@ -38,9 +38,21 @@ INTEGERS = dict.fromkeys(
     ),
     "*i64",
 )
-SCALARS = {"scale": "fp32", "keep_share": "fp32", "free_bits": "fp32", "log_period": "fp32", "threshold": "i32"}
-SCALARS |= dict.fromkeys(("num_slots", "num_segments", "total", "width", "salt"), "i64")
-FLOATS = dict.fromkeys(("log_sums", "sums", "grad", "target", "mu", "logvar", "grad_mu", "grad_logvar"), "*fp32")
+SCALARS = {
+    "scale": "fp32",
+    "eps": "fp32",
+    "keep_share": "fp32",
+    "free_bits": "fp32",
+    "log_period": "fp32",
+    "threshold": "i32",
+}
+SCALARS |= dict.fromkeys(("num_slots", "num_segments", "total", "width", "salt", "num_rows", "rows_each"), "i64")
+FLOATS = dict.fromkeys(
+    ("log_sums", "sums", "stats", "gain", "shift", "grad", "target", "mu", "logvar", "grad_mu", "grad_logvar"), "*fp32"
+)
+
+
+TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def kernels(config: SeqSetVAEConfig, dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, str]]]:
@@ -65,6 +77,14 @@ def kernels(config: SeqSetVAEConfig, dtype: torch.dtype) -> Iterator[tuple[Any, 
     yield causal.causal_forward, of_sequence, {}
     yield causal.causal_backward, of_sequence, {}
     yield rows.sum_kernel, {"WIDTH": width, "ROWS": rows.ROWS, "COLUMNS": rows.COLUMNS, "HAS_ORDER": True}, {}
+    for row in (torch.empty(width), torch.empty(1, width)):
+        norm, output = norms._constants(width, row), {"out": "*fp32"}
+        yield norms.norm_forward, norm, output
+        yield norms.norm_forward, norm, output | {"x": "*fp32"}
+        yield norms.norm_backward, norm | {"HAS_MORE": norm["IS_ROW"]}, {}
+        yield norms.norm_backward, norm | {"HAS_MORE": norm["IS_ROW"]}, {"x": "*fp32", "grad_sum": "*fp32"}
+    relu = {"WIDTH": config.set_feed_forward, "COLUMNS": norms.COLUMNS, "ROWS": norms.TILE_CELLS // norms.COLUMNS}
+    yield norms.relu_backward, relu, dict.fromkeys(("grad", "hidden"), f"*{TRITON_TYPES[dtype]}")
     yield noise.dropout_kernel, {"WIDTH": width, "BLOCK": noise.BLOCK}, {}
     yield noise.normal_kernel, {"HALF": width // 2, "BLOCK": noise.BLOCK}, {"out": "*fp32"}
     yield noise.sinusoids_kernel, {"HALF": width // 2, "BLOCK": noise.BLOCK}, {"out": "*fp32", "position": "*i64"}
@@ -102,7 +122,7 @@ if __name__ == "__main__":
     config = SeqSetVAEConfig.preset(sys.argv[1], num_codes=43)  # type: ignore[arg-type]
     found = [
         compile_kernel(*kernel, name, int(sys.argv[2]))
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+        for dtype, name in TRITON_TYPES.items()
         for kernel in kernels(config, dtype)
     ]
     print(json.dumps(found))

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.launches import LaunchCounter
+from model.attention import ISAB, fold_projections
 from model.kernels import ops
+from model.kernels.ops import choose_kernels
 from tests.model.kernels.helpers import CORNERS, by_set, check, layout_of
 
 
@@ -54,6 +57,36 @@ def check_scatter(sizes: list[int], heads: int, points: int, width: int) -> None
 def test_sets_of_corner_sizes(sizes: list[int], heads: int, points: int, width: int) -> None:
     check_gather(sizes, heads, points, width)
     check_scatter(sizes, heads, points, width)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_blocks_whose_projections_are_folded_at_once(heads: int, number: int) -> None:
+    """As each block does it by itself in PyTorch, with the gradients of all parameters; kernels or not."""
+    torch.manual_seed(0)
+    blocks = [ISAB(12, heads, 20, points=5) for _ in range(number)]
+    layout = layout_of(CORNERS)
+    x = torch.randn(layout.num_slots, 12, requires_grad=True)
+
+    def found() -> Tensor:
+        folded = fold_projections(blocks)
+        return torch.cat([block(x, layout, own) for block, own in zip(blocks, folded, strict=True)])
+
+    def expected() -> Tensor:
+        with choose_kernels(False):
+            return torch.cat([block(x, layout) for block in blocks])
+
+    check(found, expected, [x, *(parameter for block in blocks for parameter in block.parameters())])
+
+
+def test_the_gradients_of_folded_weights_are_not_copied() -> None:
+    """A gradient that comes transposed would cost a copy for each block."""
+    blocks = [ISAB(8, 2, 12, points=3).to("meta") for _ in range(2)]
+    total = torch.stack([of.sum() for folded in fold_projections(blocks) for of in folded]).sum()
+    with LaunchCounter() as counter:
+        total.backward()
+    assert counter.counts["", "bmm"] > 0
+    assert counter.counts["", "copy_"] == 0
 
 
 def test_a_set_of_500_events() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.attention import ISAB
 from model.capacity import BatchShape
 from model.kernels.ops import choose_kernels
 from model.losses import LossCounts, LossOptions, compute_losses
@@ -56,6 +57,22 @@ def test_outputs_and_gradients(sets: list[list[int]], num_codes: int, checkpoint
     for name, tensor in expected.items():
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5 * largest + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize(("reconstruct", "classify"), [(False, False), (True, False), (False, True)])
+def test_parts_that_do_not_run_have_no_gradients(reconstruct: bool, classify: bool) -> None:
+    """Though the projections of all blocks that run are folded at once."""
+    model, batch = tiny_model().eval(), random_batch([[3, 4, 1], [5]])
+    output = model(PreparedBatch.build(batch), reconstruct=reconstruct, classify=classify)
+    with choose_kernels(False):
+        expected = model(PreparedBatch.build(batch), reconstruct=reconstruct, classify=classify)
+    torch.testing.assert_close(output.context, expected.context, rtol=0, atol=1e-5)
+    tensors = (output.context, output.decoded, *(output.logits or ()))
+    torch.stack([of.sum() for of in tensors if of is not None]).sum().backward()
+    for part, runs in ((model.encoder, True), (model.decoder, reconstruct), (model.head, classify)):
+        blocks = [module for module in part.modules() if isinstance(module, ISAB)]
+        assert blocks
+        assert all((parameter.grad is not None) == runs for block in blocks for parameter in block.parameters())
 
 
 def test_fillers_weigh_nothing() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.arrays import Ints
 from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import EpochPlan, Purpose, _jitter_widths, plan_epoch, rng_for, split_across_ranks
 from pipeline.sampling.policy import Policy
@@ -222,10 +223,28 @@ def test_a_negative_seed_is_refused() -> None:
         plan_epoch(np.array([3]), np.array([1]), Policy(), seed=-1, epoch=0)
 
 
-def test_real_stays_waste_and_mix_as_promised(set_a_dir: Path) -> None:
+def read_lengths(set_a_dir: Path) -> tuple[Ints, Ints]:
+    """Events and sets of each stay of set A."""
     rows = [set(path.read_text().splitlines()[2:]) for path in sorted(set_a_dir.iterdir())]
     num_events = np.array([max(len(events), 1) for events in rows])
-    num_sets = np.array([max(len({event[:5] for event in events}), 1) for events in rows])
+    return num_events, np.array([max(len({event[:5] for event in events}), 1) for events in rows])
+
+
+@pytest.mark.parametrize(
+    "device", [CostModel(set=0, patient=0), CostModel(event=0, patient=0), CostModel(patient=300)], ids=str
+)
+def test_ranks_are_alike_on_real_stays_whatever_an_event_costs_there(device: CostModel, set_a_dir: Path) -> None:
+    """Patients are dealt by the cost on a CPU; the slowest rank has little more to do than the mean, on any device."""
+    num_events, num_sets = read_lengths(set_a_dir)
+    plan = plan_epoch(num_events, num_sets, Policy(batch_size=128), seed=0, epoch=0)
+    dealt, true = (cost.predict(num_events, num_sets) for cost in (CostModel(), device))
+    shares = [split_across_ranks(plan, dealt, rank=rank, world_size=8) for rank in range(8)]
+    costs = np.stack([share.sum_per_batch(true) for share in shares])
+    assert costs.max(axis=0).sum() < 1.03 * costs.mean(axis=0).sum()
+
+
+def test_real_stays_waste_and_mix_as_promised(set_a_dir: Path) -> None:
+    num_events, num_sets = read_lengths(set_a_dir)
     measured = {}
     for width in (4.0, 5.0):
         plans = [
