@@ -52,6 +52,10 @@ class GradientBuckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self._count, number))
 
+    def hold(self) -> None:
+        """Send nothing until :meth:`begin`, also where a backward pass that had begun to send was given up."""
+        self._missing = None
+
     def begin(self) -> None:
         """Send buckets from here on: the backward pass that follows is the last one of the step."""
         self._missing = [len(bucket.parameters) for bucket in self._buckets]

@@ -116,6 +116,8 @@ def accumulate_gradients(
 ) -> Losses:
     """Add up the gradients of a batch part by part; return the sum of the losses, without a graph."""
     total, last = None, parts[-1]
+    if settings.buckets is not None:
+        settings.buckets.hold()
     for part in parts:
         with record_function("copy"):
             prepared = part.to(settings.world.device, non_blocking=True)

@@ -130,6 +130,29 @@ def test_only_the_last_part_of_a_batch_sends(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(parameter.grad, grad)
 
 
+def test_a_pass_that_was_given_up_and_taken_again_in_parts_gives_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ended when the last layer's bucket had been sent: it was complete, and the parts that follow add up."""
+    model, parts = layers(3, 5, 7, 2), torch.randn(2, 4, 3)
+    expected, other = gradients(model, parts.flatten(0, 1)), OtherRank(has_gradients=True, value=0.5)
+    monkeypatch.setattr(dist, "all_reduce", other)
+    buckets = GradientBuckets(model.parameters(), TWO, min_bytes=0)
+    buckets.hold()
+    buckets.begin()
+    hidden = model[:2](parts.flatten(0, 1))
+    model[2](hidden.detach()).sum().backward()
+    assert len(other.sent) == 1
+    model.zero_grad()
+    buckets.hold()
+    model(parts[0]).sum().backward()
+    assert len(other.sent) == 1, "nothing that has but a part of the batch"
+    buckets.begin()
+    model(parts[1]).sum().backward()
+    buckets.finish()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert grad is not None
+        torch.testing.assert_close(parameter.grad, grad + 0.5)
+
+
 @pytest.mark.parametrize("other_has", [True, False])
 def test_a_parameter_without_a_gradient(other_has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All buckets are sent; what no rank has a gradient of keeps none, also where the bucket holds the last step's."""
