@@ -29,7 +29,7 @@ from tests.training.runs import (
 from training import crossfit
 from training.checkpoint import Checkpoint, load_model
 
-FLAGS = ["--folds", "2", "--final_seeds", "2", "--max_epochs", "3"]
+FLAGS = ["--folds", "2", "--final_seeds", "2", "--max_epochs", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_everyone_of_train_and_valid_is_predicted_once(data: Path, finished: Pat
 def test_the_epoch_of_the_least_pooled_loss_is_where_final_models_stop(finished: Path) -> None:
     summary = read_summary(finished)["out_of_fold"]
     curve = []
-    for epoch in range(3):
+    for epoch in range(2):
         parts = [
             pq.read_table(
                 finished / "members" / f"repeat_0_fold_{fold}" / "out_of_fold" / f"default_epoch_{epoch}.parquet"
@@ -154,7 +154,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("number", [9, 31])
+@pytest.mark.parametrize("number", [7, 21])
 def test_a_kill_changes_nothing(data: Path, finished: Path, tmp_path: Path, number: int) -> None:
     written = 0
     with pytest.MonkeyPatch.context() as patch:
@@ -202,7 +202,7 @@ def test_what_cannot_be_joined_is_refused_in_a_line(
 
 
 def test_two_processes_find_what_one_finds(data: Path, finished: Path, tmp_path: Path) -> None:
-    """After an epoch of three: all that happens after it is no longer of one model."""
+    """After an epoch of two: all that happens after it is no longer of one model."""
     flags = [*FLAGS, "--final_seeds", "1", "--stop_after", "1"]
     process = start(data, tmp_path, *flags, "--devices", "2")
     _, errors = process.communicate(timeout=300)
