@@ -16,6 +16,9 @@ from pipeline.arrays import is_labelled
 BOUND = 10.0
 """Bound of the slope and of the intercepts: of few or separable predictions they would go on for ever."""
 
+LEAST_SLOPE = 0.05
+"""Of predictions that say nothing the likeliest slope is 0, or negative; this one keeps their order."""
+
 MISS_RATES = (0.05, 0.1, 0.2)
 """Shares of each class that conformal sets may miss."""
 
@@ -152,6 +155,6 @@ def fit_calibration(label_P: Floats, probability_PC: Floats) -> tuple[float, ...
         gradient = np.concatenate([[(gap_PC * log_PC).sum()], gap_PC.sum(0)[1:]])
         return float(-(one_hot_PC * log_found_PC).sum() / len(label_P)), gradient
 
-    bounds = [(0.0, BOUND)] + [(-BOUND, BOUND)] * (num_classes - 1)
+    bounds = [(LEAST_SLOPE, BOUND)] + [(-BOUND, BOUND)] * (num_classes - 1)
     slope, *intercepts = minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B", tol=1e-12).x.tolist()
     return (slope, 0.0, *intercepts)

@@ -1,8 +1,8 @@
 """Cross-fitting: what out-of-fold predictions decide, and the final models as one checkpoint.
 
 Every model is a run of its own in ``RUN/members``.  The models of folds leave what they predict after each epoch; the
-epoch at which the pooled predictions have the least loss is where the final models stop, and the recalibration that
-fits these predictions best is the final model's.
+epoch at which the pooled predictions, recalibrated, have the least loss is where the final models stop, and the
+recalibration that fits these predictions best is the final model's.
 """
 
 from __future__ import annotations
@@ -100,28 +100,32 @@ def _predictions_file(directory: Path, epoch: int, outcome: Outcome) -> Path:
 def join_folds(options: TrainOptions, outcomes: tuple[Outcome, ...]) -> OutOfFold:
     """Return what the models of all folds say together; each must have ended."""
     curve: list[float] = []
-    kept: list[pa.Table] = []
+    best: OutOfFold | None = None
     for epoch in range(options.optimisation.num_epochs):
         tables = [_join_epoch(options, epoch, outcome) for outcome in outcomes]
         joined = [table for table in tables if table is not None]
         if len(joined) < len(outcomes):
             break  # a fold ended by --patience, or has collapsed
-        curve.append(_pooled_loss(joined, outcomes, options.loss))
-        if not kept or curve[-1] < min(curve[:-1]):
-            kept = joined
-    if not kept:
+        fitted = tuple(map(_calibrate, outcomes, joined))
+        curve.append(_pooled_loss(joined, fitted, options.loss))
+        if best is None or curve[-1] < min(curve[:-1]):
+            best = OutOfFold(epochs=epoch + 1, curve=curve, outcomes=fitted, tables=joined)
+    if best is None:
         raise UserError(f"{members_folder(options)}: a fold's predictions are missing; remove its folder, and --resume")
-    fitted = tuple(map(_calibrate, outcomes, kept))
-    return OutOfFold(epochs=int(np.argmin(curve)) + 1, curve=curve, outcomes=fitted, tables=kept)
+    return best
 
 
 def _calibrate(outcome: Outcome, table: pa.Table) -> Outcome:
+    """Return an outcome with the recalibration and the conformal sets that fit predictions best."""
     if outcome.kind == "regression":
         return outcome
-    label, probability = labels_of(table, outcome), probabilities_of(table, outcome)
-    outcome = dataclasses.replace(outcome, calibration=fit_calibration(label, probability))
-    recalibrated = outcome.recalibrate(torch.from_numpy(probability)).numpy()
-    return dataclasses.replace(outcome, conformal=fit_conformal(label, recalibrated))
+    label = labels_of(table, outcome)
+    outcome = dataclasses.replace(outcome, calibration=fit_calibration(label, probabilities_of(table, outcome)))
+    return dataclasses.replace(outcome, conformal=fit_conformal(label, _recalibrated(table, outcome)))
+
+
+def _recalibrated(table: pa.Table, outcome: Outcome) -> Floats:
+    return np.asarray(outcome.recalibrate(torch.tensor(probabilities_of(table, outcome))).numpy(), np.float64)
 
 
 def _join_epoch(options: TrainOptions, epoch: int, outcome: Outcome) -> pa.Table | None:
@@ -146,12 +150,12 @@ def _join_epoch(options: TrainOptions, epoch: int, outcome: Outcome) -> pa.Table
 
 
 def _pooled_loss(tables: Sequence[pa.Table], outcomes: tuple[Outcome, ...], loss: LossOptions) -> float:
-    """Return the mean loss of predictions, of several tasks weighted as in training: cross-entropy of classes, of a
-    regression half the squared error in units of the labels' standard deviation.
+    """Return the mean loss of recalibrated predictions, of several tasks weighted as in training: cross-entropy of
+    classes, of a regression half the squared error in units of the labels' standard deviation.
     """
     total = 0.0
     for task, (outcome, table) in enumerate(zip(outcomes, tables, strict=True)):
-        label, prediction = labels_of(table, outcome), probabilities_of(table, outcome)
+        label, prediction = labels_of(table, outcome), _recalibrated(table, outcome)
         known = is_labelled(label)
         label, prediction = label[known], prediction[known]
         if not len(label):
