@@ -44,6 +44,11 @@ def concat(parts: Sequence[pl.Series]) -> pl.Series:
     return pl.concat([_names(part).cast(joined).gather(part.to_physical()) for part in parts]).rename(parts[0].name)
 
 
+def nothing(name: str, num_rows: int) -> pl.Series:
+    """Return a column of names that are all missing."""
+    return pl.repeat(None, num_rows, dtype=pl.Enum([]), eager=True).alias(name)
+
+
 def test(column: pl.Series, predicate: Callable[[pl.Series], pl.Series]) -> pl.Series:
     """Return [E] bool, whether ``predicate`` holds for the row's name; null where there is none."""
     return predicate(_names(column)).gather(column.to_physical())

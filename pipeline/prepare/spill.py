@@ -29,7 +29,7 @@ from pipeline.prepare.columns import to_patient_names
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.rules import apply_ranges
 from pipeline.prepare.scales import Scale, measure_scales
-from pipeline.prepare.sources.reading import FILE, ROW, Piece
+from pipeline.prepare.sources.reading import FILE, ROW, SITE, Piece
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
@@ -149,8 +149,12 @@ def _join_kept(frames: Sequence[pl.DataFrame], file: str) -> tuple[pl.DataFrame,
     minute = timed.schema[MINUTE]
     if len(present) == 1:
         return present[0], columns
-    joined = [names.concat([frame[name] for frame in present]) for name in (PATIENT_ID, VARIABLE)]
-    others = [frame.drop(PATIENT_ID, VARIABLE).with_columns(_cast_static(frame[MINUTE], minute)) for frame in present]
+    named = [name for name in (PATIENT_ID, VARIABLE, SITE) if any(name in frame.columns for frame in present)]
+    joined = [
+        names.concat([frame[name] if name in frame.columns else names.nothing(name, frame.height) for frame in present])
+        for name in named
+    ]
+    others = [frame.drop(named, strict=False).with_columns(_cast_static(frame[MINUTE], minute)) for frame in present]
     return pl.concat(others).with_columns(joined), columns
 
 

@@ -21,6 +21,7 @@ from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 FILE: Final = "file"  # uint32, number of the file within its piece
 ROW: Final = "row"  # int64, data row of the file, from 1; header lines do not count
 SPLIT: Final = "split"  # string, one of SPLITS
+SITE: Final = "site"  # of names, null = missing: where a row is from, such as a hospital
 
 ID_COLUMNS: Final = ("patient_id", "ts_id", "stay_id", "icustay_id", "RecordID", "subject_id", "person_id")
 """Usual names of the column of the patient; the first that is there serves."""
