@@ -103,7 +103,7 @@ def warn_of_strangers(task: Task, labels: Labels, directory: Path, pseudonyms: P
     if pseudonyms is not None:
         return [message]
     patients = pl.read_parquet(directory / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
-    named = labels.frame[PATIENT_ID].unique()
+    named = labels.samples.patients
     strangers = named.filter(~named.is_in(patients.implode()))
     unlabelled = patients.filter(~patients.is_in(named.implode()))
     near = _strip_id(strangers).is_in(_strip_id(unlabelled).implode()).sum()

@@ -261,7 +261,7 @@ class Meds(Source, MedsOptions, ColumnOptions):
 
 def _read_labelled(path: Path, columns: LabelColumns) -> pl.Series:
     """Return the subjects that have a sample."""
-    return read_labels(path, columns).frame[PATIENT_ID].unique().cast(pl.Int64, strict=False).drop_nulls()
+    return read_labels(path, columns).samples.patients.cast(pl.Int64, strict=False).drop_nulls()
 
 
 def _to_subjects(path: Path, column: pl.Series) -> pl.Series:

@@ -548,6 +548,19 @@ def test_labels_that_name_nobody_are_said(tmp_path: Path, capsys: pytest.Capture
     assert f"warning: {expected}\n" in capsys.readouterr().err
 
 
+def test_labels_that_are_words_for_missing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.csv").write_text(HEADER + "".join(f"{patient},1,hr,{patient}\n" for patient in range(60)))
+    labels = "".join(f"{patient},{'NA' if patient % 3 == 0 else patient % 2}\n" for patient in range(60))
+    (tmp_path / "labels.csv").write_text("patient_id,label\n" + labels)
+    summary = prepare(tmp_path / "in.csv", tmp_path / "out", "--labels", str(tmp_path / "labels.csv"))
+    assert sum(split["num_labelled"] for split in summary["samples"].values()) == 40
+    (warning,) = (text for text in summary["warnings"] if "words that mean missing" in text)
+    assert "'na' 20; where one is a class, name all classes with --label_classes" in warning
+    assert capsys.readouterr().err.count(f"warning: {warning}\n") == 1
+    assert tasks.main(["add", str(tmp_path / "out"), "--name", "a", "--labels", str(tmp_path / "labels.csv")]) == 0
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+
+
 def test_files_of_other_units_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     for site, factor in (("a", 1.0), ("b", 18.0), ("c", 1.0)):
