@@ -14,12 +14,12 @@ FILES = sorted(
     for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
 )
 
-MAX_STATEMENT_LINES = 10_870
+MAX_STATEMENT_LINES = 10_920
 """Lines of all files together that are neither blank nor a comment, a docstring or an import.  1,040 of them are
 kernels and what they need, 320 capacities, graphs and processes that prepare batches, 1,240 column rules and formats of
 tables, 1,060 tasks, 470 their kinds and several at once.  The aim is 6,000 without these."""
 
-MAX_LINES = 18_760
+MAX_LINES = 18_840
 """All lines of all files; the aim is 10,000."""
 
 MAX_FILE_LINES = 300

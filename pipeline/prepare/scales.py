@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
+from pipeline.prepare import names
 from pipeline.prepare.sources.reading import FILE, SITE
 from pipeline.schema import PATIENT_ID, VALUE, VARIABLE
 
@@ -51,9 +52,11 @@ def measure_scales(kept: pl.DataFrame, files: Sequence[str]) -> list[Scale]:
     max_rows = SAMPLED_ROWS_OF_SITES if has_sites else SAMPLED_ROWS
     if rows.height > max_rows:
         rows = rows[np.random.default_rng(0).integers(0, rows.height, max_rows)]
-    site = pl.Series(SITE, files, dtype=pl.String).gather(rows[FILE])
+    # Names, which group in a tenth of the time that texts take.
+    site = pl.Series(SITE, files, dtype=pl.Enum(list(dict.fromkeys(files)))).gather(rows[FILE])
     if has_sites:
-        site = pl.select(pl.format("site {}", rows[SITE].cast(pl.String)).fill_null(site)).to_series().alias(SITE)
+        named = pl.format("site {}", rows[SITE].cast(pl.String)).fill_null(site.cast(pl.String))
+        site = names.encode(pl.select(named).to_series().alias(SITE))
     value = pl.col(VALUE).cast(pl.Float64)
     quartiles = [value.quantile(part).alias(name) for name, part in (("low", 0.25), ("median", 0.5), ("high", 0.75))]
     groups = rows.with_columns(site, pl.col(PATIENT_ID).to_physical()).drop_nulls(VALUE)
@@ -61,8 +64,8 @@ def measure_scales(kept: pl.DataFrame, files: Sequence[str]) -> list[Scale]:
         pl.len(), pl.col(PATIENT_ID).n_unique().alias("patients"), *quartiles
     )
     enough = measured.filter(pl.col("len") >= MIN_VALUES, pl.col("patients") >= MIN_PATIENTS)
-    names = enough.select(SITE, pl.col(VARIABLE).cast(pl.String), "low", "median", "high").sort(SITE, VARIABLE)
-    return [Scale(*row) for row in names.iter_rows()]
+    scales = enough.select(pl.col(SITE, VARIABLE).cast(pl.String), "low", "median", "high").sort(SITE, VARIABLE)
+    return [Scale(*row) for row in scales.iter_rows()]
 
 
 def compare_scales(scales: Sequence[Scale]) -> list[tuple[str, float, str, str]]:
