@@ -90,7 +90,7 @@ class Made(Source):
 
     def read_labels(self) -> Labels:
         names = [f"patient {number:09d}" for number in range(self.num_patients)]
-        return Labels("made", pl.DataFrame({PATIENT_ID: names, LABEL: np.zeros(self.num_patients, np.int8)}))
+        return Labels.of_frame("made", pl.DataFrame({PATIENT_ID: names, LABEL: np.zeros(self.num_patients, np.int8)}))
 
 
 def prepared(source: Source, events_per_shard: int, workers: int) -> Figures:

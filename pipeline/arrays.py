@@ -23,6 +23,13 @@ def offsets_from_sizes(sizes: npt.NDArray[Any]) -> Ints:
     return offsets
 
 
+def find_runs(values: npt.NDArray[Any]) -> Ints:
+    """Return where runs of equal values begin, in order."""
+    begins = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    return np.flatnonzero(begins)
+
+
 def is_labelled(label: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return where there is a label, in the shape of ``label``: not -1 of integers, not NaN of floats."""
     known: npt.NDArray[np.bool_] = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED

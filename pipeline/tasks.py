@@ -87,14 +87,21 @@ def add(arguments: Sequence[str]) -> None:
     if key != (pseudonyms and pseudonyms.fingerprint):
         how = "give its key with --pseudonymize" if key else "leave --pseudonymize out"
         raise UserError(f"{directory}: was prepared {'with a' if key else 'without a'} key for patients' ids; {how}")
-    names = {"label": given.label_column, "patient": given.patient_column, "time": given.time_column}
-    labels = read_labels(given.labels, LabelColumns(**names, kind=given.label_kind, classes=given.label_classes))
+    columns = LabelColumns(
+        label=given.label_column,
+        patient=given.patient_column,
+        time=given.time_column,
+        kind=given.label_kind,
+        classes=given.label_classes,
+    )
+    labels = read_labels(given.labels, columns)
     exclude_codes = given.exclude_codes or default_exclusions(manifest.options.get("format", ""), labels)
     if exclude_codes == ("none",):
         exclude_codes = ()
     task = write_task(directory, manifest, given.name, labels, exclude_codes, pseudonyms=pseudonyms)
     _print_tasks([task])
-    for warning in (*warn_of_splits(task.splits), *warn_of_strangers(task, labels, directory, pseudonyms)):
+    strangers = warn_of_strangers(task, labels, directory, pseudonyms)
+    for warning in (*labels.warnings, *warn_of_splits(task.splits), *strangers):
         print(f"warning: {warning}", file=sys.stderr)
 
 

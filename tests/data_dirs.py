@@ -175,7 +175,7 @@ def add_task(
     }
     if any(minute is not None for _, minute, _ in samples):
         columns["prediction_minute"] = pl.Series([minute for _, minute, _ in samples], dtype=pl.Float64)
-    return write_task(directory, Manifest.load(directory), name, Labels("labels.csv", pl.DataFrame(columns)))
+    return write_task(directory, Manifest.load(directory), name, Labels.of_frame("labels.csv", pl.DataFrame(columns)))
 
 
 def in_stored_order(patients: Sequence[Patient]) -> list[Patient]:

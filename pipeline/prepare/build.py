@@ -113,6 +113,7 @@ def build(
         summary["notes"] = [] if options.pseudonyms else notes  # files are often named like patients
         summary["warnings"] = results.find_warnings(task)
         if task and labels:
+            summary["warnings"] += labels.warnings
             summary["warnings"] += warn_of_strangers(task, labels, data, options.pseudonyms)
         summary = write_summary(data / SUMMARY_FILE, summary)
         manifest.save(data)

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.prepare import columns, names
-from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW
+from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW, SITE
 from pipeline.prepare.sources.source import RawRows
 from pipeline.schema import FLOAT32_MAX, MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 
@@ -42,7 +42,7 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
 
     Those to keep have ``file`` uint32, ``row`` int64, ``patient_id`` and ``variable`` as ``pipeline.prepare.names``,
     ``minute`` float64, or ``Datetime("us")`` and null where static, ``value`` float32 and null where there is no
-    number, and ``set_index`` int64 where the input has it.
+    number, and where the input has them ``set_index`` int64 and ``site`` as ``pipeline.prepare.names``.
     """
     rows = raw.rows
     set_columns = [SET_INDEX] if SET_INDEX in rows.columns else []
@@ -55,7 +55,8 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     set_index = [columns.to_whole_numbers(rows[name]).alias(name) for name in set_columns]
     minute = columns.to_minutes(rows[MINUTE]).alias(MINUTE) if raw.minute is None else raw.minute.alias(MINUTE)
     value = number.cast(pl.Float32).alias(VALUE)
-    typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index)
+    site = [names.encode(rows[SITE], columns.to_patient_names)] if SITE in rows.columns else []
+    typed = rows.select(FILE, ROW, patient, minute, variable, value, *set_index, *site)
     time = pl.col(MINUTE)
     instants, outside = typed.schema[MINUTE].is_temporal(), ~(time.abs() <= FLOAT32_MAX).fill_null(False)
     untimed = time.is_null() if instants else outside

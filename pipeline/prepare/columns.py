@@ -118,6 +118,7 @@ TIMES: Final = Kinds(
     (pl.Datetime, pl.Duration, pl.String, pl.Null),
     "dates or durations; if it holds numbers, say --time_unit hours, or --minute_column for minutes",
 )
+PREDICTION_TIMES: Final = Kinds(True, TIMES.others, "dates, durations or minutes")
 DATES: Final = Kinds(False, (pl.Datetime, pl.String, pl.Null), "dates with time")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from pipeline.prepare.rules import Action, Limits
+
+FEW: Final = 8
+"""Where fewer than one of so many events are left to compare, they are picked out."""
 
 
 @dataclass(slots=True)
@@ -81,9 +84,17 @@ def equals_previous(events: pl.DataFrame, columns: list[str]) -> npt.NDArray[np.
     equal[:1] = False
     for name in columns:
         column: npt.NDArray[Any] = events[name].to_numpy()
-        previous, current = column[:-1], column[1:]
-        same = previous == current
-        if column.dtype.kind == "f":
-            same |= np.isnan(previous) & np.isnan(current)
-        equal[1:] &= same
+        if np.count_nonzero(equal) * FEW < len(equal):  # mostly no others are left
+            rows = np.flatnonzero(equal)
+            equal[rows] = _equals(column[rows - 1], column[rows])
+        else:
+            equal[1:] &= _equals(column[:-1], column[1:])
     return equal
+
+
+def _equals(previous: npt.NDArray[Any], current: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return where values are equal; NaN equals NaN."""
+    same: npt.NDArray[np.bool_] = previous == current
+    if current.dtype.kind == "f" and np.isnan(current.min(initial=0)):
+        same |= np.isnan(previous) & np.isnan(current)
+    return same

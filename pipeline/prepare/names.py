@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,6 +43,18 @@ def concat(parts: Sequence[pl.Series]) -> pl.Series:
     """Join columns of names, one after the other."""
     joined = pl.Enum(pl.concat([_names(part) for part in parts]).unique(maintain_order=True))
     return pl.concat([_names(part).cast(joined).gather(part.to_physical()) for part in parts]).rename(parts[0].name)
+
+
+def nothing(name: str, num_rows: int) -> pl.Series:
+    """Return a column of names that are all missing."""
+    return pl.repeat(None, num_rows, dtype=pl.Enum([]), eager=True).alias(name)
+
+
+def list_present(column: pl.Series) -> list[str]:
+    """Return the names that a column has."""
+    distinct, positions = _names(column), column.to_physical().drop_nulls()
+    is_there = np.bincount(positions.to_numpy(), minlength=len(distinct)) > 0
+    return distinct.filter(pl.Series(is_there)).to_list()
 
 
 def test(column: pl.Series, predicate: Callable[[pl.Series], pl.Series]) -> pl.Series:

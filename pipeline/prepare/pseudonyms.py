@@ -12,6 +12,7 @@ import polars as pl
 
 from pipeline.prepare import names
 from pipeline.prepare.columns import to_patient_names
+from pipeline.prepare.sources.reading import SITE
 from pipeline.schema import PATIENT_ID, VALUE, UserError
 
 MIN_KEY_BYTES: Final = 32
@@ -51,7 +52,8 @@ class Pseudonyms:
         return pl.Series(texts.name, hidden, dtype=pl.String)
 
     def hide_kept(self, rows: pl.DataFrame) -> pl.DataFrame:
-        return rows.with_columns(names.encode(rows[PATIENT_ID], self.hide_names))
+        hidden = [name for name in (PATIENT_ID, SITE) if name in rows.columns]
+        return rows.with_columns(names.encode(rows[name], self.hide_names) for name in hidden)
 
     def hide_rejected(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Hide the id, which is text as it came, also where it stands as the row's value."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,11 +13,13 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from pipeline.arrays import find_runs
 from pipeline.dataset.lists import to_lists
 from pipeline.prepare.arrow_files import read_partition_slice, write_parquet, write_table
 from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
 from pipeline.prepare.event_filter import EventFilter, equals_previous
 from pipeline.prepare.moments import Moments
+from pipeline.prepare.order import sort_order
 from pipeline.prepare.rules import Limits, Rules
 from pipeline.prepare.sources.reading import FILE, ROW, SPLIT
 from pipeline.prepare.sources.source import Origin
@@ -110,7 +111,7 @@ def _tabulate_patients(patients: pl.DataFrame, events: pl.DataFrame) -> tuple[pa
     set_minute = np.minimum.reduceat(events["minute"].to_numpy(), set_start)
     events, is_spread = _sort_sets_by_minute(events, set_start, set_size, set_minute)
     patient, variable, value, minute = (events[name].to_numpy() for name in ("patient", "variable", "value", "minute"))
-    patient_start = np.flatnonzero(np.diff(patient[set_start], prepend=-1))
+    patient_start = find_runs(patient[set_start])
     num_sets = np.diff(patient_start, append=len(set_start)).astype(np.int32)
     present = patient[set_start][patient_start]
     num_events = np.bincount(patient, minlength=patients.height)[present].astype(np.int32)
@@ -179,8 +180,13 @@ def _sort_events(rows: PartitionRows, origin: Origin) -> tuple[EventFilter, npt.
     has_index = SET_INDEX in rows.table.column_names
     set_ = rows.table[SET_INDEX].to_numpy() if has_index else np.floor(minute)
     columns = {"patient": rows.patient, "set": set_, "variable": rows.variable, "value": value, "minute": minute}
+    has_no_origin = np.isnan(minute)
+    if not has_index and not has_no_origin.any():
+        order = sort_order((rows.patient, set_, rows.variable), (value, minute))
+        in_order = {name: column.take(order) for name, column in columns.items()}
+        return EventFilter(pl.DataFrame({"position": order.astype(np.uint32), **in_order})), origins
     events = EventFilter(pl.DataFrame(columns).with_row_index("position"))
-    events.drop(NO_ORIGIN, np.isnan(minute))
+    events.drop(NO_ORIGIN, has_no_origin)
     if has_index:
         keys = ["patient", "first", "set", "variable", "value", "minute"]
         kept = events.kept.with_columns(first=pl.col("minute").min().over("patient", "set"))
@@ -200,43 +206,28 @@ def _count_minutes(
 
     The origin is the patient's first event that may be one; without a named variable it may be the first of all.
     """
-    start = np.flatnonzero(np.diff(rows.patient, prepend=-1))
+    start = find_runs(rows.patient)
+    patient = rows.patient[start]  # of each run of rows of one patient
     is_timed = instant != STATIC_INSTANT
-    may_be_origin = is_timed & origin.may_be(rows.variables)[rows.variable]
-    first = np.full((2, len(rows.patient_ids)), NEVER)
-    for of_patient, which in zip(first, (may_be_origin, is_timed), strict=True):
-        np.minimum.at(of_patient, rows.patient[start], np.minimum.reduceat(np.where(which, instant, NEVER), start))
-    if origin.variable is None:
-        first[0] = np.where(first[0] == NEVER, first[1], first[0])
-    zero = first[0][rows.patient]
-    minute = np.where(zero == NEVER, np.nan, (instant - zero) / MICROSECONDS)
-    return np.where(is_timed, minute, -math.inf), np.where(first[0] == NEVER, NO_TIME, first[0])
+    may_be = origin.may_be(rows.variables)
+    may_be_origin = is_timed if may_be.all() else is_timed & may_be[rows.variable]
 
+    def find_first(which: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        candidate = instant if which.all() else np.where(which, instant, NEVER)
+        first = np.full(len(rows.patient_ids), NEVER)
+        np.minimum.at(first, patient, np.minimum.reduceat(candidate, start))
+        return first
 
-def sort_order(keys: Sequence[npt.NDArray[Any]], ties: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-    """Return the order by ``keys``, whole numbers or minus infinity, then by ``ties``, NaN last; stable.
-
-    Where 64 bits hold their ranges the keys become one integer, which sorts several times as fast as columns do.
-    """
-    packed = np.zeros(len(keys[0]), np.uint64)
-    bits = 0
-    for key in keys:
-        finite = key[np.isfinite(key)] if key.dtype.kind == "f" else key
-        low, high = (finite.min(), finite.max()) if len(finite) else (0, 0)
-        span = int(high) - int(low) + 1  # minus infinity is one below the minimum
-        bits += (width := span.bit_length())
-        if bits > 64 or span >= 1 << 53:
-            return np.lexsort([*reversed(ties), *reversed(keys)])
-        packed <<= np.uint64(width)
-        packed |= np.where(key < low, 0, key - low + 1).astype(np.uint64)
-    order = np.argsort(packed, kind="stable")
-    packed = packed[order]
-    equal = packed[1:] == packed[:-1]
-    if equal.any():
-        tied = np.flatnonzero(np.concatenate([[False], equal]) | np.concatenate([equal, [False]]))
-        rows = order[tied]
-        order[tied] = rows[np.lexsort([*(tie[rows] for tie in reversed(ties)), packed[tied]])]
-    return order
+    first = find_first(may_be_origin)
+    if origin.variable is None and (first[patient] == NEVER).any():
+        first = np.where(first == NEVER, find_first(is_timed), first)
+    zero = np.repeat(first[patient], np.diff(start, append=len(instant)))
+    minute = (instant - zero) / MICROSECONDS
+    if (first[patient] == NEVER).any():
+        minute[zero == NEVER] = np.nan
+    if not is_timed.all():
+        minute = np.where(is_timed, minute, -math.inf)
+    return minute, np.where(first == NEVER, NO_TIME, first)
 
 
 def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule) -> pl.DataFrame:
@@ -245,8 +236,10 @@ def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule)
     assert isinstance(frame, pl.DataFrame)
     patients = pl.DataFrame({PATIENT_ID: pl.Series(patient_ids, dtype=pl.String)})
     patients = patients.join(frame, on=PATIENT_ID, how="left", maintain_order="left")
-    split = pl.col(SPLIT).fill_null(pl.Series(rule.assign_splits(patient_ids)))
-    return patients.with_columns(split, by_hash=pl.col(SPLIT).is_null())
+    by_hash = patients[SPLIT].is_null()
+    assigned = rule.assign_splits(patients[PATIENT_ID].filter(by_hash).to_list())
+    split = patients[SPLIT].scatter(by_hash.arg_true(), pl.Series(assigned, dtype=patients.schema[SPLIT]))
+    return patients.with_columns(split, by_hash=by_hash)
 
 
 def _tabulate_rejects(rows: PartitionRows, rejected: dict[str, pl.DataFrame]) -> pa.Table:

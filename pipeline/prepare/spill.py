@@ -21,7 +21,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrays import concatenate_ranges
+from pipeline.arrays import concatenate_ranges, find_runs
 from pipeline.prepare import names
 from pipeline.prepare.arrow_files import read_partition_slice, read_row_range, write_parquet, write_table
 from pipeline.prepare.clean import REJECTS_SCHEMA, clean, describe_rejects
@@ -29,7 +29,7 @@ from pipeline.prepare.columns import to_patient_names
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.rules import apply_ranges
 from pipeline.prepare.scales import Scale, measure_scales
-from pipeline.prepare.sources.reading import FILE, ROW, Piece
+from pipeline.prepare.sources.reading import FILE, ROW, SITE, Piece
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
 
@@ -120,8 +120,8 @@ def _spill_parts(
         kept, rejected = pseudonyms.hide_kept(kept), pseudonyms.hide_rejected(rejected)
         others, files = pseudonyms.hide_names(others), [pseudonyms.hide(name) for name in files]
         sites = [pseudonyms.hide(site) for site in sites]
-    present = [kept[PATIENT_ID].unique().cast(pl.String), to_patient_names(rejected[PATIENT_ID].unique())]
-    patients = list(dict.fromkeys([*pl.concat(present).drop_nulls(), *others]))
+    only_rejected = to_patient_names(rejected[PATIENT_ID].unique()).drop_nulls()
+    patients = list(dict.fromkeys([*names.list_present(kept[PATIENT_ID]), *only_rejected, *others]))
     hashes = options.split_rule.hash_patients(patients)[0]
     _write_spill(work / "spills" / name, kept, files, patients, hashes)
     if rejected.height:
@@ -149,8 +149,12 @@ def _join_kept(frames: Sequence[pl.DataFrame], file: str) -> tuple[pl.DataFrame,
     minute = timed.schema[MINUTE]
     if len(present) == 1:
         return present[0], columns
-    joined = [names.concat([frame[name] for frame in present]) for name in (PATIENT_ID, VARIABLE)]
-    others = [frame.drop(PATIENT_ID, VARIABLE).with_columns(_cast_static(frame[MINUTE], minute)) for frame in present]
+    named = [name for name in (PATIENT_ID, VARIABLE, SITE) if any(name in frame.columns for frame in present)]
+    joined = [
+        names.concat([frame[name] if name in frame.columns else names.nothing(name, frame.height) for frame in present])
+        for name in named
+    ]
+    others = [frame.drop(named, strict=False).with_columns(_cast_static(frame[MINUTE], minute)) for frame in present]
     return pl.concat(others).with_columns(joined), columns
 
 
@@ -189,26 +193,26 @@ def _write_spill(
     by_hash = np.argsort(hashes, kind="stable")
     rank = np.empty(len(patient_ids), dtype=np.int32)
     rank[by_hash] = np.arange(len(patient_ids))
-    patient = rank[_find_positions(kept[PATIENT_ID], patient_ids)]
-    start = np.flatnonzero(np.diff(patient, prepend=-1))  # rows of a patient mostly stand together
+    patient = _find_positions(kept[PATIENT_ID], patient_ids, rank)
+    start = find_runs(patient)  # rows of a patient mostly stand together
     by_patient = np.argsort(patient[start], kind="stable")
     order = concatenate_ranges(start[by_patient], np.diff(start, append=len(patient))[by_patient])
     minute = kept[MINUTE].to_physical()  # float64 minutes, or int64 microseconds
     if minute.null_count() == len(minute):
         minute = pl.repeat(STATIC_INSTANT, len(minute), dtype=pl.Int64, eager=True)
     minute = minute.fill_null(-math.inf if minute.dtype.is_float() else STATIC_INSTANT)
-    variables = kept[VARIABLE].unique().cast(pl.String).to_list()
+    variables = names.list_present(kept[VARIABLE])
     numbers = {name: kept[name] for name in (ROW, SET_INDEX) if name in kept.columns} | {MINUTE: minute}
-    columns = {name: pa.array(column.to_numpy()[order]) for name, column in numbers.items()}
+    columns = {name: pa.array(column.to_numpy().take(order)) for name, column in numbers.items()}
     columns |= {
-        VARIABLE: _to_dictionary(_find_positions(kept[VARIABLE], variables)[order], variables),
+        VARIABLE: _to_dictionary(_find_positions(kept[VARIABLE], variables).take(order), variables),
         VALUE: kept[VALUE].to_arrow().take(order),
-        FILE: _to_dictionary(kept[FILE].to_numpy()[order].astype(np.int32), files),
+        FILE: _to_dictionary(kept[FILE].to_numpy().astype(np.int32).take(order), files),
     }
     write_table(stem.with_name(f"{stem.name}.events.arrow"), pa.table(columns), max_rows=BATCH_ROWS)
     counts = np.bincount(patient, minlength=len(patient_ids)).astype(np.int64)
-    names = pa.array(patient_ids, pa.string()).take(by_hash)
-    table = pa.table({PATIENT_ID: names, "hash": hashes[by_hash], "num_events": counts})
+    in_order = pa.array(patient_ids, pa.string()).take(by_hash)
+    table = pa.table({PATIENT_ID: in_order, "hash": hashes[by_hash], "num_events": counts})
     write_table(stem.with_name(f"{stem.name}.patients.arrow"), table)
 
 
@@ -216,12 +220,15 @@ def _to_dictionary(positions: npt.NDArray[np.int32], texts: Sequence[str]) -> pa
     return pa.DictionaryArray.from_arrays(positions, pa.array(texts, pa.string()))
 
 
-def _find_positions(column: pl.Series, texts: list[str]) -> npt.NDArray[np.int32]:
-    """Return [E] the position of each name among ``texts``, which hold them all."""
+def _find_positions(
+    column: pl.Series, texts: list[str], rank: npt.NDArray[np.int32] | None = None
+) -> npt.NDArray[np.int32]:
+    """Return [E] the position of each name among ``texts``, which hold them all, or the ``rank`` of that position."""
     assert isinstance(column.dtype, pl.Enum)
     found = pc.index_in(column.dtype.categories.to_arrow().cast(pa.string()), value_set=pa.array(texts, pa.string()))
     positions: npt.NDArray[np.int32] = found.fill_null(-1).to_numpy()  # a name without a kept row is never looked up
-    return positions[column.to_physical().to_numpy()]
+    of_names = positions if rank is None else rank[positions]
+    return of_names.take(column.to_physical().to_numpy())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ def find_warnings(train: Moments, splits: Mapping[str, SampleCounts], scales: Se
     Args:
         train: moments of the train split's variables.
         splits: counts of each split of a task; none without labels.
-        scales: of variables in the files of the input.
+        scales: of variables in the files or at the sites of the input.
     """
     return [
         *_warn_of_outliers(train),
@@ -61,13 +61,14 @@ def _warn_of_constants(train: Moments) -> list[str]:
 
 
 def warn_of_scales(scales: Sequence[Scale]) -> list[str]:
-    """Return a warning where the medians of a variable are a factor apart between files."""
+    """Return a warning where the medians of a variable are a factor apart between files or sites."""
     apart = [
-        f"{name!r} ({ratio:.3g} times as high in {high} as in {low})"
+        f"{name!r} ({ratio:.3g} times as high in {high if high != low else f'a part of {high}'} as in "
+        f"{low if high != low else 'another'})"
         for name, ratio, high, low in compare_scales(scales)
     ]
     advice = "where units differ, convert them, or give the variables names of their own"
-    return [f"medians of files a factor apart: {_join_some(apart)}; {advice}"] if apart else []
+    return [f"medians of files or sites a factor apart: {_join_some(apart)}; {advice}"] if apart else []
 
 
 def warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
@@ -102,7 +103,7 @@ def warn_of_strangers(task: Task, labels: Labels, directory: Path, pseudonyms: P
     if pseudonyms is not None:
         return [message]
     patients = pl.read_parquet(directory / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
-    named = labels.frame[PATIENT_ID].unique()
+    named = labels.samples.patients
     strangers = named.filter(~named.is_in(patients.implode()))
     unlabelled = patients.filter(~patients.is_in(named.implode()))
     near = _strip_id(strangers).is_in(_strip_id(unlabelled).implode()).sum()

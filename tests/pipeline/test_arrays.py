@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.arrays import concatenate_ranges, offsets_from_sizes
+from pipeline.arrays import concatenate_ranges, find_runs, offsets_from_sizes
 
 
 def test_offsets_begin_with_zero_and_end_with_the_sum() -> None:
@@ -17,3 +17,9 @@ def test_ranges_are_the_concatenation_of_each_range(parts: list[tuple[int, int]]
     expected = [number for start, size in parts for number in range(start, start + size)]
     starts, sizes = np.array(parts, dtype=np.int64).reshape(-1, 2).T
     assert concatenate_ranges(starts, sizes).tolist() == expected
+
+
+@given(st.lists(st.integers(0, 2), max_size=20))
+def test_runs_begin_where_a_value_differs_from_the_one_before(values: list[int]) -> None:
+    expected = [at for at in range(len(values)) if at == 0 or values[at] != values[at - 1]]
+    assert find_runs(np.array(values, np.int64)).tolist() == expected

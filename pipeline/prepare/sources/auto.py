@@ -8,11 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from pipeline.prepare.sources.listing import is_table, list_files
-from pipeline.prepare.sources.meds import Meds, find_meds
+from pipeline.prepare.sources.listing import is_parquet, is_table, list_files, list_tables
+from pipeline.prepare.sources.meds import COLUMNS, NUMERIC_VALUE, SPLIT_MAP, SUBJECT_ID, Meds
 from pipeline.prepare.sources.patient_files import PatientFiles
 from pipeline.prepare.sources.physionet2012 import PhysioNet2012, is_record
 from pipeline.prepare.sources.physionet2019 import PhysioNet2019, is_physionet2019
+from pipeline.prepare.sources.reading import read_column_names
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.prepare.sources.table import Table
@@ -45,6 +46,38 @@ def detect_format(path: Path) -> str:
     if list_files(path, is_table).files:
         return "table"
     raise UserError(f"{path}: nothing here that any format reads; name another folder, or say --format")
+
+
+def find_meds(path: Path) -> Path | None:
+    """Return the folder of the MEDS data set that a path is, or is part of; None where it is neither.
+
+    MEDS is known by its columns.  Without ``data`` or ``metadata`` around it, a folder must have the column of numbers
+    too, or folders named like MEDS's splits.
+    """
+    if (path / "data").is_dir() and any(map(_has_columns, list_tables(path / "data", is_parquet)[:1])):
+        return path
+    if not path.is_dir() and not is_parquet(path):
+        return None
+    first = next(
+        (file for file in list_tables(path, is_parquet) if file.relative_to(path).parts[:1] != ("metadata",)), None
+    )
+    if first is None or not _has_columns(first):
+        return None
+    place = path.absolute()
+    for parent in place.parents:
+        if (parent / "metadata").is_dir() and place.is_relative_to(parent / "data"):
+            return parent
+    is_whole = path.is_dir() and (_has_columns(first, NUMERIC_VALUE) or first.parent.name in dict(SPLIT_MAP))
+    return path if is_whole else None
+
+
+def _has_columns(path: Path, *more: str) -> bool:
+    """Return whether a file is Parquet with the columns of MEDS 0.3 or 0.4, and with ``more``."""
+    try:
+        present = set(read_column_names(path))
+    except UserError:
+        return False
+    return present >= {*COLUMNS, SUBJECT_ID, *more} or present >= {*COLUMNS, "patient_id", NUMERIC_VALUE, *more}
 
 
 def open_source(path: Path, format_name: str, options: Mapping[str, Any]) -> Source:

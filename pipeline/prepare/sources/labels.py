@@ -1,19 +1,28 @@
-"""Read tables of labels: a patient, perhaps a prediction time, and a label a row."""
+"""Read tables of labels: a patient, perhaps a prediction time, and a label a row.
+
+A table may be larger than memory.  It is read twice, in parts: to see what its columns hold, and to sort its samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
-from pipeline.prepare.columns import is_missing, to_numbers, to_patient_names, to_times
+from pipeline.prepare import names
+from pipeline.prepare.columns import PREDICTION_TIMES, check, is_missing, to_instants, to_minutes, to_patient_names
+from pipeline.prepare.sort_samples import NO_DATE, NO_MINUTE, ContradictionError, SampleSorter, SortedSamples
+from pipeline.prepare.sources.label_values import LabelFacts, find_kind, parse_labels, sort_classes
 from pipeline.prepare.sources.listing import list_tables
 from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
-from pipeline.prepare.sources.side_files import read_frame
-from pipeline.schema import FLOAT32_MAX, LABEL, PATIENT_ID, TIME_COLUMNS, Kind, UserError
+from pipeline.prepare.sources.side_files import read_column_titles, read_frames
+from pipeline.schema import LABEL, PATIENT_ID, TIME_COLUMNS, Kind, Times, UserError
 
 LABEL_COLUMNS: Final = (
     "label", "in_hospital_mortality", "In-hospital_death", "boolean_value", "integer_value", "float_value",
@@ -24,8 +33,11 @@ LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "hadm_id")
 CLASSES: Final = ("0", "1")
 """Names of the classes of a binary task."""
 
-UNKNOWN_IS_MINUS_1: Final = ("Length_of_stay", "Survival", "SAPS-I", "SOFA")
-"""Columns of PhysioNet 2012's outcomes in which -1 says that the number is not known."""
+LABEL_TYPES: Final[dict[Kind, Any]] = {"binary": pl.Int8, "multiclass": pl.Int32, "regression": pl.Float64}
+TIME_TYPES: Final[dict[Times, Any]] = {"date": pl.Datetime("us"), "minute": pl.Float64}
+
+SLICE_ROWS: Final = 1 << 18
+"""Maximum number of labels that are worked on at once."""
 
 LABEL_CLASSES_HELP: Final = (
     "Names of the classes, in their order, of labels that are classes; by default those that occur. Give those of a "
@@ -44,21 +56,66 @@ class Labels:
 
     Attributes:
         origin: the file or folder that they are from.
-        frame: ``patient_id``, ``label`` (null = unlabelled; its type is that of ``LABEL_TYPES``), and perhaps one of
-            ``prediction_time`` and ``prediction_minute``; a row a sample, each once.
+        samples: by patient and time, each once; labels are numbers, of classes their positions.
         kind: of the task.
         classes: names of the classes that labels are the numbers of; empty for a regression.
+        warnings: that a person should see.
     """
 
     origin: str
-    frame: pl.DataFrame
+    samples: SortedSamples
     kind: Kind = "binary"
     classes: tuple[str, ...] = CLASSES
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of_frame(
+        cls, origin: str, frame: pl.DataFrame, kind: Kind = "binary", classes: tuple[str, ...] = CLASSES
+    ) -> Self:
+        """Return the labels of a table in memory, of the columns of :attr:`frame`."""
+        times = next((name for name, column in TIME_COLUMNS.items() if column in frame.columns), None)
+        sorter = SampleSorter(times)
+        time = frame[TIME_COLUMNS[times]] if times else None
+        sorter.add(names.encode(frame[PATIENT_ID]), _to_record_times(time), _to_floats(frame[LABEL]))
+        try:
+            return cls(origin, sorter.finish(), kind, classes)
+        except ContradictionError:
+            raise UserError(f"{origin}: one sample has two labels; keep one") from None
 
     @property
     def time_column(self) -> str | None:
         """Return the column of prediction times that there is."""
-        return next((name for name in TIME_COLUMNS.values() if name in self.frame.columns), None)
+        return TIME_COLUMNS[self.samples.times] if self.samples.times else None
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """Return all samples in order: ``patient_id``, perhaps a time, and ``label`` (null = unlabelled)."""
+        number = np.arange(len(self.samples.patients))
+        patient = self.samples.patients.gather(np.repeat(number, self.samples.sizes))
+        columns = [patient.alias(PATIENT_ID), *self.to_columns(self.samples.gather(number))]
+        return pl.DataFrame(columns).sort(PATIENT_ID, maintain_order=True)
+
+    def to_columns(self, records: npt.NDArray[Any]) -> list[pl.Series]:
+        """Return times, if there are some, and labels of records as columns; null = missing."""
+        label = pl.Series(LABEL, records["label"]).fill_nan(None).cast(LABEL_TYPES[self.kind])
+        if self.samples.times is None:
+            return [label]
+        missing = NO_DATE if self.samples.times == "date" else NO_MINUTE
+        time = pl.Series(self.time_column, records["time"])
+        return [time.set(time == missing, None).cast(TIME_TYPES[self.samples.times]), label]
+
+
+def _to_floats(labels: pl.Series) -> npt.NDArray[np.float64]:
+    return labels.cast(pl.Float64).fill_null(np.nan).to_numpy()
+
+
+def _to_record_times(time: pl.Series | None) -> npt.NDArray[Any] | int:
+    """Return times as records have them."""
+    if time is None:
+        return 0
+    if isinstance(time.dtype, pl.Datetime):
+        return time.cast(pl.Datetime("us")).to_physical().fill_null(NO_DATE).to_numpy()
+    return time.cast(pl.Float64).fill_null(NO_MINUTE).to_numpy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +127,7 @@ class LabelColumns:
         time: of dates, or else of minutes.
         kind: of the labels; ``auto`` looks at them.
         classes: names of the classes in their order; none = those that occur.
+        minutes_of_unit: of times that are numbers.
     """
 
     label: str | None = None
@@ -77,12 +135,13 @@ class LabelColumns:
     time: str | None = None
     kind: LabelKind = "auto"
     classes: tuple[str, ...] = ()
+    minutes_of_unit: float = 1.0
 
 
 def read_labels(path: Path, columns: LabelColumns | None = None) -> Labels:
     """Return the labels of a CSV or Parquet file, or of all such files of a folder and its folders.
 
-    Empty means unlabelled, and so does -1 unless labels are numbers.
+    Missing means unlabelled, and so does -1 unless labels are numbers.
 
     Raises:
         UserError: a file cannot be read, has no such columns, holds what is no label, or contradicts itself.
@@ -93,140 +152,148 @@ def read_labels(path: Path, columns: LabelColumns | None = None) -> Labels:
     return read_label_files(files, str(path), columns or LabelColumns())
 
 
-def read_label_files(files: Sequence[Path], origin: str, columns: LabelColumns) -> Labels:
+def read_label_files(paths: Sequence[Path], origin: str, columns: LabelColumns) -> Labels:
     """Return the labels of some files as those of one task; see :func:`read_labels`."""
-    frames, names = zip(*(_read_file(file, columns) for file in files), strict=True)
-    for file, frame in zip(files, frames, strict=True):
-        if frame.columns != frames[0].columns:
-            raise UserError(f"{file}: has other columns of times than {files[0]}; make the files alike")
-    kind = columns.kind
+    files = [LabelFile.survey(path, columns) for path in paths]
+    for file in files:
+        if file.times != files[0].times:
+            raise UserError(f"{file.path}: has other columns of times than {files[0].path}; make the files alike")
+    kind, name = columns.kind, files[0].label
     if kind == "auto":
-        kind = "multiclass" if columns.classes else find_kind([frame[LABEL] for frame in frames], names[0])
-    where = zip(files, names, strict=True)
-    parsed = [parse_labels(*at, frame[LABEL], kind) for at, frame in zip(where, frames, strict=True)]
-    rows = pl.concat([frame.with_columns(label) for frame, label in zip(frames, parsed, strict=True)])
-    rows = rows.filter(pl.col(PATIENT_ID).is_not_null())
+        kind = "multiclass" if columns.classes else find_kind([file.facts for file in files], name)
     classes: tuple[str, ...] = CLASSES if kind == "binary" else ()
     if kind == "multiclass":
-        classes = columns.classes or _find_classes(rows)
+        found = set().union(*(file.find_classes() for file in files))
+        classes = columns.classes or sort_classes(found)
         if len(classes) < 2:
-            raise UserError(f"{origin}: column {names[0]!r} has fewer than two classes; name another --label_column")
-        if not rows[LABEL].drop_nulls().is_in(classes).all():
-            raise UserError(
-                f"{origin}: column {names[0]!r} has labels that are not in --label_classes; name all classes"
-            )
-        rows = rows.with_columns(pl.col(LABEL).replace_strict(classes, range(len(classes)), return_dtype=pl.Int32))
-    return Labels(origin, merge_samples(origin, rows), kind, classes)
+            raise UserError(f"{origin}: column {name!r} has fewer than two classes; name another --label_column")
+        if not found <= set(classes):
+            raise UserError(f"{origin}: column {name!r} has labels that are not in --label_classes; name all classes")
+    sorter = SampleSorter(files[0].times)
+    for file in files:
+        for _, patient, time, label in file.read_slices(kind):
+            if kind == "multiclass":
+                label = label.replace_strict(classes, range(len(classes)), return_dtype=pl.Int32)
+            is_named = patient.is_not_null()
+            if not is_named.all():  # without times; a row of nobody is no sample
+                patient, label = patient.filter(is_named), label.filter(is_named)
+            sorter.add(patient, _to_record_times(time), _to_floats(label))
+    try:
+        samples = sorter.finish()
+    except ContradictionError as found_one:
+        where = _find_rows(files, kind, found_one)
+        raise UserError(f"{origin}: {where} give one sample two labels; keep one") from None
+    words = sum((file.facts.words for file in files), Counter[str]())
+    return Labels(origin, samples, kind, classes, _warn_of_words(name, words))
 
 
-def _find_classes(rows: pl.DataFrame) -> tuple[str, ...]:
-    """Return the classes that occur: numbers by size, then words."""
-    by_size = pl.col(LABEL).cast(pl.Float64, strict=False)
-    found = rows.select(pl.col(LABEL).unique().drop_nulls()).sort(by_size, LABEL, nulls_last=True)
-    return tuple(found[LABEL])
+def _warn_of_words(name: str, words: Counter[str]) -> tuple[str, ...]:
+    if not words:
+        return ()
+    which = ", ".join(f"{word!r} {number:,}" for word, number in sorted(words.items()))
+    advice = "where one is a class, name all classes with --label_classes"
+    return (f"column {name!r} has words that mean missing, so these samples are unlabelled: {which}; {advice}",)
 
 
-def _read_file(path: Path, columns: LabelColumns) -> tuple[pl.DataFrame, str]:
-    """Return the columns of a file by the names that they serve as, labels as they are, and the name of the labels'."""
-    frame = read_frame(path)
-    id_columns = [columns.patient, *LABEL_ID_COLUMNS] if columns.patient else LABEL_ID_COLUMNS
-    id_name = pick_column(path, frame.columns, None, id_columns, "--patient_column, or one of these headers")
-    filled = [name for name in LABEL_COLUMNS if name in frame.columns and frame[name].null_count() < frame.height]
-    label_name = pick_column(path, frame.columns, columns.label, filled or LABEL_COLUMNS, "--label_column")
-    found = {PATIENT_ID: to_patient_names(frame[id_name])}
-    times = [columns.time] if columns.time else [name for name in TIME_COLUMNS.values() if name in frame.columns]
-    if times:
-        time = frame[pick_column(path, frame.columns, times[0], (), "--time_column")]
-        found |= _parse_times(path, time)
-    for name, column in found.items() if times else ():
-        if column.null_count():
-            row = column.is_null().arg_true()[0] + 1
-            what = id_name if name == PATIENT_ID else times[0]
-            raise UserError(f"{path}: row {row} has no {what}; give one, or leave the row out")
-    return pl.DataFrame(found | {LABEL: frame[label_name]}), label_name
+def _find_rows(files: Sequence[LabelFile], kind: Kind, wanted: ContradictionError) -> str:
+    """Return in words the first and the last row of a sample, numbered over all files."""
+    rows: list[int] = []
+    num_before = 0
+    for file in files:
+        for first, patient, time, _ in file.read_slices(kind):
+            is_it = names.test(patient, lambda name: name == wanted.patient).fill_null(False).to_numpy()
+            found = np.flatnonzero(is_it & (_to_record_times(time) == (wanted.time if time is not None else 0)))
+            rows.extend((num_before + first + found).tolist())
+        num_before += file.num_rows
+    return f"rows {rows[0]} to {rows[-1]}"
 
 
-def _parse_times(path: Path, column: pl.Series) -> dict[str, pl.Series]:
-    """Return prediction times by the name of the column that they are; raise UserError where one is neither."""
-    is_given = ~is_missing(column)
-    times = to_times(column, are_numbers_minutes=True)
-    name = TIME_COLUMNS["date" if isinstance(times.dtype, pl.Datetime) else "minute"]
-    wrong = (times.is_null() & is_given).arg_true()
-    if len(wrong):
-        row = f"row {wrong[0] + 1}, column {column.name!r}"
-        raise UserError(f"{path}: {row}: neither an ISO date nor a number of minutes; mend it")
-    return {name: times}
+Slice = tuple[int, pl.Series, pl.Series | None, pl.Series]
+"""Number of the first row; patients as names, times and labels of some rows."""
 
 
-def find_kind(labels: Sequence[pl.Series], name: str) -> Kind:
-    """Return of what kind labels are that stand in columns called ``name``.
+@dataclass(kw_only=True, slots=True)
+class LabelFile:
+    """A file of labels: which of its columns serve as what, and what they hold."""
 
-    Labels that are all 0, 1, true or false are binary, words are classes, and what has fractions or is MEDS's
-    ``float_value`` is numbers.  Other whole numbers may be either, so a person must say.
-    """
-    numbers = pl.concat([_to_numbers(column) for column in labels])
-    given = ~pl.concat([_is_unlabelled(column) for column in labels])
-    if numbers.is_in([0.0, 1.0, -1.0]).fill_null(False).filter(given).all():
-        return "binary"
-    if not (numbers.is_not_null() & given).any():
-        return "multiclass"
-    has_fractions = bool((numbers != numbers.floor()).any()) or name == "float_value"
-    return "regression" if has_fractions and numbers.is_not_null().filter(given).all() else "binary"
+    path: Path
+    columns: LabelColumns
+    patient: str
+    label: str
+    time: str | None
+    times: Times | None
+    num_rows: int
+    facts: LabelFacts = field(default_factory=LabelFacts)
+
+    @classmethod
+    def survey(cls, path: Path, columns: LabelColumns) -> Self:
+        """Read a file once, to see what its columns hold."""
+        titles = read_column_titles(path)
+        id_columns = [columns.patient, *LABEL_ID_COLUMNS] if columns.patient else LABEL_ID_COLUMNS
+        patient = pick_column(path, titles, None, id_columns, "--patient_column, or one of these headers")
+        present = [name for name in LABEL_COLUMNS if name in titles]
+        known = [pick_column(path, titles, columns.label, present or LABEL_COLUMNS, "--label_column")]
+        if columns.label is None:
+            known += [name for name in present if name not in known]
+        named = [columns.time] if columns.time else [name for name in TIME_COLUMNS.values() if name in titles][:1]
+        time = pick_column(path, titles, named[0], (), "--time_column") if named else None
+        facts = {name: LabelFacts(columns.classes) for name in known}
+        num_rows, has_dates, has_minutes = 0, False, False
+        for frame in read_frames(path, list(dict.fromkeys([*known, *([time] if time else [])]))):
+            for part in frame.iter_slices(SLICE_ROWS):
+                num_rows += part.height
+                for name in known:
+                    facts[name].update(part[name])
+                if time and not has_dates:
+                    has_dates, is_minutes = _look_at_times(check(path, part[time], PREDICTION_TIMES))
+                    has_minutes |= is_minutes
+        label = next((name for name in known if facts[name].is_filled), known[0])
+        pick_column(path, titles, label, (), "--label_column")
+        times: Times | None = ("minute" if has_minutes and not has_dates else "date") if time else None
+        return cls(path=path, columns=columns, patient=patient, label=label, time=time, times=times,
+                   num_rows=num_rows, facts=facts[label])  # fmt: skip
+
+    def find_classes(self) -> set[str]:
+        """Return the names of the classes that occur."""
+        found: set[str] = set()
+        for frame in read_frames(self.path, [self.label]):
+            for part in frame.iter_slices(SLICE_ROWS):
+                found.update(self._parse(part[self.label], "multiclass", 1).drop_nulls().unique())
+        return found
+
+    def read_slices(self, kind: Kind) -> Iterator[Slice]:
+        """Yield the rows, some at a time; one that lacks patient or time, or whose label is none, is a UserError."""
+        first, wanted = 1, [self.patient, self.label, *([self.time] if self.time else [])]
+        for frame in read_frames(self.path, list(dict.fromkeys(wanted))):
+            for part in frame.iter_slices(SLICE_ROWS):
+                patient = names.encode(part[self.patient], to_patient_names)
+                time = self._parse_times(part[self.time], first) if self.time else None
+                for column, name in ((patient, self.patient), (time, self.time)) if time is not None else ():
+                    if column.null_count():
+                        row = column.is_null().arg_true()[0] + first
+                        raise UserError(f"{self.path}: row {row} has no {name}; give one, or leave the row out")
+                yield first, patient, time, self._parse(part[self.label], kind, first)
+                first += part.height
+
+    def _parse(self, labels: pl.Series, kind: Kind, first: int) -> pl.Series:
+        return parse_labels(self.path, self.label, labels, kind, first=first, classes=self.columns.classes)
+
+    def _parse_times(self, column: pl.Series, first: int) -> pl.Series:
+        """Return prediction times as dates, or as minutes; raise UserError where one is neither."""
+        factor = self.columns.minutes_of_unit
+        times = to_instants(column) if self.times == "date" else to_minutes(column) * factor
+        wrong = (times.is_null() & ~is_missing(column)).arg_true()
+        if len(wrong):
+            row = f"row {wrong[0] + first}, column {column.name!r}"
+            raise UserError(f"{self.path}: {row}: neither an ISO date nor a number of minutes; mend it")
+        return times
 
 
-def parse_labels(path: Path, name: str, labels: pl.Series, kind: Kind) -> pl.Series:
-    """Return labels of a kind, null = unlabelled: 0 or 1 as int8, names of classes, or float64.
-
-    Raises:
-        UserError: a label is none of the kind; ``path`` and ``name`` say of which file and column.
-    """
-    number, is_none = _to_numbers(labels), _is_unlabelled(labels)
-    if kind == "multiclass":
-        # A whole number is the same class whether it was stored as 2 or as 2.0.
-        whole = (number.floor() == number).fill_null(False)
-        names = pl.select(
-            pl.when(whole).then(number.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(_text(labels))
-        )
-        return names.to_series().set(is_none | (number == -1).fill_null(False), None).alias(LABEL)
-    if kind == "binary":
-        is_right, what = number.is_in([0.0, 1.0, -1.0]).fill_null(False), "0, 1, or empty or -1 for none"
-        advice = "mend it, or say --label_kind multiclass or regression"
-        is_none |= (number == -1).fill_null(False)
-    else:
-        is_right = (number.abs() <= FLOAT32_MAX).fill_null(False)  # as batches hold them
-        what, advice = "a number, or empty for none", "mend it"
-        if name in UNKNOWN_IS_MINUS_1:
-            is_none |= (number == -1).fill_null(False)
-    wrong = (~(is_none | is_right)).arg_true()
-    if len(wrong):
-        raise UserError(f"{path}: row {wrong[0] + 1}, column {name!r}: a label is {what}; {advice}")
-    number = number.set(is_none, None)
-    return number.cast(pl.Int8 if kind == "binary" else pl.Float64, strict=False).alias(LABEL)
-
-
-def _text(labels: pl.Series) -> pl.Series:
-    return labels.cast(pl.String).str.strip_chars()
-
-
-def _to_numbers(labels: pl.Series) -> pl.Series:
-    """Return labels as float64, true and false as 1 and 0; null where one is no number, as a time is none."""
-    return to_numbers(labels if labels.dtype.is_numeric() else _text(labels))
-
-
-def _is_unlabelled(labels: pl.Series) -> pl.Series:
-    """Return where a label is missing: null, blank, or not a number."""
-    text = _text(labels).str.to_lowercase()
-    return text.is_null() | text.is_in(["", "nan", "+nan", "-nan"]).fill_null(False)
-
-
-def merge_samples(origin: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """Return each sample once, in order; raise UserError where two labels of a sample contradict."""
-    keys = [name for name in rows.columns if name != LABEL]
-    merged = rows.group_by(keys).agg(pl.col(LABEL).min(), pl.col(LABEL).max().alias("max")).sort(keys)
-    contradicting = merged.filter(pl.col(LABEL) != pl.col("max"))
-    if contradicting.height:
-        same = rows.select(keys).with_row_index("row").join(contradicting[:1].select(keys), on=keys, how="semi")
-        first, last = same["row"].min(), same["row"].max()
-        where = f"rows {first + 1} to {last + 1}"  # type: ignore[operator]
-        raise UserError(f"{origin}: {where} give one sample two labels; keep one")
-    return merged.drop("max")
+def _look_at_times(column: pl.Series) -> tuple[bool, bool]:
+    """Return whether there are dates, and whether there are minutes, in a part of a column of times."""
+    if column.dtype == pl.Duration or column.dtype.is_numeric():
+        return False, True
+    if column.dtype != pl.String:
+        return True, False
+    has_dates = to_instants(column).null_count() < len(column)
+    return has_dates, not has_dates and to_minutes(column).null_count() < len(column)

@@ -13,7 +13,7 @@ import polars as pl
 from pipeline.options import Section, option
 from pipeline.prepare.sources.csv_files import parse_encoding, parse_separator
 from pipeline.prepare.sources.labels import LABEL_COLUMNS
-from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
+from pipeline.prepare.sources.reading import ID_COLUMNS, SITE, pick_column
 from pipeline.prepare.sources.side_files import read_keyed_frame
 from pipeline.prepare.sources.wide import PREFIX
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
@@ -63,6 +63,9 @@ class ColumnOptions(Section):
     """Columns that several formats have."""
 
     value_column: str | None = option(None, "Column of the value, of table and meds.")
+    site_column: str | None = option(
+        None, "Column of the site, such as a hospital, of table and meds: medians of its values are compared."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ def pick_columns(path: Path, header: Sequence[str], options: TableLayout, *, is_
         return pick_column(path, header, getattr(options, flag), known, f"--{flag}")
 
     columns = {PATIENT_ID: pick("patient_column", ID_COLUMNS)}
+    if options.site_column and (options.site_column in header or not is_static):
+        columns[SITE] = pick("site_column", ())
     if not is_static:
         columns |= _pick_time(path, header, options)
         if options.set_column or SET_INDEX in header:

@@ -28,14 +28,18 @@ from pipeline.prepare.sources.layout import ColumnOptions
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_tables
 from pipeline.prepare.sources.meds_codes import (
     DECLARED,
+    MODIFIERS,
+    SITES,
     count_texts,
     join_modifiers,
+    join_sites,
+    read_declared,
     read_descriptions,
-    read_modifiers,
     read_roll_up,
     roll_up,
 )
 from pipeline.prepare.sources.reading import (
+    SITE,
     SPLIT,
     Piece,
     concat_alike,
@@ -66,38 +70,6 @@ BIRTH: Final = r"^MEDS_BIRTH(//|$)"
 
 SplitMap: TypeAlias = tuple[tuple[str, SplitName], ...]
 SPLIT_MAP: Final[SplitMap] = (("train", "train"), ("tuning", "valid"), ("held_out", "test"))
-
-
-def find_meds(path: Path) -> Path | None:
-    """Return the folder of the MEDS data set that a path is, or is part of; None where it is neither.
-
-    MEDS is known by its columns.  Without ``data`` or ``metadata`` around it, a folder must have the column of numbers
-    too, or folders named like MEDS's splits.
-    """
-    if (path / "data").is_dir() and any(map(_has_columns, list_tables(path / "data", is_parquet)[:1])):
-        return path
-    if not path.is_dir() and not is_parquet(path):
-        return None
-    first = next(
-        (file for file in list_tables(path, is_parquet) if file.relative_to(path).parts[:1] != ("metadata",)), None
-    )
-    if first is None or not _has_columns(first):
-        return None
-    place = path.absolute()
-    for parent in place.parents:
-        if (parent / "metadata").is_dir() and place.is_relative_to(parent / "data"):
-            return parent
-    is_whole = path.is_dir() and (_has_columns(first, NUMERIC_VALUE) or first.parent.name in dict(SPLIT_MAP))
-    return path if is_whole else None
-
-
-def _has_columns(path: Path, *more: str) -> bool:
-    """Return whether a file is Parquet with the columns of MEDS 0.3 or 0.4, and with ``more``."""
-    try:
-        present = set(read_column_names(path))
-    except UserError:
-        return False
-    return present >= {*COLUMNS, SUBJECT_ID, *more} or present >= {*COLUMNS, "patient_id", NUMERIC_VALUE, *more}
 
 
 def parse_split_map(text: str) -> Any:
@@ -162,7 +134,7 @@ class Meds(Source, MedsOptions, ColumnOptions):
     def find_side_files(self) -> dict[str, Path | None]:
         metadata = self.path / "metadata"
         paths = {name: metadata / f"{name}.parquet" for name in ("subject_splits", "codes")}
-        paths |= {"dataset": metadata / DATASET} if DECLARED in self.code_modifiers else {}
+        paths |= {"dataset": metadata / DATASET} if DECLARED in self.code_modifiers or self._sites else {}
         if (metadata / "subject_splits").is_dir():
             paths["subject_splits"] = metadata / "subject_splits"
         return super().find_side_files() | {name: path for name, path in paths.items() if path.exists()}
@@ -188,12 +160,14 @@ class Meds(Source, MedsOptions, ColumnOptions):
             notes.append(f"{files[0]}: no column {NUMERIC_VALUE!r}: no event has a number{hint}")
         if num_texts := count_texts(files, TEXT_VALUE):
             notes.append(f"{self._data}: {num_texts:,} events have a {TEXT_VALUE}, which is not read")
-        modifiers = read_modifiers(self.path / "metadata" / DATASET)
+        modifiers = self._read_declared(MODIFIERS)
         if modifiers and not self.code_modifiers:
             declares = f"declares {', '.join(modifiers)}, which {'is' if len(modifiers) == 1 else 'are'} left alone"
             notes.append(
                 f"{self.path / 'metadata' / DATASET}: {declares}; --code_modifiers {DECLARED} joins them to the code"
             )
+        if self._sites:
+            notes.append(f"sites are those of {', '.join(self._sites)}: medians are compared between them")
         if parents := self._find_parents():
             into = len(set(parents.values()))
             notes.append(f"--roll_up: {len(parents):,} codes become {into:,}, if they occur; others stay as they are")
@@ -201,8 +175,16 @@ class Meds(Source, MedsOptions, ColumnOptions):
 
     @cached_property
     def _modifiers(self) -> tuple[str, ...]:
-        declared = read_modifiers(self.path / "metadata" / DATASET) if DECLARED in self.code_modifiers else ()
+        declared = self._read_declared(MODIFIERS) if DECLARED in self.code_modifiers else ()
         return (*declared, *(name for name in self.code_modifiers if name != DECLARED))
+
+    @cached_property
+    def _sites(self) -> tuple[str, ...]:
+        """Columns by whose values medians are compared."""
+        return (self.site_column,) if self.site_column else self._read_declared(SITES)
+
+    def _read_declared(self, key: str) -> tuple[str, ...]:
+        return read_declared(self.path / "metadata" / DATASET, key)
 
     def _find_parents(self) -> dict[str, str]:
         """Return the code that stands for each one that is rolled up."""
@@ -219,11 +201,18 @@ class Meds(Source, MedsOptions, ColumnOptions):
         return RawRows(rows=rows, minute=pl.col(MINUTE), static=True, rules=tuple(rules))
 
     def _read_file(self, piece: Piece, number: int) -> pl.DataFrame:
-        """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``, ``excluded``."""
+        """Return ``file``, ``row``, ``subject`` int64, ``minute`` (instants), ``variable``, ``value``, ``excluded``.
+
+        Where the data set has columns of sites, ``site`` too.
+        """
         path = self.path / piece.files[number]
-        subject = pick_column(path, read_column_names(path), None, SUBJECT_IDS, "one of these headers")
-        wanted = dict.fromkeys([*self._modifiers, *([self.value_column] if self.value_column else [])])
-        frame, first = read_parquet(path, piece, (subject, *COLUMNS, *wanted), [NUMERIC_VALUE], name_columns=["code"])
+        present = read_column_names(path)
+        subject = pick_column(path, present, None, SUBJECT_IDS, "one of these headers")
+        named = [*self._modifiers, *filter(None, [self.value_column, self.site_column])]
+        needed = dict.fromkeys([subject, *COLUMNS, *named])
+        sites = [name for name in self._sites if name in present]
+        optional = [name for name in dict.fromkeys([NUMERIC_VALUE, *sites]) if name not in needed]
+        frame, first = read_parquet(path, piece, list(needed), optional, name_columns=["code", *sites])
         no_value = pl.repeat(None, frame.height, dtype=pl.Float32, eager=True)
         code, value = frame["code"], frame.get_column(self.value_column or NUMERIC_VALUE, default=no_value)
         code = code if isinstance(code.dtype, pl.Enum) else names.encode(check(path, code, NAMES))
@@ -239,6 +228,8 @@ class Meds(Source, MedsOptions, ColumnOptions):
             VALUE: check(path, value, NUMBERS),
             EXCLUDED: excluded,
         }
+        if self._sites:
+            columns[SITE] = join_sites([check(path, frame[name], NAMES) for name in sites], frame.height)
         return number_rows(columns, file=number, first=first)
 
     def _is_excluded(self, codes: pl.Series) -> pl.Series:
@@ -270,7 +261,7 @@ class Meds(Source, MedsOptions, ColumnOptions):
 
 def _read_labelled(path: Path, columns: LabelColumns) -> pl.Series:
     """Return the subjects that have a sample."""
-    return read_labels(path, columns).frame[PATIENT_ID].unique().cast(pl.Int64, strict=False).drop_nulls()
+    return read_labels(path, columns).samples.patients.cast(pl.Int64, strict=False).drop_nulls()
 
 
 def _to_subjects(path: Path, column: pl.Series) -> pl.Series:

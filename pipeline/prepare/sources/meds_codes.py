@@ -13,10 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.prepare import names
-from pipeline.prepare.columns import to_plain, to_variable_names
-from pipeline.prepare.sources.reading import pick_column, reading
+from pipeline.prepare.columns import to_patient_names, to_plain, to_variable_names
+from pipeline.prepare.sources.reading import SITE, pick_column, reading
 from pipeline.prepare.tasks import EXCLUDE_CODES
 from pipeline.schema import VARIABLE, UserError
+
+MODIFIERS: Final = "code_modifier_columns"
+SITES: Final = "site_id_columns"
+"""Keys of ``dataset.json``."""
 
 DECLARED: Final = "declared"
 """Stands for the columns of code modifiers that ``dataset.json`` declares."""
@@ -24,16 +28,24 @@ DECLARED: Final = "declared"
 OWN_CODES: Final = "^MEDS_"
 
 
-def read_modifiers(path: Path) -> tuple[str, ...]:
-    """Return the ``code_modifier_columns`` of ``dataset.json``; none where there is no such file, or it names none."""
+def read_declared(path: Path, key: str) -> tuple[str, ...]:
+    """Return the columns that ``dataset.json`` declares by a key; none where there is no such file, or no such key."""
     if not path.is_file():
         return ()
     with reading(path, ValueError, RecursionError):
         content = json.loads(path.read_bytes())
-    declared = content.get("code_modifier_columns") if isinstance(content, dict) else None
+    declared = content.get(key) if isinstance(content, dict) else None
     if not isinstance(declared or [], list) or not all(isinstance(name, str) for name in declared or []):
-        raise UserError(f"{path}: code_modifier_columns is no list of names; mend it, or name the columns")
+        raise UserError(f"{path}: {key} is no list of names; mend it, or name the columns")
     return tuple(declared or ())
+
+
+def join_sites(sites: Sequence[pl.Series], num_rows: int) -> pl.Series:
+    """Return the column ``site`` of names: of several columns, one text of all; of none, nothing but nulls."""
+    if not sites:
+        return names.nothing(SITE, num_rows)
+    first = names.encode(sites[0], to_patient_names)
+    return (join_modifiers(first, sites[1:]) if len(sites) > 1 else first).rename(SITE)
 
 
 def join_modifiers(code: pl.Series, modifiers: Sequence[pl.Series]) -> pl.Series:

@@ -11,14 +11,15 @@ import polars as pl
 
 from pipeline.prepare.columns import to_minutes
 from pipeline.prepare.sources.csv_files import UTF8, parse_rows, read_header
-from pipeline.prepare.sources.labels import Labels, merge_samples, parse_labels
+from pipeline.prepare.sources.label_values import parse_labels
+from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT
 from pipeline.prepare.sources.listing import FileTest, list_files
 from pipeline.prepare.sources.reading import FILE, ROW, Piece
 from pipeline.prepare.sources.records import Records, name_patients
 from pipeline.prepare.sources.source import RawRows
 from pipeline.prepare.sources.wide import PREFIX, melt
-from pipeline.schema import MINUTE, PATIENT_ID, PREDICTION_MINUTE, VALUE, VARIABLE, UserError
+from pipeline.schema import LABEL, MINUTE, PATIENT_ID, PREDICTION_MINUTE, VALUE, VARIABLE, UserError
 
 CLOCK: Final = "ICULOS"
 """Hours since admission to intensive care."""
@@ -85,7 +86,7 @@ class PhysioNet2019(Records):
         if self.labels is not None:
             return super().read_labels()
         frames = [frame for piece in self.pieces() for frame in self._read_hourly_labels(piece)]
-        return Labels(f"{self.path}: {LABELS}", pl.concat(frames)) if frames else None
+        return Labels.of_frame(f"{self.path}: {LABELS}", pl.concat(frames)) if frames else None
 
     def _read_hourly_labels(self, piece: Piece) -> Iterator[pl.DataFrame]:
         """Yield the samples of a piece whose records have labels; a row without its hour is none."""
@@ -98,7 +99,7 @@ class PhysioNet2019(Records):
         def merge(file: int, part: pl.DataFrame) -> pl.DataFrame:
             path = self.path / piece.files[file]
             part = part.with_columns(parse_labels(path, LABELS, part[LABELS], "binary")).drop(FILE, LABELS)
-            return merge_samples(str(path), part.filter(pl.col(PREDICTION_MINUTE).is_finite()))
+            return _merge_samples(path, part.filter(pl.col(PREDICTION_MINUTE).is_finite()))
 
         try:
             yield merge(0, rows)
@@ -120,3 +121,15 @@ class PhysioNet2019(Records):
 
 def _split_header(header: str) -> list[str]:
     return [name.strip() for name in header.split("|")]
+
+
+def _merge_samples(path: Path, rows: pl.DataFrame) -> pl.DataFrame:
+    """Return each sample of a record once; raise UserError where two labels of a sample contradict."""
+    keys = [name for name in rows.columns if name != LABEL]
+    merged = rows.group_by(keys).agg(pl.col(LABEL).min(), pl.col(LABEL).max().alias("max")).sort(keys)
+    contradicting = merged.filter(pl.col(LABEL) != pl.col("max"))
+    if contradicting.height:
+        same = rows.select(keys).with_row_index("row").join(contradicting[:1].select(keys), on=keys, how="semi")
+        first, last = (int(row) + 1 for row in (same["row"][0], same["row"][-1]))
+        raise UserError(f"{path}: rows {first} to {last} give one sample two labels; keep one")
+    return merged.drop("max")

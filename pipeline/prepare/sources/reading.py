@@ -21,6 +21,7 @@ from pipeline.schema import MINUTE, PATIENT_ID, VALUE, VARIABLE, UserError
 FILE: Final = "file"  # uint32, number of the file within its piece
 ROW: Final = "row"  # int64, data row of the file, from 1; header lines do not count
 SPLIT: Final = "split"  # string, one of SPLITS
+SITE: Final = "site"  # of names, null = missing: where a row is from, such as a hospital
 
 ID_COLUMNS: Final = ("patient_id", "ts_id", "stay_id", "icustay_id", "RecordID", "subject_id", "person_id")
 """Usual names of the column of the patient; the first that is there serves."""
@@ -36,6 +37,9 @@ ROW_BYTES: Final = 24
 
 CELL_BYTES: Final = 2
 """Approximate bytes of a cell of a wide row, most of which are empty."""
+
+READ_BYTES: Final = 1 << 20
+"""Bytes of a column of Parquet that are read at once, where a file is read in batches."""
 
 FEW_ROWS: Final = 1 << 14
 """Number of rows that are read faster without threads."""
@@ -183,6 +187,18 @@ def read_parquet(
         encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
         series = [names.from_dictionary(name, table[name]) for name in encoded]
         return _to_frame(path, table.drop_columns(encoded)).hstack(series), 1 + num_before
+
+
+def read_batches(path: Path, columns: Sequence[str], max_rows: int) -> Iterator[pl.DataFrame]:
+    """Yield columns of a Parquet file, at most ``max_rows`` rows at a time; at least one frame."""
+    with reading(path):
+        # A buffer, or a column of a row group would be in memory as a whole.
+        file = pq.ParquetFile(path, coerce_int96_timestamp_unit="us", buffer_size=READ_BYTES)
+        batches = file.iter_batches(max_rows, columns=list(columns))
+        if file.metadata.num_rows == 0:
+            yield _to_frame(path, file.schema_arrow.empty_table().select(columns))
+        for batch in batches:
+            yield _to_frame(path, pa.Table.from_batches([batch]).select(columns))
 
 
 def concat_alike(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,13 @@ import pyarrow.parquet as pq
 from pipeline.prepare.columns import to_variable_names
 from pipeline.prepare.sources.csv_files import UTF8, Dialect, parse_rows, read_header, read_parts
 from pipeline.prepare.sources.listing import is_parquet, list_tables
-from pipeline.prepare.sources.reading import Piece, pick_column, read_parquet, reading
+from pipeline.prepare.sources.reading import Piece, pick_column, read_batches, read_column_names, reading
 from pipeline.schema import FIRST_CODE, VARIABLE, UserError
 
 T = TypeVar("T")
+
+BATCH_ROWS: Final = 1 << 18
+"""Maximum number of rows of a Parquet file that are read at once."""
 
 
 def read_frame(
@@ -30,28 +33,43 @@ def read_frame(
 
     One that has not all ``needed`` columns is a UserError that shows the ``header`` that it should have.
     """
-    frame = _read_columns(path) if is_parquet(path) else _read_texts(path, dialect)
+    frame = pl.concat(read_frames(path, list(dict.fromkeys(read_column_titles(path, dialect))), dialect))
     for name in needed:
         pick_column(path, frame.columns, name, (), f"a header {header or ','.join(needed)}")
     return frame
 
 
-def _read_columns(path: Path) -> pl.DataFrame:
-    """Return the columns of a Parquet file that hold numbers, text or times; lists are of no use in a side file."""
-    with reading(path):
-        file = pq.ParquetFile(path)
-        is_nested = {field.name: pa.types.is_nested(field.type) for field in file.schema_arrow}
-    return read_parquet(path, Piece(files=(path.name,)), [name for name, nested in is_nested.items() if not nested])[0]
+def read_column_titles(path: Path, dialect: Dialect = UTF8) -> list[str]:
+    """Return the names of columns; of Parquet those that hold numbers, text or times, for a side file needs no lists.
 
-
-def _read_texts(path: Path, dialect: Dialect) -> pl.DataFrame:
-    """Return the rows of a CSV file; the second column of a name gets another one, as Polars gives it."""
+    The second column of a name in a CSV file gets another one, as Polars gives it.
+    """
+    if is_parquet(path):
+        with reading(path):
+            schema = pq.read_schema(path)
+        return [field.name for field in schema if not pa.types.is_nested(field.type)]
     header = read_header(path, dialect)
-    names = [name if name not in header[:at] else f"{name}_duplicated_0" for at, name in enumerate(header)]
-    wanted, separator = list(dict.fromkeys(names)), dialect.separator_of(path)
-    parts = read_parts(path, Piece(files=(path.name,)), dialect)
-    frames = [parse_rows(path, text, row, names, wanted, separator) for text, row in parts]
-    return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
+    return [name if name not in header[:at] else f"{name}_duplicated_0" for at, name in enumerate(header)]
+
+
+def read_frames(path: Path, columns: Sequence[str], dialect: Dialect = UTF8) -> Iterator[pl.DataFrame]:
+    """Yield columns of a CSV file (as text) or Parquet file in parts of bounded size; at least one frame.
+
+    A name that a Parquet file has twice is a UserError.
+    """
+    if is_parquet(path):
+        present = read_column_names(path)
+        for name in columns:
+            pick_column(path, present, name, (), "another name")
+        yield from read_batches(path, columns, BATCH_ROWS)
+        return
+    titles, separator = read_column_titles(path, dialect), dialect.separator_of(path)
+    num_parts = 0
+    for text, row in read_parts(path, Piece(files=(path.name,)), dialect):
+        num_parts += 1
+        yield parse_rows(path, text, row, titles, columns, separator)
+    if not num_parts:
+        yield pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
 
 
 def read_once(read: Callable[..., T], path: Path, *options: Any) -> T:

@@ -36,9 +36,9 @@ class RawRows:
     """The rows of a piece, none left out.
 
     ``rows`` has ``file``, ``row``, then ``patient_id``, ``minute``, ``variable``, ``value`` and perhaps ``set_index``
-    in whatever dtype they came; other columns serve the expressions.  ``minute`` makes of them minutes (float64), or
-    instants (``Datetime("us")``) that become minutes from the patient's origin; null or not finite = cannot be used.
-    It is None where the column ``minute`` holds plain numbers.
+    and ``site`` in whatever dtype they came; other columns serve the expressions.  ``minute`` makes of them minutes
+    (float64), or instants (``Datetime("us")``) that become minutes from the patient's origin; null or not finite =
+    cannot be used.  It is None where the column ``minute`` holds plain numbers.
     """
 
     rows: pl.DataFrame

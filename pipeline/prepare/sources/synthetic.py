@@ -115,7 +115,7 @@ class Synthetic(Source, SyntheticOptions):
 
     def read_labels(self) -> Labels | None:
         parts = ({PATIENT_ID: _name_patients(piece), LABEL: self._draw_outcomes(piece)[1]} for piece in self.pieces())
-        return Labels(self.name, pl.concat(map(pl.DataFrame, parts)))
+        return Labels.of_frame(self.name, pl.concat(map(pl.DataFrame, parts)))
 
 
 def _name_patients(piece: Piece) -> pl.Series:

@@ -17,6 +17,7 @@ from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, ORIGIN, TIME, Table
 from pipeline.prepare.sources.listing import TABLES, Listing, is_hidden, is_parquet, is_table, list_files
 from pipeline.prepare.sources.reading import (
     PIECE_BYTES,
+    SITE,
     Piece,
     concat_alike,
     cut_files,
@@ -44,6 +45,7 @@ KINDS: Final = {
     MINUTE: columns.MINUTES,
     TIME: columns.TIMES,
     ORIGIN: columns.DATES,
+    SITE: columns.NAMES,
 }
 
 

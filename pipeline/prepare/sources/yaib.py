@@ -9,14 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Final
 
-import polars as pl
-
 from pipeline.prepare.sources.labels import Labels, read_labels
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, TIME
 from pipeline.prepare.sources.listing import Listing
 from pipeline.prepare.sources.reading import read_column_names
 from pipeline.prepare.sources.table import Table
-from pipeline.schema import PREDICTION_MINUTE
 
 DYNAMIC: Final = "dyn.parquet"
 STATIC: Final = "sta.parquet"
@@ -53,8 +50,5 @@ class Yaib(Table):
         time = self.time_column or TIME
         if time not in read_column_names(path):
             return read_labels(path, self.label_columns)
-        labels = read_labels(path, replace(self.label_columns, time=time))
-        if self.time_unit is None:
-            return labels
-        minute = pl.col(PREDICTION_MINUTE) * MINUTES_OF_UNIT[self.time_unit]
-        return replace(labels, frame=labels.frame.with_columns(minute))
+        unit = MINUTES_OF_UNIT[self.time_unit or "minutes"]
+        return read_labels(path, replace(self.label_columns, time=time, minutes_of_unit=unit))

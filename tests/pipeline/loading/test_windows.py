@@ -219,7 +219,7 @@ def test_events_of_excluded_codes_are_in_no_sample(tmp_path: Path, minute: float
     frame = pl.DataFrame({"patient_id": ["a", "b", "c"], "label": [1, 0, 0]}, schema_overrides={"label": pl.Int8})
     if minute is not None:
         frame = frame.with_columns(prediction_minute=pl.lit(minute))
-    task = write_task(tmp_path, Manifest.load(tmp_path), "some", Labels("labels", frame), ("^v5$",))
+    task = write_task(tmp_path, Manifest.load(tmp_path), "some", Labels.of_frame("labels", frame), ("^v5$",))
     assert task.excluded_codes == [1, 5]
     assert task.splits["train"].num_without_events == 1
     (batch,) = make_loader(tmp_path, task="some", batch_size=9, shuffle=False)

@@ -25,8 +25,8 @@ from pipeline.dataset.tables import read_index, read_vocabulary
 from pipeline.prepare.build import build
 from pipeline.prepare.executors import ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.options import BuildOptions
+from pipeline.prepare.order import sort_order
 from pipeline.prepare.publish import WORK, claim_output_folder
-from pipeline.prepare.sort import sort_order
 from pipeline.prepare.sources.patient_files import PatientFiles
 from pipeline.prepare.sources.physionet2012 import PhysioNet2012
 from pipeline.prepare.sources.synthetic import Synthetic
@@ -446,8 +446,8 @@ def test_set_a(tmp_path: Path, set_a_dir: Path, outcomes_a: Path) -> None:
 
 keys_and_ties = st.lists(
     st.tuples(
-        st.integers(0, 3),
-        st.sampled_from([-math.inf, -2.0, 0.0, 1.0, 1e12, 1e18]),
+        st.sampled_from([0, 1, 3, 255]),
+        st.sampled_from([-math.inf, -2.0, 0.0, 1.0, 1e12, 2.0**52, 1e18]),
         st.integers(0, 2),
         st.sampled_from([math.nan, -1.5, 0.0, 2.0]),
         st.sampled_from([0.0, 0.25]),
@@ -458,7 +458,7 @@ keys_and_ties = st.lists(
 
 @given(keys_and_ties)
 def test_the_order_of_events_is_that_of_their_columns(rows: list[tuple[float, ...]]) -> None:
-    """Packed into one integer or, where the minutes lie too far apart, not."""
+    """Packed into one integer, with the row's number or without, or, where the minutes lie too far apart, not."""
     dtypes = (np.int32, np.float64, np.int32, np.float32, np.float64)
     columns = [np.array([row[at] for row in rows], dtype) for at, dtype in enumerate(dtypes)]
 

@@ -548,6 +548,19 @@ def test_labels_that_name_nobody_are_said(tmp_path: Path, capsys: pytest.Capture
     assert f"warning: {expected}\n" in capsys.readouterr().err
 
 
+def test_labels_that_are_words_for_missing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.csv").write_text(HEADER + "".join(f"{patient},1,hr,{patient}\n" for patient in range(60)))
+    labels = "".join(f"{patient},{'NA' if patient % 3 == 0 else patient % 2}\n" for patient in range(60))
+    (tmp_path / "labels.csv").write_text("patient_id,label\n" + labels)
+    summary = prepare(tmp_path / "in.csv", tmp_path / "out", "--labels", str(tmp_path / "labels.csv"))
+    assert sum(split["num_labelled"] for split in summary["samples"].values()) == 40
+    (warning,) = (text for text in summary["warnings"] if "words that mean missing" in text)
+    assert "'na' 20; where one is a class, name all classes with --label_classes" in warning
+    assert capsys.readouterr().err.count(f"warning: {warning}\n") == 1
+    assert tasks.main(["add", str(tmp_path / "out"), "--name", "a", "--labels", str(tmp_path / "labels.csv")]) == 0
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+
+
 def test_files_of_other_units_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     for site, factor in (("a", 1.0), ("b", 18.0), ("c", 1.0)):
@@ -558,9 +571,68 @@ def test_files_of_other_units_are_said(tmp_path: Path, capsys: pytest.CaptureFix
         (tmp_path / "in" / f"{site}.csv").write_text(HEADER + "\n".join(rows) + "\n")
     summary = prepare(tmp_path / "in", tmp_path / "out")
     (warning,) = summary["warnings"]
-    assert warning.startswith("medians of files a factor apart: 'glucose' (18 times as high in b.csv as in a.csv);")
+    assert warning.startswith(
+        "medians of files or sites a factor apart: 'glucose' (18 times as high in b.csv as in a.csv);"
+    )
     assert f"warning: {warning}\n" in capsys.readouterr().err
     assert warning in html.unescape((tmp_path / "out" / "report.html").read_text())
+
+
+def write_two_sites(folder: Path, patients: list[int], hospitals: list[str | None]) -> None:
+    """MEDS with glucose in mmol/L, at hospital B in mg/dL; both share each file."""
+    number = [(5 + at % 3) * (18 if site == "B" else 1) for at, site in enumerate(hospitals)]
+    write_meds(folder, subject_id=pa.array(patients), hospital=hospitals, ward=["w"] * len(patients),
+               time=pa.array([START + timedelta(minutes=at) for at in range(len(patients))], pa.timestamp("us")),
+               code=["GLUCOSE"] * len(patients), numeric_value=pa.array(number, pa.float32()))  # fmt: skip
+
+
+@pytest.mark.parametrize("declared", [["hospital"], ["hospital", "ward"], ["nowhere"], None])
+def test_sites_that_meds_declares_are_compared_within_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], declared: list[str] | None
+) -> None:
+    patients = [at % 50 for at in range(400)]
+    write_two_sites(tmp_path / "in", patients, ["AB"[patient >= 25] for patient in patients])
+    (tmp_path / "in" / "metadata").mkdir()
+    (tmp_path / "in" / "metadata" / "dataset.json").write_text(json.dumps({"site_id_columns": declared}))
+    summary = prepare(tmp_path / "in", tmp_path / "out")
+    assert summary["variables"] == 1  # a site is no event
+    said = capsys.readouterr().err
+    if declared in (None, ["nowhere"]):
+        assert summary["warnings"] == []
+        return
+    assert f"sites are those of {', '.join(declared)}: medians are compared between them" in said
+    more = "//w" if len(declared) == 2 else ""
+    expected = f"'GLUCOSE' (18 times as high in site B{more} as in site A{more});"
+    assert summary["warnings"][0].startswith(f"medians of files or sites a factor apart: {expected}")
+
+
+def test_rows_without_a_site_count_with_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hospitals = ["B" if at % 50 >= 25 else None for at in range(400)]
+    write_two_sites(tmp_path / "in", [at % 50 for at in range(400)], hospitals)
+    summary = prepare(tmp_path / "in", tmp_path / "out", "--site_column", "hospital")
+    assert "(18 times as high in site B as in data/train/0.parquet)" in summary["warnings"][0]
+    assert "no column 'hospitals'" in refuse(capsys, tmp_path / "in", "--site_column", "hospitals")
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_the_site_of_a_table_is_named(tmp_path: Path, is_wide: bool) -> None:
+    (tmp_path / "in").mkdir()
+    rows = [(f"p{at % 40}", at, "AB"[at % 40 >= 20], (5 + at % 3) * (18 if at % 40 >= 20 else 1)) for at in range(320)]
+    header = "patient_id,minute,hospital,glucose" if is_wide else "patient_id,minute,hospital,variable,value"
+    texts = [f"{p},{t},{site},{'' if is_wide else 'glucose,'}{value}" for p, t, site, value in rows]
+    for name, part in (("a", texts[:160]), ("b", texts[160:])):  # alike, so that files say nothing
+        (tmp_path / "in" / f"{name}.csv").write_text("\n".join([header, *part]) + "\n")
+    (tmp_path / "in" / "static.csv").write_text("patient_id,age\n" + "".join(f"p{at},{at}\n" for at in range(40)))
+    flags = ["--site_column", "hospital", "--static_tables", "static.csv"]
+    summary = prepare(tmp_path / "in", tmp_path / "out", *flags)
+    assert "'glucose' (18 times as high in site B as in site A)" in summary["warnings"][0]
+    assert summary["variables"] == 2
+    without = prepare(tmp_path / "in", tmp_path / "without", *flags[2:], "--ignore_columns", "hospital")
+    assert without["warnings"] == []
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    (tmp_path / "key").chmod(0o600)
+    hidden = prepare(tmp_path / "in", tmp_path / "hidden", *flags, "--pseudonymize", str(tmp_path / "key"))
+    assert "site B" not in hidden["warnings"][0]
 
 
 def test_what_was_recognised_is_said_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

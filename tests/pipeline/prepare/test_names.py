@@ -27,6 +27,13 @@ def test_names_are_the_texts_of_their_rows(values: list[str | None]) -> None:
     assert names.test(encoded, lambda name: name == "a").to_list() == (column == "a").to_list()
 
 
+@given(texts)
+def test_names_that_are_present(values: list[str | None]) -> None:
+    encoded = names.encode(pl.Series(["b", *values, "c"], dtype=pl.String))[1:-1]  # b and c have no row
+    assert sorted(names.list_present(encoded)) == sorted({text for text in values if text is not None})
+    assert names.list_present(names.nothing("n", 3)) == []
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

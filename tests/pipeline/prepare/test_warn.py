@@ -55,9 +55,11 @@ def test_scales_that_are_apart_are_one_warning() -> None:
         Scale("b", f"v{n}", 18 + n, 20 + n, 22 + n) for n in range(7)
     ]
     (warning,) = find_warnings(measure(), {}, scales)
-    assert warning.startswith("medians of files a factor apart: 'v6' (26 times as high in b as in a), 'v5' (25 times")
+    assert warning.startswith("medians of files or sites a factor apart: 'v6' (26 times as high in b as in a), 'v5' (2")
     assert "and 2 more; where units differ, convert them" in warning
     assert find_warnings(measure(), {}, scales[:7]) == []
+    (of_one,) = find_warnings(measure(), {}, [Scale("a", "v", 0.9, 1, 1.1), Scale("a", "v", 8, 9, 10)])
+    assert "(9 times as high in a part of a as in another)" in of_one
 
 
 def test_only_some_are_named() -> None:

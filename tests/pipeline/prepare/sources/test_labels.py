@@ -101,6 +101,51 @@ def test_classes_do_not_depend_on_the_type_in_which_a_file_has_them(tmp_path: Pa
     assert found.frame["label"].to_list() == [1, 0, 1, None, 2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "expected"),
+    [
+        ("binary", ["1", "0"], [1, 0]),
+        ("multiclass", ["mild", "severe"], [0, 1]),
+        ("regression", ["1.5", "-1"], [1.5, -1.0]),
+    ],
+)
+@pytest.mark.parametrize("is_csv", [True, False])
+def test_words_that_mean_missing_are_no_labels_and_are_said(
+    tmp_path: Path, kind: str, labels: list[str], expected: list[float], is_csv: bool
+) -> None:
+    words = ["NA", "n/a", " null", "NULL", "NaN", "None", "<NA>", "NaT", "\\N", ""]
+    frame = pl.DataFrame({"patient_id": list("abcdefghijkl"), "label": labels + words})
+    path = tmp_path / ("1.csv" if is_csv else "1.parquet")
+    (frame.write_csv if is_csv else frame.write_parquet)(path)
+    found = read_labels(path)
+    assert (found.kind, found.frame["label"].to_list()) == (kind, expected + [None] * 10)
+    (warning,) = found.warnings
+    said = "'<na>' 1, '\\\\n' 1, 'n/a' 1, 'na' 1, 'nan' 1, 'nat' 1, 'none' 1, 'null' 2"
+    assert warning.startswith(f"column 'label' has words that mean missing, so these samples are unlabelled: {said};")
+
+
+def test_a_word_is_a_class_where_it_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "1.csv", "patient_id,label\na,none\nb,mild\nc,NA\nd,\n")
+    assert read_labels(path, LabelColumns(kind="multiclass", classes=("mild", "worse"))).frame["label"].to_list() == [
+        None, 0, None, None,
+    ]  # fmt: skip
+    found = read_labels(path, LabelColumns(classes=("none", "mild")))
+    assert found.frame["label"].to_list() == [0, 1, None, None]
+    assert "unlabelled: 'na' 1;" in found.warnings[0]
+    path.write_text("patient_id,label\na,None\nb,mild\n")  # none is a class, so this is another one
+    with pytest.raises(UserError, match="not in --label_classes"):
+        read_labels(path, LabelColumns(classes=("none", "mild")))
+    frame = pl.DataFrame({"patient_id": ["a", "b"], "label": [float("nan"), 1.0]})  # never a word
+    frame.write_parquet(tmp_path / "1.parquet")
+    found = read_labels(tmp_path / "1.parquet", LabelColumns(classes=("nan", "1")))
+    assert (found.frame["label"].to_list(), found.warnings) == ([None, 1], ())
+
+
+def test_a_column_of_words_that_mean_missing_is_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "1.csv", "subject_id,boolean_value,integer_value\n1,NA,1\n2,,0\n")
+    assert read_labels(path).frame.rows() == [("1", 1), ("2", 0)]
+
+
 def test_classes_may_be_more_than_occur_but_not_less(tmp_path: Path) -> None:
     path = write(tmp_path / "1.csv", "patient_id,label\na,low\nb,\nc,high\n")
     found = read_labels(path, LabelColumns(classes=("low", "middle", "high")))

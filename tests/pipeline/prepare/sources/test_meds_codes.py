@@ -98,7 +98,10 @@ def test_modifiers_are_joined_to_the_code(root: Path, tmp_path: Path) -> None:
         build(Meds(path=root, code_modifiers=("units",)), tmp_path / "4", ALL_TRAIN)
 
 
-@pytest.mark.parametrize("content", ["{", '{"code_modifier_columns": "unit"}', '{"code_modifier_columns": [1]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", '{"code_modifier_columns": "unit"}', '{"code_modifier_columns": [1]}', '{"site_id_columns": "hospital"}'],
+)
 def test_a_damaged_declaration_is_refused(root: Path, tmp_path: Path, content: str) -> None:
     (root / "metadata" / "dataset.json").write_text(content)
     with pytest.raises(UserError, match=r"dataset.json: "):
