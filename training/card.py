@@ -13,6 +13,7 @@ import torch
 from model.config import SeqSetVAEConfig
 from pipeline.schema import FIRST_CODE
 from training.options import TrainOptions
+from training.quality import HEADLINES
 
 METRICS = {
     "auroc": "AUROC", "auprc": "AUPRC", "min_se_ppv": "min(Se, +P)", "accuracy": "Accuracy", "brier": "Brier",
@@ -30,8 +31,10 @@ def write_model_cards(
 ) -> Iterator[tuple[str, str]]:
     """Yield what someone who is handed the checkpoint must know, in Markdown (Mitchell et al. 2019, arXiv:1810.03993).
 
-    A card's file name stands before it; each of several tasks has a card of its own.  ``num_samples`` has the number of
-    samples of each split, which are called ``unit``, and ``summary`` what ``summary.json`` has.
+    A card's file name stands before it; each of several tasks has a card of its own.  After it comes a TRIPOD+AI
+    checklist (Collins et al. 2024, BMJ 385:e078378) with what a run can fill in, where an outcome was learned.
+    ``num_samples`` has the number of samples of each split, which are called ``unit``, and ``summary`` what
+    ``summary.json`` has.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training"),
@@ -42,24 +45,27 @@ def write_model_cards(
     )
     test, several = summary["test"], len(config.outcomes) > 1
     for outcome in config.outcomes:
-        content = environment.get_template("model_card.md.jinja").render(
-            final_seeds=options.cross_fit.final_seeds,
-            folds=options.cross_fit.folds,
-            loss=options.loss,
-            metrics=METRICS,
-            num_samples=num_samples,
-            outcome=outcome,
-            outcomes=config.outcomes,
-            preset=options.model.preset,
-            seed=options.run.seed,
-            summary=summary,
-            test=test["tasks"][outcome.name] | {"active_units": test["active_units"]} if test and several else test,
-            torch_version=torch.__version__,
-            unit=unit,
-            variables=config.num_codes - FIRST_CODE,
-            width=config.width,
-        )
-        yield f"MODEL_CARD_{outcome.name}.md" if several else "MODEL_CARD.md", content
+        suffix = f"_{outcome.name}" if several else ""
+        for name in ("MODEL_CARD", "TRIPOD_AI") if options.loss.learns_outcome else ("MODEL_CARD",):
+            card = environment.get_template(f"{name.lower()}.md.jinja").render(
+                final_seeds=options.cross_fit.final_seeds,
+                folds=options.cross_fit.folds,
+                headlines=HEADLINES[outcome.kind],
+                loss=options.loss,
+                metrics=METRICS,
+                num_samples=num_samples,
+                outcome=outcome,
+                outcomes=config.outcomes,
+                preset=options.model.preset,
+                seed=options.run.seed,
+                summary=summary,
+                test=test["tasks"][outcome.name] | {"active_units": test["active_units"]} if test and several else test,
+                torch_version=torch.__version__,
+                unit=unit,
+                variables=config.num_codes - FIRST_CODE,
+                width=config.width,
+            )
+            yield f"{name}{suffix}.md", card
 
 
 def is_summary_of(path: Path, step: int) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 COMPARISON_FILE, METRICS_FILE, CONFIG_FILE = "comparison.html", "metrics.jsonl", "config.yaml"
-LINKED_FILES = ("MODEL_CARD*.md", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
+LINKED_FILES = ("MODEL_CARD*.md", "TRIPOD_AI*.md", CONFIG_FILE, METRICS_FILE, REPORT_FILE)
 
 NUMBERS = "Predicted over observed number"
 

@@ -18,15 +18,24 @@ def test_the_model_card_says_what_was_measured_and_what_was_not() -> None:
     metrics |= {f"{name}_high": 0.625 for name in METRICS}
     test = {**metrics, "brier": None, "num_labelled": 12, "num_positive": 3, "active_units": 60}
     summary = {"steps": 1000, "seconds": 61.4, "best": {"epoch": 2}, "test": test}
-    ((name, text),) = write_model_cards(config, options, {"train": 5000, "test": 12}, summary)
+    (name, text), (tripod, checklist) = write_model_cards(config, options, {"train": 5000, "test": 12}, summary)
     assert name == "MODEL_CARD.md"
     assert "5,000 train, 12 test patients" in text
     assert "| AUROC | 0.500 | 0.400 to 0.625 |" in text
     assert "Brier" not in text  # undefined
+    assert tripod == "TRIPOD_AI.md"
+    for words in (
+        "12 labelled patients, 3 with the outcome",
+        "AUROC 0.500 (0.400 to 0.625)",
+        "pos_weight 4.0",
+        "| 27a–c |",
+    ):
+        assert words in checklist
     assert "Active units 60 of 64" in text
     assert "`--pos_weight` and `--class_weights`, shift them" in text
-    ((_, untested),) = write_model_cards(config, options, {"train": 5000}, {**summary, "test": None})
+    (_, untested), (_, checklist) = write_model_cards(config, options, {"train": 5000}, {**summary, "test": None})
     assert "Not tested" in untested
+    assert "no test split" in checklist
     pretrain = dataclasses.replace(options, loss=LossOptions(objective="pretrain"))
     ((_, pretrained),) = write_model_cards(config, pretrain, {"train": 5000}, summary)
     assert "outcome head was not trained" in pretrained
