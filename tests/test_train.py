@@ -77,8 +77,8 @@ def test_the_set_vae_learns_faster_and_forgets_as_slowly() -> None:
 def test_a_run_leaves_what_the_design_says(finished: Path, data: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "MODEL_CARD.md", "predictions_test.parquet",
-        "checkpoints/last.pt", "checkpoints/best.pt",
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "MODEL_CARD.md", "TRIPOD_AI.md",
+        "predictions_test.parquet", "checkpoints/last.pt", "checkpoints/best.pt",
     }  # fmt: skip
     assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["batch_size"] == 6
     summary = json.loads((finished / "summary.json").read_text())
