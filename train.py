@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import signal
 import sys
@@ -26,7 +25,7 @@ from pipeline.options import from_dict
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
-from training.card import is_summary_of, write_model_cards
+from training.card import is_summary_of, write_model_cards, write_summary
 from training.checkpoint import Checkpoint, load_model
 from training.console import format_metric, format_quality, log_main
 from training.crossfit import check_cross_fit, finish_cross_fit, join_folds, keep_predictions
@@ -132,11 +131,11 @@ def finish(job: Run) -> None:
         return
     summary = job.summarize() | {"test": test}
     if job.member is not None:
-        write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        write_summary(directory, summary)
         return
     for name, card in write_model_cards(job.state.model.config, job.options, data.num_samples, summary, data.unit):
         write_atomically(directory / name, card.encode())
-    write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_summary(directory, summary)
     report = write_run_report(directory)
     if test is not None and job.options.loss.learns_outcome:
         print(f"test {format_quality(test)}")
@@ -154,7 +153,7 @@ def cross_fit(options: TrainOptions, manifest: Manifest, world: World) -> int:
         if code := train(member.options_of(options), manifest, world, member):
             return code
     world.wait()  # the first rank writes what is predicted
-    found = join_folds(options, data.outcomes) if options.cross_fit.folds else None
+    found = join_folds(options, data) if options.cross_fit.folds else None
     for member in final_members(options):
         log_main(world, f"{member.name}:")
         if code := train(member.options_of(options, stop_after=found.epochs if found else 0), manifest, world, member):

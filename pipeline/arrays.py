@@ -30,6 +30,11 @@ def find_runs(values: npt.NDArray[Any]) -> Ints:
     return np.flatnonzero(begins)
 
 
+def choose_evenly(number: int, most: int) -> Ints:
+    """Return at most so many positions among ``number``, evenly spread, the first and the last included."""
+    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.int64))
+
+
 def is_labelled(label: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return where there is a label, in the shape of ``label``: not -1 of integers, not NaN of floats."""
     known: npt.NDArray[np.bool_] = ~np.isnan(label) if label.dtype.kind == "f" else label != UNLABELLED

@@ -134,7 +134,8 @@ def measure_conformal(
 def fit_calibration(label_P: Floats, probability_PC: Floats) -> tuple[float, ...]:
     """Return the slope and the intercepts [C] with which labelled predictions are likeliest; the first intercept is 0.
 
-    See :meth:`model.config.Outcome.predict`.  Without labels of two classes it changes nothing: slope 1, intercepts 0.
+    See :meth:`model.config.Outcome.recalibrate`.  Without labels of two classes it changes nothing: slope 1, intercepts
+    0.
 
     Args:
         label_P: number of the class, NaN = unlabelled.

@@ -12,6 +12,7 @@ import torch
 
 from model.config import SeqSetVAEConfig
 from pipeline.schema import FIRST_CODE
+from pipeline.storage.files import write_atomically
 from training.options import TrainOptions
 from training.quality import HEADLINES
 
@@ -66,6 +67,11 @@ def write_model_cards(
                 width=config.width,
             )
             yield f"{name}{suffix}.md", card
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``, which says that a run has ended."""
+    write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
 
 
 def is_summary_of(path: Path, step: int) -> bool:

@@ -24,11 +24,12 @@ import yaml
 from model.config import SMALLEST_PROBABILITY, Outcome, SeqSetVAEConfig
 from model.losses import LossOptions
 from pipeline.arrays import is_labelled
+from pipeline.dataset.tasks import common_times
 from pipeline.options import to_dict
 from pipeline.schema import Times, UserError
-from pipeline.storage.files import replace_atomically, write_atomically
+from pipeline.storage.files import write_atomically
 from training.calibration import fit_calibration, fit_conformal
-from training.card import is_summary_of, write_model_cards
+from training.card import is_summary_of, write_model_cards, write_summary
 from training.checkpoint import Checkpoint
 from training.console import format_quality, log_main
 from training.data import DataSet
@@ -39,9 +40,9 @@ from training.parallel import World
 from training.predictions import (
     labels_of,
     make_table,
-    prediction_columns,
     probabilities_of,
     sort_samples,
+    write_predictions,
 )
 from training.report import write_run_report
 from training.validation import Validation, join_tasks
@@ -89,20 +90,20 @@ def keep_predictions(directory: Path, epoch: int, found: Validation) -> None:
     """Write what the model of a fold predicts after ``epoch``, for each outcome."""
     (directory / "out_of_fold").mkdir(exist_ok=True)
     for outcome, table in zip(found.outcomes, found.tables, strict=True):
-        with replace_atomically(_predictions_file(directory, epoch, outcome)) as path:
-            pq.write_table(table, path, write_page_checksum=True)
+        write_predictions(_predictions_file(directory, epoch, outcome), table)
 
 
 def _predictions_file(directory: Path, epoch: int, outcome: Outcome) -> Path:
     return directory / "out_of_fold" / f"{outcome.name}_epoch_{epoch}.parquet"
 
 
-def join_folds(options: TrainOptions, outcomes: tuple[Outcome, ...]) -> OutOfFold:
+def join_folds(options: TrainOptions, data: DataSet) -> OutOfFold:
     """Return what the models of all folds say together; each must have ended."""
+    outcomes, times = data.outcomes, common_times(data.tasks)
     curve: list[float] = []
     best: OutOfFold | None = None
     for epoch in range(options.optimisation.num_epochs):
-        tables = [_join_epoch(options, epoch, outcome) for outcome in outcomes]
+        tables = [_join_epoch(options, epoch, outcome, times) for outcome in outcomes]
         joined = [table for table in tables if table is not None]
         if len(joined) < len(outcomes):
             break  # a fold ended by --patience, or has collapsed
@@ -128,7 +129,7 @@ def _recalibrated(table: pa.Table, outcome: Outcome) -> Floats:
     return np.asarray(outcome.recalibrate(torch.tensor(probabilities_of(table, outcome))).numpy(), np.float64)
 
 
-def _join_epoch(options: TrainOptions, epoch: int, outcome: Outcome) -> pa.Table | None:
+def _join_epoch(options: TrainOptions, epoch: int, outcome: Outcome, times: Times | None) -> pa.Table | None:
     """Return what all folds predict after an epoch, the mean over deals; None where a fold has not come so far."""
     deals: dict[int, list[pa.Table]] = {}
     for member in fold_members(options):
@@ -137,16 +138,10 @@ def _join_epoch(options: TrainOptions, epoch: int, outcome: Outcome) -> pa.Table
             return None
         deals.setdefault(member.repeat, []).append(pq.read_table(path))
     tables = [sort_samples(pa.concat_tables(parts)) for parts in deals.values()]
-    columns = prediction_columns(outcome)
-    numbers = np.mean([np.column_stack([table[name].to_numpy() for name in columns]) for table in tables], axis=0)
-    if outcome.kind == "binary":
-        numbers = np.column_stack([1 - numbers, numbers])
+    prediction = np.mean([probabilities_of(table, outcome) for table in tables], axis=0)
     first = tables[0]
-    times: Times | None = None
-    if "prediction_time" in first.column_names:
-        times = "date" if pa.types.is_timestamp(first.schema.field("prediction_time").type) else "minute"
     when = None if times is None else first["prediction_time"].to_pylist()
-    return make_table(outcome, first["patient_id"].to_pylist(), when, labels_of(first, outcome), numbers, times)
+    return make_table(outcome, first["patient_id"].to_pylist(), when, labels_of(first, outcome), prediction, times)
 
 
 def _pooled_loss(tables: Sequence[pa.Table], outcomes: tuple[Outcome, ...], loss: LossOptions) -> float:
@@ -182,13 +177,12 @@ def finish_cross_fit(options: TrainOptions, data: DataSet, world: World, found: 
         log_main(world, f"{directory}: cross-fitting is finished; nothing to do, its summary.json has the result")
         return 0
     path = directory / "checkpoints" / "best.pt"
-    decided = None if found is None else found.summarize()
+    decided = found.summarize() if found is not None and world.is_main else None  # the bootstrap takes seconds
     joined = _join_members(options, data, outcomes, decided)
     if world.is_main:
         joined.save(path)
         for outcome, table in zip(outcomes, found.tables if found else [], strict=bool(found)):
-            with replace_atomically(predictions_file(directory, "out_of_fold", outcome, outcomes)) as file:
-                pq.write_table(table, file, write_page_checksum=True)
+            write_predictions(predictions_file(directory, "out_of_fold", outcome, outcomes), table)
     test = None
     if data.manifest.splits.get("test"):
         model = joined.build_model(path, data.manifest.vocabulary_fingerprint).to(world.device)
@@ -207,7 +201,7 @@ def finish_cross_fit(options: TrainOptions, data: DataSet, world: World, found: 
     for name, card in write_model_cards(config, options, data.num_samples, summary, data.unit):
         write_atomically(directory / name, card.encode())
     write_atomically(directory / "config.yaml", yaml.safe_dump(to_dict(options), sort_keys=False).encode())
-    write_atomically(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_summary(directory, summary)
     for name, quality in (("out of fold", decided), ("test", test)):
         if quality is not None:
             print(f"{name} {format_quality(quality)}")

@@ -27,7 +27,7 @@ from pipeline.arrays import is_labelled
 from pipeline.dataset.tables import read_vocabulary
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
-from pipeline.storage.files import replace_atomically, write_atomically
+from pipeline.storage.files import write_atomically
 from training.calibration import measure_conformal
 from training.data import BatchPreparer, DataSet
 from training.decisions import measure_decisions
@@ -36,7 +36,7 @@ from training.meds_predictions import choose_threshold, write_meds_predictions
 from training.memory import StepMemory
 from training.options import TrainOptions
 from training.parallel import World
-from training.predictions import labels_of, labels_of_batch, probabilities_of, values_of
+from training.predictions import labels_of, labels_of_batch, probabilities_of, values_of, write_predictions
 from training.quality import HEADLINES, Floats, Ints, evaluate_predictions, rank_predictions
 from training.subgroups import Grouping, evaluate_subgroups, group_patients
 from training.validation import Validation, forward_in_parts, join_tasks, validate
@@ -105,8 +105,7 @@ class Evaluator:
         if not self.world.is_main:
             return Quality(found.metrics, found.outcomes, of_tasks)
         for outcome, table, metrics in zip(found.outcomes, found.tables, of_tasks, strict=True):
-            with replace_atomically(predictions_file(directory, split, outcome, found.outcomes)) as path:
-                pq.write_table(table, path, write_page_checksum=True)
+            write_predictions(predictions_file(directory, split, outcome, found.outcomes), table)
             if threshold is not None:
                 write_meds_predictions(directory, split, table, threshold)
                 metrics["threshold"] = threshold

@@ -18,7 +18,7 @@ from model.losses import kl_per_dimension
 from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAEOutput
 from model.set_vae import Posterior
-from pipeline.arrays import is_labelled
+from pipeline.arrays import choose_evenly, is_labelled
 from pipeline.loading.batch import PatientBatch
 from pipeline.reports.page import draw_figure, figure_label, write_page
 from training.parallel import World
@@ -89,7 +89,7 @@ class LatentSums:
     def write_page(self, path: Path, found: dict[str, Any], name: str) -> Path:
         """Write a page of what was found, and of where patients lie, coloured by their label."""
         patient_BD, label_B = np.concatenate(self.patient_BD), np.concatenate(self.label_B)
-        chosen = np.unique(np.linspace(0, max(len(label_B) - 1, 0), MAX_PATIENTS).round().astype(int))[: len(label_B)]
+        chosen = choose_evenly(len(label_B), MAX_PATIENTS)
         views = project(patient_BD[chosen])
         panels: dict[str, Any] = {
             title: functools.partial(_draw_patients, place=place, label=label_B[chosen])

@@ -18,6 +18,7 @@ import torch
 
 from model.average import TrainedModel
 from model.config import Outcome
+from pipeline.arrays import choose_evenly
 from pipeline.dataset.tables import read_vocabulary
 from pipeline.loading.batch import PatientBatch
 from pipeline.reports.page import draw_figure, figure_label, write_page
@@ -92,7 +93,7 @@ def describe_patient(model: TrainedModel, batch: PatientBatch, variables: Sequen
         predictions = model(part.to(device), reconstruct=False).predictions
         return np.array([float(p[0, number]) for p, number in zip(predictions, of_class, strict=True)])
 
-    sets = np.unique(np.linspace(0, batch.num_sets - 1, min(batch.num_sets, MAX_ANSWERS)).round().astype(np.int64))
+    sets = choose_evenly(batch.num_sets, MAX_ANSWERS)
     over_time = [answer(batch.keep_events(batch.set_of_event <= int(number))) for number in sets]
     at_end, effects = over_time[-1], dict[str, Floats]()
     for code in torch.unique(batch.code).tolist():

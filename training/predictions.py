@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from model.config import Outcome
 from pipeline.dataset.tasks import Task
 from pipeline.loading.batch import PatientBatch, PredictionTime
 from pipeline.schema import TIME_COLUMNS, UNLABELLED, Times
+from pipeline.storage.files import replace_atomically
 
 Floats = npt.NDArray[np.float64]
 
@@ -69,6 +72,12 @@ def make_table(
     values = prediction[:, 1:] if outcome.kind == "binary" else prediction
     of_outcome = zip(prediction_columns(outcome), values.T, strict=True)
     return pa.table(columns | {name: pa.array(column, pa.float64(), from_pandas=True) for name, column in of_outcome})
+
+
+def write_predictions(path: Path, table: pa.Table) -> None:
+    """Write a table of predictions, whole or not at all."""
+    with replace_atomically(path) as new:
+        pq.write_table(table, new, write_page_checksum=True)
 
 
 def labels_of(table: pa.Table, outcome: Outcome) -> Floats:

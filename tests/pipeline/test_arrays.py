@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.arrays import concatenate_ranges, find_runs, offsets_from_sizes
+from pipeline.arrays import choose_evenly, concatenate_ranges, find_runs, offsets_from_sizes
 
 
 def test_offsets_begin_with_zero_and_end_with_the_sum() -> None:
@@ -23,3 +23,10 @@ def test_ranges_are_the_concatenation_of_each_range(parts: list[tuple[int, int]]
 def test_runs_begin_where_a_value_differs_from_the_one_before(values: list[int]) -> None:
     expected = [at for at in range(len(values)) if at == 0 or values[at] != values[at - 1]]
     assert find_runs(np.array(values, np.int64)).tolist() == expected
+
+
+def test_positions_are_chosen_evenly() -> None:
+    assert choose_evenly(9, 3).tolist() == [0, 4, 8]
+    assert choose_evenly(3, 9).tolist() == [0, 1, 2]
+    assert choose_evenly(1, 5).tolist() == [0]
+    assert choose_evenly(0, 5).tolist() == []

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train
+import training.card
 import training.checkpoint
 import training.run
 from pipeline.options import to_dict
@@ -79,7 +80,7 @@ def kill_at_write(patch: pytest.MonkeyPatch, number: int) -> list[str]:
         write(path, content)
         written.append(path.name)
 
-    for module in (train, training.checkpoint, training.run):
+    for module in (train, training.card, training.checkpoint, training.run):
         patch.setattr(module, "write_atomically", counted)
     return written
 
