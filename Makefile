@@ -6,6 +6,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BENCHMARKS ?= train_step
 
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -24,8 +27,8 @@ help:
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install $(PIP_FLAGS) "$(TORCH)"
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[dev]"
 	@touch $@
 
 demo: $(READY)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 
 from model.config import SMALLEST_PROBABILITY
@@ -155,6 +154,8 @@ def fit_calibration(label_P: Floats, probability_PC: Floats) -> tuple[float, ...
         gap_PC = (np.exp(log_found_PC) - one_hot_PC) / len(label_P)
         gradient = np.concatenate([[(gap_PC * log_PC).sum()], gap_PC.sum(0)[1:]])
         return float(-(one_hot_PC * log_found_PC).sum() / len(label_P)), gradient
+
+    from scipy.optimize import minimize  # noqa: PLC0415 (half a second that only cross-fitting needs)
 
     bounds = [(LEAST_SLOPE, BOUND)] + [(-BOUND, BOUND)] * (num_classes - 1)
     slope, *intercepts = minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B", tol=1e-12).x.tolist()

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sklearn.metrics import precision_recall_curve
 
 from pipeline.arrays import is_labelled
 from pipeline.dataset.manifest import Manifest
@@ -51,6 +50,8 @@ def choose_threshold(label: npt.NDArray[Any], probability: npt.NDArray[np.float6
     label, probability = label[labelled], probability[labelled]
     if len(np.unique(label)) < 2:
         return NO_THRESHOLD
+    from sklearn.metrics import precision_recall_curve  # noqa: PLC0415 (a second that only these predictions need)
+
     precision, recall, thresholds = precision_recall_curve(label, probability)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny)
     return float(thresholds[np.argmax(f1[:-1])])

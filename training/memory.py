@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
-from scipy.optimize import nnls
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.loading.batch import PatientBatch
@@ -56,6 +55,8 @@ def count_amounts(batch: PatientBatch) -> list[float]:
 
 def fit_peaks(amounts_N5: npt.NDArray[np.float64], peak_N: npt.NDArray[np.float64]) -> CostModel:
     """Return the cost model, no weight below 0, with the least squared relative error on measured peaks."""
+    from scipy.optimize import nnls  # noqa: PLC0415 (half a second that only a limit of memory needs)
+
     relative = amounts_N5 / peak_N[:, None]
     scale = np.linalg.norm(relative, axis=0)
     scale[scale == 0] = 1.0

@@ -17,7 +17,6 @@ from typing import Any, Self
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels.ops import choose_kernels
 from model.losses import LossOptions
@@ -40,6 +39,8 @@ def count_flops(model: SeqSetVAE, prepared: PreparedBatch, loss: LossOptions) ->
     They are counted by PyTorch's own counter while the step runs on the ``meta`` device: products of matrices alone,
     a multiplication and an addition each, rows of padding included.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 (half a second that only --profile needs)
+
     on_meta, batch = copy.deepcopy(model).to("meta").eval(), prepared.to("meta")
     on_meta.gradient_checkpointing = False
     with choose_kernels(False), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""How good predictions are, and how sure that is: scikit-learn's metrics and the bootstrap."""
+"""How good predictions are, and how sure that is: metrics and the bootstrap."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import kendalltau
-from sklearn import config_context
-from sklearn.metrics import auc, roc_curve
 
 from model.config import SMALLEST_PROBABILITY, Outcome
 from pipeline.arrays import is_labelled
@@ -163,17 +160,13 @@ def _binary_metrics_of(label_P: Ints, probability_P: Floats) -> Callable[[Floats
     of_label_P = np.where(label_P == 1, probability_P, 1 - probability_P)
     loss_P = -np.log(of_label_P.clip(SMALLEST_PROBABILITY))
     calibration = calibration_of(label_P.astype(np.float64), probability_P)
+    above = _count_above(label_P, probability_P)
 
     def metrics(weight_P: Floats) -> Metrics:
         values: Metrics = dict.fromkeys(METRICS["binary"])
         total, positive = weight_P.sum(), weight_P @ label_P
         if 0 < positive < total:
-            false_rate, recall, _ = roc_curve(label_P, probability_P, sample_weight=weight_P, drop_intermediate=False)
-            true, false = recall * positive, false_rate * (total - positive)
-            precision = true[1:] / np.maximum(true + false, SMALLEST_WEIGHT)[1:]
-            values["auroc"] = float(auc(false_rate, recall))
-            values["auprc"] = float(np.diff(recall) @ precision)
-            values["min_se_ppv"] = float(np.minimum(precision, recall[1:]).max())
+            values |= _rank_metrics(*above(weight_P))
         if total:
             gap = np.bincount(bin_P, weight_P * (probability_P - label_P))
             values["brier"] = float(weight_P @ (probability_P - label_P) ** 2 / total)
@@ -185,6 +178,36 @@ def _binary_metrics_of(label_P: Ints, probability_P: Floats) -> Callable[[Floats
         return values
 
     return metrics
+
+
+def _count_above(label_P: Ints, probability_P: Floats) -> Callable[[Floats], tuple[Floats, Floats]]:
+    """Return a function from weights [P] to two rows, of the label 1 and of the label 0: the weight of the patients
+    whose prediction is at or above each threshold, thresholds falling.
+
+    Patients are sorted once for all resamples; scikit-learn's metrics, which sort them in each, take ten times as long.
+    """
+    order_P = np.argsort(-probability_P, kind="stable")
+    is_last = np.append(np.diff(probability_P[order_P]) != 0, True)[: len(order_P)]
+    label_P = label_P[order_P]
+
+    def above(weight_P: Floats) -> tuple[Floats, Floats]:
+        weight_P = weight_P[order_P]
+        true_P = np.cumsum(weight_P * label_P)
+        return true_P[is_last], (np.cumsum(weight_P) - true_P)[is_last]
+
+    return above
+
+
+def _rank_metrics(true_T: Floats, false_T: Floats) -> Metrics:
+    """Return the metrics that rank, from the weights at or above each of T thresholds; the last are those of all."""
+    recall_T = true_T / true_T[-1]
+    precision_T = true_T / np.maximum(true_T + false_T, SMALLEST_WEIGHT)
+    gained_T, passed_T = np.diff(recall_T, prepend=0.0), np.diff(false_T, prepend=0.0)
+    return {
+        "auroc": float(passed_T @ (recall_T - gained_T / 2) / false_T[-1]),
+        "auprc": float(gained_T @ precision_T),
+        "min_se_ppv": float(np.minimum(precision_T, recall_T).max()),
+    }
 
 
 def _measure_errors(label_P: Floats, prediction_P: Floats, weight_P: Floats) -> Metrics:
@@ -213,6 +236,8 @@ def _concordance(label_P: Floats, prediction_P: Floats) -> float:
     different = [_count_pairs(np.array([len(label_P)])) - tied for tied in ties]
     if not different[1]:
         return 0.5
+    from scipy.stats import kendalltau  # noqa: PLC0415 (half a second that only regressions need)
+
     tau = float(kendalltau(label_P, prediction_P).statistic)
     return 0.5 + tau * (different[0] * different[1]) ** 0.5 / (2 * different[0])
 
@@ -224,7 +249,6 @@ def _count_pairs(sizes: npt.NDArray[Any]) -> float:
 def _bootstrap(metrics: Callable[[Floats], Metrics], patient_P: Ints, seed: int) -> list[Metrics]:
     """Return the metrics of each resample of the patients, who are numbered from 0; none without patients."""
     rng, num_patients = np.random.default_rng(seed), int(patient_P.max(initial=-1)) + 1
-    with config_context(assume_finite=True, skip_parameter_validation=True):  # a third of the time
-        draws = (rng.integers(num_patients, size=num_patients) for _ in range(NUM_RESAMPLES if num_patients else 0))
-        times = (np.bincount(drawn, minlength=num_patients).astype(np.float64) for drawn in draws)
-        return [metrics(weight[patient_P]) for weight in times]
+    draws = (rng.integers(num_patients, size=num_patients) for _ in range(NUM_RESAMPLES if num_patients else 0))
+    times = (np.bincount(drawn, minlength=num_patients).astype(np.float64) for drawn in draws)
+    return [metrics(weight[patient_P]) for weight in times]
