@@ -1,7 +1,7 @@
 """Linear maps of which each code has its own, for vocabularies of a few codes and of tens of thousands.
 
 Shape suffixes: V (patient, variable) pairs that occur, B patients, U codes that occur, E width of their embeddings, G
-maps side by side, F inputs, O outputs, R factors.
+maps side by side, F inputs, O outputs, R factors, P places for the pairs of a code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from model.config import SeqSetVAEConfig
 from model.prepared import PreparedBatch
-from model.segments import sum_rows, take_rows, take_unique
+from model.segments import put_unique, sum_rows, take_unique
 
 MAX_OWN_CODES = 256
 """Codes up to which each learns weights of its own, which predicts a little better where there are few (docs/model.md);
@@ -64,8 +64,12 @@ class CodeLinear(nn.Module):
     def forward(self, x_VGF: Tensor, factors_VR: Tensor | None, prepared: PreparedBatch) -> Tensor:
         """Return [V, G, outputs]; ``factors_VR`` are those of the code of each pair, None where codes have none."""
         if factors_VR is None:
-            weight_VGFO = take_rows(take_unique(self.weight, prepared.codes), prepared.pairs_of_code)
-            return (x_VGF[:, :, None] @ weight_VGFO)[:, :, 0]
+            # The pairs of a code share a product: weights gathered for each pair take five times as long.
+            weight_UGFO = take_unique(self.weight, prepared.codes)
+            codes, pairs = len(prepared.codes), prepared.max_pairs
+            x_UPGF = put_unique(x_VGF, prepared.cell_of_pair, codes * pairs).unflatten(0, (codes, pairs))
+            y_UGPO = x_UPGF.transpose(1, 2) @ weight_UGFO
+            return take_unique(y_UGPO.transpose(1, 2).flatten(0, 1), prepared.cell_of_pair)
         return self._join(self._multiply(x_VGF, factors_VR))
 
     def sum_over_variables(self, x_VGF: Tensor, factors_VR: Tensor | None, prepared: PreparedBatch) -> Tensor:

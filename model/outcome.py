@@ -89,6 +89,8 @@ class VariableAxis(nn.Module):
         context_SD = sets.sort_sets(self.context(context_SD))
         x_RD = F.gelu(self.event(events_RD * self.scale) + take_rows(context_SD, sets.slots))
         score_RH = self.score(x_RD).float().masked_fill(~sets.mask[:, None], -torch.inf)
+        if prepared.shared is not None:
+            x_RD, score_RH = (take_rows(each, prepared.shared.slots) for each in (x_RD, score_RH))
         pooled_VD = attention_pool(x_RD, score_RH, prepared.slots_of_pair)
         own = factors_VR, prepared
         if self.features is not None:
@@ -186,7 +188,7 @@ class OutcomeHead(nn.Module):
         *,
         checkpointed: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Return the logits [B, K, C] of each outcome.
+        """Return the logits [B, K, C] of each outcome; B are the samples, where these share patients.
 
         Args:
             prepared: the batch.
@@ -198,11 +200,11 @@ class OutcomeHead(nn.Module):
             folded: projections of blocks.
             checkpointed: whether activations are computed again for the gradient.
         """
-        sequences, variables = prepared.sequences, prepared.variables
+        variables = prepared.variables
         if not self.sees_contexts:
             context_SD = torch.zeros_like(context_SD)
         score_S1 = (context_SD.float() * z_SD.float()).sum(1, keepdim=True) / math.sqrt(context_SD.shape[1])
-        pooled_BD = attention_pool(context_SD, score_S1, sequences.sets_of_patient)
+        pooled_BD = self._pool_sets(prepared, context_SD, score_S1)
         features_VF, factors_VR = None, None
         if self.variables is not None:
             features_VF = self.encode_features(prepared.features, variables.code)
@@ -214,6 +216,14 @@ class OutcomeHead(nn.Module):
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
         return tuple(ensemble(prepared, factors_VR, pooled_BD, features_VF, noise) for ensemble in self.ensembles)
+
+    @staticmethod
+    def _pool_sets(prepared: PreparedBatch, context_SD: Tensor, score_S1: Tensor) -> Tensor:
+        """Return [B, D], the contexts of each sample's sets, pooled over time."""
+        if (shared := prepared.shared) is None:
+            return attention_pool(context_SD, score_S1, prepared.sequences.sets_of_patient)
+        context_SD, score_S1 = take_rows(context_SD, shared.sets), take_rows(score_S1, shared.sets)
+        return attention_pool(context_SD, score_S1, shared.sets_of_sample)
 
     def encode_features(self, features_VF: Tensor, code_V: Tensor) -> Tensor:
         """Return [V, 2 F], the features as z-scores within their variable, and the cosines of the z-scores.

@@ -22,6 +22,7 @@ from model.events import has_number
 from model.features import VariableLayout, summary_features
 from model.kernels.ops import SEQUENCE_TILE, TILE
 from model.noise import PatientNoise, StepNoise
+from model.prefixes import Prefixes, SharedRows
 from model.ragged import LayoutRoom, SetLayout
 from model.segments import Segments, number_values
 from model.sequence import SequenceLayout, time_features
@@ -41,10 +42,13 @@ class PreparedBatch:
         shape: the capacity that the batch was filled up to; None = it has none.
         sets: the slots of events and sets.
         sequences: the rectangles of the patients' sets.
-        variables: the pairs of patient and variable.
+        variables: the pairs of sample and variable; a sample is a patient, unless there are prefixes.
+        shared: the rows of samples that share the passes of patients; None = each patient is a sample.
         codes: [U] int64, the codes that occur.
         slots_of_code, pairs_of_code: the slots and the pairs of each of these.
-        slots_of_pair: the slots of each pair.
+        slots_of_pair: the slots of each pair; of samples that share passes the rows of ``shared.slots``.
+        cell_of_pair: [V] int64, the place of each pair among those of all codes, ``max_pairs`` for each code.
+        max_pairs: the most pairs of a code, or of a capacity's.
         slots_of_variable: the slots of each pair in the layout of the variables.
         value: [R] float32, of the event of each slot.
         has_number: [R] bool, whether it counts as a number.
@@ -60,10 +64,13 @@ class PreparedBatch:
     sets: SetLayout
     sequences: SequenceLayout
     variables: VariableLayout
+    shared: SharedRows | None
     codes: Tensor
     slots_of_code: Segments
     slots_of_pair: Segments
     pairs_of_code: Segments
+    cell_of_pair: Tensor
+    max_pairs: int
     slots_of_variable: Segments
     value: Tensor
     has_number: Tensor
@@ -74,12 +81,19 @@ class PreparedBatch:
 
     @classmethod
     def build(
-        cls, batch: PatientBatch, *, seed: int | None = None, step: int = 0, capacities: Sequence[BatchShape] = ()
+        cls,
+        batch: PatientBatch,
+        *,
+        prefixes: Prefixes | None = None,
+        seed: int | None = None,
+        step: int = 0,
+        capacities: Sequence[BatchShape] = (),
     ) -> PreparedBatch:
         """Prepare a batch on the CPU.
 
         Args:
             batch: on the CPU.
+            prefixes: the samples that outcomes are predicted of, without capacities; None = each patient is one.
             seed: seed of the noise of training step ``step``; None = no noise.
             step: the training step, counted from 0.
             capacities: the shapes among which the batch is given the first that has room for it, by filler patients.
@@ -93,19 +107,24 @@ class PreparedBatch:
             tiles = shape.num_patients + shape.num_sets // SEQUENCE_TILE
         sets, noise = SetLayout.build(batch.set_offsets, set_room), None
         sequences = SequenceLayout.build(batch.patient_offsets, tiles)
-        variables = VariableLayout.build(batch, variable_room)
+        samples = batch if prefixes is None else prefixes.separate(batch)
+        variables = VariableLayout.build(samples, variable_room)
         event = sets.event_of_slot
-        pair_of_slot = variables.pair[event]
-        codes, code_of_pair = number_values(variables.code)
+        codes, code_of_event = number_values(batch.code)
+        code_of_pair = torch.searchsorted(codes, variables.code)
         if shape is not None:
             others = np.setdiff1d(np.arange(1, shape.codes + 1), codes.numpy())  # none is padding's
             codes = torch.cat([codes, torch.from_numpy(others[: shape.codes - len(codes)])])
+        pairs_of_code = Segments.build(code_of_pair, len(codes))
+        pairs_per_code = np.diff(pairs_of_code.offsets.numpy())
+        max_pairs = shape.num_patients if shape is not None else int(pairs_per_code.max(initial=0))
         if seed is not None:
             patients = PatientNoise.for_step(batch.sample_key, seed=seed, step=step)
+            own = patients if prefixes is None else PatientNoise(patients.key[prefixes.patient])
             noise = StepNoise(
-                patients.for_patients(),
+                own.for_patients(),
                 patients.for_rows(sequences.patient, sequences.position),
-                patients.for_rows(variables.patient, variables.code),
+                own.for_rows(variables.patient, variables.code),
             )
         return cls(
             batch=batch,
@@ -114,15 +133,18 @@ class PreparedBatch:
             sets=sets,
             sequences=sequences,
             variables=variables,
+            shared=None if prefixes is None else prefixes.lay_out(batch, sets),
             codes=codes,
-            slots_of_code=Segments.build(code_of_pair[pair_of_slot], len(codes)),
-            slots_of_pair=Segments.build(pair_of_slot),
-            pairs_of_code=Segments.build(code_of_pair, len(codes)),
+            slots_of_code=Segments.build(code_of_event[event], len(codes)),
+            slots_of_pair=Segments.build(variables.pair[event] if prefixes is None else variables.pair),
+            pairs_of_code=pairs_of_code,
+            cell_of_pair=code_of_pair * max_pairs + pairs_of_code.rank_in_segment(),
+            max_pairs=max_pairs,
             slots_of_variable=Segments.build(variables.layout.event_of_slot),
             value=batch.value[event],
             has_number=has_number(batch.code[event], batch.has_value[event]),
             time=time_features(batch.minute),
-            features=summary_features(batch, variables),
+            features=summary_features(samples, variables),
             noise=noise,
         )
 

@@ -47,6 +47,16 @@ class Segments:
         order = np.argsort(rows.astype(np.uint16) if fits else rows, kind="stable")
         return cls(of_row, *map(torch.from_numpy, (offsets_from_sizes(counts), order)))
 
+    def rank_in_segment(self) -> Tensor:
+        """Return [N] int64, 0, 1, 2 … within each segment, of segments on the CPU."""
+        first = self.offsets[self.of_row]
+        place = torch.arange(len(self.of_row))
+        if self.order is None:
+            return place - first
+        rank = torch.empty_like(first)
+        rank[self.order] = place
+        return rank - first
+
 
 def number_values(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the values that occur in [N] int64, none below 0, in ascending order, and each one's number among them."""
@@ -103,6 +113,23 @@ def take_unique(x: Tensor, rows: Tensor) -> Tensor:
     """Return ``x[rows]`` for rows of which none comes twice, so that its gradient has nothing to add up."""
     taken: Tensor = _TakeUnique.apply(x, rows)
     return taken
+
+
+class _PutUnique(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def put_unique(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Return [num_rows, …], zeros but for the rows of x, each at a row of its own."""
+    put: Tensor = _PutUnique.apply(x, rows, num_rows)
+    return put
 
 
 class _SumRows(torch.autograd.Function):

@@ -7,7 +7,7 @@ Shape suffixes: B patients, S sets, R slots of the set layout, D width, K ensemb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -54,6 +54,10 @@ class SeqSetVAEOutput:
         """[B, C] float32 of each outcome, as :meth:`Outcome.predict` gives it."""
         assert self.logits is not None, "the forward pass was called with classify=False"
         return tuple(outcome.predict(logits) for outcome, logits in zip(self.outcomes, self.logits, strict=True))
+
+    def first(self, num_samples: int) -> SeqSetVAEOutput:
+        """Return the output with the outcomes of the first samples alone."""
+        return replace(self, logits=self.logits and tuple(each[:num_samples] for each in self.logits))
 
     @property
     def probability(self) -> Tensor:

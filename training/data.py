@@ -15,6 +15,7 @@ from typing import Any, Literal
 from model.capacity import BatchShape
 from model.config import Outcome
 from model.losses import LossCounts
+from model.prefixes import Prefixes
 from model.prepared import PreparedBatch
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.samples import ChosenPatients, SampleIndex, SplitPart
@@ -207,6 +208,7 @@ class BatchPreparer:
         pad_to: columns of that layout; None = the longest patient of the batch.
         pin: whether each part is packed into one page-locked buffer, for one copy to a GPU.
         capacities: the sizes to which batches are filled up; none = batches have sizes of their own.
+        hours: after which outcomes are predicted too, in the same pass; see :meth:`Prefixes.after_hours`.
     """
 
     seed: int | None
@@ -216,6 +218,7 @@ class BatchPreparer:
     memory: StepMemory | None = None
     pin: bool = False
     capacities: tuple[BatchShape, ...] = ()
+    hours: tuple[float, ...] = ()
 
     def __call__(self, batch: PatientBatch, place: BatchPlace) -> ReadyBatch:
         seen = batch
@@ -239,5 +242,6 @@ class BatchPreparer:
 
     def prepare(self, batch: PatientBatch, step: int) -> PreparedBatch:
         """Return what the model takes of one part of a batch at training step ``step``."""
-        prepared = PreparedBatch.build(batch, seed=self.seed, step=step, capacities=self.capacities)
+        prefixes = Prefixes.after_hours(batch, self.hours) if self.hours else None
+        prepared = PreparedBatch.build(batch, prefixes=prefixes, seed=self.seed, step=step, capacities=self.capacities)
         return prepared.pack(pin=True) if self.pin else prepared

@@ -18,6 +18,8 @@ import torch
 
 from model.average import TrainedModel
 from model.config import Outcome
+from model.prefixes import Prefixes
+from model.prepared import PreparedBatch
 from pipeline.arrays import choose_evenly
 from pipeline.dataset.tables import read_vocabulary
 from pipeline.loading.batch import PatientBatch
@@ -94,7 +96,10 @@ def describe_patient(model: TrainedModel, batch: PatientBatch, variables: Sequen
         return np.array([float(p[0, number]) for p, number in zip(predictions, of_class, strict=True)])
 
     sets = choose_evenly(batch.num_sets, MAX_ANSWERS)
-    over_time = [answer(batch.keep_events(batch.set_of_event <= int(number))) for number in sets]
+    num_sets = torch.from_numpy(sets) + 1
+    prepared = PreparedBatch.build(batch, prefixes=Prefixes(torch.zeros_like(num_sets), num_sets)).to(device)
+    after_sets = model(prepared, reconstruct=False).predictions
+    over_time = np.stack([p[:, c].float().cpu().numpy() for p, c in zip(after_sets, of_class, strict=True)], axis=1)
     at_end, effects = over_time[-1], dict[str, Floats]()
     for code in torch.unique(batch.code).tolist():
         keep = batch.code != code

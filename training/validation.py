@@ -23,6 +23,7 @@ from pipeline.machine import release_free_memory
 from pipeline.schema import Times, UserError
 from training.collapse import CollapseGauges, is_collapsed
 from training.data import BatchPreparer
+from training.details import Details
 from training.memory import halve, is_out_of_memory
 from training.metrics import LossSums, task_losses
 from training.options import TrainOptions
@@ -37,26 +38,30 @@ from training.predictions import (
     values_of,
 )
 from training.quality import HEADLINES, rank_predictions
-from training.schedule import OptimisationOptions
 
 
 def forward_in_parts(
-    model: TrainedModel, parts: list[PreparedBatch], world: World, optimisation: OptimisationOptions, loss: LossOptions
+    model: TrainedModel, parts: list[PreparedBatch], world: World, options: TrainOptions, hours: tuple[float, ...] = ()
 ) -> Iterator[tuple[PreparedBatch, SeqSetVAEOutput]]:
-    """Yield each part of a batch, on the device, with the model's output; a part for which memory ends is halved."""
+    """Yield each part of a batch, on the device, with the model's output; a part for which memory ends is halved.
+
+    Parts are prepared without noise, with answers after the ``hours``.
+    """
+    loss = options.loss
     waiting = parts[::-1]
     release_free_memory()  # batches in order of length leave gaps that fit none of the next
     while waiting:
         part, output = waiting.pop(), None
         try:
-            with optimisation.autocast(world.device):
+            with options.optimisation.autocast(world.device):
                 prepared = part.to(world.device)
                 output = model(prepared, reconstruct=loss.learns_sets, classify=loss.learns_outcome)
         except RuntimeError as error:
             if part.batch.num_patients <= 1 or not is_out_of_memory(error):
                 raise
         if output is None:
-            waiting += [BatchPreparer(seed=None).prepare(half, 0) for half in reversed(halve(part.batch))]
+            preparer = BatchPreparer(seed=None, hours=hours)
+            waiting += [preparer.prepare(half, 0) for half in reversed(halve(part.batch))]
         else:
             yield prepared, output
 
@@ -105,23 +110,32 @@ def join_tasks(
 
 @torch.no_grad()
 def validate(
-    model: TrainedModel, loader: PatientLoader, options: TrainOptions, world: World, check_stop: Callable[[], None]
+    model: TrainedModel,
+    loader: PatientLoader,
+    options: TrainOptions,
+    world: World,
+    check_stop: Callable[[], None],
+    details: Details | None = None,
 ) -> Validation:
     """Evaluate a model on a split, and leave it in eval mode; the result is the same on every rank.
 
-    The ``loader`` is made with a :class:`BatchPreparer` without a seed; ``check_stop`` is called between batches, alike
-    on all ranks, and may raise.  A sample without events is answered with the prior of its outcome.
+    The ``loader`` is made with a :class:`BatchPreparer` without a seed, with the hours of ``details``, which are shown
+    each batch; ``check_stop`` is called between batches, alike on all ranks, and may raise.  A sample without events is
+    answered with the prior of its outcome.
     """
     model.eval()
-    loss, optimisation, outcomes = options.loss, options.optimisation, model.config.outcomes
+    loss, outcomes, hours = options.loss, model.config.outcomes, details.hours if details else ()
     sums, gauges = LossSums(world.device, outcomes), CollapseGauges(model.config.width, world.device)
     counts, one = np.zeros(2 + len(outcomes), np.int64), LossCounts.one(len(outcomes))
     times = common_times(loader.tasks)
     tables = [_no_predictions(outcomes, times)]
     for ready in loader:
         check_stop()
-        for prepared, output in forward_in_parts(model, ready.parts, world, optimisation, loss):
-            with optimisation.autocast(world.device):
+        for prepared, output in forward_in_parts(model, ready.parts, world, options, hours):
+            if details is not None:
+                details.add(prepared, output)
+                output = output.first(prepared.batch.num_patients)
+            with options.optimisation.autocast(world.device):
                 sums.add(compute_losses(output, prepared.batch.label, loss, one, beta=loss.beta))
             gauges.update(output.posterior)
             tables.append(_tables_of(prepared.batch, output, times))

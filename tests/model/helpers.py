@@ -72,6 +72,12 @@ def select(batch: PatientBatch, patients: Sequence[int]) -> PatientBatch:
     )
 
 
+def first_hours(batch: PatientBatch, hours: float) -> PatientBatch:
+    """The same patients as they were so many hours after their first set, where sets come in order of time."""
+    start_S = batch.minute[batch.patient_offsets[:-1]][batch.patient_of_set]
+    return batch.keep_events((batch.minute - start_S <= 60 * hours)[batch.set_of_event])
+
+
 def counts_of(batch: PatientBatch) -> LossCounts:
     labelled = is_labelled(batch.label.numpy())
     of_tasks = labelled.T if labelled.ndim > 1 else [labelled]

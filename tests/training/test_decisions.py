@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.decisions import RECALLS, THRESHOLDS, measure_decisions
+from training.decisions import RECALLS, THRESHOLDS, measure_decisions, measure_first_alerts
 
 
 def test_by_hand() -> None:
@@ -36,3 +36,19 @@ def test_against_a_loop() -> None:
 def test_without_two_classes_there_is_nothing_to_decide() -> None:
     assert measure_decisions(np.zeros(3, np.int64), np.full(3, 0.5)) == {}
     assert measure_decisions(np.zeros(0, np.int64), np.zeros(0)) == {}
+    assert measure_first_alerts(np.ones(2, np.int64), np.full((3, 2), 0.5), (6, 12, 24)) == {}
+
+
+def test_first_alerts_by_hand() -> None:
+    """Of four positive patients one has 0.9 at once, one 0.6 from 12 hours, one 0.4 for a while, one never more than
+    0.1; of two others one has 0.6 at 6 hours, and less later.  An alert that was given stays given.
+    """
+    label = np.array([1, 1, 1, 1, 0, 0])
+    probability = np.array(
+        [[0.9, 0.1, 0.0, 0.1, 0.6, 0.0], [0.1, 0.6, 0.4, 0.1, 0.1, 0.1], [0.1, 0.6, 0.1, 0.1, 0.1, 0.1]]
+    )
+    found = measure_first_alerts(label, probability, (6, 12, 24))
+    half = {"threshold": 0.6, "alerts_per_100": 50.0, "precision": pytest.approx(2 / 3), "hours": [6, 6, 12]}
+    assert found["0.5"] == half
+    assert found["0.8"]["threshold"] == 0.1
+    assert found["0.8"]["hours"] == [6, 6, 6]

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from model.config import Outcome
-from tests.model.helpers import NUM_CODES, random_batch, tiny_model
+from tests.model.helpers import NUM_CODES, first_hours, random_batch, tiny_model
 from tests.pages import Page, check_self_contained
 from tests.training.runs import run, write_tiny_data
 from training import patients
-from training.evaluation import first_hours
 from training.patients import describe_patient
 
 NAMES = [f"v{code}" for code in range(NUM_CODES)]

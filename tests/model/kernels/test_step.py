@@ -13,6 +13,7 @@ from model.attention import ISAB
 from model.capacity import BatchShape
 from model.kernels.ops import choose_kernels
 from model.losses import LossCounts, LossOptions, compute_losses
+from model.prefixes import Prefixes
 from model.prepared import PreparedBatch
 from pipeline import PatientBatch
 from tests.model.helpers import NUM_CODES, random_batch, tiny_model
@@ -97,3 +98,21 @@ def test_fillers_weigh_nothing() -> None:
                 atol=2e-5 * largest + 1e-7,
                 msg=name,
             )
+
+
+def test_samples_share_passes() -> None:
+    batch, model = random_batch([[3, 1, 2, 4], [2]]), tiny_model().eval()
+    prefixes = Prefixes(torch.tensor([1, 0, 0]), torch.tensor([1, 2, 4]))
+
+    def gradients(prepared: PreparedBatch) -> list[Tensor]:
+        model.zero_grad()
+        output = model(prepared, reconstruct=False)
+        assert output.logits is not None
+        (output.logits[0].square() * torch.arange(1, 4)[:, None, None]).sum().backward()
+        return [output.logits[0].detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    found = gradients(PreparedBatch.build(batch, prefixes=prefixes))
+    with choose_kernels(False):
+        expected = gradients(PreparedBatch.build(prefixes.separate(batch)))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))

@@ -1,0 +1,103 @@
+"""One pass, many prediction times: samples that share the encoder and the transformer.
+
+What the encoder and the causal transformer make of a set does not depend on later sets.  So samples of a patient whose
+windows begin at the same event share what is made of their sets, and only the outcome head runs for each of them.
+
+Shape suffixes: B patients of the batch, N samples, S sets and E events of the batch, R its slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.ragged import SetLayout
+from model.segments import Segments
+from pipeline.arrays import concatenate_ranges, offsets_from_sizes
+from pipeline.loading.batch import PatientBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """Samples of which each is the first sets of a patient of the batch, in any order.
+
+    Attributes:
+        patient: [N] int64, the patient of each, as its position in the batch.
+        num_sets: [N] int64, how many of the patient's sets it has: at least 1.
+    """
+
+    patient: Tensor
+    num_sets: Tensor
+
+    @classmethod
+    def after_hours(cls, batch: PatientBatch, hours: tuple[float, ...]) -> Prefixes:
+        """Return the whole patients of a batch [B], then what each was so many hours after its first set.
+
+        A prefix ends before the first set that is later; there are B of each of the ``hours``, one after another.
+        """
+        start_S = batch.minute[batch.patient_offsets[:-1]][batch.patient_of_set]
+        minute_S, patients = batch.minute - start_S, torch.arange(batch.num_patients)
+        counts = [batch.sets_per_patient]
+        for limit in hours:
+            is_later_S = (minute_S > 60 * limit).long()
+            later_before_S = is_later_S.cumsum(0)
+            first_S = batch.patient_offsets[:-1][batch.patient_of_set]
+            is_early_S = later_before_S == (later_before_S - is_later_S)[first_S]
+            counts.append(torch.bincount(batch.patient_of_set[is_early_S], minlength=batch.num_patients))
+        return cls(patients.repeat(1 + len(hours)), torch.cat(counts))
+
+    def separate(self, batch: PatientBatch) -> PatientBatch:
+        """Return the samples as a batch of N patients, each with sets and events of its own."""
+        sets, events = self._sets(batch), self._events(batch)
+        sizes = batch.set_sizes.numpy()[sets]
+        chosen, times = self.patient.tolist(), batch.prediction_time
+        return replace(
+            batch,
+            code=batch.code[events],
+            value=batch.value[events],
+            has_value=batch.has_value[events],
+            set_offsets=torch.from_numpy(offsets_from_sizes(sizes)),
+            minute=batch.minute[sets],
+            patient_offsets=torch.from_numpy(offsets_from_sizes(self.num_sets.numpy())),
+            label=batch.label[self.patient],
+            patient_id=[batch.patient_id[number] for number in chosen],
+            prediction_time=times and [times[number] for number in chosen],
+        )
+
+    def lay_out(self, batch: PatientBatch, sets: SetLayout) -> SharedRows:
+        """Return where the head finds the events and sets of each sample; ``sets`` are the slots of the batch."""
+        slot_of_event = torch.empty(batch.num_events, dtype=torch.int64)
+        slots = torch.arange(sets.num_slots)[sets.mask]
+        slot_of_event[sets.event_of_slot[slots]] = slots
+        sample = torch.repeat_interleave(torch.arange(len(self.num_sets)), self.num_sets)
+        return SharedRows(
+            slots=Segments.build(slot_of_event[self._events(batch)], sets.num_slots),
+            sets=Segments.build(torch.from_numpy(self._sets(batch)), batch.num_sets),
+            sets_of_sample=Segments(sample, torch.from_numpy(offsets_from_sizes(self.num_sets.numpy()))),
+        )
+
+    def _sets(self, batch: PatientBatch) -> np.ndarray:
+        return concatenate_ranges(batch.patient_offsets[self.patient].numpy(), self.num_sets.numpy())
+
+    def _events(self, batch: PatientBatch) -> np.ndarray:
+        first = batch.patient_offsets[self.patient]
+        start = batch.set_offsets[first].numpy()
+        return concatenate_ranges(start, batch.set_offsets[first + self.num_sets].numpy() - start)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """The rows of samples among those of the patients that they share.
+
+    Attributes:
+        slots: the slot of each event of each sample, samples one after another.
+        sets: the set of each set of each sample.
+        sets_of_sample: the sets of each sample among these.
+    """
+
+    slots: Segments
+    sets: Segments
+    sets_of_sample: Segments
