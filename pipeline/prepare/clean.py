@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.prepare import columns, names
-from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW, SITE
+from pipeline.prepare.sources.reading import FILE, ROW, SITE, as_text
 from pipeline.prepare.sources.source import RawRows
 from pipeline.schema import FLOAT32_MAX, MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 
@@ -79,7 +79,7 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     kept = typed.filter(first.is_null()) if reasons else typed
     kept = kept.with_columns(_without_negative_zero(name) for name in (MINUTE, VALUE) if kept.schema[name].is_float())
     reason = pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls())
-    return kept, rows.filter(first.is_not_null()).select(reason, FILE, ROW, AS_TEXT)
+    return kept, rows.filter(first.is_not_null()).select(reason, FILE, ROW, *as_text(rows))
 
 
 def _is_bad_value(column: pl.Series, number: pl.Series) -> pl.Series:

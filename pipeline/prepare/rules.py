@@ -13,7 +13,7 @@ import polars as pl
 
 from pipeline.options import Section, option
 from pipeline.prepare.moments import Moments
-from pipeline.prepare.sources.reading import AS_TEXT, FILE, ROW
+from pipeline.prepare.sources.reading import FILE, ROW, as_text
 from pipeline.prepare.sources.side_files import read_keyed_frame
 from pipeline.schema import FLOAT32_MAX, VALUE, VARIABLE, UserError
 
@@ -105,7 +105,7 @@ def apply_ranges(kept: pl.DataFrame, ranges: Mapping[str, Range]) -> tuple[pl.Da
     outside = ((value < pl.col("low")) | (value > pl.col("high"))).fill_null(False)
     rows = kept.join(known, on=VARIABLE, how="left", maintain_order="left")
     rows = rows.with_columns(outside=outside & ~clips, clipped=outside & clips)
-    rejected = rows.filter("outside").select(pl.lit("out_of_range").alias("reason"), FILE, ROW, AS_TEXT)
+    rejected = rows.filter("outside").select(pl.lit("out_of_range").alias("reason"), FILE, ROW, *as_text(rows))
     within = pl.when("clipped").then(value.clip("low", "high")).otherwise(value).alias(VALUE)
     remaining = rows.filter(~pl.col("outside")).with_columns(within).select(kept.columns)
     return remaining, rejected, int(rows["clipped"].sum())

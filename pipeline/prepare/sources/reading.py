@@ -26,9 +26,6 @@ SITE: Final = "site"  # of names, null = missing: where a row is from, such as a
 ID_COLUMNS: Final = ("patient_id", "ts_id", "stay_id", "icustay_id", "RecordID", "subject_id", "person_id")
 """Usual names of the column of the patient; the first that is there serves."""
 
-AS_TEXT: Final = pl.col(PATIENT_ID, MINUTE, VARIABLE, VALUE).cast(pl.String)
-"""The columns that rejects show as text."""
-
 PIECE_BYTES: Final = 1 << 26
 """Approximate bytes of input in a piece: two or three million events, some hundred MiB while they are worked on."""
 
@@ -46,6 +43,14 @@ FEW_ROWS: Final = 1 << 14
 
 UNREADABLE: Final = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError)
 """What reading a damaged file can raise."""
+
+
+def as_text(rows: pl.DataFrame) -> list[pl.Expr]:
+    """Return patient, minute, variable and value as text; of durations that is ISO 8601, for Polars casts none."""
+    return [
+        pl.col(name).dt.to_string("iso") if rows.schema[name] == pl.Duration else pl.col(name).cast(pl.String)
+        for name in (PATIENT_ID, MINUTE, VARIABLE, VALUE)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,6 +76,23 @@ def test_a_value_is_a_number_or_none(value: Any, kept_as: float | None) -> None:
     assert kept_as != 0 or math.copysign(1, kept["value"][0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("time", "text"),
+    [
+        (1.5, "1.5"),
+        (3, "3"),
+        ("1:30", "1:30"),
+        (datetime.timedelta(minutes=90), "PT1H30M"),
+        (datetime.datetime(2020, 1, 2, 3), "2020-01-02 03:00:00.000000"),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["patient_id", "variable"])
+def test_what_is_rejected_shows_times_of_every_type(name: str, time: Any, text: str | None) -> None:
+    _, rejected = cleaned({"minute": time}, {"minute": time, name: None})
+    assert rejected.filter(pl.col("row") == 2)["minute"].to_list() == [text]
+
+
 def test_minutes_may_be_negative_and_text() -> None:
     kept, _ = cleaned({"minute": "-61.5"}, {"minute": " 2880 "})
     assert kept["minute"].to_list() == [-61.5, 2880.0]
