@@ -93,7 +93,7 @@ class PreparedBatch:
 
         Args:
             batch: on the CPU.
-            prefixes: the samples that outcomes are predicted of, without capacities; None = each patient is one.
+            prefixes: the samples that outcomes are predicted of, without capacities; None = the patients.
             seed: seed of the noise of training step ``step``; None = no noise.
             step: the training step, counted from 0.
             capacities: the shapes among which the batch is given the first that has room for it, by filler patients.
@@ -105,27 +105,20 @@ class PreparedBatch:
             set_room = LayoutRoom(num_sets, shape.longest, shape.num_sets + shape.events // TILE)
             variable_room = LayoutRoom(num_patients, shape.codes, shape.num_patients + shape.pairs // TILE)
             tiles = shape.num_patients + shape.num_sets // SEQUENCE_TILE
-        sets, noise = SetLayout.build(batch.set_offsets, set_room), None
+        sets = SetLayout.build(batch.set_offsets, set_room)
         sequences = SequenceLayout.build(batch.patient_offsets, tiles)
         samples = batch if prefixes is None else prefixes.separate(batch)
         variables = VariableLayout.build(samples, variable_room)
         event = sets.event_of_slot
         codes, code_of_event = number_values(batch.code)
         code_of_pair = torch.searchsorted(codes, variables.code)
+        max_pairs = int(np.bincount(code_of_pair.numpy()).max(initial=0))
         if shape is not None:
             others = np.setdiff1d(np.arange(1, shape.codes + 1), codes.numpy())  # none is padding's
             codes = torch.cat([codes, torch.from_numpy(others[: shape.codes - len(codes)])])
+            max_pairs = shape.num_patients
         pairs_of_code = Segments.build(code_of_pair, len(codes))
-        pairs_per_code = np.diff(pairs_of_code.offsets.numpy())
-        max_pairs = shape.num_patients if shape is not None else int(pairs_per_code.max(initial=0))
-        if seed is not None:
-            patients = PatientNoise.for_step(batch.sample_key, seed=seed, step=step)
-            own = patients if prefixes is None else PatientNoise(patients.key[prefixes.patient])
-            noise = StepNoise(
-                own.for_patients(),
-                patients.for_rows(sequences.patient, sequences.position),
-                own.for_rows(variables.patient, variables.code),
-            )
+        patients = None if seed is None else PatientNoise.for_step(batch.sample_key, seed=seed, step=step)
         return cls(
             batch=batch,
             num_patients=num_patients,
@@ -145,7 +138,7 @@ class PreparedBatch:
             has_number=has_number(batch.code[event], batch.has_value[event]),
             time=time_features(batch.minute),
             features=summary_features(samples, variables),
-            noise=noise,
+            noise=patients and _draw_noise(patients, sequences, variables, prefixes),
         )
 
     def pack(self, *, pin: bool) -> PreparedBatch:
@@ -176,6 +169,15 @@ class PreparedBatch:
         viewed: PreparedBatch = _replace_tensors(unpacked, iter(views))
         object.__setattr__(viewed, "buffer", buffer)
         return viewed
+
+
+def _draw_noise(
+    patients: PatientNoise, sequences: SequenceLayout, variables: VariableLayout, prefixes: Prefixes | None
+) -> StepNoise:
+    """Return the noise of a step; samples that share a patient have the noise that the patient alone has."""
+    own = patients if prefixes is None else PatientNoise(patients.key[prefixes.patient])
+    of_sets = patients.for_rows(sequences.patient, sequences.position)
+    return StepNoise(own.for_patients(), of_sets, own.for_rows(variables.patient, variables.code))
 
 
 class TensorSpec(NamedTuple):
