@@ -138,7 +138,7 @@ class PreparedBatch:
             has_number=has_number(batch.code[event], batch.has_value[event]),
             time=time_features(batch.minute),
             features=summary_features(samples, variables),
-            noise=patients and _draw_noise(patients, sequences, variables, prefixes),
+            noise=_draw_noise(patients, sequences, variables, prefixes) if patients else None,
         )
 
     def pack(self, *, pin: bool) -> PreparedBatch:
