@@ -78,7 +78,8 @@ def warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
     if not any(counts.num_labelled for counts in splits.values()):
         return warnings
     advice = "look at --split_fractions"
-    for split, counts in splits.items():
+    used = {split: counts for split, counts in splits.items() if counts.num_samples}
+    for split, counts in (used if len(used) == 1 else splits).items():  # all in one split: --like, or on purpose
         missing = [number for number, samples in enumerate(counts.class_counts) if not samples]
         if counts.num_samples and not counts.num_labelled:
             warnings.append(f"split {split} has no label: no quality can be computed there; {advice}")

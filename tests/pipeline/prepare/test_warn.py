@@ -44,6 +44,15 @@ def test_splits_whose_labels_are_all_alike_are_said() -> None:
     assert find_warnings(measure(), {"train": counts(0, 0)}) == []
 
 
+def test_splits_that_are_empty_on_purpose_are_not_warned_of() -> None:
+    """With --like all are in one split; otherwise a split without anybody lacks outcomes."""
+    some = SampleCounts(num_samples=5, num_patients=5, num_labelled=5, class_counts=[3, 2])
+    nobody = SampleCounts(num_samples=0, num_patients=0, num_labelled=0, class_counts=[0, 0])
+    assert find_warnings(measure(), {"train": nobody, "valid": nobody, "test": some}) == []
+    (warning,) = find_warnings(measure(), {"train": some, "valid": nobody, "test": some})
+    assert warning.startswith("split valid has no positive label")
+
+
 def test_samples_without_events_are_said() -> None:
     counts = SampleCounts(num_samples=5, num_patients=5, num_labelled=4, num_without_events=3)
     (warning,) = find_warnings(measure(), {"train": counts})
