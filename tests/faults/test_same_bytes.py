@@ -37,19 +37,19 @@ START = datetime(2024, 3, 30, 23, 59, 59)
 OPTIONS = BuildOptions(split_rule=SplitRule(split_fractions=(0.5, 0.25, 0.25)), events_per_shard=16)
 ALL_TRAIN = BuildOptions(split_rule=SplitRule(split_fractions=(1.0, 0.0, 0.0)), events_per_shard=16)
 
-Row = tuple[int, int, int | str, float | None]
-"""patient, half minutes since START, variable, value in quarters."""
+Row = tuple[int, int, int | str | None, float | None]
+"""patient, half minutes since START, variable (None = the row is rejected), value in quarters."""
 
 rows_of_events = st.lists(
     st.tuples(
         st.integers(1, 6),
         st.integers(-3, 400),
-        st.sampled_from([220045, 7, "HR", "Na", "a,b"]),
+        st.sampled_from([220045, 7, "HR", "Na", "a,b", None]),
         st.one_of(st.none(), st.integers(-8, 40).map(lambda quarters: quarters / 4)),
     ),
     min_size=1,
     max_size=24,
-)
+).filter(lambda rows: any(variable is not None for _, _, variable, _ in rows))
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ NUMBERS = [
     Form(plain(pa.string(), str), str),
     Form(encoded(pa.float64(), float), repr),
 ]
+BLANK = ["", "  "]
 MISSING = ["", "NA", "NULL", "nan", r"\N", "  "]
 MINUTES = [
     *NUMBERS,
@@ -160,8 +161,9 @@ def write_part(path: Path, rows: Sequence[Row], chance: random.Random, names: Se
             columns[name] = (chance.choice(forms), column)
     if csv:
         texts = {
-            name: [chance.choice(MISSING) if item is None else form.to_text(item) for item in column]
+            name: [chance.choice(missing) if item is None else form.to_text(item) for item in column]
             for name, (form, column) in columns.items()
+            for missing in [BLANK if name == variable else MISSING]
         }
         write_csv(path, texts, chance)
     else:
@@ -220,7 +222,7 @@ def write_plain(folder: Path, rows: list[Row], time: str) -> Source:
     columns = {
         "patient_id": pa.array(list(map(str, ids))),
         time: pa.array(minutes) if time == "minute" else pa.array(list(map(at, minutes)), pa.timestamp("us")),
-        "variable": pa.array(list(map(str, variables))),
+        "variable": pa.array([None if variable is None else str(variable) for variable in variables]),
         "value": pa.array(values, pa.float64()),
     }
     pq.write_table(pa.table(columns), folder / "plain.parquet")
