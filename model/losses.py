@@ -9,7 +9,7 @@ Shape suffixes: S sets, B patients, D width, T outcomes, K ensemble heads, C cla
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,9 @@ ClassWeights = Literal["equal", "balanced"]
 DIRECTION_WEIGHT, MAGNITUDE_WEIGHT, SQUARED_WEIGHT = 1.0, 1.0, 3.0
 """Weights of the distances that make up the reconstruction error."""
 
+PREFIX_HOURS = (12.0, 24.0, 36.0)
+"""Hours after a patient's first set whose answers ``--prefix_weight`` weighs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOptions:
@@ -46,6 +49,12 @@ class LossOptions:
     outcome_weight: float = option(1.0, "Weight of the outcomes' losses in the loss.", minimum=0)
     task_weights: tuple[float, ...] = option(
         (), "With several tasks: the weight of each one's loss among them, in their order. Default: 1 each.", minimum=0
+    )
+    prefix_weight: float = option(
+        0.0,
+        "Weight of the outcomes' losses after the first 12, 24 and 36 hours of each patient, together, beside that at "
+        "the end, which has 1. The answers come from the same pass.",
+        minimum=0,
     )
     pos_weight: float = option(
         1.0,
@@ -74,6 +83,11 @@ class LossOptions:
     @property
     def learns_outcome(self) -> bool:
         return self.objective != "pretrain"
+
+    @property
+    def prefix_hours(self) -> tuple[float, ...]:
+        """Hours after which training answers too."""
+        return PREFIX_HOURS if self.learns_outcome and self.prefix_weight else ()
 
     @property
     def effective_vae_weight(self) -> float:
@@ -145,7 +159,8 @@ def compute_losses(
     """Return the sums over this batch divided by the counts of the global batch.
 
     Args:
-        output: of the model; reconstruction and KL divergence need ``decoded``, the outcomes need ``logits``.
+        output: of the model; reconstruction and KL divergence need ``decoded``, the outcomes need ``logits``.  Samples
+            that follow those of the batch are prefixes of its patients, as many times all of them.
         label: of the batch, see :attr:`PatientBatch.label`.
         options: the weights.
         counts: of the global batch.
@@ -161,15 +176,14 @@ def compute_losses(
         kl = kl_sum(output.posterior, options.free_bits, output.sets.num_counted) / _at_least_one(counts.num_sets)
         total = options.effective_vae_weight * (reconstruction + beta * kl)
     if output.logits is not None:
-        labels = [label] * len(output.logits) if label.ndim == 1 else [*label.unbind(1)]
-        sums = [outcome_sum(*each, options) for each in zip(output.outcomes, output.logits, labels, strict=True)]
-        losses = [each / _at_least_one(count) for each, count in zip(sums, counts.num_labelled, strict=True)]
-        outcome, tasks = losses[0], losses[0][None]
-        if len(losses) > 1:
-            tasks = torch.stack(losses)
-            weighted = [options.weight_of(task) * loss for task, loss in enumerate(losses)]
-            outcome = sum(weighted[1:], weighted[0])
+        samples = len(label)
+        outcome, tasks = _outcome_losses(output.first(samples), label, options, counts)
         total = total + options.effective_outcome_weight * outcome
+        if times := (len(output.logits[0]) - samples) // max(samples, 1):
+            early = replace(output, logits=tuple(each[samples:] for each in output.logits))
+            repeated = label.repeat(times, *[1] * (label.ndim - 1))
+            weight = options.effective_outcome_weight * options.prefix_weight / times
+            total = total + weight * _outcome_losses(early, repeated, options, counts)[0]
     return Losses(
         total=total,
         reconstruction=reconstruction.detach(),
@@ -177,6 +191,20 @@ def compute_losses(
         outcome=outcome.detach(),
         tasks=tasks.detach(),
     )
+
+
+def _outcome_losses(
+    output: SeqSetVAEOutput, label: Tensor, options: LossOptions, counts: LossCounts
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of the outcomes, weighted among themselves, and that of each [T]."""
+    assert output.logits is not None
+    labels = [label] * len(output.logits) if label.ndim == 1 else [*label.unbind(1)]
+    sums = [outcome_sum(*each, options) for each in zip(output.outcomes, output.logits, labels, strict=True)]
+    losses = [each / _at_least_one(count) for each, count in zip(sums, counts.num_labelled, strict=True)]
+    if len(losses) == 1:
+        return losses[0], losses[0][None]
+    weighted = [options.weight_of(task) * loss for task, loss in enumerate(losses)]
+    return sum(weighted[1:], weighted[0]), torch.stack(losses)
 
 
 def outcome_sum(outcome: Outcome, logits_BKC: Tensor, label_B: Tensor, options: LossOptions) -> Tensor:

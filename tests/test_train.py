@@ -550,6 +550,17 @@ def test_cuda_graphs_are_refused_by_name_without_a_gpu(
     assert not (tmp_path / "run").exists()
 
 
+def test_answers_after_the_first_hours_are_learned_too(data: Path, tmp_path: Path) -> None:
+    """Two processes find what one finds, though each has prefixes of its own patients alone."""
+    flags = ["--prefix_weight", "0.5", "--max_epochs", "1"]
+    assert run(data, tmp_path / "one", *flags) == 0
+    assert run(data, tmp_path / "two", *flags, "--devices", "2") == 0
+    assert run(data, tmp_path / "without", "--max_epochs", "1") == 0
+    one, two, without = (weights(tmp_path / name) for name in ("one", "two", "without"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one)
+    assert not torch.equal(one["head.ensembles.0.output"], without["head.ensembles.0.output"])
+
+
 def test_filled_batches_train_the_same_model(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--cuda_graphs`` without graphs: every step is made as the first of a capacity is."""
     assert run(data, tmp_path / "own", "--max_epochs", "1") == 0

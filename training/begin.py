@@ -115,6 +115,7 @@ def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: St
         pad_to=pad_to,
         memory=memory,
         pin=world.device.type == "cuda",
+        hours=options.loss.prefix_hours,
     )
 
 
@@ -122,6 +123,8 @@ def check_graphs(options: TrainOptions, world: World) -> None:
     """Raise UserError where steps cannot be captured."""
     if world.device.type != "cuda" or world.size > 1 or not uses_kernels(world.device):
         raise UserError("--cuda_graphs needs one process with a GPU and the package triton; leave the flag out")
+    if options.loss.prefix_hours:
+        raise UserError("--cuda_graphs cannot be combined with --prefix_weight: capacities have no room for prefixes")
     if options.optimisation.precision == "fp16":
         raise UserError("--cuda_graphs cannot be combined with --precision fp16, whose scale the host decides")
 

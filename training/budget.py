@@ -56,7 +56,8 @@ def _measure_peaks(model: SeqSetVAE, data: DataSet, alone: World, options: Train
     for patients, bucketing in itertools.product((1, 2, 4, 8, 16), (True, False)):
         changes: dict[str, Any] = {"batch_size": patients, "bucketing": bucketing, "max_events": None}
         batches += itertools.islice(data.open_loader("train", seed=seed, shuffle=True, world=alone, **changes), 2)
-    settings = StepSettings(options.loss, options.optimisation, alone, 1, BatchPreparer(seed=seed))
+    preparer = BatchPreparer(seed=seed, hours=options.loss.prefix_hours)
+    settings = StepSettings(options.loss, options.optimisation, alone, 1, preparer)
     one = LossCounts.one(len(model.config.outcomes))
 
     def step(batch: PatientBatch) -> None:

@@ -241,7 +241,8 @@ def test_the_same_events_give_the_same_bytes(write: Any, tried: Callable[[str, i
         rows += rows[:1] if seed % 2 else []
         chance = random.Random(seed)
         time = "time" if write is write_meds or are_dates else "minute"
-        if not any(OPTIONS.split_rule.assign_splits([str(row[0])])[0] == 0 for row in rows):
+        kept = [str(patient) for patient, _, variable, _ in rows if variable is not None]
+        if not any(split == 0 for split in OPTIONS.split_rule.assign_splits(kept)):
             rows = [(2, *rows[0][1:]), *[(6, *row[1:]) for row in rows]]
             options_here = ALL_TRAIN
         else:

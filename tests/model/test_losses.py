@@ -25,13 +25,14 @@ from model.losses import (
     kl_sum,
     outcome_sum,
 )
+from model.prefixes import Prefixes
 from model.prepared import PreparedBatch
 from model.ragged import SetLayout
 from model.reconstruction import chamfer_sums
 from model.set_vae import Posterior
 from pipeline.schema import Kind
 from tests.model import reference
-from tests.model.helpers import counts_of, random_batch, tiny_model
+from tests.model.helpers import counts_of, first_hours, random_batch, tiny_model
 from training.memory import measure_peak
 
 
@@ -270,3 +271,25 @@ def test_the_losses_of_tasks_are_weighed_and_each_is_divided_by_its_own_labels()
     expected = alone[0] + 0.5 * alone[1] + 2 * alone[2]
     torch.testing.assert_close(found.outcome, expected)
     torch.testing.assert_close(found.total, 3 * expected)
+
+
+def test_answers_after_the_first_hours_are_weighed_by_hand() -> None:
+    """The loss is that at the end and half the mean of those after 12, 24 and 36 hours, each of a separate window; the
+    outcome's own loss stays that at the end.
+    """
+    batch, model = random_batch([[3, 1, 2, 4], [2], [1, 5, 3]], labels=[1, 0, -1]), tiny_model().eval()
+    options, counts = LossOptions(objective="supervised", prefix_weight=0.5), counts_of(batch)
+    prefixes = Prefixes.after_hours(batch, options.prefix_hours)
+    found = compute_losses(
+        model(PreparedBatch.build(batch, prefixes=prefixes), reconstruct=False), batch.label, options, counts, beta=0.0
+    )
+    views = [batch, *(first_hours(batch, hours) for hours in (12, 24, 36))]
+    end, *early = (
+        compute_losses(model(view, reconstruct=False), batch.label, LossOptions(), counts, beta=0.0).outcome
+        for view in views
+    )
+    torch.testing.assert_close(found.total, end + 0.5 * sum(early) / 3)
+    torch.testing.assert_close(found.outcome, end)
+    torch.testing.assert_close(found.tasks, end[None])
+    assert LossOptions(objective="pretrain", prefix_weight=0.5).prefix_hours == ()
+    assert LossOptions().prefix_hours == ()

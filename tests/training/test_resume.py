@@ -182,6 +182,7 @@ OTHER_VALUES: dict[str, list[str]] = {
     "vae_weight": ["--vae_weight", "0.5"],
     "outcome_weight": ["--outcome_weight", "0.5"],
     "pos_weight": ["--pos_weight", "2"],
+    "prefix_weight": ["--prefix_weight", "0.5"],
     "beta": ["--beta", "0.5"],
     "beta_warmup_steps": ["--beta_warmup_steps", "2"],
     "beta_schedule": ["--beta_schedule", "cyclical"],
