@@ -80,9 +80,11 @@ class Noise:
 
     Attributes:
         key: [S] int64, one for each row.
+        rows: [N] int64, the key of each row, where several have the same noise; None = each has its own.
     """
 
     key: Tensor
+    rows: Tensor | None = None
 
     def _bits(self, salt: int, width: int) -> Tensor:
         """Return [S, width] int64, 64 random bits each."""
@@ -109,10 +111,13 @@ class Noise:
         if probability == 0.0:
             return x
         if uses_kernels(x.device):
-            return ops.dropout(x, self.key, _offset(salt), probability)
+            key = self.key if self.rows is None else self.key.index_select(0, self.rows)
+            return ops.dropout(x, key, _offset(salt), probability)
         width = x.shape[1]
         draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
         keep = draws >= round(probability * (1 << 16)) - (1 << 15)
+        if self.rows is not None:
+            keep = keep.index_select(0, self.rows)
         return x * keep.to(x.dtype) / (1 - probability)
 
 

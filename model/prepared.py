@@ -175,9 +175,14 @@ def _draw_noise(
     patients: PatientNoise, sequences: SequenceLayout, variables: VariableLayout, prefixes: Prefixes | None
 ) -> StepNoise:
     """Return the noise of a step; samples that share a patient have the noise that the patient alone has."""
-    own = patients if prefixes is None else PatientNoise(patients.key[prefixes.patient])
     of_sets = patients.for_rows(sequences.patient, sequences.position)
-    return StepNoise(own.for_patients(), of_sets, own.for_rows(variables.patient, variables.code))
+    if prefixes is None:
+        return StepNoise(patients.for_patients(), of_sets, patients.for_rows(variables.patient, variables.code))
+    num_codes = int(variables.code.max()) + 1 if len(variables.code) else 1
+    pair, rows = number_values(prefixes.patient[variables.patient] * num_codes + variables.code)
+    of_pairs = patients.for_rows(pair // num_codes, pair % num_codes)
+    of_samples = patients.for_patients()
+    return StepNoise(replace(of_samples, rows=prefixes.patient), of_sets, replace(of_pairs, rows=rows))
 
 
 class TensorSpec(NamedTuple):
