@@ -89,7 +89,12 @@ class Noise:
     def _bits(self, salt: int, width: int) -> Tensor:
         """Return [S, width] int64, 64 random bits each."""
         channel = (torch.arange(width, device=self.key.device) + 1) * _signed(_GOLDEN)
-        return _mix(_mix(self.key + _offset(salt))[:, None] + channel)
+        bits = _mix(_mix(self.key + _offset(salt))[:, None] + channel)
+        return bits if self.rows is None else bits.index_select(0, self.rows)
+
+    def _row_keys(self) -> Tensor:
+        """Return [N] int64, the key of each row, as kernels take them."""
+        return self.key if self.rows is None else self.key.index_select(0, self.rows)
 
     def uniform(self, salt: int) -> Tensor:
         """Return [S] float32 from [0, 1); each use has a ``salt`` of its own."""
@@ -98,7 +103,7 @@ class Noise:
     def normal(self, salt: int, width: int) -> Tensor:
         """Return [S, width] float32, standard normal (Box and Muller 1958); ``width`` is even."""
         if uses_kernels(self.key.device):
-            return ops.normal(self.key, _offset(salt), width)
+            return ops.normal(self._row_keys(), _offset(salt), width)
         bits = self._bits(salt, width // 2)
         unit = 1.0 / (1 << 24)
         first = ((bits & 0xFFFFFF).float() + 0.5) * unit
@@ -111,13 +116,10 @@ class Noise:
         if probability == 0.0:
             return x
         if uses_kernels(x.device):
-            key = self.key if self.rows is None else self.key.index_select(0, self.rows)
-            return ops.dropout(x, key, _offset(salt), probability)
+            return ops.dropout(x, self._row_keys(), _offset(salt), probability)
         width = x.shape[1]
         draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
         keep = draws >= round(probability * (1 << 16)) - (1 << 15)
-        if self.rows is not None:
-            keep = keep.index_select(0, self.rows)
         return x * keep.to(x.dtype) / (1 - probability)
 
 

@@ -38,13 +38,12 @@ class Prefixes:
 
         A prefix ends before the first set that is later; there are B of each of the ``hours``, one after another.
         """
-        start_S = batch.minute[batch.patient_offsets[:-1]][batch.patient_of_set]
-        minute_S, patients = batch.minute - start_S, torch.arange(batch.num_patients)
+        first_S = batch.patient_offsets[:-1][batch.patient_of_set]
+        minute_S, patients = batch.minute - batch.minute[first_S], torch.arange(batch.num_patients)
         counts = [batch.sets_per_patient]
         for limit in hours:
             is_later_S = (minute_S > 60 * limit).long()
             later_before_S = is_later_S.cumsum(0)
-            first_S = batch.patient_offsets[:-1][batch.patient_of_set]
             is_early_S = later_before_S == (later_before_S - is_later_S)[first_S]
             counts.append(torch.bincount(batch.patient_of_set[is_early_S], minlength=batch.num_patients))
         return cls(patients.repeat(1 + len(hours)), torch.cat(counts))

@@ -134,10 +134,9 @@ def evaluate_checkpoint(evaluator: Evaluator, model: TrainedModel) -> dict[str, 
     with Details(model, evaluator.options.loss, latents) as details:
         quality = evaluator.evaluate_split(model, split, details)
     metrics, of_tasks = details.summarize(world)
-    quality = quality.join(Quality(metrics, quality.outcomes, of_tasks))
     if details.latents is not None:
-        latents_metrics = _describe_latents(evaluator, details.latents)
-        quality = quality.join(Quality(latents_metrics, quality.outcomes, [{} for _ in of_tasks]))
+        metrics |= _describe_latents(evaluator, details.latents)
+    quality = quality.join(Quality(metrics, quality.outcomes, of_tasks))
     content = {
         "checkpoint": options.evaluate,
         "split": split,

@@ -179,8 +179,7 @@ _FLAGS = {
         "freeze", "max_epochs", "stop_after", "final_seeds", "learning_rate", "weight_decay", "warmup_steps",
         "ema_decay", "gradient_clip", "vae_weight", "outcome_weight", "task_weights", "prefix_weight",
         "pos_weight", "class_weights", "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices", "device",
-        "threads",
-        "checkpoint_steps", "monitor", "patience", "min_active_units",
+        "threads", "checkpoint_steps", "monitor", "patience", "min_active_units",
         "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose", "cuda_graphs",
     ),
     AtResume.IRRELEVANT: (

@@ -81,6 +81,17 @@ def test_hours_are_those_of_the_events_until_then(sizes: list[list[int]], seed: 
     assert separate.sets_per_patient.tolist() == torch.cat([part.sets_per_patient for part in parts]).tolist()
 
 
+def test_first_hours_count_from_the_first_set() -> None:
+    """Sets at minutes 60, 420 and 421 of one patient, at 0 of another: six hours end with minute 420."""
+    batch = random_batch([[2, 1, 1], [1]])
+    batch.minute[:] = torch.tensor([60.0, 420.0, 421.0, 0.0])
+    prefixes = Prefixes.after_hours(batch, (6.0,))
+    early = prefixes.separate(batch).between(batch.num_patients, 2 * batch.num_patients)
+    assert torch.equal(early.code, batch.code[[0, 1, 2, 4]])
+    assert early.minute.tolist() == [60.0, 420.0, 0.0]
+    assert early.patient_offsets.tolist() == [0, 2, 3]
+
+
 def test_hours_end_before_the_first_set_that_is_later() -> None:
     """A set that overlaps comes after a later one: it is not seen before that."""
     batch = random_batch([[1, 1, 1], [1]])
