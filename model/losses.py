@@ -216,16 +216,21 @@ def outcome_sum(outcome: Outcome, logits_BKC: Tensor, label_B: Tensor, options: 
     Args:
         outcome: what it is.
         logits_BKC: of its ensemble.
-        label_B: float32, NaN = unlabelled; or of classes int64, -1 = unlabelled.
+        label_B: float32, NaN = unlabelled, of a binary outcome the probability of a positive label; or of classes
+            int64, -1 = unlabelled.
         options: the weights of classes.
     """
     heads = logits_BKC.shape[1]
     if outcome.kind == "regression":
         error_BK = logits_BKC[:, :, 0].float() - (label_B[:, None] - outcome.mean) / outcome.std
         return 0.5 * torch.where(label_B.isnan()[:, None], 0.0, error_BK).square().sum() / heads
+    weights_C = class_weights(outcome, options.pos_weight, options.class_weights, logits_BKC.device)
+    if outcome.kind == "binary" and label_B.is_floating_point():
+        target_B2 = torch.stack([1 - label_B, label_B], dim=1).nan_to_num()
+        log_BKC = logits_BKC.float().log_softmax(2)
+        return -(log_BKC * (target_B2 if weights_C is None else weights_C * target_B2)[:, None]).sum() / heads
     if label_B.is_floating_point():
         label_B = label_B.nan_to_num(nan=UNLABELLED).long()
-    weights_C = class_weights(outcome, options.pos_weight, options.class_weights, logits_BKC.device)
     labels = label_B.repeat_interleave(heads)
     return cross_entropy_sum(logits_BKC.flatten(0, 1), labels, weights_C) / heads
 

@@ -41,6 +41,11 @@ def is_labelled(label: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return known
 
 
+def harden(label: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the classes that soft labels count as wherever something is measured: 1 from one half on; NaN stays."""
+    return np.where(np.isnan(label), label, label >= 0.5) if label.dtype.kind == "f" else label
+
+
 def concatenate_ranges(starts: Ints, sizes: Ints) -> Ints:
     """Return the ranges ``starts[i] : starts[i] + sizes[i]`` one after another, [sum of sizes] int64."""
     stops = np.cumsum(sizes)

@@ -15,7 +15,8 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tasks import Task, describe_labels, list_tasks, remove_task
 from pipeline.options import Section, option, parse_options
 from pipeline.prepare.pseudonyms import Pseudonyms
-from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP, LabelColumns, LabelKind, read_labels
+from pipeline.prepare.sources.label_files import LabelColumns, LabelKind
+from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP, read_labels
 from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.warn import warn_of_splits, warn_of_strangers
 from pipeline.schema import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ def fit_baselines(
 
     They are None where these have less than two classes, or nobody is labelled.
     """
-    x_train, labels_train, _ = summaries(train, num_codes, len(outcomes))
-    x_test, labels_test, patient_id = summaries(test, num_codes, len(outcomes))
+    x_train, labels_train, _ = summaries(train, num_codes, outcomes)
+    x_test, labels_test, patient_id = summaries(test, num_codes, outcomes)
     return [
         _fit_outcome(outcome, x_train, labels_train[:, task], x_test, labels_test[:, task], patient_id)
         for task, outcome in enumerate(outcomes)
@@ -72,14 +72,16 @@ def _predict(model: Any, x: Floats, outcome: Outcome) -> Floats:
     return probability[:, 1] if outcome.kind == "binary" else probability
 
 
-def summaries(batches: Iterable[PatientBatch], num_codes: int, num_tasks: int) -> tuple[Floats, Floats, list[str]]:
+def summaries(
+    batches: Iterable[PatientBatch], num_codes: int, outcomes: Sequence[Outcome]
+) -> tuple[Floats, Floats, list[str]]:
     """Return [P, num_codes × SUMMARIES] of the samples with a label, NaN where a variable has no number, the labels
     [P, T], NaN = unlabelled, and the ids.
     """
-    rows, labels, patient_id = [np.zeros((0, num_codes * SUMMARIES))], [np.zeros((0, num_tasks))], list[str]()
+    rows, labels, patient_id = [np.zeros((0, num_codes * SUMMARIES))], [np.zeros((0, len(outcomes)))], list[str]()
     for batch in batches:
         event_offsets = batch.set_offsets[batch.patient_offsets].tolist()
-        label_BT = np.column_stack(labels_of_batch(batch, num_tasks))
+        label_BT = np.column_stack(labels_of_batch(batch, outcomes))
         for b in np.flatnonzero(is_labelled(label_BT).any(1)):
             events = slice(event_offsets[b], event_offsets[b + 1])
             number = batch.has_value[events].numpy()

@@ -91,7 +91,7 @@ def _answer_rows(prepared: PreparedBatch, output: SeqSetVAEOutput, views: int) -
     what is predicted of each task, first at the end.
     """
     batch = prepared.batch.to("cpu")
-    columns = [batch.events_per_patient.numpy(), *labels_of_batch(batch, len(output.outcomes))]
+    columns = [batch.events_per_patient.numpy(), *labels_of_batch(batch, output.outcomes)]
     predictions = torch.cat(output.predictions, 1).double().cpu().numpy()
     return np.column_stack([*columns, *np.split(predictions, views)])
 

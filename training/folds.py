@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.arrays import Ints, is_labelled, offsets_from_sizes
+from pipeline.arrays import Ints, harden, is_labelled, offsets_from_sizes
 from training.data import DataSet
 from training.options import TrainOptions
 
@@ -118,6 +118,7 @@ def label_strata(data: DataSet) -> Ints:
     labels = samples.label if samples.label.ndim > 1 else samples.label[:, None]
     keys = [np.bincount(samples.patient, minlength=num_patients) > 0]
     for task, label in zip(data.tasks, labels.T, strict=True):
+        label = harden(label) if task.kind == "binary" else label
         keys.append(_stratify(samples.patient, label, num_patients, is_number=task.kind == "regression"))
     return np.unique(np.stack(keys), axis=1, return_inverse=True)[1].ravel()
 

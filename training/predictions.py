@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model.config import Outcome
+from pipeline.arrays import harden
 from pipeline.dataset.tasks import Task
 from pipeline.loading.batch import PatientBatch, PredictionTime
 from pipeline.schema import TIME_COLUMNS, UNLABELLED, Times
@@ -22,12 +24,13 @@ Floats = npt.NDArray[np.float64]
 TIME_TYPES = {"date": pa.timestamp("us"), "minute": pa.float64()}
 
 
-def labels_of_batch(batch: PatientBatch, num_tasks: int) -> list[Floats]:
-    """Return the labels [B] of each task, NaN = unlabelled; those of classes are their numbers."""
+def labels_of_batch(batch: PatientBatch, outcomes: Sequence[Outcome]) -> list[Floats]:
+    """Return the labels [B] of each task, NaN = unlabelled; those of classes are their numbers, also where soft."""
     label = batch.label.cpu().double().numpy()
     if not batch.label.is_floating_point():
         label = np.where(label == UNLABELLED, np.nan, label)
-    return [*label.T] if label.ndim > 1 else [label] * num_tasks
+    labels = [*label.T] if label.ndim > 1 else [label] * len(outcomes)
+    return [harden(own) if outcome.kind == "binary" else own for own, outcome in zip(labels, outcomes, strict=True)]
 
 
 def prediction_columns(outcome: Outcome) -> list[str]:
@@ -121,6 +124,7 @@ def add_empty_samples(table: pa.Table, empty: pa.Table, outcome: Outcome, times:
     prediction = np.tile(answer, (empty.num_rows, 1))
     time = None if times is None else empty[TIME_COLUMNS[times]].to_pylist()
     label = empty["label"].cast(pa.float64()).to_numpy()
+    label = harden(label) if outcome.kind == "binary" else label
     rows = make_table(outcome, empty["patient_id"].to_pylist(), time, label, prediction, times)
     return pa.concat_tables([table, rows])
 

@@ -170,7 +170,7 @@ def _no_predictions(outcomes: tuple[Outcome, ...], times: Times | None) -> list[
 def _tables_of(batch: PatientBatch, output: SeqSetVAEOutput, times: Times | None) -> list[pa.Table]:
     """Return the predictions of a batch for each outcome; null where none were made."""
     outcomes, who = output.outcomes, (batch.patient_id, batch.prediction_time)
-    labels = labels_of_batch(batch, len(outcomes))
+    labels = labels_of_batch(batch, outcomes)
     if output.logits is None:
         predictions = [np.full((batch.num_patients, outcome.num_outputs), np.nan) for outcome in outcomes]
     else:

@@ -45,7 +45,8 @@ class Samples:
         patient: [N] the patient of each, as its row in these shards, one after another.
         num_events: [N] events up to the prediction time, at least 1.
         num_sets: [N] sets of these events.
-        label: [N] int64, -1 = unlabelled; of a regression float32, NaN = unlabelled; of T tasks [N, T] float32.
+        label: [N] int64, -1 = unlabelled; of a regression, and soft, float32, NaN = unlabelled; of T tasks [N, T]
+            float32.
         prediction_time: [N] datetime64[us], or float64 minutes; NaT or NaN = the whole patient.  None = all are whole.
     """
 
@@ -155,11 +156,12 @@ def _count_rows(task: Task | None, entries: Sequence[ShardEntry]) -> Ints:
 
 
 def _sample_schema(task: Task) -> pa.Schema:
-    return pa.schema([field for field in task_schema(task.kind) if field.name not in ("patient_id", "split")])
+    schema = task_schema(task.kind, soft=task.soft_labels)
+    return pa.schema([field for field in schema if field.name not in ("patient_id", "split")])
 
 
 def _read_labels(column: pa.ChunkedArray, task: Task) -> npt.NDArray[Any]:
-    if task.kind == "regression":
+    if task.kind == "regression" or task.soft_labels:
         return column.cast(pa.float32()).to_numpy()
     label: Ints = pc.fill_null(column.cast(pa.int64()), UNLABELLED).to_numpy()
     return label

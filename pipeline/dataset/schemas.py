@@ -56,10 +56,10 @@ LABEL_TYPES: Final = {"binary": pa.int8(), "multiclass": pa.int32(), "regression
 """The type of a task's labels, by its kind."""
 
 
-def task_schema(kind: str) -> pa.Schema:
-    """Return the schema of the table of a task of this kind."""
+def task_schema(kind: str, *, soft: bool = False) -> pa.Schema:
+    """Return the schema of the table of a task of this kind, whose labels may be soft."""
     position = TASK_SCHEMA.get_field_index("label")
-    return TASK_SCHEMA.set(position, pa.field("label", LABEL_TYPES[kind]))
+    return TASK_SCHEMA.set(position, pa.field("label", pa.float32() if soft else LABEL_TYPES[kind]))
 
 
 VOCABULARY_SCHEMA = pa.schema(

@@ -56,6 +56,7 @@ class Task:
     Attributes:
         kind: what labels are: of two classes, of several, or numbers.
         classes: the names of the classes in order, which labels are the numbers of; empty for a regression.
+        soft_labels: whether labels of a binary task are probabilities, float32, that a model is trained towards.
         data: fingerprint of the data set over whose shards the task is.
         table_sha256: checksum of ``NAME.parquet``.
         times: what prediction times are; None = there are none, and a sample is a whole patient.
@@ -77,6 +78,7 @@ class Task:
     excluded_codes: list[int]
     labels_from: str
     labels_without_patient: int
+    soft_labels: bool = False
 
     @property
     def table(self) -> str:
@@ -135,7 +137,7 @@ def check_task_name(name: str) -> None:
 
 def read_task_table(directory: Path | Folder, task: Task, *columns: str) -> pa.Table:
     """Return columns of the table of a task (by default all), checked against its JSON."""
-    folder, schema = as_folder(directory), task_schema(task.kind)
+    folder, schema = as_folder(directory), task_schema(task.kind, soft=task.soft_labels)
     if columns:
         schema = pa.schema([schema.field(name) for name in columns])
     with folder.local_file(task.table, task.table_sha256) as path, report_damage(folder, task.table):

@@ -64,8 +64,9 @@ class PatientBatch:
         set_offsets: [S+1] int64, the events of set ``s`` are ``set_offsets[s]:set_offsets[s+1]``.
         minute: [S] float32, minutes from the patient's time origin.
         patient_offsets: [B+1] int64, the sets of patient ``b`` are ``patient_offsets[b]:patient_offsets[b+1]``.
-        label: [B] int64, -1 where the patient is unlabelled.  Of a regression [B] float32, NaN where unlabelled; of T
-            tasks [B, T] float32, of which each column is either, NaN where unlabelled.
+        label: [B] int64, -1 where the patient is unlabelled.  Of a regression, and soft (the probability of a
+            positive label), [B] float32, NaN where unlabelled; of T tasks [B, T] float32, of which each column is
+            either, NaN where unlabelled.
         patient_id: B strings.
         prediction_time: B times: dates (UTC), or minutes from the patient's time origin; None = the whole patient.  In
             place of a list, None says so of all.

@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.arrays import Ints
+from pipeline.arrays import Ints, harden
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import SHARD_SCHEMA, task_schema
 from pipeline.dataset.shards import read_rows
@@ -98,7 +98,7 @@ def write_task(
             shards.update(dict(samples.filter(pl.col("num_events") > 0).group_by("shard").len().iter_rows()))
             yield samples
 
-    table_sha256 = _write_table(directory, name, make_slices(), task_schema(labels.kind))
+    table_sha256 = _write_table(directory, name, make_slices(), task_schema(labels.kind, soft=labels.is_soft))
     task = Task(
         name=name,
         kind=labels.kind,
@@ -110,6 +110,7 @@ def write_task(
         shards=dict(sorted(shards.items())),
         excluded_codes=excluded.tolist(),
         labels_from=Path(labels.origin).name,
+        soft_labels=labels.is_soft,
         labels_without_patient=int(labels.samples.sizes[~is_known].sum()),
     )
     task.save(directory)
@@ -236,7 +237,9 @@ def _count_samples(samples: pl.DataFrame, labels: Labels) -> SampleCounts:
         num_patients=samples[PATIENT_ID].n_unique(),
         num_labelled=len(label),
         num_without_events=int((samples["num_events"] == 0).sum()),
-        class_counts=np.bincount(label, minlength=len(labels.classes)).tolist() if labels.classes else [],
+        class_counts=np.bincount(harden(label.to_numpy()).astype(np.int64), minlength=len(labels.classes)).tolist()
+        if labels.classes
+        else [],
         mean=float(np.mean(label.to_numpy())) if is_number else None,
         std=float(np.std(label.to_numpy())) if is_number else None,
     )

@@ -196,6 +196,22 @@ def test_positives_are_weighted() -> None:
     assert found.item() == pytest.approx(4 * math.log(2))
 
 
+def test_soft_labels_by_hand() -> None:
+    """Odds of 1 to 3: a label of 1/4 costs the entropy of its own share, one that is whole what a class costs."""
+    logits = torch.log(torch.tensor([3.0, 1.0])).expand(4, 2, 2).clone().requires_grad_()
+    soft, whole = torch.tensor([0.25, 0.0, 1.0, math.nan]), torch.tensor([-1, 0, 1, -1])
+    share = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    hard = outcome_sum(Outcome(), logits, whole, LossOptions()).item()
+    assert hard == pytest.approx(math.log(4 / 3) + math.log(4))
+    found = outcome_sum(Outcome(), logits, soft, LossOptions())
+    assert found.item() == pytest.approx(share + hard)
+    found.backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[[0, 3]], torch.zeros(2, 2, 2))
+    weighted = outcome_sum(Outcome(), logits, soft, LossOptions(pos_weight=2.0)).item()
+    assert weighted == pytest.approx(share + hard - 0.25 * math.log(0.25) + math.log(4))
+
+
 def test_a_regression_by_hand() -> None:
     """Mean 10, std 2: labels 12 and 8 are 1 and -1; two heads, of which the second is half a unit off each time."""
     outcome = Outcome(name="los", kind="regression", classes=(), prior=(10.0,), std=2.0)

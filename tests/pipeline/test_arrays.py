@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.arrays import choose_evenly, concatenate_ranges, find_runs, offsets_from_sizes
+from pipeline.arrays import choose_evenly, concatenate_ranges, find_runs, harden, offsets_from_sizes
 
 
 def test_offsets_begin_with_zero_and_end_with_the_sum() -> None:
@@ -23,6 +23,11 @@ def test_ranges_are_the_concatenation_of_each_range(parts: list[tuple[int, int]]
 def test_runs_begin_where_a_value_differs_from_the_one_before(values: list[int]) -> None:
     expected = [at for at in range(len(values)) if at == 0 or values[at] != values[at - 1]]
     assert find_runs(np.array(values, np.int64)).tolist() == expected
+
+
+def test_soft_labels_are_classes_from_one_half_on() -> None:
+    np.testing.assert_array_equal(harden(np.array([0.0, 0.49, 0.5, 1.0, np.nan])), [0, 0, 1, 1, np.nan])
+    np.testing.assert_array_equal(harden(np.array([-1, 0, 1])), [-1, 0, 1])
 
 
 def test_positions_are_chosen_evenly() -> None:

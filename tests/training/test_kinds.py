@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pipeline import make_loader
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tasks import load_tasks
 from pipeline.tasks import main as tasks_main
 from tests.training.runs import read_metrics, read_summary, run, weights, write_tiny_data
 from training.checkpoint import Checkpoint, load_model
@@ -144,3 +146,25 @@ def test_a_checkpoint_is_not_asked_for_other_classes(
     best = str(finished / "checkpoints" / "best.pt")
     assert run(data, tmp_path, "--evaluate", best, "--task", "los") == 2
     assert "--task los: of other classes than" in capsys.readouterr().err
+
+
+def test_soft_labels_are_learned_and_measured_as_classes(data: Path, tmp_path: Path) -> None:
+    ids = pq.read_table(data / "index.parquet")["patient_id"].to_pylist()
+    labels = tmp_path / "labels.csv"
+    rows = [(name, [0.0, 0.3, 0.5, 1.0, None][i % 5]) for i, name in enumerate(ids)]
+    pl.DataFrame(rows, ["patient_id", "label"], orient="row").write_csv(labels)
+    command = ["add", str(data), "--name", "soft", "--labels", str(labels), "--label_kind", "binary"]
+    assert tasks_main(command) == 0
+    (counts,) = (task.splits["test"] for task in load_tasks(data, Manifest.load(data), "soft"))
+    batch = next(iter(make_loader(data, split="test", task="soft", batch_size=12, shuffle=False)))
+    given = batch.label.double().nan_to_num(nan=-1).tolist()
+    assert sorted(set(given)) == pytest.approx([-1.0, 0.0, 0.3, 0.5, 1.0])
+    assert run(data, tmp_path / "run", "--task", "soft", "--folds", "2", "--final_seeds", "1", report=True) == 0
+    table = pq.read_table(tmp_path / "run" / "predictions_test.parquet")
+    found = dict(zip(table["patient_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+    assert found == {
+        name: None if label < 0 else int(label >= 0.5) for name, label in zip(batch.patient_id, given, strict=True)
+    }
+    positive = sum(label or 0 for label in found.values())
+    assert counts.class_counts == [counts.num_labelled - positive, positive]
+    assert read_summary(tmp_path / "run")["test"]["log_loss"] > 0

@@ -15,6 +15,15 @@ from pipeline.schema import FLOAT32_MAX, LABEL, Kind, UserError
 
 NOT_A_NUMBER: Final = ("nan", "+nan", "-nan")
 
+DEATH_COLUMNS: Final = ("In-hospital_death", "Length_of_stay", "Survival")
+"""Columns of PhysioNet 2012's outcomes that say who died in hospital, after how many days patients left it, and after
+how many they died; -1 = not known, or not at all.
+"""
+
+LATER_DEATH: Final = 0.35
+LATER_DEATH_DAYS: Final = 120.0
+"""The soft label of a death on the day of leaving hospital, and the days in which it falls to 1/e of that."""
+
 UNKNOWN_IS_MINUS_1: Final = ("Length_of_stay", "Survival", "SAPS-I", "SOFA")
 """Columns of PhysioNet 2012's outcomes in which -1 says that the number is not known."""
 
@@ -64,7 +73,7 @@ def find_kind(facts: Sequence[LabelFacts], name: str) -> Kind:
 def parse_labels(
     path: Path, name: str, labels: pl.Series, kind: Kind, *, first: int = 1, classes: tuple[str, ...] = ()
 ) -> pl.Series:
-    """Return labels of a kind, null = unlabelled: 0 or 1 as int8, names of classes, or float64.
+    """Return labels of a kind, null = unlabelled: names of classes, or float64, from 0 to 1 where they are binary.
 
     Args:
         path: names the file in an error, as ``name`` does its column and ``first`` the row of the first label.
@@ -86,7 +95,8 @@ def parse_labels(
         )
         return names.to_series().set(is_none | (number == -1).fill_null(False), None).alias(LABEL)
     if kind == "binary":
-        is_right, what = number.is_in([0.0, 1.0, -1.0]).fill_null(False), "0, 1, or empty or -1 for none"
+        is_right = ((number >= 0) & (number <= 1) | (number == -1)).fill_null(False)
+        what = "0, 1, a probability between them, or empty or -1 for none"
         advice = "mend it, or say --label_kind multiclass or regression"
         is_none |= (number == -1).fill_null(False)
     else:
@@ -97,8 +107,24 @@ def parse_labels(
     wrong = (~(is_none | is_right)).arg_true()
     if len(wrong):
         raise UserError(f"{path}: row {wrong[0] + first}, column {name!r}: a label is {what}; {advice}")
-    number = number.set(is_none, None)
-    return number.cast(pl.Int8 if kind == "binary" else pl.Float64, strict=False).alias(LABEL)
+    return number.set(is_none, None).cast(pl.Float64, strict=False).alias(LABEL)
+
+
+def soften_deaths(label: pl.Series, stay: pl.Series, survival: pl.Series) -> pl.Series:
+    """Return labels of deaths in hospital of which those of patients who died later are soft.
+
+    A patient who died soon after leaving was more like one who died before than one who lived: the label falls from
+    ``LATER_DEATH`` with the days after leaving.
+
+    Args:
+        label: as :func:`parse_labels` gives it.
+        stay: ``Length_of_stay`` as it came, in days; -1 = not known, and days count from admission.
+        survival: ``Survival`` as it came, days from admission to death; -1 = no death is known.
+    """
+    stay, survival = _to_numbers(stay), _to_numbers(survival)
+    died_later = ((label == 0) & stay.is_not_null() & (survival >= 0)).fill_null(False)
+    days_after = (survival - stay.clip(0, None)).clip(0, None)
+    return label.zip_with(~died_later, LATER_DEATH * (-days_after / LATER_DEATH_DAYS).exp())
 
 
 def sort_classes(names: set[str]) -> tuple[str, ...]:

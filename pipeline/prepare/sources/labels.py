@@ -6,29 +6,21 @@ A table may be larger than memory.  It is read twice, in parts: to see what its 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from pipeline.prepare import names
-from pipeline.prepare.columns import PREDICTION_TIMES, check, is_missing, to_instants, to_minutes, to_patient_names
 from pipeline.prepare.sort_samples import NO_DATE, NO_MINUTE, ContradictionError, SampleSorter, SortedSamples
-from pipeline.prepare.sources.label_values import LabelFacts, find_kind, parse_labels, sort_classes
+from pipeline.prepare.sources.label_files import LabelColumns, LabelFile
+from pipeline.prepare.sources.label_values import find_kind, sort_classes
 from pipeline.prepare.sources.listing import list_tables
-from pipeline.prepare.sources.reading import ID_COLUMNS, pick_column
-from pipeline.prepare.sources.side_files import read_column_titles, read_frames
 from pipeline.schema import LABEL, PATIENT_ID, TIME_COLUMNS, Kind, Times, UserError
-
-LABEL_COLUMNS: Final = (
-    "label", "in_hospital_mortality", "In-hospital_death", "boolean_value", "integer_value", "float_value",
-    "categorical_value",
-)  # fmt: skip
-LABEL_ID_COLUMNS: Final = (*ID_COLUMNS, "hadm_id")
 
 CLASSES: Final = ("0", "1")
 """Names of the classes of a binary task."""
@@ -36,17 +28,14 @@ CLASSES: Final = ("0", "1")
 LABEL_TYPES: Final[dict[Kind, Any]] = {"binary": pl.Int8, "multiclass": pl.Int32, "regression": pl.Float64}
 TIME_TYPES: Final[dict[Times, Any]] = {"date": pl.Datetime("us"), "minute": pl.Float64}
 
-SLICE_ROWS: Final = 1 << 18
-"""Maximum number of labels that are worked on at once."""
-
 LABEL_CLASSES_HELP: Final = (
     "Names of the classes, in their order, of labels that are classes; by default those that occur. Give those of a "
     "trained model to evaluate it on labels that lack one."
 )
-LabelKind = Literal["auto", "binary", "multiclass", "regression"]
 LABEL_KIND_HELP: Final = (
-    "What labels are: 0 and 1 (binary), names or numbers of classes (multiclass), or numbers (regression). Default: as "
-    "they look; what whole numbers other than 0 and 1 are must be said."
+    "What labels are: 0 and 1, or probabilities between them (binary), names or numbers of classes (multiclass), or "
+    "numbers (regression). Default: as they look; what whole numbers other than 0 and 1, and probabilities, are must "
+    "be said."
 )
 
 
@@ -59,6 +48,7 @@ class Labels:
         samples: by patient and time, each once; labels are numbers, of classes their positions.
         kind: of the task.
         classes: names of the classes that labels are the numbers of; empty for a regression.
+        is_soft: whether labels of a binary task are probabilities, which count as 1 from one half on.
         warnings: that a person should see.
     """
 
@@ -66,6 +56,7 @@ class Labels:
     samples: SortedSamples
     kind: Kind = "binary"
     classes: tuple[str, ...] = CLASSES
+    is_soft: bool = False
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -97,7 +88,8 @@ class Labels:
 
     def to_columns(self, records: npt.NDArray[Any]) -> list[pl.Series]:
         """Return times, if there are some, and labels of records as columns; null = missing."""
-        label = pl.Series(LABEL, records["label"]).fill_nan(None).cast(LABEL_TYPES[self.kind])
+        label = pl.Series(LABEL, records["label"]).fill_nan(None)
+        label = label.cast(pl.Float32 if self.is_soft else LABEL_TYPES[self.kind])
         if self.samples.times is None:
             return [label]
         missing = NO_DATE if self.samples.times == "date" else NO_MINUTE
@@ -116,26 +108,6 @@ def _to_record_times(time: pl.Series | None) -> npt.NDArray[Any] | int:
     if isinstance(time.dtype, pl.Datetime):
         return time.cast(pl.Datetime("us")).to_physical().fill_null(NO_DATE).to_numpy()
     return time.cast(pl.Float64).fill_null(NO_MINUTE).to_numpy()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelColumns:
-    """Which columns serve as what; None = found by their usual names.
-
-    Attributes:
-        patient: tried before the usual names.
-        time: of dates, or else of minutes.
-        kind: of the labels; ``auto`` looks at them.
-        classes: names of the classes in their order; none = those that occur.
-        minutes_of_unit: of times that are numbers.
-    """
-
-    label: str | None = None
-    patient: str | None = None
-    time: str | None = None
-    kind: LabelKind = "auto"
-    classes: tuple[str, ...] = ()
-    minutes_of_unit: float = 1.0
 
 
 def read_labels(path: Path, columns: LabelColumns | None = None) -> Labels:
@@ -169,9 +141,10 @@ def read_label_files(paths: Sequence[Path], origin: str, columns: LabelColumns) 
             raise UserError(f"{origin}: column {name!r} has fewer than two classes; name another --label_column")
         if not found <= set(classes):
             raise UserError(f"{origin}: column {name!r} has labels that are not in --label_classes; name all classes")
-    sorter = SampleSorter(files[0].times)
+    sorter, is_soft = SampleSorter(files[0].times), False
     for file in files:
         for _, patient, time, label in file.read_slices(kind):
+            is_soft |= kind == "binary" and bool((label % 1 != 0).any())
             if kind == "multiclass":
                 label = label.replace_strict(classes, range(len(classes)), return_dtype=pl.Int32)
             is_named = patient.is_not_null()
@@ -184,7 +157,7 @@ def read_label_files(paths: Sequence[Path], origin: str, columns: LabelColumns) 
         where = _find_rows(files, kind, found_one)
         raise UserError(f"{origin}: {where} give one sample two labels; keep one") from None
     words = sum((file.facts.words for file in files), Counter[str]())
-    return Labels(origin, samples, kind, classes, _warn_of_words(name, words))
+    return Labels(origin, samples, kind, classes, is_soft, _warn_of_words(name, words))
 
 
 def _warn_of_words(name: str, words: Counter[str]) -> tuple[str, ...]:
@@ -206,94 +179,3 @@ def _find_rows(files: Sequence[LabelFile], kind: Kind, wanted: ContradictionErro
             rows.extend((num_before + first + found).tolist())
         num_before += file.num_rows
     return f"rows {rows[0]} to {rows[-1]}"
-
-
-Slice = tuple[int, pl.Series, pl.Series | None, pl.Series]
-"""Number of the first row; patients as names, times and labels of some rows."""
-
-
-@dataclass(kw_only=True, slots=True)
-class LabelFile:
-    """A file of labels: which of its columns serve as what, and what they hold."""
-
-    path: Path
-    columns: LabelColumns
-    patient: str
-    label: str
-    time: str | None
-    times: Times | None
-    num_rows: int
-    facts: LabelFacts = field(default_factory=LabelFacts)
-
-    @classmethod
-    def survey(cls, path: Path, columns: LabelColumns) -> Self:
-        """Read a file once, to see what its columns hold."""
-        titles = read_column_titles(path)
-        id_columns = [columns.patient, *LABEL_ID_COLUMNS] if columns.patient else LABEL_ID_COLUMNS
-        patient = pick_column(path, titles, None, id_columns, "--patient_column, or one of these headers")
-        present = [name for name in LABEL_COLUMNS if name in titles]
-        known = [pick_column(path, titles, columns.label, present or LABEL_COLUMNS, "--label_column")]
-        if columns.label is None:
-            known += [name for name in present if name not in known]
-        named = [columns.time] if columns.time else [name for name in TIME_COLUMNS.values() if name in titles][:1]
-        time = pick_column(path, titles, named[0], (), "--time_column") if named else None
-        facts = {name: LabelFacts(columns.classes) for name in known}
-        num_rows, has_dates, has_minutes = 0, False, False
-        for frame in read_frames(path, list(dict.fromkeys([*known, *([time] if time else [])]))):
-            for part in frame.iter_slices(SLICE_ROWS):
-                num_rows += part.height
-                for name in known:
-                    facts[name].update(part[name])
-                if time and not has_dates:
-                    has_dates, is_minutes = _look_at_times(check(path, part[time], PREDICTION_TIMES))
-                    has_minutes |= is_minutes
-        label = next((name for name in known if facts[name].is_filled), known[0])
-        pick_column(path, titles, label, (), "--label_column")
-        times: Times | None = ("minute" if has_minutes and not has_dates else "date") if time else None
-        return cls(path=path, columns=columns, patient=patient, label=label, time=time, times=times,
-                   num_rows=num_rows, facts=facts[label])  # fmt: skip
-
-    def find_classes(self) -> set[str]:
-        """Return the names of the classes that occur."""
-        found: set[str] = set()
-        for frame in read_frames(self.path, [self.label]):
-            for part in frame.iter_slices(SLICE_ROWS):
-                found.update(self._parse(part[self.label], "multiclass", 1).drop_nulls().unique())
-        return found
-
-    def read_slices(self, kind: Kind) -> Iterator[Slice]:
-        """Yield the rows, some at a time; one that lacks patient or time, or whose label is none, is a UserError."""
-        first, wanted = 1, [self.patient, self.label, *([self.time] if self.time else [])]
-        for frame in read_frames(self.path, list(dict.fromkeys(wanted))):
-            for part in frame.iter_slices(SLICE_ROWS):
-                patient = names.encode(part[self.patient], to_patient_names)
-                time = self._parse_times(part[self.time], first) if self.time else None
-                for column, name in ((patient, self.patient), (time, self.time)) if time is not None else ():
-                    if column.null_count():
-                        row = column.is_null().arg_true()[0] + first
-                        raise UserError(f"{self.path}: row {row} has no {name}; give one, or leave the row out")
-                yield first, patient, time, self._parse(part[self.label], kind, first)
-                first += part.height
-
-    def _parse(self, labels: pl.Series, kind: Kind, first: int) -> pl.Series:
-        return parse_labels(self.path, self.label, labels, kind, first=first, classes=self.columns.classes)
-
-    def _parse_times(self, column: pl.Series, first: int) -> pl.Series:
-        """Return prediction times as dates, or as minutes; raise UserError where one is neither."""
-        factor = self.columns.minutes_of_unit
-        times = to_instants(column) if self.times == "date" else to_minutes(column) * factor
-        wrong = (times.is_null() & ~is_missing(column)).arg_true()
-        if len(wrong):
-            row = f"row {wrong[0] + first}, column {column.name!r}"
-            raise UserError(f"{self.path}: {row}: neither an ISO date nor a number of minutes; mend it")
-        return times
-
-
-def _look_at_times(column: pl.Series) -> tuple[bool, bool]:
-    """Return whether there are dates, and whether there are minutes, in a part of a column of times."""
-    if column.dtype == pl.Duration or column.dtype.is_numeric():
-        return False, True
-    if column.dtype != pl.String:
-        return True, False
-    has_dates = to_instants(column).null_count() < len(column)
-    return has_dates, not has_dates and to_minutes(column).null_count() < len(column)

@@ -12,7 +12,7 @@ import polars as pl
 
 from pipeline.options import Section, option
 from pipeline.prepare.sources.csv_files import parse_encoding, parse_separator
-from pipeline.prepare.sources.labels import LABEL_COLUMNS
+from pipeline.prepare.sources.label_files import LABEL_COLUMNS
 from pipeline.prepare.sources.reading import ID_COLUMNS, SITE, pick_column
 from pipeline.prepare.sources.side_files import read_keyed_frame
 from pipeline.prepare.sources.wide import PREFIX

@@ -23,7 +23,8 @@ from pipeline.prepare.columns import (
     to_instants,
     to_patient_names,
 )
-from pipeline.prepare.sources.labels import LabelColumns, read_labels
+from pipeline.prepare.sources.label_files import LabelColumns
+from pipeline.prepare.sources.labels import read_labels
 from pipeline.prepare.sources.layout import ColumnOptions
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_tables
 from pipeline.prepare.sources.meds_codes import (

@@ -16,15 +16,8 @@ import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
 from pipeline.prepare.columns import to_patient_names
-from pipeline.prepare.sources.labels import (
-    LABEL_CLASSES_HELP,
-    LABEL_ID_COLUMNS,
-    LABEL_KIND_HELP,
-    LabelColumns,
-    LabelKind,
-    Labels,
-    read_labels,
-)
+from pipeline.prepare.sources.label_files import LABEL_ID_COLUMNS, LabelColumns, LabelKind
+from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP, Labels, read_labels
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
 from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, pick_column, reading
 from pipeline.prepare.sources.side_files import read_frame

@@ -14,8 +14,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tasks import Task
 from pipeline.prepare import sort_samples
 from pipeline.prepare import tasks as prepare_tasks
-from pipeline.prepare.sources import labels as label_tables
-from pipeline.prepare.sources import side_files
+from pipeline.prepare.sources import label_files, side_files
 from pipeline.prepare.tasks import write_task
 from pipeline.schema import UserError
 
@@ -57,11 +56,11 @@ def test_slices_change_nothing(
     monkeypatch.setattr(prepare_tasks, "ROWS_A_GROUP", 64)
     tasks: list[Task] = []
     for number, rows in enumerate((1 << 20, 7)):
-        for module, name in ((prepare_tasks, "SLICE_ROWS"), (label_tables, "SLICE_ROWS"), (sort_samples, "RUN_ROWS"),
+        for module, name in ((prepare_tasks, "SLICE_ROWS"), (label_files, "SLICE_ROWS"), (sort_samples, "RUN_ROWS"),
                              (sort_samples, "STRIDE"), (side_files, "BATCH_ROWS")):  # fmt: skip
             monkeypatch.setattr(module, name, rows)
         name = f"{kind}-{has_times}-{number}"
-        read = label_tables.read_labels(labels)
+        read = label_files.read_labels(labels)
         assert isinstance(read.samples.records, np.ndarray) == (number == 0)
         tasks.append(write_task(data, manifest, name, read))
         assert Task.load(data, manifest, name) == tasks[-1]
@@ -75,7 +74,7 @@ def test_slices_change_nothing(
 
 
 def test_rows_are_counted_over_all_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_tables, "SLICE_ROWS", 2)
+    monkeypatch.setattr(label_files, "SLICE_ROWS", 2)
     path = tmp_path / "1.csv"
     for rows, message in (
         ("a,1,0\nb,1,0\nc,1,0\nd,1,2.5x\ne,1,1\n", "row 4, column 'label': a label is 0, 1"),
@@ -85,7 +84,7 @@ def test_rows_are_counted_over_all_slices(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         path.write_text("patient_id,prediction_minute,label\n" + rows)
         with pytest.raises(UserError, match=message):
-            label_tables.read_labels(path)
+            label_files.read_labels(path)
     path.write_text("patient_id,prediction_minute,label\na,1,0\nb,2,1\nc,2150-01-01,1\n")  # a date decides
     with pytest.raises(UserError, match="row 1, column 'prediction_minute': neither"):
-        label_tables.read_labels(path)
+        label_files.read_labels(path)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.prepare.sources.labels import LabelColumns, LabelKind, read_labels
+from pipeline.prepare.sources.label_files import LabelColumns, LabelKind
+from pipeline.prepare.sources.labels import read_labels
 from pipeline.prepare.sources.meds import Meds
 from pipeline.prepare.sources.table import Table
 from pipeline.schema import UserError
@@ -90,6 +91,18 @@ def test_the_kind_of_a_task_is_given_or_seen(
     assert (found.kind, found.classes) == (kind, classes)
     assert found.frame["label"].to_list() == expected
     assert found.frame["label"].dtype == {"binary": pl.Int8, "multiclass": pl.Int32, "regression": pl.Float64}[kind]
+
+
+def test_labels_between_0_and_1_are_soft_where_they_are_said_to_be_binary(tmp_path: Path) -> None:
+    path = write(tmp_path / "1.csv", "patient_id,label\na,0.25\nb,-1\nc,1\nd,\n")
+    assert read_labels(path).kind == "regression"
+    found = read_labels(path, LabelColumns(kind="binary"))
+    assert found.is_soft
+    assert found.frame["label"].to_list() == [0.25, None, 1.0, None]
+    assert found.frame["label"].dtype == pl.Float32
+    path.write_text("patient_id,label\na,0.25\nb,1.01\n")
+    with pytest.raises(UserError, match="row 2, column 'label': a label is 0, 1, a probability between them"):
+        read_labels(path, LabelColumns(kind="binary"))
 
 
 def test_classes_do_not_depend_on_the_type_in_which_a_file_has_them(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import polars as pl
 import pytest
 
 from pipeline.prepare.clean import clean
+from pipeline.prepare.sources.label_files import LabelColumns
+from pipeline.prepare.sources.labels import read_labels
 from pipeline.prepare.sources.physionet2012 import PhysioNet2012
 from pipeline.schema import UserError
 
@@ -62,6 +65,22 @@ def test_records_by_hand(tmp_path: Path) -> None:
         (1, 9, "no_variable", "01:00", None, None),
         (2, 1, "record_id", "00:00", "RecordID", "14"),
     ]
+
+
+def test_labels_of_patients_who_died_later_are_soft(tmp_path: Path) -> None:
+    """On the day of leaving 0.35, after 120 days 1/e of that; of an unknown stay days count from admission."""
+    source = write(tmp_path / "set-a", r1=HEADER)
+    path = tmp_path / "Outcomes-a.txt"
+    rows = ["1,5,5,0", "2,10,130,0", "3,5,-1,0", "4,5,3,1", "5,-1,120,0", "6,5,x,0", "7,5,9,-1", "8,9,2,0"]
+    path.write_text("RecordID,Length_of_stay,Survival,In-hospital_death\n" + "\n".join(rows) + "\n")
+    labels = source.read_labels()
+    assert labels is not None
+    assert labels.is_soft
+    third = 0.35 / math.e
+    assert labels.frame["label"].to_list() == pytest.approx([0.35, third, 0, 1, third, 0, None, 0.35])
+    named = read_labels(path, LabelColumns(label="In-hospital_death"))
+    assert not named.is_soft
+    assert named.frame["label"].to_list() == [0, 0, 0, 1, 0, 0, None, 0]
 
 
 @pytest.mark.parametrize(("first", "reason"), [("", "no_variable"), ("00:01", "no_variable"), ("00:01,HR", None)])
