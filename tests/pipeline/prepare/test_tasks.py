@@ -15,6 +15,7 @@ from pipeline.dataset.tasks import Task
 from pipeline.prepare import sort_samples
 from pipeline.prepare import tasks as prepare_tasks
 from pipeline.prepare.sources import label_files, side_files
+from pipeline.prepare.sources.labels import read_labels
 from pipeline.prepare.tasks import write_task
 from pipeline.schema import UserError
 
@@ -60,7 +61,7 @@ def test_slices_change_nothing(
                              (sort_samples, "STRIDE"), (side_files, "BATCH_ROWS")):  # fmt: skip
             monkeypatch.setattr(module, name, rows)
         name = f"{kind}-{has_times}-{number}"
-        read = label_files.read_labels(labels)
+        read = read_labels(labels)
         assert isinstance(read.samples.records, np.ndarray) == (number == 0)
         tasks.append(write_task(data, manifest, name, read))
         assert Task.load(data, manifest, name) == tasks[-1]
@@ -84,7 +85,7 @@ def test_rows_are_counted_over_all_slices(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         path.write_text("patient_id,prediction_minute,label\n" + rows)
         with pytest.raises(UserError, match=message):
-            label_files.read_labels(path)
+            read_labels(path)
     path.write_text("patient_id,prediction_minute,label\na,1,0\nb,2,1\nc,2150-01-01,1\n")  # a date decides
     with pytest.raises(UserError, match="row 1, column 'prediction_minute': neither"):
-        label_files.read_labels(path)
+        read_labels(path)
