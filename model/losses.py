@@ -161,7 +161,7 @@ def compute_losses(
     Args:
         output: of the model; reconstruction and KL divergence need ``decoded``, the outcomes need ``logits``.  Samples
             that follow those of the batch are prefixes of its patients, as many times all of them.
-        label: of the batch, see :attr:`PatientBatch.label`.
+        label: of the samples of the batch, see :attr:`PatientBatch.sample_label`.
         options: the weights.
         counts: of the global batch.
         beta: weight of the KL divergence at this step; in a captured graph a scalar on the device.

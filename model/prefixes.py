@@ -33,20 +33,28 @@ class Prefixes:
     num_sets: Tensor
 
     @classmethod
+    def of(cls, batch: PatientBatch) -> Prefixes | None:
+        """Return the samples of a batch that share events; None = each patient is a sample."""
+        samples = batch.samples
+        return None if samples is None else cls(samples.patient, samples.num_sets)
+
+    @classmethod
     def after_hours(cls, batch: PatientBatch, hours: tuple[float, ...]) -> Prefixes:
-        """Return the whole patients of a batch [B], then what each was so many hours after its first set.
+        """Return the samples of a batch [N], then what each patient was so many hours after its first set.
 
         A prefix ends before the first set that is later; there are B of each of the ``hours``, one after another.
         """
         first_S = batch.patient_offsets[:-1][batch.patient_of_set]
         minute_S, patients = batch.minute - batch.minute[first_S], torch.arange(batch.num_patients)
-        counts = [batch.sets_per_patient]
+        samples = batch.samples
+        counts = [batch.sets_per_patient if samples is None else samples.num_sets]
         for limit in hours:
             is_later_S = (minute_S > 60 * limit).long()
             later_before_S = is_later_S.cumsum(0)
             is_early_S = later_before_S == (later_before_S - is_later_S)[first_S]
             counts.append(torch.bincount(batch.patient_of_set[is_early_S], minlength=batch.num_patients))
-        return cls(patients.repeat(1 + len(hours)), torch.cat(counts))
+        first = patients if samples is None else samples.patient
+        return cls(torch.cat([first, patients.repeat(len(hours))]), torch.cat(counts))
 
     def separate(self, batch: PatientBatch) -> PatientBatch:
         """Return the samples as a batch of N patients, each with sets and events of its own."""
@@ -64,6 +72,7 @@ class Prefixes:
             label=batch.label[self.patient],
             patient_id=[batch.patient_id[number] for number in chosen],
             prediction_time=times and [times[number] for number in chosen],
+            samples=None,
         )
 
     def lay_out(self, batch: PatientBatch, sets: SetLayout) -> SharedRows:

@@ -93,13 +93,13 @@ class PreparedBatch:
 
         Args:
             batch: on the CPU.
-            prefixes: the samples that outcomes are predicted of, without capacities; None = the patients.
+            prefixes: what outcomes are predicted of, which has no capacities; None = the samples of the batch.
             seed: seed of the noise of training step ``step``; None = no noise.
             step: the training step, counted from 0.
             capacities: the shapes among which the batch is given the first that has room for it, by filler patients.
         """
-        num_patients, num_sets = batch.num_patients, batch.num_sets
-        batch, shape = (fill_batch(batch, capacities) if capacities else None) or (batch, None)
+        num_patients, num_sets, prefixes = batch.num_patients, batch.num_sets, prefixes or Prefixes.of(batch)
+        batch, shape = (fill_batch(batch, capacities) if capacities and prefixes is None else None) or (batch, None)
         set_room, variable_room, tiles = None, None, 0
         if shape is not None:
             set_room = LayoutRoom(num_sets, shape.longest, shape.num_sets + shape.events // TILE)

@@ -131,7 +131,7 @@ def _write_whole_patients(
 ) -> None:
     """Write the task ``default``, whose samples are whole patients, with pyarrow alone."""
     labels = {patient.patient_id: patient.label for patients in splits.values() for patient in patients}
-    times = {"prediction_time": None, "prediction_minute": None}
+    times = {"prediction_time": None, "prediction_minute": None, "whole_sets": True}
     rows = [row | times | {"label": labels[row["patient_id"]]} for row in index_rows]
     rows = [{name: row[name] for name in TASK_SCHEMA.names} for row in rows]
     (directory / "tasks").mkdir()

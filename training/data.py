@@ -225,6 +225,7 @@ class BatchPreparer:
         if self.padded:
             padded = batch.to_padded(pad_to=self.pad_to)
             seen = PatientBatch.from_padded(padded, batch.patient_id, batch.prediction_time)
+            seen = dataclasses.replace(seen, samples=batch.samples)
         whole = place.counts
         counts = LossCounts(num_events=whole.num_events, num_sets=whole.num_sets, num_labelled=whole.num_labelled)
         if self.seed is not None and self.event_dropout:

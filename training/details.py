@@ -88,12 +88,14 @@ class Details:
 
 def _answer_rows(prepared: PreparedBatch, output: SeqSetVAEOutput, views: int) -> Floats:
     """Return [B, ·] float64: the number of events, the labels of tasks (NaN = unlabelled), then for each of the views
-    what is predicted of each task, first at the end.
+    what is predicted of each task, first at the end; of samples that share events the longest alone.
     """
     batch = prepared.batch.to("cpu")
-    columns = [batch.events_per_patient.numpy(), *labels_of_batch(batch, output.outcomes)]
+    at_end = np.arange(batch.num_patients) if batch.samples is None else batch.samples.whole.numpy()
+    columns = [batch.events_per_patient.numpy(), *(own[at_end] for own in labels_of_batch(batch, output.outcomes))]
     predictions = torch.cat(output.predictions, 1).double().cpu().numpy()
-    return np.column_stack([*columns, *np.split(predictions, views)])
+    early = np.split(predictions[batch.num_samples :], views - 1)
+    return np.column_stack([*columns, predictions[at_end], *early])
 
 
 def judge_answers(rows: Floats, outcomes: tuple[Outcome, ...], hours: tuple[int, ...]) -> list[dict[str, Any]]:

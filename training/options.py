@@ -148,6 +148,8 @@ class TrainOptions:
             raise UserError(f"--freeze trains the head alone: {needed}")
         if self.cross_fit.folds and not self.loss.learns_outcome:
             raise UserError("--folds judges by what is predicted, and --objective pretrain predicts nothing; leave one")
+        if self.data.share_windows and self.loss.prefix_weight:
+            raise UserError("--share_windows answers at the prediction times of samples; leave --prefix_weight")
         if self.cross_fit.is_on and self.evaluation.meds_predictions:
             raise UserError("--meds_predictions is for one model; with --folds give it to --evaluate afterwards")
 
@@ -170,9 +172,9 @@ class AtResume(Enum):
 
 _FLAGS = {
     AtResume.SAME: (
-        "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "bucketing",
-        "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision", "folds", "repeats",
-        "without",
+        "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "share_windows",
+        "bucketing", "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision", "folds",
+        "repeats", "without",
     ),
     AtResume.OBEYED: (
         "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from model.config import Outcome
 from pipeline.arrays import harden
 from pipeline.dataset.tasks import Task
-from pipeline.loading.batch import PatientBatch, PredictionTime
+from pipeline.loading.batch import PatientBatch
+from pipeline.loading.samples import PredictionTime
 from pipeline.schema import TIME_COLUMNS, UNLABELLED, Times
 from pipeline.storage.files import replace_atomically
 
@@ -25,9 +26,11 @@ TIME_TYPES = {"date": pa.timestamp("us"), "minute": pa.float64()}
 
 
 def labels_of_batch(batch: PatientBatch, outcomes: Sequence[Outcome]) -> list[Floats]:
-    """Return the labels [B] of each task, NaN = unlabelled; those of classes are their numbers, also where soft."""
-    label = batch.label.cpu().double().numpy()
-    if not batch.label.is_floating_point():
+    """Return the labels [N] of the samples of a batch for each task, NaN = unlabelled; those of classes are their
+    numbers, also where soft.
+    """
+    label = batch.sample_label.cpu().double().numpy()
+    if not batch.sample_label.is_floating_point():
         label = np.where(label == UNLABELLED, np.nan, label)
     labels = [*label.T] if label.ndim > 1 else [label] * len(outcomes)
     return [harden(own) if outcome.kind == "binary" else own for own, outcome in zip(labels, outcomes, strict=True)]

@@ -140,7 +140,7 @@ def forward_losses(
     with settings.optimisation.autocast(settings.world.device):
         output = model(prepared, reconstruct=loss.learns_sets, classify=loss.learns_outcome)
         with record_function("losses"):
-            return compute_losses(output, prepared.batch.label, loss, counts, beta=beta)
+            return compute_losses(output, prepared.batch.sample_label, loss, counts, beta=beta)
 
 
 def smaller_parts(parts: list[PreparedBatch], step: int, settings: StepSettings) -> list[PreparedBatch]:

@@ -134,9 +134,9 @@ def validate(
         for prepared, output in forward_in_parts(model, ready.parts, world, options, hours):
             if details is not None:
                 details.add(prepared, output)
-                output = output.first(prepared.batch.num_patients)
+                output = output.first(prepared.batch.num_samples)
             with options.optimisation.autocast(world.device):
-                sums.add(compute_losses(output, prepared.batch.label, loss, one, beta=loss.beta))
+                sums.add(compute_losses(output, prepared.batch.sample_label, loss, one, beta=loss.beta))
             gauges.update(output.posterior)
             tables.append(_tables_of(prepared.batch, output, times))
         labelled = np.broadcast_to(ready.counts.num_labelled, len(outcomes))
@@ -169,10 +169,10 @@ def _no_predictions(outcomes: tuple[Outcome, ...], times: Times | None) -> list[
 
 def _tables_of(batch: PatientBatch, output: SeqSetVAEOutput, times: Times | None) -> list[pa.Table]:
     """Return the predictions of a batch for each outcome; null where none were made."""
-    outcomes, who = output.outcomes, (batch.patient_id, batch.prediction_time)
+    outcomes, who = output.outcomes, batch.sample_names
     labels = labels_of_batch(batch, outcomes)
     if output.logits is None:
-        predictions = [np.full((batch.num_patients, outcome.num_outputs), np.nan) for outcome in outcomes]
+        predictions = [np.full((batch.num_samples, outcome.num_outputs), np.nan) for outcome in outcomes]
     else:
         predictions = [prediction.double().cpu().numpy() for prediction in output.predictions]
     each = zip(outcomes, labels, predictions, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrays import Ints, is_labelled, offsets_from_sizes
+from pipeline.arrays import Ints, concatenate_ranges, find_runs, is_labelled, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.schemas import INDEX_SCHEMA, task_schema
 from pipeline.dataset.tables import RowsByShard
@@ -23,11 +23,35 @@ from pipeline.storage.folder import Folder
 
 _LENGTHS = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
 
+LENGTHS = ("num_events", "num_sets", "whole_sets")
+"""The columns that say how long samples are."""
+
 JOINED_ROWS = 1 << 22
 """Rows of several tasks that are joined at once to count their samples."""
 
 ChosenPatients: TypeAlias = Mapping[str, npt.NDArray[np.bool_]]
 """Which patients [P] of each shard are used, by its path; of a shard that is not named, none are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedSamples:
+    """The samples [N] that share windows: those of window ``w`` are ``offsets[w]:offsets[w+1]``, the longest last.
+
+    Attributes:
+        offsets: [W+1] int64.
+        num_sets: [N] int64, the first sets of its window that each sample has; of the longest at least all.
+        label, prediction_time: as in :class:`Samples`.
+    """
+
+    offsets: Ints
+    num_sets: Ints
+    label: npt.NDArray[Any]
+    prediction_time: npt.NDArray[Any] | None
+
+    def of_windows(self, windows: Ints) -> tuple[Ints, Ints]:
+        """Return [K] the samples of some windows, one window after another, and for each the position of its window."""
+        sizes = np.diff(self.offsets)[windows]
+        return concatenate_ranges(self.offsets[windows], sizes), np.repeat(np.arange(len(windows)), sizes)
 
 
 class SplitPart(NamedTuple):
@@ -47,14 +71,18 @@ class Samples:
         num_sets: [N] sets of these events.
         label: [N] int64, -1 = unlabelled; of a regression, and soft, float32, NaN = unlabelled; of T tasks [N, T]
             float32.
+        whole_sets: [N] whether a sample's last set is whole, and is not cut by the prediction time.
         prediction_time: [N] datetime64[us], or float64 minutes; NaT or NaN = the whole patient.  None = all are whole.
+        shared: the samples themselves, where these here are windows that samples share; None = each has its own.
     """
 
     patient: Ints
     num_events: Ints
     num_sets: Ints
     label: npt.NDArray[Any]
+    whole_sets: npt.NDArray[np.bool_]
     prediction_time: npt.NDArray[Any] | None = None
+    shared: SharedSamples | None = None
 
 
 class SampleIndex:
@@ -71,9 +99,10 @@ class SampleIndex:
         tasks: tuple[Task, ...] = (),
         *,
         chosen: ChosenPatients | None = None,
+        share: Callable[[Samples], Samples] | None = None,
         verify: bool = True,
     ) -> None:
-        self.tasks, self._chosen, advice = tasks, chosen, "add the task again"
+        self.tasks, self._chosen, self._share, advice = tasks, chosen, share, "add the task again"
         files = [(task.table, task.table_sha256, advice, _sample_schema(task)) for task in tasks]
         if not tasks:
             files = [(INDEX_FILE, manifest.files.get(INDEX_FILE, ""), folder.repair_advice, _LENGTHS)]
@@ -85,10 +114,10 @@ class SampleIndex:
     def count(self, entries: Sequence[ShardEntry]) -> Ints:
         """Return the number of samples of each shard.
 
-        Nothing is read, unless several tasks share samples, or patients were chosen.
+        Nothing is read, unless several tasks share samples, samples share windows, or patients were chosen.
         """
         rows = [_count_rows(task, entries) for task in self.tasks or (None,)]
-        if (len(rows) == 1 and self._chosen is None) or not len(entries):
+        if (len(rows) == 1 and self._chosen is None and self._share is None) or not len(entries):
             return rows[0]
         part = np.sum(rows, axis=0).cumsum() // JOINED_ROWS
         found = []
@@ -102,7 +131,8 @@ class SampleIndex:
     def read(self, entries: Sequence[ShardEntry]) -> Samples:
         """Return the samples of some shards."""
         of_tasks = [self._read(number, task, entries) for number, task in enumerate(self.tasks or (None,))]
-        return join_samples([choose_samples(each, entries, self._chosen) for each in of_tasks])
+        samples = join_samples([choose_samples(each, entries, self._chosen) for each in of_tasks])
+        return samples if self._share is None else self._share(samples)
 
     def _read(self, number: int, task: Task | None, entries: Sequence[ShardEntry]) -> Samples:
         """Return the samples of one task, or the patients, of some shards."""
@@ -112,11 +142,11 @@ class SampleIndex:
             table, shard = table.filter(has_events), shard[has_events.to_numpy()]
         num_events, num_sets = (table[name].to_numpy().astype(np.int64) for name in ("num_events", "num_sets"))
         patients = offsets_from_sizes(np.array([entry.num_patients for entry in entries], np.int64))
-        patient, time = np.arange(table.num_rows), None
+        patient, time, whole_sets = np.arange(table.num_rows), None, np.ones(table.num_rows, np.bool_)
         label: npt.NDArray[Any] = np.full(table.num_rows, UNLABELLED, np.int64)
         if task is not None:
             patient = patients[shard] + table["position"].to_numpy()
-            label = _read_labels(table["label"], task)
+            label, whole_sets = _read_labels(table["label"], task), table["whole_sets"].to_numpy()
             time = table[TIME_COLUMNS[task.times]].to_numpy() if task.times else None
         inside = (patient >= patients[shard]) & (patient < patients[shard + 1])
         lengths_fit = (num_sets >= 1) & (num_sets <= num_events)
@@ -127,7 +157,8 @@ class SampleIndex:
             sums = [np.bincount(shard, amount, len(entries)).tolist() for amount in (num_sets, num_events)]
             if sums != [[entry.num_sets for entry in entries], [entry.num_events for entry in entries]]:
                 raise UserError(self._damage[number])
-        return Samples(patient=patient, num_events=num_events, num_sets=num_sets, label=label, prediction_time=time)
+        lengths = {"num_events": num_events, "num_sets": num_sets, "whole_sets": whole_sets}
+        return Samples(patient=patient, label=label, prediction_time=time, **lengths)
 
 
 def choose_samples(samples: Samples, entries: Sequence[ShardEntry], chosen: ChosenPatients | None) -> Samples:
@@ -137,7 +168,7 @@ def choose_samples(samples: Samples, entries: Sequence[ShardEntry], chosen: Chos
     of_shard = [chosen.get(entry.path, np.zeros(entry.num_patients, np.bool_)) for entry in entries]
     keep = np.concatenate([*of_shard, np.zeros(0, np.bool_)])[samples.patient]
     time = samples.prediction_time
-    kept = {name: getattr(samples, name)[keep] for name in ("patient", "num_events", "num_sets", "label")}
+    kept = {name: getattr(samples, name)[keep] for name in ("patient", "label", *LENGTHS)}
     return replace(samples, **kept, prediction_time=None if time is None else time[keep])
 
 
@@ -189,7 +220,46 @@ def join_samples(of_tasks: Sequence[Samples]) -> Samples:
     bounds = offsets_from_sizes(np.array([len(samples.patient) for samples in of_tasks], np.int64))
     for number, (samples, (start, stop)) in enumerate(zip(of_tasks, pairwise(bounds), strict=True)):
         labels[row[start:stop], number] = np.where(is_labelled(samples.label), samples.label, np.nan)
-    amounts = {name: np.concatenate([getattr(s, name) for s in of_tasks])[first] for name in ("num_events", "num_sets")}
+    lengths: dict[str, Any] = {name: np.concatenate([getattr(s, name) for s in of_tasks])[first] for name in LENGTHS}
     return Samples(
-        patient=patient[first], label=labels, prediction_time=None if time is None else time[first], **amounts
+        patient=patient[first], label=labels, prediction_time=None if time is None else time[first], **lengths
     )
+
+
+def share_windows(samples: Samples, max_events: int | None, *, keeps_earliest: bool) -> Samples:
+    """Return the windows [W] of samples: those of a patient share one if they begin at the same event.
+
+    Shorter samples of a window end between sets, so that they are its first sets.  A sample whose last set is cut has a
+    window of its own, unless it is the longest; so have those of one set, whose minute differs if it is static; and,
+    unless the earliest events are kept, what is cut to ``max_events``, as it begins later.
+
+    Args:
+        samples: before truncation.
+        max_events: to which windows are cut; None = they are not.
+        keeps_earliest: whether what is cut keeps its earliest events, and so its beginning.
+    """
+    number = len(samples.patient)
+    num_events = samples.num_events
+    is_cut = num_events > (np.iinfo(np.int64).max if max_events is None else max_events)
+    if keeps_earliest and max_events is not None:
+        num_events, is_cut = np.minimum(num_events, max_events), np.zeros(number, np.bool_)
+    alone = np.where(is_cut, 2 + np.arange(number), samples.num_sets == 1)
+    order = np.lexsort((samples.num_events, num_events, alone, samples.patient))
+    starts = np.union1d(find_runs(samples.patient[order]), find_runs(alone[order]))
+    sizes = np.diff(np.append(starts, number))
+    longest = np.repeat(num_events[order][starts + sizes - 1], sizes)
+    is_prefix = samples.whole_sets[order] | (num_events[order] == longest)
+    run = np.repeat(np.arange(len(starts)), sizes)
+    own = np.where(is_prefix, 0, 1 + np.arange(number))
+    regroup = np.lexsort((np.arange(number), own, run))
+    order, run, own = order[regroup], run[regroup], own[regroup]
+    offsets = np.append(np.union1d(find_runs(run), find_runs(own)), number)
+    host, time = order[offsets[1:] - 1], samples.prediction_time
+    shared = SharedSamples(
+        offsets=offsets,
+        num_sets=samples.num_sets[order],
+        label=samples.label[order],
+        prediction_time=None if time is None else time[order],
+    )
+    kept = {name: getattr(samples, name)[host] for name in ("patient", "label", *LENGTHS)}
+    return replace(samples, **kept, prediction_time=None if time is None else time[host], shared=shared)

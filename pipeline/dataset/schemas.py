@@ -49,6 +49,7 @@ TASK_SCHEMA = pa.schema(  # of a binary task; other kinds have labels of another
         pa.field("label", pa.int8()),  # null = unlabelled; of classes their number, of a regression float64
         pa.field("num_events", pa.int32(), nullable=False),  # up to the prediction time, which may be before all
         pa.field("num_sets", pa.int32(), nullable=False),
+        pa.field("whole_sets", pa.bool_(), nullable=False),  # whether no event of its last set is later
     ]
 )
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PredictionTime: TypeAlias = datetime | float | None
+from pipeline.loading.samples import BatchSamples, PredictionTime, sample_keys, to_offsets
 
 _DTYPES = {
     "code": torch.int64, "value": torch.float32, "has_value": torch.bool, "set_offsets": torch.int64,
@@ -70,6 +69,8 @@ class PatientBatch:
         patient_id: B strings.
         prediction_time: B times: dates (UTC), or minutes from the patient's time origin; None = the whole patient.  In
             place of a list, None says so of all.
+        samples: what outcomes are predicted of, where several share a patient's events, of which ``label`` and
+            ``prediction_time`` are those of the longest; None = each patient is a sample.
     """
 
     code: Tensor
@@ -81,6 +82,7 @@ class PatientBatch:
     label: Tensor
     patient_id: list[str]
     prediction_time: list[PredictionTime] | None = None
+    samples: BatchSamples | None = None
 
     def __post_init__(self) -> None:
         events, sets, patients = self.code.numel(), self.minute.numel(), self.num_patients
@@ -115,6 +117,22 @@ class PatientBatch:
     def sample_key(self) -> list[str]:
         """B strings that tell samples apart, also those of one patient; a whole patient's is its id."""
         return sample_keys(self.patient_id, self.prediction_time)
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_patients if self.samples is None else len(self.samples.label)
+
+    @property
+    def sample_label(self) -> Tensor:
+        """[N] the labels of the samples, or of T tasks [N, T]."""
+        return self.label if self.samples is None else self.samples.label
+
+    @property
+    def sample_names(self) -> tuple[list[str], list[PredictionTime] | None]:
+        """The patients of the N samples, and their prediction times."""
+        if self.samples is None:
+            return self.patient_id, self.prediction_time
+        return [self.patient_id[number] for number in self.samples.patient.tolist()], self.samples.prediction_time
 
     @property
     def num_sets(self) -> int:
@@ -158,8 +176,9 @@ class PatientBatch:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> PatientBatch:
-        values = self.__dict__.items()  # with the derived tensors that are there
-        return PatientBatch.unchecked(**{name: change(x) if isinstance(x, Tensor) else x for name, x in values})
+        values = dict(self.__dict__)  # with the derived tensors that are there
+        values["samples"] = self.samples and self.samples.map_tensors(change)
+        return PatientBatch.unchecked(**{n: change(x) if isinstance(x, Tensor) else x for n, x in values.items()})
 
     def __reduce__(self) -> tuple[Callable[..., PatientBatch], tuple[dict[str, Any]]]:
         """Let pickle send the tensors as NumPy arrays, a tenth of the work of PyTorch's own way."""
@@ -177,6 +196,7 @@ class PatientBatch:
             label=self.label[start:stop],
             patient_id=self.patient_id[start:stop],
             prediction_time=self.prediction_time and self.prediction_time[start:stop],
+            samples=self.samples and self.samples.between(start, stop),
         )
 
     def keep_events(self, keep_E: Tensor) -> PatientBatch:
@@ -184,8 +204,9 @@ class PatientBatch:
         size_S = torch.bincount(self.set_of_event[keep_E], minlength=self.num_sets)
         keep_S = size_S > 0
         num_sets_B = torch.bincount(self.patient_of_set[keep_S], minlength=self.num_patients)
-        offsets = {"set_offsets": _to_offsets(size_S[keep_S]), "patient_offsets": _to_offsets(num_sets_B)}
-        return self._with_events(keep_E, minute=self.minute[keep_S], **offsets)
+        offsets = {"set_offsets": to_offsets(size_S[keep_S]), "patient_offsets": to_offsets(num_sets_B)}
+        samples = self.samples and self.samples.keep_sets(keep_S, self.patient_offsets)
+        return self._with_events(keep_E, minute=self.minute[keep_S], samples=samples, **offsets)
 
     def _with_events(self, events: slice | Tensor, **others: Any) -> PatientBatch:
         return replace(self, **{name: getattr(self, name)[events] for name in ("code", "value", "has_value")}, **others)
@@ -248,7 +269,7 @@ class PatientBatch:
             has_value=padded["has_value"][filled_BL],
             set_offsets=F.pad(start_S, (0, 1), value=row_E.shape[0]),
             minute=padded["minute"].squeeze(-1)[filled_BL][start_S],
-            patient_offsets=_to_offsets(num_sets_B),
+            patient_offsets=to_offsets(num_sets_B),
             label=padded["label"],
             patient_id=patient_id,
             prediction_time=prediction_time,
@@ -258,21 +279,6 @@ class PatientBatch:
 def _restore(values: dict[str, Any]) -> PatientBatch:
     tensors = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in values.items()}
     return PatientBatch.unchecked(**tensors)
-
-
-def sample_keys(patient_id: list[str], prediction_time: list[PredictionTime] | None) -> list[str]:
-    """Return the keys of samples; see :attr:`PatientBatch.sample_key`."""
-    if prediction_time is None:
-        return patient_id
-    pairs = zip(patient_id, prediction_time, strict=True)
-    return [
-        patient if time is None else f"{patient}@{time.isoformat() if isinstance(time, datetime) else time!r}"
-        for patient, time in pairs
-    ]
-
-
-def _to_offsets(sizes: Tensor) -> Tensor:
-    return F.pad(sizes.cumsum(0), (1, 0))
 
 
 def _check_ends(name: str, offsets: Tensor, stop: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.arrays import Ints, is_labelled
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import SampleIndex, Samples, SplitPart
+from pipeline.dataset.samples import SampleIndex, Samples, SplitPart, share_windows
 from pipeline.dataset.tasks import Task
 from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import BatchPlace, StepCounts
@@ -36,7 +36,7 @@ class GroupPlan:
 
     Attributes:
         shards: the split's shards in which the group's samples lie, ascending.
-        samples: all samples [N] of these shards, before truncation.
+        samples: all samples [N] of these shards, or the windows that they share, before truncation.
         num_events: [N] int64 of the samples, after truncation.
         num_sets: [N] int64; with truncation an upper bound, because no table says where sets end.
     """
@@ -62,7 +62,7 @@ class GroupPlanner:
 
     Attributes:
         entries: the split's shards that have samples.
-        num_samples: [n] of each of them.
+        num_samples: [n] of each of them; where samples share windows, of these.
     """
 
     def __init__(
@@ -73,7 +73,11 @@ class GroupPlanner:
         tasks: tuple[Task, ...],
         options: LoaderOptions,
     ) -> None:
-        self._index = SampleIndex(folder, manifest, tasks, chosen=part.patients, verify=options.verify)
+        share = None
+        if options.share_windows and tasks:
+            keeps_earliest = options.truncate == "earliest"
+            share = partial(share_windows, max_events=options.max_sequence_length, keeps_earliest=keeps_earliest)
+        self._index = SampleIndex(folder, manifest, tasks, chosen=part.patients, share=share, verify=options.verify)
         self._options = options
         entries = manifest.splits[part.split]
         counts = self._index.count(entries)
@@ -126,7 +130,10 @@ class LoadedGroup:
         self.windows = windows = store.select_windows(plan.samples, options, rng)
         cost = CostModel().predict(windows.num_events, windows.num_sets)
         self.batches = split_across_ranks(plan.batches, cost, first_step=first_step, **ranks)
-        labelled = is_labelled(plan.samples.label)
+        shared = plan.samples.shared
+        labelled = is_labelled(plan.samples.label if shared is None else shared.label)
+        if shared is not None:
+            labelled = np.add.reduceat(labelled, shared.offsets[:-1], dtype=np.int64) if len(labelled) else labelled
         of_tasks = labelled.T if labelled.ndim > 1 else [labelled]
         amounts = (windows.num_sets, windows.num_events, *of_tasks)
         self._counts = [plan.batches.sum_per_batch(amount) for amount in amounts]

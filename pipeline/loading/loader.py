@@ -62,7 +62,8 @@ class PatientLoader:
 
     Attributes:
         split, tasks: what the samples are of; no tasks = whole patients.
-        num_samples: samples of the split that have events, over all ranks; without tasks its patients.
+        num_samples: samples of the split that have events, over all ranks; without tasks its patients, and with
+            ``share_windows`` the windows that samples share.
         cursor: number of batches handed out in the current ``epoch``.
         step: number of batches handed out in all epochs.
     """
@@ -115,7 +116,7 @@ class PatientLoader:
         entries = self._planner.entries
         self.num_samples = int(self._planner.num_samples.sum())
         is_grouped = sum(entry.num_events for entry in entries) > self.options.group_events
-        names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate"]
+        names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate", "share_windows"]
         patients = "all" if self._part.patients is None else fingerprint_patients(self._part.patients)
         data = {"data": self.manifest.fingerprint, "split": self.split}
         task_names = [f"{each.name} ({each.table_sha256[:12]})" for each in self.tasks]

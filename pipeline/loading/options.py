@@ -22,6 +22,11 @@ class BatchOptions(BucketOptions):
         "Which events of a patient longer than --max_sequence_length are kept. Default: the latest before a prediction "
         "time, the earliest where there is none.",
     )
+    share_windows: bool = option(
+        False,
+        "Batch the samples of a patient together and make what they have in common once: encoder and transformer run "
+        "for the longest, the outcome head for each. Batches are then counted in patients, not in samples.",
+    )
     group_events: int = option(
         GROUP_EVENTS,
         "Number of events of a split that are read and mixed together; two such groups are in memory.",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,10 @@ from pipeline.arrays import Ints, concatenate_ranges, offsets_from_sizes
 from pipeline.dataset.manifest import ShardEntry
 from pipeline.dataset.samples import Samples
 from pipeline.dataset.shards import read_shard
-from pipeline.loading.batch import PatientBatch, PredictionTime, sample_keys
+from pipeline.loading.batch import PatientBatch
 from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import GlobalBatch
+from pipeline.loading.samples import BatchSamples, PredictionTime, sample_keys
 from pipeline.schema import UserError
 from pipeline.storage.folder import Folder
 
@@ -153,7 +155,7 @@ class PatientStore:
             windows.is_static is not None
         ):  # a static set has the minute of the next one, but not of one that is not seen
             minute[patient_offsets[:-1][windows.is_static[chosen]]] = 0.0
-        label, (patient_id, time) = windows.samples.label[chosen], self._describe_samples(windows, chosen)
+        label, (patient_id, time) = windows.samples.label[chosen], self._describe_windows(windows, chosen)
 
         first_set, first_event = patient_offsets[batch_offsets].tolist(), event_offsets[batch_offsets].tolist()
         borders = zip(batch_offsets.tolist(), first_set, first_event, strict=True)
@@ -168,25 +170,20 @@ class PatientStore:
                 label=from_numpy(label[b0:b1]),
                 patient_id=patient_id[b0:b1],
                 prediction_time=time and time[b0:b1],
+                samples=_gather_samples(windows, chosen[b0:b1]),
             )
             for (b0, s0, e0), (b1, s1, e1) in pairwise(borders)
         ]
 
     def gather_global_batch(self, windows: Windows, chosen: Ints) -> GlobalBatch:
         """Return the lengths of the samples ``chosen`` [B] and of their sets."""
-        set_size, keys = np.diff(self._gather_sets(windows, chosen)[1]), self._describe_samples(windows, chosen)
+        set_size, keys = np.diff(self._gather_sets(windows, chosen)[1]), self._describe_windows(windows, chosen)
         return GlobalBatch(sample_key=sample_keys(*keys), num_sets=windows.num_sets[chosen], set_size=set_size)
 
-    def _describe_samples(self, windows: Windows, chosen: Ints) -> tuple[list[str], list[PredictionTime] | None]:
+    def _describe_windows(self, windows: Windows, chosen: Ints) -> tuple[list[str], list[PredictionTime] | None]:
         """Return the ids and the prediction times of the samples ``chosen``, as a batch has them."""
         patient_id = self.patient_id[windows.samples.patient[chosen]].tolist()
-        if windows.samples.prediction_time is None:
-            return patient_id, None
-        time = windows.samples.prediction_time[chosen]
-        is_whole = np.isnat(time) if time.dtype.kind == "M" else np.isnan(time)
-        times = time.astype(object)
-        times[is_whole] = None
-        return patient_id, times.tolist()
+        return patient_id, _list_times(windows.samples.prediction_time, chosen)
 
     def _gather_sets(self, windows: Windows, chosen: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """Return which sets [S] the samples ``chosen`` [M] have, and the offsets of their sets [S+1], of samples into
@@ -201,3 +198,28 @@ class PatientStore:
         set_offsets[:-1] -= np.repeat(event_start - event_offsets[:-1], num_sets)
         set_offsets[patient_offsets] = event_offsets  # a cut first set begins, and a cut last set ends, with its window
         return sets, set_offsets, patient_offsets, event_offsets
+
+
+def _gather_samples(windows: Windows, chosen: Ints) -> BatchSamples | None:
+    """Return the samples of some windows; None = each window is a sample."""
+    if (shared := windows.samples.shared) is None:
+        return None
+    samples, position = shared.of_windows(chosen)
+    num_sets = np.minimum(shared.num_sets[samples], windows.num_sets[chosen][position])
+    return BatchSamples(
+        patient=from_numpy(position),
+        num_sets=from_numpy(num_sets),
+        label=from_numpy(shared.label[samples]),
+        prediction_time=_list_times(shared.prediction_time, samples),
+    )
+
+
+def _list_times(prediction_time: npt.NDArray[Any] | None, chosen: Ints) -> list[PredictionTime] | None:
+    """Return the prediction times of chosen samples as a batch has them; None where a sample is a whole patient."""
+    if prediction_time is None:
+        return None
+    time = prediction_time[chosen]
+    times = time.astype(object)
+    times[np.isnat(time) if time.dtype.kind == "M" else np.isnan(time)] = None
+    listed: list[PredictionTime] = times.tolist()
+    return listed

@@ -192,12 +192,12 @@ class _LengthCounter:
         self._read: tuple[str, pa.Table] | None = None
 
     def count_lengths(self, samples: pl.DataFrame) -> pl.DataFrame:
-        """Return the samples with their own lengths in place of those of their patients."""
+        """Return the samples with their own lengths in place of those of their patients, and ``whole_sets``."""
         if samples[PREDICTION_MINUTE].null_count() == samples.height and not len(self._excluded):
-            return samples
+            return samples.with_columns(whole_sets=pl.lit(True))
         position = samples["position"].to_numpy()
         minute = samples[PREDICTION_MINUTE].fill_null(np.inf).to_numpy()
-        lengths: npt.NDArray[np.int64] = np.empty((2, samples.height), np.int64)
+        lengths: npt.NDArray[np.int64] = np.empty((3, samples.height), np.int64)
         start = 0
         for path, size in samples["shard"].rle().struct.unnest().select("value", "len").iter_rows():
             own = slice(start, start := start + size)
@@ -205,7 +205,8 @@ class _LengthCounter:
                 self._read = None  # at most one is in memory
                 self._read = path, read_rows(self._folder, self._entries[path], self._schema)
             lengths[:, own] = count_until(self._read[1], position[own], minute[own], self._excluded)
-        return samples.with_columns(num_events=pl.Series(lengths[0]), num_sets=pl.Series(lengths[1]))
+        num_events, num_sets, whole_sets = map(pl.Series, lengths)
+        return samples.with_columns(num_events=num_events, num_sets=num_sets, whole_sets=whole_sets.cast(pl.Boolean))
 
 
 class _Counts:

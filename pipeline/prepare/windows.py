@@ -17,8 +17,9 @@ WINDOW_SCHEMA: Final = pa.schema(
 """The columns of a shard that say when its events were."""
 
 
-def count_until(rows: pa.Table, position: Ints, minute: Floats, excluded: Ints) -> tuple[Ints, Ints]:
-    """Return the numbers of events and of sets, each [N], of samples up to their prediction minutes, inclusive.
+def count_until(rows: pa.Table, position: Ints, minute: Floats, excluded: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the numbers of events and of sets, each [N], of samples up to their prediction minutes, inclusive, and
+    whether their last sets are whole (1), or have later events (0).
 
     Static events are before all minutes.  Where sets overlap in time (by a ``set_index``), a window ends before the
     first event that is later.
@@ -44,16 +45,17 @@ def count_until(rows: pa.Table, position: Ints, minute: Floats, excluded: Ints) 
         num_events[exact] = _count_in_parts(latest, event_offsets, position[exact], minute[exact])
         stop = np.searchsorted(set_offsets, first[exact] + num_events[exact], side="left")
         num_sets[exact] = stop - first_set[position[exact]]
+    stop = first_set[position] + num_sets
     if not len(excluded):
-        return num_events, num_sets
+        return num_events, num_sets, (first + num_events == set_offsets[stop]).astype(np.int64)
     kept_before = offsets_from_sizes(~np.isin(_flatten(rows, "code"), excluded))
     sets_before = offsets_from_sizes(np.diff(kept_before[set_offsets]) > 0)
-    stop = first_set[position] + num_sets
     last = np.maximum(stop - 1, 0)  # of a window's sets, which may be cut
     num_kept = kept_before[first + num_events] - kept_before[first]
     in_last = kept_before[first + num_events] > kept_before[set_offsets[last]]
     num_kept_sets = sets_before[last] - sets_before[first_set[position]] + in_last
-    return num_kept, np.where(num_sets > 0, num_kept_sets, 0)
+    is_whole = ~in_last | (kept_before[first + num_events] == kept_before[set_offsets[stop]])
+    return num_kept, np.where(num_sets > 0, num_kept_sets, 0), is_whole.astype(np.int64)
 
 
 def _flatten(rows: pa.Table, name: str) -> npt.NDArray[Any]:

@@ -223,7 +223,7 @@ def test_lengths_against_a_loop(
     )
     excluded = [3] if exclude else []
     position = np.arange(len(minutes)) % len(patients)
-    num_events, num_sets = count_until(rows, position, np.array(minutes), np.array(excluded, np.int64))
+    num_events, num_sets, is_whole = count_until(rows, position, np.array(minutes), np.array(excluded, np.int64))
     for number, minute in enumerate(minutes):
         sets, kept, sets_kept, is_over = stored[position[number]], 0, set(), False
         for at_set, events in enumerate(sets):
@@ -233,4 +233,6 @@ def test_lengths_against_a_loop(
                     kept += 1
                     sets_kept.add(at_set)
         assert (num_events[number], num_sets[number]) == (kept, len(sets_kept))
+        last_sets = sets[: max(sets_kept, default=-1) + 1]
+        assert is_whole[number] == (kept == sum(code not in excluded for events in last_sets for _, code in events))
     assert offsets_from_sizes(num_events).dtype == np.int64

@@ -157,6 +157,7 @@ OTHER_VALUES: dict[str, list[str]] = {
     "max_sequence_length": ["--max_sequence_length", "9"],
     "task": ["--task", "other"],
     "truncate": ["--truncate", "latest"],
+    "share_windows": ["--share_windows"],
     "bucketing": ["--no-bucketing"],
     "bucket_width": ["--bucket_width", "1"],
     "group_events": ["--group_events", "50"],

@@ -44,7 +44,7 @@ def as_samples(rows: Rows, *, is_number: bool, has_times: bool) -> Samples:
         label = np.array([-1 if each is None else each for each in labels], np.int64)
     time = np.array([np.nan if key[1] is None else key[1] for key in keys], np.float64)
     patient = np.array([key[0] for key in keys], np.int64)
-    amounts = {"num_events": 10 + patient, "num_sets": 1 + patient}
+    amounts = {"num_events": 10 + patient, "num_sets": 1 + patient, "whole_sets": np.ones(len(patient), np.bool_)}
     return Samples(patient=patient, label=label, prediction_time=time if has_times else None, **amounts)
 
 

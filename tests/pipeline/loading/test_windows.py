@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.noise import PatientNoise
+from model.prefixes import Prefixes
 from pipeline import make_loader
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tasks import Task
@@ -249,3 +250,64 @@ def test_parts_of_a_batch_keep_their_prediction_times(windows: Windows) -> None:
     assert again.sample_key == batch.sample_key
     with pytest.raises(ValueError, match="prediction_time has 6 items for 7 patients"):
         replace(batch, prediction_time=batch.prediction_time[:6])
+
+
+def separate(batch: PatientBatch) -> PatientBatch:
+    """The samples of a batch as patients of their own."""
+    samples = batch.samples
+    assert samples is not None
+    each = Prefixes(samples.patient, samples.num_sets).separate(batch)
+    return replace(each, label=samples.label, prediction_time=samples.prediction_time)
+
+
+def by_sample(batches: Sequence[PatientBatch]) -> dict[str, PatientBatch]:
+    """Each sample as a batch of its own."""
+    found = {key: batch.between(i, i + 1) for batch in batches for i, key in enumerate(batch.sample_key)}
+    assert len(found) == sum(batch.num_patients for batch in batches)
+    return found
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 5),
+    batch_size=st.integers(1, 9),
+    group_events=st.sampled_from([GROUP_EVENTS, 10**6]),
+    limit=st.none() | st.integers(1, 30),
+    truncate=st.sampled_from(["earliest", "latest"]),
+    world_size=st.integers(1, 2),
+)
+def test_samples_that_share_windows_are_the_samples(
+    seed: int, batch_size: int, group_events: int, limit: int | None, truncate: str, world_size: int
+) -> None:
+    with TemporaryDirectory() as name:
+        directory, samples = make_windows(Path(name), seed=seed, dealt=True)
+        options: dict[str, Any] = {"batch_size": batch_size, "group_events": group_events, "world_size": world_size}
+        options |= {"max_sequence_length": limit, "truncate": truncate, "seed": seed}
+        shared, alone = (
+            [make_loader(directory, **options, rank=rank, share_windows=share) for rank in range(world_size)]
+            for share in (True, False)
+        )
+        assert shared[0].num_samples <= alone[0].num_samples == len(samples)
+        batches = [batch for loader in shared for batch in loader]
+        assert sum(batch.num_patients for batch in batches) == shared[0].num_samples
+        found, expected = (by_sample(list(each)) for each in (map(separate, batches), chain.from_iterable(alone)))
+        assert found.keys() == expected.keys()
+        for key, batch in found.items():
+            assert_equal(batch, expected[key])
+
+
+def test_the_samples_of_a_patient_are_in_one_batch_and_its_events_once(tmp_path: Path) -> None:
+    patients = make_patients([[3, 3, 3]] * 4)
+    write_data_dir(tmp_path, {"train": patients})
+    add_task(
+        tmp_path, [(each, minute + late, 1) for each in patients for minute, _ in each.sets for late in (0, 0.1)], "m"
+    )
+    loader = make_loader(tmp_path, task="m", batch_size=3, share_windows=True)
+    batches = list(loader)
+    # A window of one set is apart, as its minute would be another if it were static.
+    assert loader.num_samples == sum(batch.num_patients for batch in batches) == 8
+    assert sum(batch.num_samples for batch in batches) == 24
+    for batch in batches:
+        assert batch.samples is not None
+        assert batch.num_samples == len(batch.sample_names[0]) == len(batch.sample_label)
+        assert batch.samples.whole.tolist() == np.flatnonzero(np.diff([*batch.samples.patient.tolist(), -1])).tolist()
