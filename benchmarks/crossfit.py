@@ -5,9 +5,9 @@
 
 For each seed of folds the stays are cut into folds, stratified by outcome; each fold is predicted by models that saw
 none of it.  A fifth of the other folds is the inner split: it decides the epoch of SeqSetVAE.  The bar
-(``benchmarks/stack.py``) is fitted twice: to what SeqSetVAE trains on, and to all other folds.  Flags after ``--``
-change the training; ``--name`` tells such runs from others.  The work folder keeps what is done: a run that was
-interrupted goes on, others add to it.
+(``benchmarks/stack.py``, models of ``training/teacher.py``) is fitted twice: to what SeqSetVAE trains on, and to all
+other folds.  Flags after ``--`` change the training; ``--name`` tells such runs from others.  The work folder keeps what
+is done: a run that was interrupted goes on, others add to it.
 
 Quality is that of the pooled predictions of a seed of folds, averaged over these seeds.  Models are compared stay by
 stay: intervals and z are of the bootstrap over stays, who keep their predictions of all seeds together.
@@ -32,9 +32,10 @@ from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from benchmarks.machine import describe, publish, split_flags
-from benchmarks.stack import Stays, fit_stack, summarize
+from benchmarks.stack import Stays, summarize
 from benchmarks.study import python
 from pipeline.machine import usable_cores
+from training.teacher import fit_stack
 
 Floats = npt.NDArray[np.float64]
 

@@ -56,6 +56,13 @@ class LossOptions:
         "the end, which has 1. The answers come from the same pass.",
         minimum=0,
     )
+    distill: float = option(
+        0.0,
+        "Weight of a teacher's probabilities, beside the labels, in what a binary outcome is trained towards: those of "
+        "trees and linear models on summaries, fitted to other patients. 0 = labels alone.",
+        minimum=0,
+        maximum=1,
+    )
     pos_weight: float = option(
         1.0,
         "Weight of the positive samples of binary tasks in the cross-entropy; other than 1 it shifts probabilities.",

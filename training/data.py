@@ -36,6 +36,7 @@ from training.memory import StepMemory
 from training.metrics import BatchAmounts
 from training.parallel import World
 from training.predictions import outcome_of
+from training.targets import Teacher
 
 DEFAULT_BATCH_SIZE = 16
 MIN_STEPS = 50
@@ -209,6 +210,7 @@ class BatchPreparer:
         pin: whether each part is packed into one page-locked buffer, for one copy to a GPU.
         capacities: the sizes to which batches are filled up; none = batches have sizes of their own.
         hours: after which outcomes are predicted too, in the same pass; see :meth:`Prefixes.after_hours`.
+        teacher: what the model is trained towards beside the labels.
     """
 
     seed: int | None
@@ -219,9 +221,10 @@ class BatchPreparer:
     pin: bool = False
     capacities: tuple[BatchShape, ...] = ()
     hours: tuple[float, ...] = ()
+    teacher: Teacher | None = None
 
     def __call__(self, batch: PatientBatch, place: BatchPlace) -> ReadyBatch:
-        seen = batch
+        seen = batch = batch if self.teacher is None else self.teacher.soften(batch)
         if self.padded:
             padded = batch.to_padded(pad_to=self.pad_to)
             seen = PatientBatch.from_padded(padded, batch.patient_id, batch.prediction_time)

@@ -174,7 +174,7 @@ _FLAGS = {
     AtResume.SAME: (
         "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "share_windows",
         "bucketing", "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision", "folds",
-        "repeats", "without",
+        "repeats", "without", "distill",
     ),
     AtResume.OBEYED: (
         "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",

@@ -34,6 +34,7 @@ from training.profiling import StepProfiler
 from training.schedule import learning_rate_at
 from training.state import TrainState
 from training.step import StepSettings
+from training.targets import TEACHER_FILE
 from training.validation import is_better
 
 
@@ -109,6 +110,8 @@ class Run:
             write_atomically(path, config)
             if self.memory is not None:
                 self.memory.save(self.directory / "memory_model.json")
+            if (teacher := self.settings.preparer.teacher) is not None:
+                teacher.save(self.directory / TEACHER_FILE)
         self.world.wait()
         same = self.world.gather(path.exists() and path.read_bytes() == config)
         if not all(same):

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.crossfit import BAR, compare, split_stays
-from benchmarks.stack import PART, WHOLE, _names_of_variable, _summarize, fit_stack
+from training.teacher import fit_stack
 
 
 def test_each_stay_is_in_one_fold_and_outcomes_are_spread() -> None:
@@ -21,34 +21,6 @@ def test_each_stay_is_in_one_fold_and_outcomes_are_spread() -> None:
         tests.append(splits["test"])
     assert sorted(np.concatenate(tests)) == list(range(100))
     assert not np.array_equal(split_stays(label, 5, 4, 0)["test"], tests[0])
-
-
-def test_summaries_by_hand() -> None:
-    """GCS is 15 at hour 0, 9 at 12 and 3 at 42; the heart rate is recorded once, at hour 30."""
-    variables = ["<padding>", "<unknown>", "GCS", "HR", "SysABP"]
-    code, value = np.array([2, 2, 3, 2]), np.array([15.0, 9.0, 80.0, 3.0])
-    row = _summarize(code, value, np.array([0.0, 12.0, 30.0, 42.0]), variables)
-    names = [(v, what) for v in variables[2:] for what in _names_of_variable()]
-    found = dict(zip(names, row[: len(names)], strict=True))
-    assert [found["GCS", what] for what in ("mean", "least", "greatest", "first", "last", "count")] == [
-        9,
-        3,
-        15,
-        15,
-        3,
-        3,
-    ]
-    assert (found["GCS", "since first"], found["GCS", "since last"], found["HR", "since last"]) == (42, 0, 12)
-    assert found["GCS", "recent"] == pytest.approx((15 * 2**-7 + 9 * 2**-5 + 3) / (2**-7 + 2**-5 + 1))
-    assert [found["GCS", f"last 12 h, {what}"] for what in PART] == [3, 3, 3, 3, 1]
-    assert [found["GCS", f"first 24 h, {what}"] for what in PART] == [12, 9, 15, 9, 2]
-    assert found["HR", "slope"] == 0
-    assert np.isnan([found["SysABP", what] for what in WHOLE if what != "count"]).all()
-    assert found["SysABP", "count"] == 0
-    changes_and_count = row[len(names) :]
-    assert np.isnan(changes_and_count[:4]).all()  # ratios: of each a part was never recorded
-    assert changes_and_count[4] == -12
-    assert changes_and_count[-1] == 4
 
 
 def test_a_better_model_is_better_with_an_interval() -> None:
@@ -65,12 +37,11 @@ def test_a_better_model_is_better_with_an_interval() -> None:
     assert result["against_the_bar"]["the same"]["auroc"]["difference"] == 0
 
 
-def test_the_stack_learns_and_ignores_what_was_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.stack.TREE_SEEDS", (0,))
+def test_the_stack_learns_and_ignores_what_was_never_recorded() -> None:
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 300)
     x = np.column_stack([label + rng.normal(0, 0.7, 300), rng.normal(0, 1, 300), np.full(300, np.nan)])
     x[rng.random(300) < 0.2, 1] = np.nan
-    found = fit_stack(x[:200], label[:200], x[200:])
+    found = fit_stack(x[:200], label[:200], x[200:], seeds=(0,))
     assert found.keys() == {"boosted trees", "wide linear", "extra trees", "stack"}
     assert all(roc_auc_score(label[200:], answer) > 0.75 for answer in found.values())

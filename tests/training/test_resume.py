@@ -168,6 +168,7 @@ OTHER_VALUES: dict[str, list[str]] = {
     "precision": ["--precision", "fp16"],
     "repeats": ["--repeats", "2"],
     "without": ["--without", "contexts"],
+    "distill": ["--distill", "0.5"],
     "on_bad_shard": ["--on_bad_shard", "quarantine"],
     "use_dynamic_padding": ["--use_dynamic_padding"],
     "event_dropout": ["--event_dropout", "0.1"],

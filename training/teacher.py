@@ -1,0 +1,118 @@
+"""Distillation: boosted trees, a wide linear model and extra trees on summaries of each sample teach the model.
+
+A model that learns from labels alone must find out from each 0 or 1 what a sample's risk was.  A teacher that is
+fitted to other patients knows it better, so the model learns from both (Hinton et al. 2015, arXiv:1503.02531).  Nobody
+is answered for by a teacher that learned from the same patient, or the answers would be the labels once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.arrays import harden, is_labelled
+from pipeline.dataset.tables import read_vocabulary
+from pipeline.schema import UserError
+from training.data import DataSet
+from training.parallel import World
+from training.predictions import labels_of_batch
+from training.summaries import Floats, Summaries
+from training.targets import Teacher
+
+TEACHER_FOLDS = 4
+"""Parts into which patients are dealt: each is answered for by models of the others."""
+
+MOST_TAUGHT = 50_000
+"""Most labelled samples that a teacher is fitted to: beyond that a model learns more from labels than from trees."""
+
+LINEAR_C = 0.003
+TREE_SEEDS = (0, 1, 2)
+
+
+def fit_teacher(data: DataSet, world: World, *, weight: float) -> Teacher:
+    """Return the teacher of the training samples, fitted by rank 0 and equal on all ranks.
+
+    Raises:
+        UserError: there is not one binary task alone, too few or too many samples have a label, or one class does.
+    """
+    if [outcome.kind for outcome in data.outcomes] != ["binary"] or not data.tasks:
+        raise UserError(f"--distill {weight:g} is for one binary task; leave it out, or name one with --task")
+    num_labelled = data.tasks[0].splits["train"].num_labelled
+    if num_labelled > MOST_TAUGHT:
+        few = f"a teacher is fitted to at most {MOST_TAUGHT:,} samples, and {num_labelled:,} have a label"
+        raise UserError(f"--distill {weight:g}: {few}; leave it out")
+    found = world.gather(_answer_in_folds(data) if world.is_main else None)[0]
+    assert found is not None
+    return Teacher(weight, found)
+
+
+def _answer_in_folds(data: DataSet) -> dict[str, float]:
+    """Return the probability of each labelled training sample by models of other patients."""
+    from sklearn.model_selection import StratifiedGroupKFold  # noqa: PLC0415 (a second that few runs need)
+
+    rows, label, patient, keys = _read_samples(data)
+    if min(len(set(patient[label == value].tolist())) for value in (0, 1)) < TEACHER_FOLDS:
+        raise UserError(f"--distill needs at least {TEACHER_FOLDS} training patients of each class; leave it out")
+    folds = StratifiedGroupKFold(TEACHER_FOLDS, shuffle=True, random_state=0)
+    probability = np.empty(len(label))
+    for others, own in folds.split(rows, label, patient):
+        probability[own] = fit_stack(rows[others], label[others], rows[own], seeds=TREE_SEEDS[:1])["stack"]
+    return dict(zip(keys, probability.tolist(), strict=True))
+
+
+def _read_samples(data: DataSet) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[Any], list[str]]:
+    """Return summaries [N, F], label [N], patient [N] and key of the labelled training samples."""
+    summaries = Summaries(read_vocabulary(data.folder, data.manifest))
+
+    def read() -> Iterator[tuple[Floats, Floats, list[str], list[str]]]:
+        changes: dict[str, Any] = {"batch_size": 256, "max_events": None, "share_windows": False}
+        alone = World(0, 1, torch.device("cpu"))
+        for batch in data.open_loader("train", seed=0, shuffle=False, world=alone, **changes):
+            (label,) = labels_of_batch(batch, data.outcomes)
+            known = np.flatnonzero(is_labelled(label))
+            patients, keys = ([of[at] for at in known] for of in (batch.patient_id, batch.sample_key))
+            yield summaries.of_batch(batch)[known], label[known], patients, keys
+
+    rows, labels, patients, keys = zip(*read(), strict=True)
+    patient = np.unique([name for part in patients for name in part], return_inverse=True)[1]
+    label = harden(np.concatenate(labels)).astype(np.int64)
+    return np.concatenate(rows), label, patient, [key for part in keys for key in part]
+
+
+def fit_stack(
+    x_train: Floats, y_train: npt.NDArray[np.int64], x_test: Floats, seeds: tuple[int, ...] = TREE_SEEDS
+) -> dict[str, Floats]:
+    """Return the probability [N] of each test sample by each model, and by their mean logit, the ``stack``."""
+    from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier  # noqa: PLC0415
+    from sklearn.impute import SimpleImputer  # noqa: PLC0415
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+    from sklearn.pipeline import make_pipeline  # noqa: PLC0415
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler  # noqa: PLC0415
+
+    seen = np.isfinite(x_train).any(axis=0)
+    x_train, x_test = x_train[:, seen], x_test[:, seen]
+    shape = {"max_iter": 700, "max_leaf_nodes": 12, "learning_rate": 0.02, "max_features": 0.08}
+    scale = make_pipeline(StandardScaler(), FunctionTransformer(_widen))
+    trees = ExtraTreesClassifier(500, min_samples_leaf=5, max_features=0.1, n_jobs=-1, random_state=0)
+    models: dict[str, list[Any]] = {
+        "boosted trees": [HistGradientBoostingClassifier(**shape, random_state=seed) for seed in seeds],
+        "wide linear": [make_pipeline(scale, LogisticRegression(C=LINEAR_C, max_iter=3000))],
+        "extra trees": [make_pipeline(SimpleImputer(strategy="median", add_indicator=True), trees)],
+    }
+    found: dict[str, Floats] = {}
+    for name, members in models.items():
+        answers = [member.fit(x_train, y_train).predict_proba(x_test)[:, 1] for member in members]
+        found[name] = np.mean(answers, axis=0)
+    logits = [np.log(p / (1 - p)) for p in (answer.clip(1e-6, 1 - 1e-6) for answer in found.values())]
+    return found | {"stack": 1 / (1 + np.exp(-np.mean(logits, axis=0)))}
+
+
+def _widen(z: Floats) -> Floats:
+    """Return z-scores, their cosines, and whether each is missing."""
+    missing = np.isnan(z)
+    z = np.where(missing, 0.0, z.clip(-4, 4))
+    return np.hstack([z, np.where(missing, 0.0, np.cos(z)), missing])
