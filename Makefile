@@ -35,7 +35,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	rm -rf demo
 	$(BIN)/python preprocess.py synthetic --format synthetic --num_patients 1200 --output demo/data
-	$(BIN)/python train.py --data_dir demo/data --output_dir demo/run --preset small --max_epochs 4
+	$(BIN)/python train.py --data_dir demo/data --output_dir demo/run --preset small --max_epochs 4 --distill 0
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal

@@ -56,10 +56,11 @@ class LossOptions:
         "the end, which has 1. The answers come from the same pass.",
         minimum=0,
     )
-    distill: float = option(
-        0.0,
+    distill: float | Literal["auto"] = option(
+        "auto",
         "Weight of a teacher's probabilities, beside the labels, in what a binary outcome is trained towards: those of "
-        "trees and linear models on summaries, fitted to other patients. 0 = labels alone.",
+        "trees and linear models on summaries, fitted to other patients. 0 = labels alone; auto = 0.4 where one binary "
+        "task has 500 to 50,000 labelled training samples, else 0.",
         minimum=0,
         maximum=1,
     )

@@ -33,8 +33,8 @@ from training.prepare_pool import PreparePool
 from training.run import Run
 from training.state import build_model, build_state
 from training.step import StepSettings, select_trained
-from training.targets import TEACHER_FILE, Teacher
-from training.teacher import fit_teacher
+from training.targets import TEACHER_FILE
+from training.teacher import find_teacher
 from training.validation import choose_monitor
 
 CAPACITY_BATCHES = 64
@@ -84,10 +84,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
         # A resumed run keeps its own.
         path = directory / "memory_model.json"
         memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
-    teacher = None
-    if options.loss.distill and options.loss.learns_outcome:
-        path = directory / TEACHER_FILE
-        teacher = Teacher.load(path) if saved is not None else fit_teacher(data, world, weight=options.loss.distill)
+    teacher = find_teacher(data, world, options.loss, directory / TEACHER_FILE if saved is not None else None)
     preparer = dataclasses.replace(make_preparer(options, data, world, memory), teacher=teacher)
     graphs = StepGraphs(world.device) if options.optimisation.cuda_graphs else None
     if graphs is not None:

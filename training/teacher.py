@@ -8,15 +8,19 @@ is answered for by a teacher that learned from the same patient, or the answers 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.losses import LossOptions
 from pipeline.arrays import harden, is_labelled
+from pipeline.dataset.samples import fingerprint_patients
 from pipeline.dataset.tables import read_vocabulary
 from pipeline.schema import UserError
+from training.console import log_main
 from training.data import DataSet
 from training.parallel import World
 from training.predictions import labels_of_batch
@@ -26,11 +30,42 @@ from training.targets import Teacher
 TEACHER_FOLDS = 4
 """Parts into which patients are dealt: each is answered for by models of the others."""
 
-MOST_TAUGHT = 50_000
-"""Most labelled samples that a teacher is fitted to: beyond that a model learns more from labels than from trees."""
+FEWEST_TAUGHT, MOST_TAUGHT = 500, 50_000
+"""Labelled samples from which on, and up to which, there is a teacher where nobody asks for one: of fewer it learns
+little, of more the model learns enough by itself.
+"""
+
+FEWEST_OF_CLASS = 50
+"""Samples of each class that it needs then."""
+
+AUTO_WEIGHT = 0.4
+
+_ANSWERS: dict[tuple[str, ...], dict[str, float]] = {}
+"""What was answered last in this process: final models of other seeds learn from the same patients."""
 
 LINEAR_C = 0.003
 TREE_SEEDS = (0, 1, 2)
+
+
+def find_teacher(data: DataSet, world: World, loss: LossOptions, kept: Path | None) -> Teacher | None:
+    """Return the teacher of a run, fitted anew, or ``kept`` in a file by a run that goes on; None = it has none."""
+    weight = loss.distill if loss.learns_outcome else 0.0
+    if weight == "auto":
+        weight = AUTO_WEIGHT if _is_taught(data) else 0.0
+    if not weight:
+        return None
+    if kept is not None:
+        return Teacher.load(kept)
+    log_main(world, "fitting trees and linear models that teach (--distill 0: none)")
+    return fit_teacher(data, world, weight=weight)
+
+
+def _is_taught(data: DataSet) -> bool:
+    """Return whether there is a teacher where nobody asks for one."""
+    if [task.kind for task in data.tasks] != ["binary"]:
+        return False
+    counts = data.tasks[0].splits["train"]
+    return FEWEST_TAUGHT <= counts.num_labelled <= MOST_TAUGHT and min(counts.class_counts) >= FEWEST_OF_CLASS
 
 
 def fit_teacher(data: DataSet, world: World, *, weight: float) -> Teacher:
@@ -39,13 +74,19 @@ def fit_teacher(data: DataSet, world: World, *, weight: float) -> Teacher:
     Raises:
         UserError: there is not one binary task alone, too few or too many samples have a label, or one class does.
     """
-    if [outcome.kind for outcome in data.outcomes] != ["binary"] or not data.tasks:
+    if [task.kind for task in data.tasks] != ["binary"]:
         raise UserError(f"--distill {weight:g} is for one binary task; leave it out, or name one with --task")
     num_labelled = data.tasks[0].splits["train"].num_labelled
     if num_labelled > MOST_TAUGHT:
         few = f"a teacher is fitted to at most {MOST_TAUGHT:,} samples, and {num_labelled:,} have a label"
         raise UserError(f"--distill {weight:g}: {few}; leave it out")
-    found = world.gather(_answer_in_folds(data) if world.is_main else None)[0]
+    chosen = data.chosen.get("train")
+    patients = "all" if chosen is None else fingerprint_patients(chosen)
+    key = (data.manifest.fingerprint, data.tasks[0].table_sha256, patients, *data.quarantined_shards)
+    if world.is_main and key not in _ANSWERS:
+        _ANSWERS.clear()
+        _ANSWERS[key] = _answer_in_folds(data)
+    found = world.gather(_ANSWERS[key] if world.is_main else None)[0]
     assert found is not None
     return Teacher(weight, found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 import training.teacher
+from model.losses import LossOptions
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.tasks import SampleCounts
 from pipeline.loading.samples import BatchSamples
 from pipeline.schema import UserError
 from tests.model.helpers import random_batch
@@ -20,7 +23,7 @@ from tests.training.runs import assert_same, read_metrics, run, weights, write_t
 from training.data import DataOptions, DataSet, agree_on_data
 from training.parallel import World
 from training.targets import TEACHER_FILE, Teacher
-from training.teacher import fit_teacher
+from training.teacher import find_teacher, fit_teacher
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -29,6 +32,11 @@ def remember(x_train: Any, y_train: Any, x_test: Any, **_: object) -> dict[str, 
     """A stack that knows each training sample by heart, and answers 1/4 for others."""
     known = {row.tobytes(): label for row, label in zip(np.nan_to_num(x_train), y_train, strict=True)}
     return {"stack": np.array([known.get(row.tobytes(), 0.25) for row in np.nan_to_num(x_test)])}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_answered() -> None:
+    training.teacher._ANSWERS.clear()
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,8 @@ def open_data(data: Path, task: str | None = "default") -> DataSet:
 def test_each_labelled_sample_is_answered_for_by_others(data: Path) -> None:
     with mock.patch.object(training.teacher, "fit_stack", remember):
         teacher = fit_teacher(open_data(data), ALONE, weight=0.5)
+    with mock.patch.object(training.teacher, "fit_stack", side_effect=AssertionError("it was fitted already")):
+        assert fit_teacher(open_data(data), ALONE, weight=0.5) == teacher
     labelled = open_data(data).tasks[0].splits["train"].num_labelled
     assert len(teacher.probability) == labelled > 0
     assert set(teacher.probability.values()) == {0.25}
@@ -71,13 +81,33 @@ def test_a_teacher_is_kept_with_its_run_and_resumed(data: Path, tmp_path: Path) 
     assert run(data, tmp_path / "whole", *flags) == 0
     assert run(data, tmp_path / "parts", *flags, "--stop_after", "1") == 0
     saved = Teacher.load(tmp_path / "parts" / TEACHER_FILE)
-    with mock.patch("training.begin.fit_teacher", side_effect=AssertionError("a resumed run keeps its teacher")):
+    with mock.patch("training.teacher.fit_teacher", side_effect=AssertionError("a resumed run keeps its teacher")):
         assert run(data, tmp_path / "parts", *flags, "--resume") == 0
     assert Teacher.load(tmp_path / "parts" / TEACHER_FILE) == saved
     assert_same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     assert run(data, tmp_path / "plain", "--max_epochs", "2") == 0
     losses = [read_metrics(tmp_path / name)[0]["outcome"] for name in ("whole", "plain")]
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("labelled", "classes", "expected"),
+    [(500, [450, 50], 0.4), (499, [400, 99], 0.0), (600, [551, 49], 0.0), (50_001, [40_000, 10_001], 0.0)],
+)
+def test_where_nobody_asks_there_is_a_teacher_of_neither_few_nor_many(
+    data: Path, labelled: int, classes: list[int], expected: float
+) -> None:
+    opened = open_data(data)
+    counts = SampleCounts(num_labelled=labelled, class_counts=classes)
+    task = dataclasses.replace(opened.tasks[0], splits={"train": counts})
+    opened = dataclasses.replace(opened, tasks=(task,))
+    with mock.patch.object(training.teacher, "fit_teacher", lambda *_, weight: weight):
+        assert (find_teacher(opened, ALONE, LossOptions(), None) or 0.0) == expected
+        assert find_teacher(opened, ALONE, LossOptions(distill=0), None) is None
+        assert find_teacher(opened, ALONE, LossOptions(distill=0.1), None) == 0.1
+        assert find_teacher(opened, ALONE, LossOptions(objective="pretrain"), None) is None
+        two = dataclasses.replace(opened, tasks=(task, task))
+        assert find_teacher(two, ALONE, LossOptions(), None) is None
 
 
 def test_a_damaged_teacher_is_named(tmp_path: Path) -> None:
