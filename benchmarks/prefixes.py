@@ -1,16 +1,20 @@
 """What a further prediction time costs, where samples of a patient share the pass of encoder and transformer.
 
-    python -m benchmarks.prefixes DATA [--preset small] [--samples 1 2 8 48] [--output FILE.json]
+    python -m benchmarks.prefixes DATA [--preset small] [--samples 1 2 8 48] [--hourly TASK] [--output FILE.json]
 
 Sixteen stays of the train split have so many prediction times each, evenly spread over 48 hours.  Measured are
 the seconds of the processor, on one thread, for preparing the batch and for a training step of it (forward pass with
 reconstruction, outcome loss of all samples, backward pass), all numbers of samples in turns; the least of the rounds
 counts.  Up to 8 samples the same is done with separate windows.
+
+With ``--hourly`` the first batches of an epoch are also loaded, prepared and trained on, of whole patients and of the
+samples of a task that share windows, in turns: patients a second of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +30,7 @@ from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import make_loader
+from training.data import BatchPreparer, ReadyBatch
 
 HOURS = 48
 MAX_SEPARATE = 8
@@ -37,6 +42,8 @@ def main() -> None:
     parser.add_argument("--preset", choices=("reference", "small"), default="small")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 8, 48])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hourly")
+    parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -59,7 +66,34 @@ def main() -> None:
         more = int(name.split()[0]) - options.samples[0]
         seconds["step_over_first"] = seconds["step"] / one
         seconds["further_sample"] = (seconds["step"] / one - 1) / more if more else 0.0
-    publish({**describe(), "preset": options.preset, "patients": batch.num_patients, "ways": found}, options.output)
+    result = {**describe(), "preset": options.preset, "patients": batch.num_patients, "ways": found}
+    if options.hourly:
+        result["patients_a_second"] = compare_rates(options)
+    publish(result, options.output)
+
+
+def compare_rates(options: argparse.Namespace) -> dict[str, float]:
+    """Patients a second of training on whole patients and on the samples of a task, the best of the rounds."""
+    best = {"default": 0.0, options.hourly: 0.0}
+    for _ in range(options.rounds):
+        for task, before in best.items():
+            model = new_model(options.preset, num_codes(options.data_dir)).train()
+            settings: dict[str, Any] = {"seed": 0, "prefetch": 0, "share_windows": True, "batch_size": 16}
+            preparer = BatchPreparer(seed=0, event_dropout=0.3)
+            batches = iter(make_loader(options.data_dir, task=task, transform=preparer, **settings))
+            train_on(model, next(batches))
+            start, patients = time.process_time(), 0
+            for ready in itertools.islice(batches, options.batches):
+                patients += train_on(model, ready)
+            best[task] = max(before, patients / (time.process_time() - start))
+    return best
+
+
+def train_on(model: SeqSetVAE, ready: ReadyBatch) -> int:
+    """Make a step of a batch and return its patients; a window of a single set is no patient of its own."""
+    (part,) = ready.parts
+    step(model, part)
+    return len(set(part.batch.patient_id))
 
 
 def spread(batch: PatientBatch, number: int) -> Prefixes:
