@@ -148,8 +148,8 @@ def measure(label: npt.NDArray[np.int64], probability: Floats, chosen: npt.NDArr
     return np.mean(rows, axis=0)
 
 
-def compare(label: npt.NDArray[np.int64], predictions: dict[str, Floats]) -> dict[str, Any]:
-    """Return the quality of each model, and its differences from the bar with 95 % intervals and z."""
+def compare(label: npt.NDArray[np.int64], predictions: dict[str, Floats], bar: str = BAR) -> dict[str, Any]:
+    """Return the quality of each model, and its differences from the model ``bar`` with 95 % intervals and z."""
     rng, everyone = np.random.default_rng(0), np.arange(len(label))
     draws = [rng.integers(len(label), size=len(label)) for _ in range(NUM_RESAMPLES)]
     drawn = {name: np.array([measure(label, p, draw) for draw in draws]) for name, p in predictions.items()}
@@ -157,9 +157,9 @@ def compare(label: npt.NDArray[np.int64], predictions: dict[str, Floats]) -> dic
     for name, probability in predictions.items():
         values, std = measure(label, probability, everyone), drawn[name].std(0)
         result["models"][name] = {m: [round(v, 5), round(s, 5)] for m, v, s in zip(METRICS, values, std, strict=True)}
-        if name != BAR and BAR in predictions:
-            difference = values - measure(label, predictions[BAR], everyone)
-            spread = drawn[name] - drawn[BAR]
+        if name != bar and bar in predictions:
+            difference = values - measure(label, predictions[bar], everyone)
+            spread = drawn[name] - drawn[bar]
             low, high = np.percentile(spread, [2.5, 97.5], axis=0)
             each = zip(METRICS, difference, low, high, difference / np.maximum(spread.std(0), 1e-12), strict=True)
             result["against_the_bar"][name] = {
