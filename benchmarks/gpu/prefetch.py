@@ -30,6 +30,7 @@ def main() -> None:
         "precision": "bf16" if on_gpu else "fp32",
         "batch_size": 64 if on_gpu else 16,
         "max_epochs": 50,
+        "distill": 0,
         "log_steps": 1 if options.quick else 5,
     }
     compared = COMPARED[-1:] if options.quick else COMPARED + (ON_GPU if on_gpu else [])
