@@ -25,7 +25,7 @@ def test_summaries_by_hand() -> None:
         label=torch.tensor([1, -1]),
         patient_id=["a", "b"],
     )
-    x, y, patient_id = summaries([batch], 5, 1)
+    x, y, patient_id = summaries([batch], 5, [Outcome()])
     assert y.tolist() == [[1]]
     assert patient_id == ["a"]
     assert x.shape == (1, 5 * SUMMARIES)
