@@ -93,7 +93,7 @@ def train_on(model: SeqSetVAE, ready: ReadyBatch) -> int:
     """Make a step of a batch and return its patients; a window of a single set is no patient of its own."""
     (part,) = ready.parts
     step(model, part)
-    return len(set(part.batch.patient_id))
+    return int((ready.batch.sets_per_patient > 1).sum())
 
 
 def spread(batch: PatientBatch, number: int) -> Prefixes:
