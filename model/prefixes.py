@@ -46,15 +46,14 @@ class Prefixes:
         """
         first_S = batch.patient_offsets[:-1][batch.patient_of_set]
         minute_S, patients = batch.minute - batch.minute[first_S], torch.arange(batch.num_patients)
-        samples = batch.samples
-        counts = [batch.sets_per_patient if samples is None else samples.num_sets]
+        whole = cls.of(batch) or cls(patients, batch.sets_per_patient)
+        counts = [whole.num_sets]
         for limit in hours:
             is_later_S = (minute_S > 60 * limit).long()
             later_before_S = is_later_S.cumsum(0)
             is_early_S = later_before_S == (later_before_S - is_later_S)[first_S]
             counts.append(torch.bincount(batch.patient_of_set[is_early_S], minlength=batch.num_patients))
-        first = patients if samples is None else samples.patient
-        return cls(torch.cat([first, patients.repeat(len(hours))]), torch.cat(counts))
+        return cls(torch.cat([whole.patient, patients.repeat(len(hours))]), torch.cat(counts))
 
     def separate(self, batch: PatientBatch) -> PatientBatch:
         """Return the samples as a batch of N patients, each with sets and events of its own."""

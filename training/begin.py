@@ -33,7 +33,7 @@ from training.prepare_pool import PreparePool
 from training.run import Run
 from training.state import build_model, build_state
 from training.step import StepSettings, select_trained
-from training.targets import TEACHER_FILE
+from training.targets import TEACHER_FILE, Teacher
 from training.teacher import find_teacher
 from training.validation import choose_monitor
 
@@ -64,6 +64,8 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     if options.evaluation.meds_predictions:
         check_meds_task(data.manifest, data.tasks)
     monitor = check_outcomes(options, data.outcomes)
+    if options.optimisation.cuda_graphs:
+        check_graphs(options, world)
     if not data.num_samples["train"]:
         raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
     best = find_best(saved, directory)
@@ -85,10 +87,9 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
         path = directory / "memory_model.json"
         memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
     teacher = find_teacher(data, world, options.loss, directory / TEACHER_FILE if saved is not None else None)
-    preparer = dataclasses.replace(make_preparer(options, data, world, memory), teacher=teacher)
+    preparer = make_preparer(options, data, world, memory, teacher)
     graphs = StepGraphs(world.device) if options.optimisation.cuda_graphs else None
     if graphs is not None:
-        check_graphs(options, world)
         preparer = dataclasses.replace(preparer, capacities=fit_step_capacities(preparer, data, world))
     changes, pool, workers = dict[str, Any](), None, options.data.prefetch_workers
     if workers:
@@ -106,7 +107,9 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     return Run(options, data, world, memory, state, settings, best, saved is not None, pool, member)
 
 
-def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None) -> BatchPreparer:
+def make_preparer(
+    options: TrainOptions, data: DataSet, world: World, memory: StepMemory | None, teacher: Teacher | None
+) -> BatchPreparer:
     """Return what prepares the batches of training steps."""
     seed, padding, pad_to = options.run.seed, options.data.use_dynamic_padding, None
     if padding is False:
@@ -119,6 +122,7 @@ def make_preparer(options: TrainOptions, data: DataSet, world: World, memory: St
         memory=memory,
         pin=world.device.type == "cuda",
         hours=options.loss.prefix_hours,
+        teacher=teacher,
     )
 
 

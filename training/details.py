@@ -91,7 +91,7 @@ def _answer_rows(prepared: PreparedBatch, output: SeqSetVAEOutput, views: int) -
     what is predicted of each task, first at the end; of samples that share events the longest alone.
     """
     batch = prepared.batch.to("cpu")
-    at_end = np.arange(batch.num_patients) if batch.samples is None else batch.samples.whole.numpy()
+    at_end = batch.whole_samples.numpy()
     columns = [batch.events_per_patient.numpy(), *(own[at_end] for own in labels_of_batch(batch, output.outcomes))]
     predictions = torch.cat(output.predictions, 1).double().cpu().numpy()
     early = np.split(predictions[batch.num_samples :], views - 1)

@@ -62,8 +62,7 @@ class LatentSums:
         total_BD = mu_SD.new_zeros(batch.num_patients, mu_SD.shape[1], dtype=torch.float64)
         total_BD.index_add_(0, batch.patient_of_set.to(mu_SD.device), mu_SD.double())
         self.patient_BD.append(total_BD.cpu().numpy() / batch.sets_per_patient.numpy()[:, None])
-        label = labels_of_batch(batch, output.outcomes)[0]
-        self.label_B.append(label if batch.samples is None else label[batch.samples.whole.numpy()])
+        self.label_B.append(labels_of_batch(batch, output.outcomes)[0][batch.whole_samples.numpy()])
         if output.decoded is not None:
             error_E = nearest_errors(prepared, output).double().cpu().numpy()
             code = batch.code.numpy()

@@ -38,11 +38,11 @@ class Summaries:
 
     def __init__(self, vocabulary: pa.Table) -> None:
         count = vocabulary["count"].to_numpy()[FIRST_CODE:]
-        self._codes = FIRST_CODE + np.sort(np.argsort(-count, kind="stable")[:MAX_VARIABLES])
+        codes = FIRST_CODE + np.sort(np.argsort(-count, kind="stable")[:MAX_VARIABLES])
         self._mean, self._std = (vocabulary[name].to_numpy() for name in ("mean", "std"))
         self._row = np.full(vocabulary.num_rows, -1)
-        self._row[self._codes] = np.arange(len(self._codes))
-        self._variables = [vocabulary["variable"][code].as_py() for code in self._codes.tolist()]
+        self._row[codes] = np.arange(len(codes))
+        self._variables = vocabulary["variable"].take(codes).to_pylist()
         columns = [*WHOLE, *(f"{window}, {what}" for window in WINDOWS for what in PART)]
         self._num_columns = len(columns)
         self.names = [f"{name}, {what}" for name in self._variables for what in columns]

@@ -36,8 +36,7 @@ class Teacher:
         label = torch.lerp(label, taught, self.weight).float()
         if batch.samples is None:
             return dataclasses.replace(batch, label=label)
-        samples = dataclasses.replace(batch.samples, label=label)
-        return dataclasses.replace(batch, samples=samples)
+        return dataclasses.replace(batch, samples=dataclasses.replace(batch.samples, label=label))
 
     def save(self, path: Path) -> None:
         """Write to ``path``, a JSON file."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from model.losses import LossOptions
-from pipeline.arrays import harden, is_labelled
+from pipeline.arrays import is_labelled
 from pipeline.dataset.samples import fingerprint_patients
 from pipeline.dataset.tables import read_vocabulary
 from pipeline.schema import UserError
@@ -120,7 +120,7 @@ def _read_samples(data: DataSet) -> tuple[Floats, npt.NDArray[np.int64], npt.NDA
 
     rows, labels, patients, keys = zip(*read(), strict=True)
     patient = np.unique([name for part in patients for name in part], return_inverse=True)[1]
-    label = harden(np.concatenate(labels)).astype(np.int64)
+    label = np.concatenate(labels).astype(np.int64)
     return np.concatenate(rows), label, patient, [key for part in keys for key in part]
 
 

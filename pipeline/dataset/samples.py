@@ -50,8 +50,9 @@ class SharedSamples:
 
     def of_windows(self, windows: Ints) -> tuple[Ints, Ints]:
         """Return [K] the samples of some windows, one window after another, and for each the position of its window."""
-        sizes = np.diff(self.offsets)[windows]
-        return concatenate_ranges(self.offsets[windows], sizes), np.repeat(np.arange(len(windows)), sizes)
+        first = self.offsets[windows]
+        sizes = self.offsets[windows + 1] - first
+        return concatenate_ranges(first, sizes), np.repeat(np.arange(len(windows)), sizes)
 
 
 class SplitPart(NamedTuple):
@@ -238,12 +239,10 @@ def share_windows(samples: Samples, max_events: int | None, *, keeps_earliest: b
         max_events: to which windows are cut; None = they are not.
         keeps_earliest: whether what is cut keeps its earliest events, and so its beginning.
     """
-    number = len(samples.patient)
-    num_events = samples.num_events
-    is_cut = num_events > (np.iinfo(np.int64).max if max_events is None else max_events)
-    if keeps_earliest and max_events is not None:
-        num_events, is_cut = np.minimum(num_events, max_events), np.zeros(number, np.bool_)
-    alone = np.where(is_cut, 2 + np.arange(number), samples.num_sets == 1)
+    number, limit = len(samples.patient), np.iinfo(np.int64).max if max_events is None else max_events
+    num_events = np.minimum(samples.num_events, limit) if keeps_earliest else samples.num_events
+    begins_later = num_events > limit
+    alone = np.where(begins_later, 2 + np.arange(number), samples.num_sets == 1)
     order = np.lexsort((samples.num_events, num_events, alone, samples.patient))
     starts = np.union1d(find_runs(samples.patient[order]), find_runs(alone[order]))
     sizes = np.diff(np.append(starts, number))
@@ -251,7 +250,7 @@ def share_windows(samples: Samples, max_events: int | None, *, keeps_earliest: b
     is_prefix = samples.whole_sets[order] | (num_events[order] == longest)
     run = np.repeat(np.arange(len(starts)), sizes)
     own = np.where(is_prefix, 0, 1 + np.arange(number))
-    regroup = np.lexsort((np.arange(number), own, run))
+    regroup = np.lexsort((own, run))
     order, run, own = order[regroup], run[regroup], own[regroup]
     offsets = np.append(np.union1d(find_runs(run), find_runs(own)), number)
     host, time = order[offsets[1:] - 1], samples.prediction_time

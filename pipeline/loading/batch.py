@@ -123,6 +123,11 @@ class PatientBatch:
         return self.num_patients if self.samples is None else len(self.samples.label)
 
     @property
+    def whole_samples(self) -> Tensor:
+        """[B] int64, the sample of each patient that has all its sets."""
+        return torch.arange(self.num_patients) if self.samples is None else self.samples.whole
+
+    @property
     def sample_label(self) -> Tensor:
         """[N] the labels of the samples, or of T tasks [N, T]."""
         return self.label if self.samples is None else self.samples.label

@@ -233,14 +233,13 @@ def _count_samples(samples: pl.DataFrame, labels: Labels) -> SampleCounts:
     """Count samples of a split."""
     label = samples[LABEL].drop_nulls()
     is_number = labels.kind == "regression" and len(label) > 0
+    of_class = harden(label.to_numpy()).astype(np.int64) if labels.classes else np.zeros(0, np.int64)
     return SampleCounts(
         num_samples=samples.height,
         num_patients=samples[PATIENT_ID].n_unique(),
         num_labelled=len(label),
         num_without_events=int((samples["num_events"] == 0).sum()),
-        class_counts=np.bincount(harden(label.to_numpy()).astype(np.int64), minlength=len(labels.classes)).tolist()
-        if labels.classes
-        else [],
+        class_counts=np.bincount(of_class, minlength=len(labels.classes)).tolist(),
         mean=float(np.mean(label.to_numpy())) if is_number else None,
         std=float(np.std(label.to_numpy())) if is_number else None,
     )
