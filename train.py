@@ -25,7 +25,7 @@ from pipeline.options import from_dict
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
 from training.begin import THREAD_LIMIT, begin_run
-from training.card import is_summary_of, write_model_cards, write_summary
+from training.card import is_summary_of, summarize_run, write_model_cards, write_summary
 from training.checkpoint import Checkpoint, load_model
 from training.console import format_metric, format_quality, log_main
 from training.crossfit import check_cross_fit, finish_cross_fit, join_folds, keep_predictions
@@ -42,6 +42,7 @@ from training.profiling import format_table
 from training.report import write_run_report
 from training.run import Run, Stopped
 from training.step import train_step
+from training.trackers import show_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,13 +86,16 @@ def train(options: TrainOptions, manifest: Manifest, world: World, member: Membe
         try:
             while job.stop_reason is None:
                 if state.progress.epochs_validated == state.loader.epoch:  # else its steps are done already
-                    train_epoch(job)
+                    is_whole = train_epoch(job)
                     job.save_last()
-                job.monitor.mark("validation")
-                found = job.evaluator.validate(state.ema_model, "valid")
+                    if not is_whole:  # the posterior has collapsed
+                        break
+                found = job.validate()
                 if world.is_main and member is not None and member.fold is not None:
                     keep_predictions(job.directory, state.progress.epochs_validated, found)
                 job.end_epoch(found.rank())
+            if job.best is None:  # collapsed before the first validation
+                job.validate_within_epoch()
             job.log_interval()
             job.save_last()
             finish(job)
@@ -102,20 +106,23 @@ def train(options: TrainOptions, manifest: Manifest, world: World, member: Membe
     return 0
 
 
-def train_epoch(job: Run) -> None:
-    """Train from the loader's position to the end of its epoch."""
+def train_epoch(job: Run) -> bool:
+    """Train from the loader's position to the end of its epoch; return whether the run came there, or is to stop."""
     state = job.state
     state.model.train()
     job.begin_epoch()
     batches = iter(state.loader)
-    while True:
+    while job.stop_reason is None:
+        if job.is_validation_due:
+            job.validate_within_epoch()
         with record_function("data"):
             ready = next(batches, None)
         if ready is None:
-            return
+            return True
         job.begin_step(ready)
         losses, grad_norm = train_step(state, ready, job.settings)
         job.end_step(ready, losses, grad_norm)
+    return False
 
 
 def finish(job: Run) -> None:
@@ -129,7 +136,7 @@ def finish(job: Run) -> None:
         log_main(world, "\n".join(["where the time goes:", *format_table(job.profiler.table)]))
     if not world.is_main:
         return
-    summary = job.summarize() | {"test": test}
+    summary = summarize_run(job) | {"test": test}
     if job.member is not None:
         write_summary(directory, summary)
         return
@@ -137,6 +144,9 @@ def finish(job: Run) -> None:
         write_atomically(directory / name, card.encode())
     write_summary(directory, summary)
     report = write_run_report(directory)
+    show_line(job.trackers, "test", {"step": job.state.progress.step, **(test or {})})
+    for tracker in job.trackers:
+        tracker.add_report(report)
     if test is not None and job.options.loss.learns_outcome:
         print(f"test {format_quality(test)}")
     ragged = "; batches travelled ragged, without any" if job.options.data.use_dynamic_padding is None else ""

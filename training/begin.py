@@ -100,9 +100,12 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
     buckets = GradientBuckets(model.parameters(), world) if world.size > 1 else None
     settings = StepSettings(options.loss, options.optimisation, world, total_steps, preparer, graphs, buckets, monitor)
+    settings = dataclasses.replace(settings, has_gauges=options.run.collapse_steps > 0)
     state = build_state(model, loader, options.optimisation)
     if saved is not None:
         state.load_state_dict(saved.state)
+        if not world.is_main:
+            state.gauges.reset()  # the first rank holds the sums of all
     state.progress.threads = threads
     return Run(options, data, world, memory, state, settings, best, saved is not None, pool, member)
 
@@ -167,17 +170,16 @@ def find_checkpoint(options: TrainOptions, directory: Path, world: World) -> Che
 def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | None:
     """Return the metrics of ``best.pt``, which must be of this run's best epoch; None where none has been validated."""
     path = directory / "checkpoints" / "best.pt"
-    if saved is None or not (path.exists() or saved.state["progress"]["epochs_validated"]):
+    if saved is None or not (path.exists() or saved.state["progress"]["best_step"] >= 0):
         return None
-    best, progress = Checkpoint.load(path), saved.state["progress"]
-    validated = progress["epochs_validated"]
-    # A run that was killed before it noted a new best epoch is about to validate that epoch again.
-    epochs = (validated - 1 - progress["epochs_since_best"], validated)
-    same_run = best.state["loader"]["settings"] == saved.state["loader"]["settings"] and best.step <= saved.step
-    if not same_run or best.metrics is None or best.metrics["epoch"] not in epochs:
-        steps = f"saved at step {best.step}, last.pt at step {saved.step}"
+    best = Checkpoint.load(path)
+    # A run that was killed before it noted a new best step is about to validate that step again.
+    steps = (saved.state["progress"]["best_step"], saved.step)
+    same_run = best.state["loader"]["settings"] == saved.state["loader"]["settings"]
+    if not same_run or best.metrics is None or best.step not in steps:
+        found = f"saved at step {best.step}, last.pt at step {saved.step}"
         advice = "put the best checkpoint back, or start anew"
-        raise UserError(f"{path}: not the best checkpoint of this run ({steps}); {advice}")
+        raise UserError(f"{path}: not the best checkpoint of this run ({found}); {advice}")
     return best.metrics
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
 
 from model.config import SeqSetVAEConfig
+from pipeline.machine import peak_rss_bytes
 from pipeline.schema import FIRST_CODE
 from pipeline.storage.files import write_atomically
+from training.metrics import Throughput
 from training.options import TrainOptions
 from training.quality import HEADLINES
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 METRICS = {
     "auroc": "AUROC", "auprc": "AUPRC", "min_se_ppv": "min(Se, +P)", "accuracy": "Accuracy", "brier": "Brier",
@@ -81,3 +86,25 @@ def is_summary_of(path: Path, step: int) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(summary, dict) and summary.get("steps") == step
+
+
+def summarize_run(run: Run) -> dict[str, Any]:
+    """Return what the training was, for ``summary.json``: totals over all resumed parts of the run."""
+    progress = run.state.progress
+    summary: dict[str, Any] = {
+        "steps": progress.step,
+        "seconds": round(progress.seconds, 2),
+        "stopped_by": run.stop_reason,
+        **Throughput(**progress.totals).rates(),
+        "threads": progress.threads,
+        "steps_in_graphs": 0 if run.settings.graphs is None else run.settings.graphs.replayed,
+        "peak_rss_bytes": max(progress.peak_rss_bytes, peak_rss_bytes()),
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if run.world.device.type == "cuda" else None,
+    }
+    if run.options.run.profile_memory:  # of this process and those below it; each rank has a profile of its own
+        summary["profiled_peak_rss_bytes"] = run.monitor.peak_rss_bytes
+        summary["profiled_peak_uss_bytes"] = run.monitor.peak_uss_bytes
+    if run.profiler.table is not None:
+        summary["profile"] = run.profiler.table
+    quarantined = {"quarantined_patients": run.data.quarantined_patients}
+    return summary | quarantined | {"quarantined_shards": run.data.quarantined_shards, "best": run.best}

@@ -18,7 +18,7 @@ from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
 
-CHECKPOINT_VERSION = 5
+CHECKPOINT_VERSION = 6
 
 SHAPELESS = ("dropout",)
 """Fields of the model's configuration that decide no weight's shape or meaning."""

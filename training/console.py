@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training.json_lines import JsonLines
+from pipeline.machine import rss_bytes
 from training.metrics import Throughput
 from training.parallel import World
 
@@ -39,6 +37,24 @@ def format_quality(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{title} {format_metric(value)}" for title, value in found)
 
 
+def measure_memory(device: torch.device) -> dict[str, int]:
+    """Return the memory in bytes that this process holds; of a GPU what tensors take, and the most that they took."""
+    held = {"rss_bytes": rss_bytes()}
+    if device.type == "cuda":
+        held["cuda_allocated_bytes"] = torch.cuda.memory_allocated(device)
+        held["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return held
+
+
+def format_memory(held: Mapping[str, int]) -> str:
+    """Return what :func:`measure_memory` found as text."""
+    text = f"{held['rss_bytes'] / 2**30:.2f} GiB"
+    if "cuda_peak_bytes" in held:
+        now, peak = (held[name] / 2**30 for name in ("cuda_allocated_bytes", "cuda_peak_bytes"))
+        text += f", GPU {now:.2f} GiB (at most {peak:.2f})"
+    return text
+
+
 class EpochBar:
     """One progress bar an epoch with patients/s, padding waste and memory; lines only where there is no terminal."""
 
@@ -64,28 +80,14 @@ class EpochBar:
     def advance(self, throughput: Throughput) -> None:
         """Show that a step is done, with the rates of ``throughput``."""
         if not self.bar.disable:
-            rates, memory = throughput.rates(), psutil.Process().memory_info().rss / 2**30
+            rates, memory = throughput.rates(), format_memory(measure_memory(self.world.device))
             # This rank's rate times the number of ranks: all ranks would have to stop to be asked.
             speed, waste = rates["patients_per_second"] * self.world.size, rates["event_padding_waste"]
-            now = f"{speed:.1f} patients/s, padding {waste:.1%}, {memory:.2f} GiB"
+            now = f"{speed:.1f} patients/s, padding {waste:.1%}, {memory}"
             self.bar.update(self.task, advance=1, now=now)
 
-    def end(self, epoch: int, metrics: dict[str, Any], *, improved: bool) -> None:
-        """Print the metrics of a validated epoch."""
-        text = f"epoch {epoch + 1}/{self.max_epochs}: loss {format_metric(metrics['loss'])}, {format_quality(metrics)}"
+    def end(self, epoch: int, metrics: dict[str, Any], *, step: int | None, improved: bool) -> None:
+        """Print the metrics of a validation, of an epoch or at a ``step`` within it."""
+        place = f"epoch {epoch + 1}/{self.max_epochs}" + ("" if step is None else f", step {step:,}")
+        text = f"{place}: loss {format_metric(metrics['loss'])}, {format_quality(metrics)}"
         log_main(self.world, text + (" (best so far)" if improved else ""))
-
-
-@contextmanager
-def open_metrics_log(run_dir: Path, world: World, keep: int) -> Iterator[JsonLines | None]:
-    """Give the file metrics.jsonl with the first ``keep`` lines that it has, on the first rank; None on others."""
-    if not world.is_main:
-        yield None
-        return
-    with JsonLines(run_dir / "metrics.jsonl", keep=keep) as lines:
-        yield lines
-
-
-def memory_file(run_dir: Path, world: World) -> Path:
-    """Return where a rank's memory profile goes."""
-    return run_dir / ("memory.csv" if world.is_main else f"memory_rank{world.rank}.csv")

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from model.capacity import BatchShape
 from model.config import Outcome
 from model.losses import LossCounts
@@ -39,6 +41,9 @@ from training.predictions import outcome_of
 from training.targets import Teacher
 
 DEFAULT_BATCH_SIZE = 16
+SAMPLE_SALT = 0x5A3B1E
+"""Seed of the order in which patients are sampled."""
+
 MIN_STEPS = 50
 """Steps an epoch that ``--batch_size auto`` leaves: fewer would train another model, not the same one faster."""
 
@@ -154,6 +159,23 @@ class DataSet:
         part = SplitPart(split, self.chosen.get(split))
         settings |= {"split": part, "task": self.tasks, "quarantined": self.quarantined_shards, **arguments}
         return make_loader(self.folder, manifest=self.manifest, **settings)
+
+
+def sample_patients(data: DataSet, split: str, number: int) -> DataSet:
+    """Return the data with ``number`` patients of a split alone, among those that have samples; 0 = all.
+
+    They are the same ones in every run, and among those of every larger number.
+    """
+    entries = data.manifest.splits.get(split, [])
+    if not number or not entries:
+        return data
+    patients = np.unique(data.index_of(split).read(entries).patient)
+    sizes = np.array([entry.num_patients for entry in entries])
+    used = np.zeros(sizes.sum(), bool)
+    used[np.random.default_rng(SAMPLE_SALT).permutation(patients)[:number]] = True
+    parts = np.split(used, np.cumsum(sizes)[:-1])
+    chosen = {entry.path: part for entry, part in zip(entries, parts, strict=True)}
+    return dataclasses.replace(data, chosen={**data.chosen, split: chosen})
 
 
 def agree_on_data(options: DataOptions, manifest: Manifest, world: World, task: str | None, *splits: str) -> DataSet:

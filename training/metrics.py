@@ -115,8 +115,11 @@ class Progress:
 
     Attributes:
         epochs_validated: epochs whose validation is done; one less than the epochs done while it is still to come.
-
-        collapsed: whether the posterior had collapsed at the last validation.
+        epochs_since_best: epochs validated after the one in which the best validation was.
+        step_validated: step of the last validation within an epoch; 0 = none.
+        best_step: step of the best validation; -1 = none.
+        best_saved: metrics of the best validations whose checkpoints are kept, the best first.
+        collapsed: whether the posterior had collapsed when it was last looked at.
         seconds: wall time spent, over all resumed parts of the run.
         threads: of each process's CPU operations, as the run began with.
         log_lines: lines of metrics.jsonl that the first rank had written.
@@ -128,6 +131,9 @@ class Progress:
     step: int = 0
     epochs_validated: int = 0
     epochs_since_best: int = 0
+    step_validated: int = 0
+    best_step: int = -1
+    best_saved: list[dict[str, Any]] = field(default_factory=list)
     collapsed: bool = False
     seconds: float = 0.0
     threads: int = 0

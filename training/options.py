@@ -16,6 +16,7 @@ from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
 from training.schedule import OptimisationOptions
 from training.subgroups import Grouping
+from training.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,23 @@ class RunOptions(Section):
     )  # fmt: skip
     resume: bool = option(False, "Go on from checkpoints/last.pt of --output_dir, where there is one.")
     checkpoint_steps: int = option(0, "Number of steps between saves of last.pt within an epoch; 0 = none.", minimum=0)
+    validate_steps: int = option(
+        0, "Number of steps between validations within an epoch, beside the one at its end; 0 = none.", minimum=0
+    )
+    validate_patients: int = option(
+        0, "Number of patients of the validation split that validations during training look at, always the same ones; "
+        "0 = all.", minimum=0,
+    )  # fmt: skip
+    keep_best: int = option(1, "Number of best checkpoints to keep, as best_<step>.pt; 1 = best.pt alone.", minimum=1)
     monitor: Literal["auto", "auroc", "auprc", "r2", "loss"] = option(
-        "auto", "Validation metric that decides which epoch is best, of several tasks its mean. By default AUROC for "
+        "auto", "Metric that decides which validation is best, of several tasks its mean. By default AUROC for "
         "classes, R² for numbers, the loss for both.",
     )  # fmt: skip
     patience: int = option(0, "Epochs without a better one after which the run stops early; 0 = never.", minimum=0)
+    collapse_steps: int = option(
+        50, "Number of training steps between looks at the posterior, each at the sets of the steps since the last; "
+        "0 = at validations alone.", minimum=0,
+    )  # fmt: skip
     min_active_units: float = option(
         0.02, "Share of active units below which the posterior counts as collapsed.", minimum=0, maximum=1
     )
@@ -48,10 +61,15 @@ class RunOptions(Section):
     log_steps: int = option(10, "Number of steps between lines of metrics.jsonl.", minimum=1)
     profile_memory: bool = option(False, "Sample the memory of all processes into memory.csv.")
     profile: bool = option(False, "Record a few steps into trace.json.gz, and show where their time goes.")
+    track: tuple[str, ...] = option(
+        (), "Experiment trackers that are shown what metrics.jsonl gets: tensorboard, wandb or mlflow, or several.",
+        metavar="TRACKER",
+    )  # fmt: skip
     verbose: bool = option(False, "Print every line of metrics.jsonl.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_trackers(self.track)
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "--max_memory")
 
@@ -150,6 +168,8 @@ class TrainOptions:
             raise UserError("--folds judges by what is predicted, and --objective pretrain predicts nothing; leave one")
         if self.data.share_windows and self.loss.prefix_weight:
             raise UserError("--share_windows answers at the prediction times of samples; leave --prefix_weight")
+        if self.cross_fit.is_on and (self.run.validate_steps or self.run.validate_patients):
+            raise UserError("--folds validates whole epochs; leave --validate_steps and --validate_patients")
         if self.cross_fit.is_on and self.evaluation.meds_predictions:
             raise UserError("--meds_predictions is for one model; with --folds give it to --evaluate afterwards")
 
@@ -181,8 +201,9 @@ _FLAGS = {
         "freeze", "max_epochs", "stop_after", "final_seeds", "learning_rate", "weight_decay", "warmup_steps",
         "ema_decay", "gradient_clip", "vae_weight", "outcome_weight", "task_weights", "prefix_weight",
         "pos_weight", "class_weights", "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices", "device",
-        "threads", "checkpoint_steps", "monitor", "patience", "min_active_units",
-        "stop_on_collapse", "log_steps", "profile_memory", "profile", "verbose", "cuda_graphs",
+        "threads", "checkpoint_steps", "validate_steps", "validate_patients", "keep_best", "monitor", "patience",
+        "collapse_steps", "min_active_units",
+        "stop_on_collapse", "log_steps", "profile_memory", "profile", "track", "verbose", "cuda_graphs",
     ),
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-import yaml
 from torch import Tensor
 
 from model.losses import Losses, beta_at
-from pipeline.machine import HeapTrimmer, peak_rss_bytes, release_free_memory, rss_bytes
+from pipeline.machine import HeapTrimmer, peak_rss_bytes, release_free_memory
 from pipeline.options import to_dict
-from pipeline.schema import UserError
 from pipeline.storage.cache import parse_bytes
-from pipeline.storage.files import remove_leftovers, write_atomically
 from training.checkpoint import Checkpoint
-from training.console import EpochBar, log_main, memory_file, open_metrics_log
-from training.data import DataSet, ReadyBatch
+from training.collapse import is_collapsed
+from training.console import EpochBar, format_memory, log_main, measure_memory
+from training.data import DataSet, ReadyBatch, sample_patients
 from training.evaluation import Evaluator
 from training.folds import Member
 from training.memory import StepMemory
-from training.metrics import Meters, Throughput, task_losses
+from training.metrics import Meters, task_losses
 from training.monitor import MemoryMonitor
 from training.options import TrainOptions
 from training.parallel import StopSignal, World
 from training.prepare_pool import PreparePool
 from training.profiling import StepProfiler
+from training.run_files import memory_file, open_directory, open_metrics_log, remove_other_best
 from training.schedule import learning_rate_at
 from training.state import TrainState
 from training.step import StepSettings
-from training.targets import TEACHER_FILE
-from training.validation import is_better
+from training.trackers import open_trackers, show_line
+from training.validation import Validation, is_better, rank_validations
 
 
 class Stopped(Exception):  # no error: a signal asked for it
@@ -68,6 +67,8 @@ class Run:
     def __post_init__(self) -> None:
         self.directory = Path(self.options.run.output_dir)
         self.evaluator = Evaluator(self.options, self.data, self.world, self.memory, self.check_stop)
+        watched = sample_patients(self.data, "valid", self.options.run.validate_patients)
+        self._validator = dataclasses.replace(self.evaluator, data=watched)
         max_memory = self.options.run.max_memory
         self._heap = HeapTrimmer(parse_bytes(max_memory) if max_memory else None)
         self._meters = Meters(self.world, self.state.progress, self.state.model.config.outcomes)
@@ -75,13 +76,15 @@ class Run:
         self._step_ended = self._step_started = time.perf_counter()
 
     def __enter__(self) -> Self:
-        self._open_directory()
+        open_directory(self)
         self._stack = contextlib.ExitStack()
         enter, options = self._stack.enter_context, self.options.run
         if self.pool is not None:
             self._stack.callback(self.pool.close)
         self._signal = enter(StopSignal(self.world))
         self._lines = enter(open_metrics_log(self.directory, self.world, self.state.progress.log_lines))
+        step, names = self.state.progress.step, self.options.run.track if self.world.is_main else ()
+        self.trackers = open_trackers(names, self.directory, to_dict(self.options), step)
         path = memory_file(self.directory, self.world) if options.profile_memory else None
         self.monitor = enter(MemoryMonitor(path))
         self.bar = enter(EpochBar(self.world, self.options.optimisation.num_epochs))
@@ -92,31 +95,15 @@ class Run:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        with self._stack:  # whatever a tracker raises
+            for tracker in self.trackers:
+                tracker.close(finished=error[0] is None and self.stop_reason is not None)
 
     def log(self, kind: str, **numbers: Any) -> None:
         """Add a line to metrics.jsonl; on the first rank alone."""
         if self._lines is not None:
             self._lines.write({"kind": kind, **numbers})
-
-    def _open_directory(self) -> None:
-        """Write what the run is; nothing was written before, so that a command that is refused changes no file."""
-        checkpoints, path = self.directory / "checkpoints", self.directory / "config.yaml"
-        config = yaml.safe_dump(to_dict(self.options), sort_keys=False).encode()
-        if self.world.is_main:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            for folder in (self.directory, checkpoints):  # not below: other runs may be going on there
-                remove_leftovers(folder)
-            write_atomically(path, config)
-            if self.memory is not None:
-                self.memory.save(self.directory / "memory_model.json")
-            if (teacher := self.settings.preparer.teacher) is not None:
-                teacher.save(self.directory / TEACHER_FILE)
-        self.world.wait()
-        same = self.world.gather(path.exists() and path.read_bytes() == config)
-        if not all(same):
-            unseen = f"rank {same.index(False)} does not see the files of rank 0; name a folder that all machines share"
-            raise UserError(f"--output_dir {self.directory}: {unseen}")
+            show_line(self.trackers, kind, numbers)
 
     def _make_profiler(self) -> StepProfiler:
         """Return a profiler, which is on where ``--profile`` asks for it, on the first rank alone."""
@@ -168,6 +155,8 @@ class Run:
         self.bar.advance(self._meters.interval)
         if step % options.log_steps == 0:
             self.log_interval()
+        if self.settings.has_gauges and step % options.collapse_steps == 0:
+            self._look_at_posterior()
         number = self._signal.poll()
         if number or (options.checkpoint_steps and step % options.checkpoint_steps == 0):
             self.save_last()
@@ -202,11 +191,12 @@ class Run:
             **interval.rates(),
             "learning_rate": learning_rate_at(optimisation, step - 1, self.settings.total_steps),
             "beta": beta_at(loss, step - 1),
-            "rss_bytes": rss_bytes(),
+            **(memory := measure_memory(self.world.device)),
         }
         self.log("train", **line)
         if self.options.run.verbose:
-            log_main(self.world, ", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in line.items() if name not in memory)
+            log_main(self.world, f"{numbers}, memory {format_memory(memory)}")
 
     def save_last(self) -> None:
         """Save ``last.pt``, if losses and weights are finite; all ranks take part, the first writes."""
@@ -216,30 +206,76 @@ class Run:
         progress.seconds = self.seconds
         progress.peak_rss_bytes = max(progress.peak_rss_bytes, peak_rss_bytes())
         self.state.check_finite(last_loss=progress.loss_sums["loss"])
+        self.state.gauges.combine(self.world)
         self._save("last")
+        if self.world.is_main:
+            remove_other_best(self.directory / "checkpoints", progress)
         self.monitor.mark("checkpoint")
         release_free_memory()
 
+    @property
+    def is_validation_due(self) -> bool:
+        """Whether it is time for a validation within the epoch, or a run that goes on was stopped during it."""
+        progress, loader, every = self.state.progress, self.state.loader, self.options.run.validate_steps
+        is_inside = 0 < loader.cursor < len(loader)
+        return bool(every) and is_inside and progress.step % every == 0 and progress.step_validated != progress.step
+
+    def validate(self) -> Validation:
+        """Validate the EMA weights, on the patients that ``--validate_patients`` chooses."""
+        self.monitor.mark("validation")
+        return self._validator.validate(self.state.ema_model, "valid")
+
+    def validate_within_epoch(self) -> None:
+        """Validate between two steps; the state is saved before, so that a run that is killed meanwhile is whole."""
+        self.save_last()
+        self._note_validation(self.validate().rank(), step=self.state.progress.step)
+        self.state.progress.step_validated = self.state.progress.step
+        self.save_last()
+        self._step_ended = time.perf_counter()
+
     def end_epoch(self, metrics: dict[str, Any]) -> None:
-        """Log a validation, save the best checkpoint first and then the last, and say how it went."""
+        """Note the validation of an epoch, and save the state that goes on with the next."""
+        progress, epoch = self.state.progress, self.state.progress.epochs_validated
+        self._note_validation(metrics)
+        assert self.best is not None
+        progress.epochs_validated = epoch + 1
+        progress.epochs_since_best = 0 if self.best["epoch"] == epoch else progress.epochs_since_best + 1
+        self.save_last()
+        if (graphs := self.settings.graphs) is not None:
+            log_main(self.world, f"{graphs.replayed:,} of {progress.step:,} steps ran as CUDA graphs")
+
+    def _note_validation(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Log a validation, of an epoch or at a ``step`` within it; save what is best, and say how it went."""
         progress, epoch = self.state.progress, self.state.progress.epochs_validated
         self.log("valid", step=progress.step, epoch=epoch, seconds=self.seconds, **metrics)
         metrics = {**metrics, "epoch": epoch, "step": progress.step}
         improved = is_better(metrics, self.best, self.settings.monitor)
+        if self.options.run.keep_best > 1:
+            progress.best_saved = rank_validations([*progress.best_saved, metrics], self.settings.monitor)
+            progress.best_saved = progress.best_saved[: self.options.run.keep_best]
+            if any(each["step"] == progress.step for each in progress.best_saved):
+                self._save(f"best_{progress.step}", metrics)
         if improved:
-            self.best = metrics
+            self.best, progress.best_step = metrics, progress.step
             self._save("best", metrics)
-        if metrics["collapsed"]:
+        self._note_posterior(metrics)
+        self.bar.end(epoch, metrics, step=step, improved=improved)
+
+    def _look_at_posterior(self) -> None:
+        """Log the gauges of the sets of the steps since the last look."""
+        gauge = self.state.gauges.read(self.world)
+        found = dataclasses.asdict(gauge) | {"collapsed": is_collapsed(gauge, self.options.run.min_active_units)}
+        self.log("posterior", step=self.state.progress.step, epoch=self.bar.epoch, seconds=self.seconds, **found)
+        self._note_posterior(found)
+
+    def _note_posterior(self, metrics: dict[str, Any]) -> None:
+        """Warn, and save a checkpoint, where the posterior has just collapsed."""
+        progress = self.state.progress
+        if metrics["collapsed"] and not progress.collapsed:
             self._save("collapsed", metrics)
             active = f"{metrics['active_units']} of {self.state.model.config.width} units are active"
-            log_main(self.world, f"warning: the posterior has collapsed, {active}")
-        progress.epochs_validated = epoch + 1
-        progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+            log_main(self.world, f"warning: the posterior has collapsed at step {progress.step}, {active}")
         progress.collapsed = bool(metrics["collapsed"])
-        self.save_last()
-        self.bar.end(epoch, metrics, improved=improved)
-        if (graphs := self.settings.graphs) is not None:
-            log_main(self.world, f"{graphs.replayed:,} of {progress.step:,} steps ran as CUDA graphs")
 
     def _save(self, name: str, metrics: dict[str, Any] | None = None) -> None:
         if self.world.is_main:
@@ -250,24 +286,3 @@ class Run:
                 state=self.state.state_dict(),
                 metrics=metrics,
             ).save(self.directory / "checkpoints" / f"{name}.pt")
-
-    def summarize(self) -> dict[str, Any]:
-        """Return what the training was, for ``summary.json``: totals over all resumed parts of the run."""
-        progress = self.state.progress
-        summary: dict[str, Any] = {
-            "steps": progress.step,
-            "seconds": round(progress.seconds, 2),
-            "stopped_by": self.stop_reason,
-            **Throughput(**progress.totals).rates(),
-            "threads": progress.threads,
-            "steps_in_graphs": 0 if self.settings.graphs is None else self.settings.graphs.replayed,
-            "peak_rss_bytes": max(progress.peak_rss_bytes, peak_rss_bytes()),
-            "peak_cuda_bytes": torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else None,
-        }
-        if self.options.run.profile_memory:  # of this process and those below it; each rank has a profile of its own
-            summary["profiled_peak_rss_bytes"] = self.monitor.peak_rss_bytes
-            summary["profiled_peak_uss_bytes"] = self.monitor.peak_uss_bytes
-        if self.profiler.table is not None:
-            summary["profile"] = self.profiler.table
-        quarantined = {"quarantined_patients": self.data.quarantined_patients}
-        return summary | quarantined | {"quarantined_shards": self.data.quarantined_shards, "best": self.best}

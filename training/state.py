@@ -15,6 +15,7 @@ from model.seqsetvae import SeqSetVAE
 from pipeline.dataset.tables import load_embeddings
 from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UserError
+from training.collapse import CollapseGauges
 from training.data import DataSet
 from training.metrics import Progress
 from training.schedule import OptimisationOptions, parameter_groups
@@ -26,19 +27,24 @@ FIRST_SCALE = 1024
 """First scale of fp16 losses: the usual 65,536 overflows, and so wastes, the first steps, for losses are sums."""
 
 
-PARTS = ("loader", "model", "ema_model", "optimizer", "scaler")
+PARTS = ("loader", "model", "ema_model", "optimizer", "scaler", "gauges")
 """What has a state of its own; the loader's is restored first, as it refuses other batches."""
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """What changes from step to step; ``ema_model``, a moving average, is validated, saved and used to predict."""
+    """What changes from step to step.
+
+    ``ema_model``, a moving average, is validated, saved and used to predict; ``gauges`` are of the sets of the steps
+    since they were last read.
+    """
 
     model: SeqSetVAE
     ema_model: SeqSetVAE
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: PatientLoader
+    gauges: CollapseGauges
     progress: Progress
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,5 +96,6 @@ def build_state(model: SeqSetVAE, loader: PatientLoader, options: OptimisationOp
         optimizer=torch.optim.AdamW(groups, lr=options.learning_rate, eps=ADAM_EPS, fused=True, capturable=captured),
         scaler=torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, enabled=options.precision == "fp16"),
         loader=loader,
+        gauges=CollapseGauges(model.config.width, device),
         progress=Progress(),
     )

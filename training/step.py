@@ -16,6 +16,7 @@ from model.prepared import PreparedBatch
 from model.seqsetvae import SeqSetVAE
 from pipeline.schema import UserError
 from training.buckets import GradientBuckets
+from training.collapse import CollapseGauges
 from training.console import log_main
 from training.data import BatchPreparer, ReadyBatch
 from training.graphs import StepGraphs, StepNumbers
@@ -32,7 +33,7 @@ class StepSettings:
 
     The learning rate falls over ``total_steps``; ``preparer`` makes smaller parts where memory ends; ``graphs`` replays
     steps, where there are capacities; ``buckets`` add up gradients, where there are several ranks; ``monitor`` is the
-    validation metric that decides which epoch is best.
+    validation metric that decides which epoch is best; with ``has_gauges`` steps fill the gauges of collapse.
     """
 
     loss: LossOptions
@@ -43,6 +44,7 @@ class StepSettings:
     graphs: StepGraphs | None = None
     buckets: GradientBuckets | None = None
     monitor: str = "loss"
+    has_gauges: bool = False
 
 
 def select_trained(model: SeqSetVAE, loss: LossOptions, optimisation: OptimisationOptions) -> None:
@@ -121,7 +123,8 @@ def accumulate_gradients(
     for part in parts:
         with record_function("copy"):
             prepared = part.to(settings.world.device, non_blocking=True)
-        losses = forward_losses(state.model, prepared, numbers.counts, settings, numbers.beta)
+        gauges = state.gauges if settings.has_gauges else None
+        losses = forward_losses(state.model, prepared, numbers.counts, settings, numbers.beta, gauges)
         with record_function("backward"):
             if part is last and settings.buckets is not None:
                 settings.buckets.begin()
@@ -133,13 +136,23 @@ def accumulate_gradients(
 
 
 def forward_losses(
-    model: SeqSetVAE, prepared: PreparedBatch, counts: LossCounts, settings: StepSettings, beta: float | Tensor
+    model: SeqSetVAE,
+    prepared: PreparedBatch,
+    counts: LossCounts,
+    settings: StepSettings,
+    beta: float | Tensor,
+    gauges: CollapseGauges | None = None,
 ) -> Losses:
-    """Return the losses of a training step on one part of a batch; what the objective does not use is not computed."""
+    """Return the losses of a training step on one part of a batch; what the objective does not use is not computed.
+
+    The posterior is shown to ``gauges``.
+    """
     loss = settings.loss
     with settings.optimisation.autocast(settings.world.device):
         output = model(prepared, reconstruct=loss.learns_sets, classify=loss.learns_outcome)
         with record_function("losses"):
+            if gauges is not None:
+                gauges.update(output.posterior, output.sets.num_counted)
             return compute_losses(output, prepared.batch.sample_label, loss, counts, beta=beta)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,11 +138,10 @@ def validate(
                 output = output.first(prepared.batch.num_samples)
             with options.optimisation.autocast(world.device):
                 sums.add(compute_losses(output, prepared.batch.sample_label, loss, one, beta=loss.beta))
-            gauges.update(output.posterior)
+            gauges.update(output.posterior, output.sets.num_counted)
             tables.append(_tables_of(prepared.batch, output, times))
         labelled = np.broadcast_to(ready.counts.num_labelled, len(outcomes))
         counts += [ready.counts.num_events, ready.counts.num_sets, *labelled]
-    world.sum(gauges.sums)
     all_tables = [part for rank in world.gather(tables) for part in rank]
     joined = [pa.concat_tables(parts) for parts in zip(*all_tables, strict=True)]
     totals = sums.combine(world)
@@ -153,7 +153,7 @@ def validate(
         empty = map(loader.read_empty_samples, loader.tasks)
         joined = [add_empty_samples(*each, times) for each in zip(joined, empty, outcomes, strict=True)]
     joined = [sort_samples(table) for table in joined]
-    gauge = gauges.compute()
+    gauge = gauges.read(world)
     metrics = mean_losses(totals, counts, loss, outcomes) | {
         "active_units": gauge.active_units,
         "mean_posterior_variance": gauge.mean_posterior_variance,
@@ -219,6 +219,15 @@ def choose_monitor(name: str, loss: LossOptions, outcomes: tuple[Outcome, ...]) 
             f"--monitor {name}: the task has no such metric; choose one of {', '.join(sorted(found))}, loss"
         )
     return name
+
+
+def rank_validations(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return the metrics of validations, the best first by :func:`is_better`."""
+
+    def compare(one: dict[str, Any], other: dict[str, Any]) -> int:
+        return -1 if is_better(one, other, name) else 1
+
+    return sorted(found, key=functools.cmp_to_key(compare))
 
 
 def is_better(metrics: dict[str, Any], best: dict[str, Any] | None, name: str) -> bool:

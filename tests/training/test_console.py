@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from training.console import EpochBar, memory_file, open_metrics_log
+from training.console import EpochBar
 from training.metrics import Throughput
 from training.parallel import World
+from training.run_files import memory_file, open_metrics_log
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ def test_the_bar_shows_the_rate_of_all_ranks(monkeypatch: pytest.MonkeyPatch) ->
         bar.begin(0, 4, 0)
         bar.advance(throughput)
         bar.bar.refresh()
-        bar.end(0, {"auroc": None, "auprc": 0.5, "loss": 1.0}, improved=True)
+        bar.end(0, {"auroc": None, "auprc": 0.5, "loss": 1.0}, step=None, improved=True)
         bar.begin(1, 4, 0)
     shown = screen.getvalue()
     assert "6.0 patients/s, padding 10.0%" in shown

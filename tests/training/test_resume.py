@@ -17,7 +17,7 @@ import torch
 import train
 import training.card
 import training.checkpoint
-import training.run
+import training.run_files
 from pipeline.options import to_dict
 from tests.training.runs import (
     assert_same,
@@ -80,16 +80,33 @@ def kill_at_write(patch: pytest.MonkeyPatch, number: int) -> list[str]:
         write(path, content)
         written.append(path.name)
 
-    for module in (train, training.card, training.checkpoint, training.run):
+    for module in (train, training.card, training.checkpoint, training.run_files):
         patch.setattr(module, "write_atomically", counted)
     return written
 
 
-def test_a_kill_between_any_two_writes_changes_nothing(data: Path, tmp_path: Path) -> None:
-    flags = ["--max_epochs", "1", "--checkpoint_steps", "3", "--log_steps", "2"]
+WITHIN = ["--validate_steps", "2", "--validate_patients", "5", "--keep_best", "2", "--collapse_steps", "3"]
+
+
+@pytest.mark.parametrize(
+    ("more", "lines"),
+    [
+        ([], [("train", 2), ("train", 4), ("valid", 5), ("train", 5)]),
+        (
+            WITHIN,
+            [("train", 2), ("valid", 2), ("posterior", 3), ("train", 4), ("valid", 4), ("valid", 5), ("train", 5)],
+        ),
+    ],
+    ids=["epochs", "within"],
+)
+def test_a_kill_between_any_two_writes_changes_nothing(
+    more: list[str], lines: list[tuple[str, int]], data: Path, tmp_path: Path
+) -> None:
+    flags = ["--max_epochs", "1", "--checkpoint_steps", "3", "--log_steps", "2", *more]
     assert run(data, tmp_path / "whole", *flags) == 0
-    lines = [(line["kind"], line["step"]) for line in read_metrics(tmp_path / "whole")]
-    assert lines == [("train", 2), ("train", 4), ("valid", 5), ("train", 5)]
+    assert [(line["kind"], line["step"]) for line in read_metrics(tmp_path / "whole")] == lines
+    files = sorted(path.stem for path in (tmp_path / "whole" / "checkpoints").iterdir())
+    assert len(files) == (4 if more else 2)
     expected = untimed(read_summary(tmp_path / "whole"))
     for number in itertools.count():
         out = tmp_path / str(number)
@@ -102,7 +119,8 @@ def test_a_kill_between_any_two_writes_changes_nothing(data: Path, tmp_path: Pat
             else:
                 break
         assert run(data, out, *flags, "--resume") == 0
-        for name, which in itertools.product(("last", "best"), ("model", "ema_model")):
+        assert sorted(path.stem for path in (out / "checkpoints").iterdir()) == files
+        for name, which in itertools.product(files, ("model", "ema_model")):
             assert_same(weights(out, name, which), weights(tmp_path / "whole", name, which))
         assert untimed(read_summary(out)) == expected, written
         assert [(line["kind"], line["step"]) for line in read_metrics(out)] == lines, written
@@ -190,6 +208,10 @@ OTHER_VALUES: dict[str, list[str]] = {
     "beta_schedule": ["--beta_schedule", "cyclical"],
     "free_bits": ["--free_bits", "0"],
     "checkpoint_steps": ["--checkpoint_steps", "3"],
+    "validate_steps": ["--validate_steps", "2"],
+    "validate_patients": ["--validate_patients", "3"],
+    "keep_best": ["--keep_best", "2"],
+    "collapse_steps": ["--collapse_steps", "3"],
     "monitor": ["--monitor", "loss"],
     "patience": ["--patience", "3"],
     "min_active_units": ["--min_active_units", "0.5"],
