@@ -347,10 +347,23 @@ def test_the_card_and_the_latents(finished: Path, data: Path, tmp_path: Path) ->
 def test_inspect_prints_batches(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--data_dir", str(data), "--inspect"]) == 0
     text = capsys.readouterr().out
-    for size in (1, 2, 4, 8):
-        assert f"batch_size {size}: {-(-26 // size)} batches" in text
-    for word in ("var", "val", "minute", "set_id", "label", "padding_mask.sum()", "forward", "memory"):
-        assert text.count(word) >= 4
+    for split, number in (("training", 26), ("validation", 12)):
+        for size in (1, 2, 4, 8):
+            assert f"{split} batches, batch_size {size}:\n  {-(-number // size)} batches an epoch" in text
+    for word in (
+        "var",
+        "val",
+        "minute",
+        "set_id",
+        "label",
+        "padding_mask.sum()",
+        "predictions",
+        "loss",
+        "MiB a patient",
+    ):
+        assert text.count(word) >= 8
+    assert "reconstruction 0.0000" not in text
+    assert text.splitlines()[-1].startswith("all is well: 8 batches")
 
 
 def damaged_shard(data: Path, tmp_path: Path) -> Path:

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from pipeline.storage.files import write_atomically
 
 MARGIN = 0.9
 """Share of the free memory that predictions may fill; the rest is for fragments, and for what they miss."""
+
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler would write lines of its own
 
 
 def measure_peak(step: Callable[[], object], device: torch.device) -> int:

@@ -26,7 +26,6 @@ class Folder:
     """
 
     repair_advice = "copy the data set again, or run preprocess.py again"  # about a bad file
-    manifest_advice = "run preprocess.py (again) first"  # if there is no manifest
 
     def __init__(self, path: str | Path) -> None:
         self._location = str(path)
@@ -34,6 +33,14 @@ class Folder:
 
     def __str__(self) -> str:
         return self._location
+
+    @property
+    def manifest_advice(self) -> str:
+        """What to do where there is no manifest: a folder of raw tables has to be prepared."""
+        folder = Path(self._location)
+        if folder.is_dir() and any(folder.iterdir()):
+            return f"prepare the folder first: python preprocess.py {folder} --output DATA; then name DATA"
+        return "name the folder that preprocess.py wrote (--output)"
 
     def read(self, name: str) -> bytes:
         """Return the content of a small file as it is now; OSError if it cannot be read."""

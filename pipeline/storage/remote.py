@@ -60,7 +60,10 @@ class RemoteFolder(Folder):
     """The data directory at a URL; its files are read through a cache."""
 
     repair_advice = "upload the data set again"
-    manifest_advice = "check the URL, and that the whole data directory was uploaded"
+
+    @property
+    def manifest_advice(self) -> str:
+        return "check the URL, and that the whole data directory was uploaded"
 
     def __init__(self, url: str, cache: Cache) -> None:
         super().__init__(url.rstrip("/"))
