@@ -39,8 +39,8 @@ NUMBERS = "Predicted over observed number"
 MAX_POINTS = 500
 """Maximum number of points of a curve; neighbours are averaged where there are more."""
 
-KINDS = {"train": ("training", "-"), "valid": ("validation", "--")}
-"""The name and the line of the curves of each kind of record."""
+KINDS = {"train": ("training", "-"), "valid": ("validation", "--"), "posterior": ("training", "-")}
+"""The name and the line of the curves of each kind of record; what steps record is not drawn of looks too."""
 
 MEMORY_COLUMNS = {
     "rss_bytes": "resident",
@@ -77,6 +77,8 @@ class Run:
 
     def curve(self, kind: str, metric: str) -> Floats:
         """Return the steps and values of a metric where they are finite, [N, 2], averaged to ``MAX_POINTS``."""
+        if kind == "posterior" and metric in self.last_step:
+            return np.empty((0, 2))
         pairs = [(each.get("step"), each.get(metric)) for each in self.records if each.get("kind") == kind]
         points = [pair for pair in pairs if all(map(is_finite, pair))]
         pieces = np.array_split(np.array(points, np.float64), min(len(points), MAX_POINTS)) if points else []
