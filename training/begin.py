@@ -86,7 +86,8 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
         # A resumed run keeps its own.
         path = directory / "memory_model.json"
         memory = StepMemory.load(path) if saved is not None else measure_step_memory(model, data, world, options)
-    teacher = find_teacher(data, world, options.loss, directory / TEACHER_FILE if saved is not None else None)
+    kept = directory / TEACHER_FILE if saved is not None else None
+    teacher = find_teacher(data, world, options.loss, kept, threads=options.run.threads)
     preparer = make_preparer(options, data, world, memory, teacher)
     graphs = StepGraphs(world.device) if options.optimisation.cuda_graphs else None
     if graphs is not None:

@@ -22,7 +22,7 @@ from pipeline.dataset.tables import read_vocabulary
 from pipeline.schema import UserError
 from training.console import log_main
 from training.data import DataSet
-from training.parallel import World
+from training.parallel import World, choose_threads
 from training.predictions import labels_of_batch
 from training.summaries import Floats, Summaries
 from training.targets import Teacher
@@ -47,8 +47,13 @@ LINEAR_C = 0.003
 TREE_SEEDS = (0, 1, 2)
 
 
-def find_teacher(data: DataSet, world: World, loss: LossOptions, kept: Path | None) -> Teacher | None:
-    """Return the teacher of a run, fitted anew, or ``kept`` in a file by a run that goes on; None = it has none."""
+def find_teacher(
+    data: DataSet, world: World, loss: LossOptions, kept: Path | None, *, threads: int | None = None
+) -> Teacher | None:
+    """Return the teacher of a run, fitted anew by ``threads``, or ``kept`` in a file by a run that goes on.
+
+    By default there are as many threads as cores that idle.  None = the run has no teacher.
+    """
     weight = loss.distill if loss.learns_outcome else 0.0
     if weight == "auto":
         weight = AUTO_WEIGHT if _is_taught(data) else 0.0
@@ -57,7 +62,7 @@ def find_teacher(data: DataSet, world: World, loss: LossOptions, kept: Path | No
     if kept is not None:
         return Teacher.load(kept)
     log_main(world, "fitting trees and linear models that teach (--distill 0: none)")
-    return fit_teacher(data, world, weight=weight)
+    return fit_teacher(data, world, weight=weight, threads=threads)
 
 
 def _is_taught(data: DataSet) -> bool:
@@ -68,8 +73,8 @@ def _is_taught(data: DataSet) -> bool:
     return FEWEST_TAUGHT <= counts.num_labelled <= MOST_TAUGHT and min(counts.class_counts) >= FEWEST_OF_CLASS
 
 
-def fit_teacher(data: DataSet, world: World, *, weight: float) -> Teacher:
-    """Return the teacher of the training samples, fitted by rank 0 and equal on all ranks.
+def fit_teacher(data: DataSet, world: World, *, weight: float, threads: int | None = None) -> Teacher:
+    """Return the teacher of the training samples, fitted by rank 0 and equal on all ranks, whatever the threads.
 
     Raises:
         UserError: there is not one binary task alone, too few or too many samples have a label, or one class does.
@@ -85,23 +90,31 @@ def fit_teacher(data: DataSet, world: World, *, weight: float) -> Teacher:
     key = (data.manifest.fingerprint, data.tasks[0].table_sha256, patients, *data.quarantined_shards)
     if world.is_main and key not in _ANSWERS:
         _ANSWERS.clear()
-        _ANSWERS[key] = _answer_in_folds(data)
+        _ANSWERS[key] = _answer_in_folds(data, choose_threads(threads, world.alone()))
     found = world.gather(_ANSWERS[key] if world.is_main else None)[0]
     assert found is not None
     return Teacher(weight, found)
 
 
-def _answer_in_folds(data: DataSet) -> dict[str, float]:
-    """Return the probability of each labelled training sample by models of other patients."""
+def _answer_in_folds(data: DataSet, threads: int) -> dict[str, float]:
+    """Return the probability of each labelled training sample by models of other patients; folds side by side."""
+    from joblib import Parallel, delayed  # noqa: PLC0415
     from sklearn.model_selection import StratifiedGroupKFold  # noqa: PLC0415 (a second that few runs need)
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415
 
     rows, label, patient, keys = _read_samples(data)
     if min(len(set(patient[label == value].tolist())) for value in (0, 1)) < TEACHER_FOLDS:
         raise UserError(f"--distill needs at least {TEACHER_FOLDS} training patients of each class; leave it out")
     folds = StratifiedGroupKFold(TEACHER_FOLDS, shuffle=True, random_state=0)
+    parts = list(folds.split(rows, label, patient))
+    tasks = [
+        delayed(fit_stack)(rows[others], label[others], rows[own], seeds=(0,), quick=True) for others, own in parts
+    ]
+    with threadpool_limits(1):  # their matrices are too small to be shared
+        answers = Parallel(threads, backend="threading")(tasks)
     probability = np.empty(len(label))
-    for others, own in folds.split(rows, label, patient):
-        probability[own] = fit_stack(rows[others], label[others], rows[own], seeds=TREE_SEEDS[:1])["stack"]
+    for (_, own), found in zip(parts, answers, strict=True):
+        probability[own] = found["stack"]
     return dict(zip(keys, probability.tolist(), strict=True))
 
 
@@ -125,9 +138,17 @@ def _read_samples(data: DataSet) -> tuple[Floats, npt.NDArray[np.int64], npt.NDA
 
 
 def fit_stack(
-    x_train: Floats, y_train: npt.NDArray[np.int64], x_test: Floats, seeds: tuple[int, ...] = TREE_SEEDS
+    x_train: Floats,
+    y_train: npt.NDArray[np.int64],
+    x_test: Floats,
+    seeds: tuple[int, ...] = TREE_SEEDS,
+    *,
+    quick: bool = False,
 ) -> dict[str, Floats]:
-    """Return the probability [N] of each test sample by each model, and by their mean logit, the ``stack``."""
+    """Return the probability [N] of each test sample by each model, and by their mean logit, the ``stack``.
+
+    A ``quick`` one has fewer trees and takes less than half the time; on 4,000 stays it is as good.
+    """
     from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier  # noqa: PLC0415
     from sklearn.impute import SimpleImputer  # noqa: PLC0415
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
@@ -136,9 +157,12 @@ def fit_stack(
 
     seen = np.isfinite(x_train).any(axis=0)
     x_train, x_test = x_train[:, seen], x_test[:, seen]
-    shape = {"max_iter": 700, "max_leaf_nodes": 12, "learning_rate": 0.02, "max_features": 0.08}
+    shape = {"max_iter": 700, "learning_rate": 0.02, "max_leaf_nodes": 12, "max_features": 0.08}
+    shape |= {"max_iter": 250, "learning_rate": 0.05} if quick else {}
     scale = make_pipeline(StandardScaler(), FunctionTransformer(_widen))
-    trees = ExtraTreesClassifier(500, min_samples_leaf=5, max_features=0.1, n_jobs=-1, random_state=0)
+    trees = ExtraTreesClassifier(
+        200 if quick else 500, min_samples_leaf=5, max_features=0.1, n_jobs=None if quick else -1, random_state=0
+    )
     models: dict[str, list[Any]] = {
         "boosted trees": [HistGradientBoostingClassifier(**shape, random_state=seed) for seed in seeds],
         "wide linear": [make_pipeline(scale, LogisticRegression(C=LINEAR_C, max_iter=3000))],

@@ -101,7 +101,7 @@ def test_where_nobody_asks_there_is_a_teacher_of_neither_few_nor_many(
     counts = SampleCounts(num_labelled=labelled, class_counts=classes)
     task = dataclasses.replace(opened.tasks[0], splits={"train": counts})
     opened = dataclasses.replace(opened, tasks=(task,))
-    with mock.patch.object(training.teacher, "fit_teacher", lambda *_, weight: weight):
+    with mock.patch.object(training.teacher, "fit_teacher", lambda *_, weight, threads: weight):
         assert (find_teacher(opened, ALONE, LossOptions(), None) or 0.0) == expected
         assert find_teacher(opened, ALONE, LossOptions(distill=0), None) is None
         assert find_teacher(opened, ALONE, LossOptions(distill=0.1), None) == 0.1
