@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = Manifest.load(options.data.open_folder())
         if options.evaluation.inspect:
             return inspect_batches(options, manifest)
+        if options.evaluation.export:
+            # Imported here: training needs no safetensors.
+            return import_module("training.export").export_checkpoint(options, manifest)
         several = cross_fit if options.cross_fit.is_on else train
         worker = evaluate if options.evaluation.evaluate else several
         return run(functools.partial(worker, options, manifest), devices=options.run.devices, device=options.run.device)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from pipeline.options import check_section, option
+from pipeline.options import check_section, from_dict, option
 from pipeline.schema import Kind, UserError
 
 EventForm = Literal["additive", "product"]
@@ -173,5 +173,5 @@ class SeqSetVAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SeqSetVAEConfig:
-        """Return the configuration of :meth:`to_dict`; TypeError where ``values`` are none."""
-        return cls(**{**values, "outcomes": tuple(Outcome(**outcome) for outcome in values["outcomes"])})
+        """Return the configuration of :meth:`to_dict`, also by way of JSON; TypeError where ``values`` are none."""
+        return cls(**{**values, "outcomes": tuple(from_dict(Outcome, outcome) for outcome in values["outcomes"])})

@@ -89,7 +89,7 @@ def summary_features(batch: PatientBatch, variables: VariableLayout) -> Tensor:
     mean_V = total(x_E) / divisor_V
     std_V = (total((x_E - mean_V[pair_E]).square() * weight_E) / divisor_V).sqrt()
     features = [mean_V, std_V, extreme(x_E, "amin", torch.inf), extreme(x_E, "amax", -torch.inf)]
-    for reduce, outside in (("amin", len(minute_S)), ("amax", -1)):
+    for reduce, outside in (("amin", minute_S.shape[0]), ("amax", -1)):
         set_V = extreme(set_E, reduce, outside)
         inside_E = weight_E * (set_E == set_V[pair_E])
         features.append(total(x_E * inside_E) / total(inside_E).clamp_min(1))

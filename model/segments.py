@@ -35,8 +35,9 @@ class Segments:
     offsets: Tensor
     order: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    @property
+    def num_segments(self) -> int:
+        return self.offsets.shape[0] - 1  # not len(), which torch.export cannot follow
 
     @classmethod
     def build(cls, of_row: Tensor, num_segments: int = 0) -> Segments:
@@ -83,7 +84,7 @@ def _add_up(x: Tensor, segments: Segments, num_segments: int) -> Tensor:
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, segments: Segments) -> Tensor:
-        ctx.segments, ctx.num_segments = segments, len(x)
+        ctx.segments, ctx.num_segments = segments, x.shape[0]
         return x.index_select(0, segments.of_row)
 
     @staticmethod
@@ -101,7 +102,7 @@ class _TakeUnique(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.num_rows = len(x)
+        ctx.num_rows = x.shape[0]
         return x.index_select(0, rows)
 
     @staticmethod
@@ -136,7 +137,7 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, segments: Segments) -> Tensor:
         ctx.save_for_backward(segments.of_row)  # ``index_add`` would keep all of x
-        return _add_up(x, segments, len(segments))
+        return _add_up(x, segments, segments.num_segments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -179,7 +180,7 @@ def attention_pool(values_ND: Tensor, scores_NH: Tensor, segments: Segments) -> 
         return ops.pool(values_ND, scores_NH, segments.order, segments.offsets)[0]
     with full_precision(values_ND.device):
         values_NHK, scores_NH = values_ND.float().unflatten(1, (scores_NH.shape[1], -1)), scores_NH.float()
-        row, num_segments = segments.of_row, len(segments)
+        row, num_segments = segments.of_row, segments.num_segments
         maximum = scores_NH.new_full((num_segments, scores_NH.shape[1]), -torch.inf)
         maximum = maximum.scatter_reduce(0, row[:, None].expand_as(scores_NH), scores_NH.detach(), "amax")
         weight_NH = (scores_NH - maximum[row]).exp()

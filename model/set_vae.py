@@ -119,7 +119,7 @@ class SetDecoder(nn.Module):
         return self.output(x_RD + self.feed_forward(self.norm(x_RD)))
 
     def _first_level(self, latent_SD: Tensor, layout: SetLayout) -> Tensor:
-        positions = torch.arange(len(layout.slots_of_position), device=latent_SD.device)
+        positions = torch.arange(layout.slots_of_position.num_segments, device=latent_SD.device)
         seeds = self.seed(sinusoids(positions, latent_SD.shape[1], LONGEST_POSITION_PERIOD))
         gate_RF = F.silu(take_rows(self.gate(latent_SD), layout.slots) + take_rows(seeds, layout.slots_of_position))
         return self.joint(gate_RF * take_rows(self.value(latent_SD), layout.slots))

@@ -98,9 +98,10 @@ def parse_explicit_options(
         arguments: the command line; None = that of the process.
         prog: the command's name.
         description: its first line of help.
-        positional: the name of a field that is given without a flag.
+        positional: the name of a field that is given without a flag, or names of several in their order.
     """
-    usage = f"{prog} {positional.upper() if positional else ''} [--OPTION VALUE …]".replace("  ", " ")
+    without_flag = (positional or "").split()
+    usage = " ".join([prog, *map(str.upper, without_flag), "[--OPTION VALUE …]"])
     parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="Read options from this file; flags win.")
     sections = get_type_hints(tree)
@@ -109,7 +110,7 @@ def parse_explicit_options(
         group = parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
         hints = get_type_hints(section)
         for field in dataclasses.fields(section):
-            _add_flag(group, field, hints[field.name], positional=field.name == positional)
+            _add_flag(group, field, hints[field.name], positional=field.name in without_flag)
     flags = {name: _to_tuple(value) for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     saved = read_options(flags["config"], sections) if "config" in flags else {}
     built: dict[str, Any] = {}
@@ -119,7 +120,7 @@ def parse_explicit_options(
         values = saved.get(name, {}) | {field.name: flags[field.name] for field in fields if field.name in flags}
         for field in fields:
             if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
-                flag = field.metadata["metavar"] if field.name == positional else f"--{field.name}"
+                flag = field.metadata["metavar"] if field.name in without_flag else f"--{field.name}"
                 parser.error(f"the following arguments are required: {flag}")
         built[name] = section(**values)
         explicit |= values.keys()

@@ -13,6 +13,7 @@ import pytest
 from pipeline.prepare.command import PreprocessOptions
 from pipeline.reports.plan_table import CommandLine
 from pipeline.tasks import AddCommand
+from training import predict
 from training.options import TrainOptions
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ for path in ROOT.glob("tests/**/test_*.py"):
     TESTS[path.name] = TESTS.get(path.name, "") + path.read_text(encoding="utf-8")
 SECTIONS = [
     kind
-    for tree in (TrainOptions, PreprocessOptions, CommandLine, AddCommand)
+    for tree in (TrainOptions, PreprocessOptions, CommandLine, AddCommand, predict.CommandLine)
     for kind in get_type_hints(tree).values()
 ]
 NAMES = {field.name for section in SECTIONS for field in fields(section)} | {"config", "help"}
@@ -45,7 +46,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
     assert [link for link in links if not (link.startswith("http") or (page.parent / link).exists())] == []
     for module, name in re.findall(rf"`(?:python -m )?((?:{ROOMS})(?:\.\w+)*)\.(\w+)", text):
         found = hasattr(import_module(module), name) or list(ROOT.glob(f"{module.replace('.', '/')}/{name}*"))
-        assert found or (module, name) in {("model", "train"), ("model", "eval")}, f"{module}.{name}"
+        assert found or f"{module}.{name}" in {"model.train", "model.eval", "model.safetensors"}, f"{module}.{name}"
     assert [name for name in re.findall(r"test_\w+\.py", text) if name not in TESTS] == []
     named = re.findall(r"(?:(test_\w+\.py)|…)::(test_\w+)", text)
     assert [test for file, test in named if f"def {test}(" not in TESTS.get(file, "".join(TESTS.values()))] == []

@@ -102,6 +102,11 @@ class Checkpoint:
 
         Without ``recalibrated`` its probabilities are what they were before cross-fitting recalibrated them.
         """
+        models = self.build_members(path, vocabulary_fingerprint, recalibrated=recalibrated)
+        return models[0] if len(models) == 1 else AveragedModel(models)
+
+    def build_members(self, path: Path, vocabulary_fingerprint: str, *, recalibrated: bool = True) -> list[SeqSetVAE]:
+        """Return the trained models that :meth:`build_model` averages; mostly one."""
         self.check_same_vocabulary(path, vocabulary_fingerprint)
         models = []
         try:
@@ -114,7 +119,7 @@ class Checkpoint:
                 models[-1].load_state_dict(weights)
         except (TypeError, RuntimeError, AttributeError, KeyError) as error:
             raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[0]})") from None
-        return models[0] if len(models) == 1 else AveragedModel(models)
+        return models
 
     def check_same_vocabulary(self, path: Path, vocabulary_fingerprint: str) -> None:
         """Raise UserError unless the data's codes mean what they meant in training."""

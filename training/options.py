@@ -100,6 +100,10 @@ class EvaluationOptions(Section):
         True, "With --evaluate: recalibrate probabilities as cross-fitting found it, where the checkpoint is of one."
     )
     export_latents: bool = option(False, "With --evaluate: write mu and logvar of each set, with patient and minute.")
+    export: str | None = option(
+        None, "Write the trained model, best.pt of --output_dir or that of --evaluate, to this folder with all that "
+        "predicting for new patients needs, and do not train.", metavar="DIR",
+    )  # fmt: skip
     inspect: bool = option(False, "Show batches of 1, 2, 4 and 8 patients and a forward pass of each; do not train.")
 
     def __post_init__(self) -> None:
@@ -156,7 +160,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if not self.data.data_dir:
             raise UserError("--data_dir is missing: name the data set that preprocess.py made")
-        if not self.run.output_dir and not self.evaluation.inspect:
+        evaluation = self.evaluation
+        if not (self.run.output_dir or evaluation.inspect or (evaluation.export and evaluation.evaluate)):
             raise UserError("--output_dir is missing: name a directory for the run's files")
         devices, batch_size = self.run.devices, self.data.batch_size
         if batch_size != "auto" and devices > batch_size:
@@ -207,7 +212,7 @@ _FLAGS = {
     ),
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",
-        "evaluate_split", "baselines", "meds_predictions", "export_latents", "inspect", "recalibrate",
+        "evaluate_split", "baselines", "meds_predictions", "export_latents", "export", "inspect", "recalibrate",
         "subgroups", "patients",
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ def test_segments_by_hand() -> None:
     assert segments.offsets.tolist() == [0, 1, 1, 3, 4]
     assert segments.order is not None
     assert segments.order.tolist() == [1, 0, 2, 3]
-    assert len(segments) == 4
+    assert segments.num_segments == 4
 
 
 @given(st.lists(st.one_of(st.integers(0, 20), st.integers(0, 1 << 40)), max_size=50))
