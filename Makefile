@@ -12,16 +12,17 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-faults lint format bench clean
+.PHONY: help demo test test-faults lint format docs bench clean
 
 help:
 	@echo "make demo    synthetic patients: preprocess, train on CPU, evaluate, report (a few minutes)"
 	@echo "make test    all tests"
 	@echo "make test-faults  the whole fault suite, with its counts into benchmarks/results/faults.json (an hour),"
 	@echo "             and the properties of the pipeline with all their examples"
-	@echo "make lint    ruff, mypy and the directions of imports"
+	@echo "make lint    ruff, mypy, the directions of imports, the Dockerfile"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make format  ruff, rewriting files"
-	@echo "make bench   the figures of the README, measured again into benchmarks/results"
+	@echo "make bench   figures of docs/figures.md, measured again into benchmarks/results"
 	@echo "make clean   remove .venv, demo and caches"
 
 $(READY): pyproject.toml
@@ -48,10 +49,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
 	@set -e; for name in $(BENCHMARKS); do \
@@ -59,5 +68,5 @@ bench: $(READY)
 	done
 
 clean:
-	rm -rf .venv demo build seqsetvae.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	rm -rf .venv demo build site seqsetvae.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	find pipeline model training tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

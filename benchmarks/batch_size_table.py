@@ -4,7 +4,7 @@
 
 Each size trains in a process of its own, ``--rounds`` times in turns, through the loader and the optimiser, on the CPU
 or the GPU that there is; the fastest round counts.  Peak memory is all of the process's (RSS) and PyTorch's on the GPU;
-padding is that of the padded layout, for batches travel ragged.  With ``--output`` the table is there as Markdown too.
+padding is that of the padded layout, for batches travel ragged.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def main() -> None:
     print(markdown(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(markdown(result))
 
 
 def one_size(options: argparse.Namespace) -> dict[str, Any]:

@@ -49,7 +49,6 @@ def main() -> None:
     }
     text = json.dumps(result, indent=1)
     options.output.write_text(text + "\n")
-    options.output.with_suffix(".md").write_text(table(result["mean_and_sd"], len(splits)))
     print(table(result["mean_and_sd"], len(splits)))
 
 

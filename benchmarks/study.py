@@ -71,7 +71,6 @@ def main() -> None:
         rows[name].append({"split": split, "seed": seed, **figures(run)})
     result = {**describe(), "variants": {name: VARIANTS[name] for name in rows}, "runs": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table(rows))
     print(table(rows))
 
 

@@ -1,4 +1,4 @@
-"""Every path, module, test and flag that a page names exists."""
+"""Every path, module, test and flag that a page names exists, and every page can be found and entered."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def without_shell(text: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page: Path) -> None:
     text = without_shell(page.read_text(encoding="utf-8"))
-    paths = re.findall(rf"(?<![\w./])((?:{ROOMS})/[\w/]+(?:\.\w+)?)(?![\w<-])", text)
+    paths = re.findall(rf"(?<![\w./])((?:{ROOMS})/[\w/]+(?:\.\w+)?(?:-CN\.md)?)(?![\w<-])", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
     links = re.findall(r"\]\(([^):#]+)[^)]*\)", text)
     assert [link for link in links if not (link.startswith("http") or (page.parent / link).exists())] == []
@@ -52,3 +52,45 @@ def test_what_a_page_names_exists(page: Path) -> None:
     assert [test for file, test in named if f"def {test}(" not in TESTS.get(file, "".join(TESTS.values()))] == []
     flags = {flag.removeprefix("no-") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}
     assert flags - NAMES - BENCHMARK_FLAGS - FOREIGN_FLAGS == set()
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as MkDocs and GitHub make them: a second one of a name ends in ``-1``."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    names = [
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    ]
+    return set(names) | {f"{name}-1" for name in names if names.count(name) > 1}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_a_link_to_a_section_finds_it(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^):#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors((page.parent / target) if target else page), f"{target}#{anchor}"
+
+
+def test_the_site_has_every_page_and_no_link_out_of_it() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    listed = re.findall(r"^ *- (?:.*: )?([\w.-]+\.md)$", nav, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("docs/*.md"))
+    for page in ROOT.glob("docs/*.md"):
+        links = re.findall(r"\]\(([^):#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not link.startswith("http") and "/" in link] == [], page.name
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_lists_and_tables_are_read_alike_by_the_site_and_by_others(page: Path) -> None:
+    """The site needs an empty line before a list or table, and four spaces before what belongs to an item of a list."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    before = start = ""  # the line before, and the first line of its paragraph
+    for line in text.splitlines():
+        mark = re.match(r"( *)(- |\d+\. |\|)", line)
+        if mark and not before.lstrip().startswith(("- ", "|", "<!--")):  # nor the first of its kind after a paragraph
+            assert not before.strip() or before.startswith("  ") or re.match(r"\d+\. ", before), line
+        assert not mark or len(mark[1]) % 4 == 0, line
+        assert before.strip() or not re.match(r" {1,3}\S", line), line
+        is_item = line.startswith("- ") or re.match(r"\d+\. ", line)
+        assert not is_item or not re.match(r" {4}(?!- |\|)\S", start), line
+        start = start if before.strip() and line.strip() else line
+        before = line

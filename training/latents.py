@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 MAX_PATIENTS = 5000
 """Patients that are drawn; of more, evenly chosen ones."""
 
-MAX_VARIABLES = 40
-"""Variables whose error is drawn, the most frequent; the evaluation's JSON has all."""
+MAX_VARIABLES = 20
+"""Variables whose error is drawn, the most frequent; the table below the figure has all."""
 
 PAIRS = 1 << 22
 """Pairs of an event and a decoded vector that are compared at once."""
@@ -165,4 +165,4 @@ def _draw_errors(axis: Axes, errors: dict[str, float]) -> None:
     shown = [*errors.items()][:MAX_VARIABLES]
     axis.barh([figure_label(name) for name, _ in shown], [error for _, error in shown])
     axis.invert_yaxis()
-    axis.tick_params(axis="y", labelsize=4)
+    axis.tick_params(axis="y", labelsize=7)

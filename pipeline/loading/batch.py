@@ -31,30 +31,31 @@ _DTYPES = {
 class PatientBatch:
     """Some samples in the order of the plan.
 
-    Two patients; the first has one event, the second a set of two events and a set of one:
+    Examples:
+        Two patients; the first has one event, the second a set of two events and a set of one:
 
-    >>> batch = PatientBatch(
-    ...     code=torch.tensor([5, 3, 4, 5]),
-    ...     value=torch.tensor([0.5, 0.0, 1.5, -1.0]),
-    ...     has_value=torch.tensor([True, False, True, True]),
-    ...     set_offsets=torch.tensor([0, 1, 3, 4]),
-    ...     minute=torch.tensor([-2.0, 0.0, 7.0]),
-    ...     patient_offsets=torch.tensor([0, 1, 3]),
-    ...     label=torch.tensor([1, -1]),
-    ...     patient_id=["a", "b"],
-    ... )
-    >>> batch.set_sizes.tolist(), batch.sets_per_patient.tolist(), batch.events_per_patient.tolist()
-    ([1, 2, 1], [1, 2], [1, 3])
-    >>> batch.patient_of_set.tolist(), batch.set_of_event.tolist()
-    ([0, 1, 1], [0, 1, 1, 2])
-    >>> batch.to_padded()["code"].tolist()
-    [[5, 0, 0], [3, 4, 5]]
+        >>> batch = PatientBatch(
+        ...     code=torch.tensor([5, 3, 4, 5]),
+        ...     value=torch.tensor([0.5, 0.0, 1.5, -1.0]),
+        ...     has_value=torch.tensor([True, False, True, True]),
+        ...     set_offsets=torch.tensor([0, 1, 3, 4]),
+        ...     minute=torch.tensor([-2.0, 0.0, 7.0]),
+        ...     patient_offsets=torch.tensor([0, 1, 3]),
+        ...     label=torch.tensor([1, -1]),
+        ...     patient_id=["a", "b"],
+        ... )
+        >>> batch.set_sizes.tolist(), batch.sets_per_patient.tolist(), batch.events_per_patient.tolist()
+        ([1, 2, 1], [1, 2], [1, 3])
+        >>> batch.patient_of_set.tolist(), batch.set_of_event.tolist()
+        ([0, 1, 1], [0, 1, 1, 2])
+        >>> batch.to_padded()["code"].tolist()
+        [[5, 0, 0], [3, 4, 5]]
 
-    Dtypes, shapes and, on the CPU, the ends of the offsets are checked.
+        Dtypes, shapes and, on the CPU, the ends of the offsets are checked.
 
-    >>> PatientBatch.from_padded(batch.to_padded(), ["a", "b", "c"])
-    Traceback (most recent call last):
-    ValueError: patient_offsets is torch.int64 [3], but 3 patients with 3 sets and 4 events need torch.int64 [4]
+        >>> PatientBatch.from_padded(batch.to_padded(), ["a", "b", "c"])
+        Traceback (most recent call last):
+        ValueError: patient_offsets is torch.int64 [3], but 3 patients with 3 sets and 4 events need torch.int64 [4]
 
     Attributes:
         code: [E] int64, the variables' codes; never 0, which is padding's.

@@ -155,6 +155,8 @@ def draw_histogram(axis: Axes, *, values: Ints, counted: str) -> None:
     if high > LOGARITHMIC_RATIO * low:
         edges = np.unique(np.rint(np.geomspace(low, high + 1, MAX_BINS + 1)))
         axis.set_xscale("log")
+        axis.set_xticks(edges[:: max(1, len(edges) // 4)])
+        axis.minorticks_off()
     axis.stairs(np.histogram(values, edges - 0.5)[0], edges - 0.5, fill=True)
     axis.set(ylabel=counted, ylim=(0, None))
     axis.xaxis.set_major_formatter("{x:,.0f}")
