@@ -12,13 +12,14 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-faults lint format docs bench clean
+.PHONY: help demo test test-faults test-integrations lint format docs bench clean
 
 help:
 	@echo "make demo    synthetic patients: preprocess, train on CPU, evaluate, report (a few minutes)"
 	@echo "make test    all tests"
 	@echo "make test-faults  the whole fault suite, with its counts into benchmarks/results/faults.json (an hour),"
 	@echo "             and the properties of the pipeline with all their examples"
+	@echo "make test-integrations  the loader in torchdata, Lightning and accelerate, runs in TensorBoard, W&B and MLflow"
 	@echo "make lint    ruff, mypy, the directions of imports, the Dockerfile"
 	@echo "make docs    the documentation as a site, in site/"
 	@echo "make format  ruff, rewriting files"
@@ -43,6 +44,10 @@ test: $(READY)
 
 test-faults: $(READY)
 	FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/faults tests/pipeline
+
+test-integrations: $(READY)
+	$(BIN)/python -m pip install $(PIP_FLAGS) "$(TORCH)" --editable ".[integrations]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.integrations --output benchmarks/results/integrations.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

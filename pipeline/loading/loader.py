@@ -7,7 +7,9 @@ of all epochs.  The rules:
 * An iteration begins at the place.  When it has handed out the epoch's last batch *and is asked for another*, it ends,
   and the place is the start of the next epoch.  A state saved between the two resumes to an epoch with no batches
   left, so that whatever follows an epoch is not skipped.
-* Leaving an iteration early keeps the place.
+* Leaving an iteration early keeps the place.  Who counts batches and leaves after the epoch's last one goes on with the
+  next epoch.
+* One iteration at a time, in the process that began it: an older one, or one that a fork took along, raises.
 
 A split is walked in *groups* of shards (``pipeline.sampling.groups``), which are planned from the index alone.  Shards
 are first read when an iteration begins.  A split of a single group then stays in memory.  Of several groups, the one
@@ -28,6 +30,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.arrays import Floats, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
@@ -51,11 +54,13 @@ STATE_VERSION = 5
 # Batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call.
 GATHER_EVENTS = 1 << 17
 
+ONE_PROCESS = "give DataLoader num_workers=0, or make the loader in the process that iterates it; a thread prefetches"
+
 Transform: TypeAlias = Callable[[PatientBatch, BatchPlace], Any]
 
 
-class PatientLoader:
-    """Batches of one split and one rank; an iterable.
+class PatientLoader(IterableDataset[Any]):
+    """Batches of one split and one rank; an iterable of whole batches (docs/loader.md has it in other training loops).
 
     Batches, their order and their content depend on the data, ``seed``, the epoch and the options that group; not on
     ``rank``, ``world_size``, ``prefetch``, nor on what was loaded before.
@@ -132,6 +137,7 @@ class PatientLoader:
         """Go to batch ``cursor`` of the epoch, which lies in the group at ``position``; an iteration under way ends."""
         self._group, self.epoch, self.cursor = self._planner.plan_group(position), position.epoch, cursor
         self._num_batches: int | None = None
+        self._handed_out = False  # whether the place follows a batch, and is not one to begin or to resume at
         self._iteration = object()
 
     @property
@@ -202,15 +208,24 @@ class PatientLoader:
         self._go_to(position, state["cursor"])
         self.step = state["step"]
 
+    def __getstate__(self) -> Any:
+        """Refuse to be sent to another process, in which the place would move without this one."""
+        raise RuntimeError(f"a loader cannot be copied or sent to another process: {ONE_PROCESS}")
+
     def __iter__(self) -> Generator[Any, None, None]:
         """Yield batches, or what the transform makes of them, from the place to the end of the epoch."""
+        if get_worker_info() is not None:
+            raise RuntimeError(f"each worker would give all batches, again in every epoch: {ONE_PROCESS}")
+        _, number, stop = self._group.next_position
+        if self._handed_out and self.cursor == stop and number == self._planner.grouping(self.epoch).num_groups:
+            self._go_to(Position(self.epoch + 1))
         self._iteration = iteration = object()
         process = os.getpid()
         with closing(prefetch(self._make_items(), self.options.prefetch)) as items:
             for group, item in items:
                 if self._iteration is not iteration:
                     raise RuntimeError("the loader went elsewhere, or another iteration began, during this one")
-                self._group = group
+                self._group, self._handed_out = group, True
                 self.cursor += 1
                 self.step += 1
                 yield item.result() if isinstance(item, Future) else item
