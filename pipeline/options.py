@@ -182,6 +182,17 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+class _Collect(argparse.Action):
+    """Takes the one value of a flag as it is, and those of a flag that is given several times as a tuple."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, ())
+        before = before if isinstance(before, tuple) else (before,)
+        setattr(namespace, self.dest, (*before, values) if before else values)
+
+
 def _add_flag(group: Any, field: dataclasses.Field[Any], kind: Any, *, positional: bool) -> None:
     is_plain = field.default is False or field.default in (None, "", (), dataclasses.MISSING)
     default = "" if is_plain else f" Default: {_shown(field.default)}."
@@ -198,6 +209,8 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], kind: Any, *, positiona
         settings |= {"type": get_args(kind)[0], "nargs": "+"}
     elif choices and len(members) == 1:
         settings["choices"] = choices
+    elif any(get_origin(member) is tuple for member in members):
+        settings |= {"type": members[0], "action": _Collect}
     else:
         plain = next(member for member in members if get_origin(member) is not Literal)
         settings["type"] = lambda text: text if text in choices else plain(text)

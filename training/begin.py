@@ -67,7 +67,9 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     if options.optimisation.cuda_graphs:
         check_graphs(options, world)
     if not data.num_samples["train"]:
-        raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
+        raise UserError(f"{data.folder}: no patients to train on; its train split is empty, or left out")
+    if options.data.sampling != "natural" or options.data.data_weights:  # what is refused is before a teacher is fitted
+        data.open_loader("train", world=world.alone(), **data.sampling)
     best = find_best(saved, directory)
     threads = saved.state["progress"]["threads"] if saved and options.run.threads is None else options.run.threads
     threads = choose_threads(threads, world, limit=THREAD_LIMIT[options.model.preset])
@@ -92,10 +94,10 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     graphs = StepGraphs(world.device) if options.optimisation.cuda_graphs else None
     if graphs is not None:
         preparer = dataclasses.replace(preparer, capacities=fit_step_capacities(preparer, data, world))
-    changes, pool, workers = dict[str, Any](), None, options.data.prefetch_workers
+    changes, pool, workers = data.sampling, None, options.data.prefetch_workers
     if workers:
         pool = PreparePool(preparer, workers)
-        changes = {"transform": pool, "prefetch": max(options.data.prefetch, workers + 1)}
+        changes |= {"transform": pool, "prefetch": max(options.data.prefetch, workers + 1)}
     loader = data.open_loader("train", seed=options.run.seed, shuffle=True, world=world, preparer=preparer, **changes)
     # By the first epoch, also where a later one, in which a budget makes another number of batches, is resumed.
     total_steps = max(len(loader) * options.optimisation.max_epochs, 1)
@@ -148,7 +150,7 @@ def fit_step_capacities(preparer: BatchPreparer, data: DataSet, world: World) ->
         return [BatchShape.of(part.batch) for part in ready.parts]
 
     settings: dict[str, Any] = {"seed": preparer.seed, "shuffle": True, "preparer": preparer, "transform": measure}
-    batches = data.open_loader("train", world=world, **settings)
+    batches = data.open_loader("train", world=world, **settings, **data.sampling)
     shapes = [shape for parts in itertools.islice(batches, CAPACITY_BATCHES) for shape in parts]
     return fit_capacities(shapes, num_codes=data.manifest.num_codes)
 

@@ -104,6 +104,8 @@ def summarize_run(run: Run) -> dict[str, Any]:
     if run.options.run.profile_memory:  # of this process and those below it; each rank has a profile of its own
         summary["profiled_peak_rss_bytes"] = run.monitor.peak_rss_bytes
         summary["profiled_peak_uss_bytes"] = run.monitor.peak_uss_bytes
+    if (drawn := run.state.loader.count_draws(max(run.state.loader.epoch - 1, 0))) is not None:
+        summary["drawn_in_last_epoch"] = drawn
     if run.profiler.table is not None:
         summary["profile"] = run.profiler.table
     quarantined = {"quarantined_patients": run.data.quarantined_patients}

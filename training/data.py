@@ -19,6 +19,7 @@ from model.config import Outcome
 from model.losses import LossCounts
 from model.prefixes import Prefixes
 from model.prepared import PreparedBatch
+from pipeline.dataset.joined import JoinedFolder
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.samples import ChosenPatients, SampleIndex, SplitPart
 from pipeline.dataset.shards import check_shards
@@ -52,7 +53,10 @@ MIN_STEPS = 50
 class DataOptions(BatchOptions):
     """Data and batches."""
 
-    data_dir: str = option("", "Data set made by preprocess.py: a folder, or a URL such as s3://bucket/prefix.")
+    data_dir: str | tuple[str, ...] = option(
+        "", "Data set made by preprocess.py: a folder, or a URL such as s3://bucket/prefix. Given several times, the "
+        "data sets, prepared with --like the first, are used as one.",
+    )  # fmt: skip
     task: str | None = option(
         None, "Task whose samples are used: what they predict, and when; or several to learn at once, as a,b,c. "
         "Default: the task named default, which preprocess.py makes; with --objective pretrain whole patients.",
@@ -89,7 +93,9 @@ class DataOptions(BatchOptions):
 
     def open_folder(self) -> Folder:
         """Return the folder of the data set, at a path or behind a cache."""
-        return open_folder(self.data_dir, cache_dir=self.cache_dir, cache_bytes=self.cache_bytes)
+        names = (self.data_dir,) if isinstance(self.data_dir, str) else self.data_dir
+        folders = [open_folder(name, cache_dir=self.cache_dir, cache_bytes=self.cache_bytes) for name in names]
+        return folders[0] if len(folders) == 1 else JoinedFolder(folders)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +148,23 @@ class DataSet:
         counts = ", ".join(f"{samples:,} {split}" for split, samples in self.num_samples.items())
         return f"{self.unit}: {counts}; {self.manifest.num_codes - FIRST_CODE} variables"
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return the arguments of :meth:`open_loader` by which training steps draw samples."""
+        return {name: getattr(self.options, name) for name in ("sampling", "sampling_weights", "data_weights")}
+
     def open_loader(
         self, split: str, *, world: World, preparer: BatchPreparer | None = None, **arguments: Any
     ) -> PatientLoader:
         """Return a loader over a split, batched as the options say and within the memory that ``preparer`` divides.
 
-        Other ``arguments`` are those of :func:`make_loader`, such as ``seed`` and ``shuffle``; they win.
+        Other ``arguments`` are those of :func:`make_loader`, such as ``seed`` and ``shuffle``; they win.  Each sample
+        is used once an epoch, unless they are those of :attr:`sampling`.
         """
         names = ["batch_size", "prefetch", *(field.name for field in dataclasses.fields(BatchOptions))]
         settings = {name: getattr(self.options, name) for name in names}
         settings |= {"transform": preparer, "rank": world.rank, "world_size": world.size}
+        settings |= {"sampling": "natural", "sampling_weights": None, "data_weights": ()}
         if preparer is not None and (memory := preparer.memory) is not None:
             settings |= {"batch_size": memory.batch_size, "max_cost": memory.batch_bytes, "budget": memory.peak}
         elif settings["batch_size"] == "auto":

@@ -173,6 +173,12 @@ class TrainOptions:
             raise UserError("--folds judges by what is predicted, and --objective pretrain predicts nothing; leave one")
         if self.data.share_windows and self.loss.prefix_weight:
             raise UserError("--share_windows answers at the prediction times of samples; leave --prefix_weight")
+        if self.data.sampling == "balanced" and self.loss.class_weights == "balanced":
+            raise UserError("--sampling balanced and --class_weights balanced would balance classes twice; leave one")
+        if isinstance(self.data.data_dir, tuple) and self.evaluation.meds_predictions:
+            raise UserError(
+                "--meds_predictions is for one --data_dir, whose patients are called as they were; name one"
+            )
         if self.cross_fit.is_on and (self.run.validate_steps or self.run.validate_patients):
             raise UserError("--folds validates whole epochs; leave --validate_steps and --validate_patients")
         if self.cross_fit.is_on and self.evaluation.meds_predictions:
@@ -199,16 +205,16 @@ _FLAGS = {
     AtResume.SAME: (
         "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "share_windows",
         "bucketing", "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision", "folds",
-        "repeats", "without", "distill",
+        "repeats", "without", "distill", "sampling", "data_weights",
     ),
     AtResume.OBEYED: (
-        "data_dir", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout", "gradient_checkpointing",
-        "freeze", "max_epochs", "stop_after", "final_seeds", "learning_rate", "weight_decay", "warmup_steps",
-        "ema_decay", "gradient_clip", "vae_weight", "outcome_weight", "task_weights", "prefix_weight",
+        "data_dir", "sampling_weights", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout",
+        "gradient_checkpointing", "freeze", "max_epochs", "stop_after", "final_seeds", "learning_rate", "weight_decay",
+        "warmup_steps", "ema_decay", "gradient_clip", "vae_weight", "outcome_weight", "task_weights", "prefix_weight",
         "pos_weight", "class_weights", "beta", "beta_warmup_steps", "beta_schedule", "free_bits", "devices", "device",
         "threads", "checkpoint_steps", "validate_steps", "validate_patients", "keep_best", "monitor", "patience",
-        "collapse_steps", "min_active_units",
-        "stop_on_collapse", "log_steps", "profile_memory", "profile", "track", "verbose", "cuda_graphs",
+        "collapse_steps", "min_active_units", "stop_on_collapse", "log_steps", "profile_memory", "profile", "track",
+        "verbose", "cuda_graphs",
     ),
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",

@@ -132,8 +132,12 @@ class Run:
         return time.perf_counter() - self._began
 
     def begin_epoch(self) -> None:
-        """Show the bar, and let the clock of the next step begin."""
+        """Show the bar, count what the epoch draws, and let the clock of the next step begin."""
         loader = self.state.loader
+        if loader.cursor == 0 and self.world.is_main and (drawn := loader.count_draws(loader.epoch)):
+            self.log("event", step=self.state.progress.step, event="sampling", epoch=loader.epoch, **drawn)
+            counts = ", ".join(f"{name.replace('_', ' ')}: {number:,}" for name, number in drawn.items())
+            log_main(self.world, f"epoch {loader.epoch + 1} draws {counts}")
         self.bar.begin(loader.epoch, len(loader), loader.cursor)
         self._step_ended = time.perf_counter()
 

@@ -14,7 +14,7 @@ from pipeline.storage.files import seal, unseal, write_atomically
 from pipeline.storage.folder import Folder, as_folder
 
 # No other path is opened, or removed, because a manifest names it.
-_SHARD_PATH: Final = re.compile(rf"({'|'.join(SPLITS)})/[0-9]+\.(parquet|tar)")
+_SHARD_PATH: Final = re.compile(rf"([0-9]+/)?({'|'.join(SPLITS)})/[0-9]+\.(parquet|tar)")
 
 MAX_SHARD_EVENTS: Final = 1 << 31  # patients, sets and events of a shard are counted in 32 bits
 MAX_PATIENTS_PER_BYTE: Final = 64  # more than any compression achieves; memory is allocated for as many
@@ -30,6 +30,11 @@ class ShardEntry:
     num_events: int
     num_bytes: int
     sha256: str
+
+    @property
+    def data_set(self) -> str:
+        """Return ``1/``, ``2/`` … where several data sets are one, which patients are called by too; else nothing."""
+        return self.path[: self.path.index("/") + 1] if self.path[0].isdigit() else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +71,10 @@ class Manifest:
         return replace(self, splits=splits)
 
     def save(self, directory: Path) -> None:
-        content = json.dumps(seal(asdict(self)), indent=1, sort_keys=True)
-        write_atomically(directory / MANIFEST_FILE, (content + "\n").encode())
+        write_atomically(directory / MANIFEST_FILE, self.encode())
+
+    def encode(self) -> bytes:
+        return (json.dumps(seal(asdict(self)), indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def load(cls, directory: Path | Folder) -> Manifest:

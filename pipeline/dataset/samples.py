@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.arrays import Ints, concatenate_ranges, find_runs, is_labelled, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.schemas import INDEX_SCHEMA, task_schema
-from pipeline.dataset.tables import RowsByShard
+from pipeline.dataset.tables import JoinedRows
 from pipeline.dataset.tasks import Task
 from pipeline.schema import INDEX_FILE, TIME_COLUMNS, UNLABELLED, UserError
 from pipeline.storage.folder import Folder
@@ -107,7 +107,7 @@ class SampleIndex:
         files = [(task.table, task.table_sha256, advice, _sample_schema(task)) for task in tasks]
         if not tasks:
             files = [(INDEX_FILE, manifest.files.get(INDEX_FILE, ""), folder.repair_advice, _LENGTHS)]
-        self._rows = [RowsByShard(folder, name, sha256, schema, verify=verify) for name, sha256, _, schema in files]
+        self._rows = [JoinedRows(folder, name, sha256, schema, verify=verify) for name, sha256, _, schema in files]
         self._damage = [f"{folder}/{name}: contradicts the manifest; {does}" for name, _, does, _ in files]
         if not all(sha256 for _, sha256, *_ in files):
             raise UserError(f"{folder}/{INDEX_FILE}: not in the manifest; run preprocess.py again")

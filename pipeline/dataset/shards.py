@@ -122,6 +122,8 @@ def read_rows(folder: Folder, entry: ShardEntry, schema: pa.Schema, *, verify: b
 def _flatten(table: pa.Table, entry: ShardEntry, path: str, advice: str) -> FlatPatients:
     """Return the rows of a shard as flat arrays, which are compared with its entry."""
     columns = {name: table[name].chunk(0) for name in TRAINED_SCHEMA.names}
+    if entry.data_set:
+        columns["patient_id"] = pc.binary_join_element_wise(entry.data_set, columns["patient_id"], "")
     flat = {name: columns[name].flatten() for name in ("minute", "set_size", "code", "value")}
     set_size = flat["set_size"].to_numpy()
     patient_offsets = offsets_from_sizes(columns["num_sets"].to_numpy())

@@ -117,3 +117,35 @@ class RowsByShard:
             has_range = statistics is not None and statistics.has_min_max
             self._shards_of_groups.append((statistics.min, statistics.max) if has_range else ("", "~"))
         self._metadata = metadata
+
+
+class JoinedRows:
+    """Reads a table that consists of several, each of other shards; see :meth:`Folder.parts`."""
+
+    def __init__(self, folder: Folder, name: str, sha256: str, schema: pa.Schema, *, verify: bool = True) -> None:
+        """Describe the table as :class:`RowsByShard` does."""
+        parts = folder.parts(name, sha256)
+        self._parts = [(prefix, RowsByShard(each, name, own, schema, verify=verify)) for prefix, each, own in parts]
+
+    def read(self, paths: Sequence[str]) -> tuple[pa.Table, Ints]:
+        """Return the rows of the shards at ``paths``, as :meth:`RowsByShard.read` does."""
+        tables, shards = [], []
+        for prefix, rows in self._parts:
+            own = np.array([number for number, path in enumerate(paths) if path.startswith(prefix)], np.int64)
+            table, shard = rows.read([paths[number].removeprefix(prefix) for number in own])
+            tables.append(add_prefix(table, prefix))
+            shards.append(own[shard])
+        if len(tables) == 1:
+            return tables[0], shards[0]
+        shard = np.concatenate(shards)
+        order = np.argsort(shard, kind="stable")
+        return pa.concat_tables(tables).take(order), shard[order]
+
+
+def add_prefix(table: pa.Table, prefix: str) -> pa.Table:
+    """Return a table whose shards and patients are called by names that begin with ``prefix``."""
+    for name in {"shard", "patient_id"} & set(table.schema.names) if prefix else ():
+        position = table.schema.get_field_index(name)
+        named = pc.binary_join_element_wise(prefix, table[name], "")
+        table = table.set_column(position, table.schema.field(name), named)
+    return table

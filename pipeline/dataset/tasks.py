@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import task_schema
-from pipeline.dataset.tables import read_parquet, report_damage
+from pipeline.dataset.tables import add_prefix, read_parquet, report_damage
 from pipeline.schema import FORMAT_VERSION, SPLITS, TASKS_FOLDER, Kind, Times, UserError
 from pipeline.storage.files import seal, sync, unseal, write_atomically
 from pipeline.storage.folder import Folder, as_folder
@@ -99,8 +99,11 @@ class Task:
 
     def save(self, directory: Path) -> None:
         """Write ``NAME.json``; the table must be complete."""
-        content = json.dumps(seal({"format_version": FORMAT_VERSION, **asdict(self)}), indent=1, sort_keys=True)
-        write_atomically(directory / _json_name(self.name), (content + "\n").encode())
+        write_atomically(directory / _json_name(self.name), self.encode())
+
+    def encode(self) -> bytes:
+        content = seal({"format_version": FORMAT_VERSION, **asdict(self)})
+        return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def load(cls, directory: Path | Folder, manifest: Manifest, name: str) -> Task:
@@ -140,8 +143,11 @@ def read_task_table(directory: Path | Folder, task: Task, *columns: str) -> pa.T
     folder, schema = as_folder(directory), task_schema(task.kind, soft=task.soft_labels)
     if columns:
         schema = pa.schema([schema.field(name) for name in columns])
-    with folder.local_file(task.table, task.table_sha256) as path, report_damage(folder, task.table):
-        return read_parquet(path, schema)
+    tables = []
+    for prefix, part, sha256 in folder.parts(task.table, task.table_sha256):
+        with part.local_file(task.table, sha256) as path, report_damage(part, task.table):
+            tables.append(add_prefix(read_parquet(path, schema), prefix))
+    return pa.concat_tables(tables)
 
 
 def has_task(directory: Path | Folder, name: str) -> bool:

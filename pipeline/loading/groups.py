@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from pipeline.arrays import Ints, is_labelled
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import SampleIndex, Samples, SplitPart, share_windows
 from pipeline.dataset.tasks import Task
+from pipeline.loading.draws import SampleDraws, check_sampling, data_sets_of
 from pipeline.loading.options import LoaderOptions
 from pipeline.loading.place import BatchPlace, StepCounts
 from pipeline.loading.store import PatientStore
@@ -63,6 +64,7 @@ class GroupPlanner:
     Attributes:
         entries: the split's shards that have samples.
         num_samples: [n] of each of them; where samples share windows, of these.
+        draws: how often epochs use each sample; None = once.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class GroupPlanner:
         tasks: tuple[Task, ...],
         options: LoaderOptions,
     ) -> None:
+        check_sampling(options, tasks, int(data_sets_of(manifest.all_shards()).max(initial=0)) + 1)
         share = None
         if options.share_windows and tasks:
             keeps_earliest = options.truncate == "earliest"
@@ -85,11 +88,18 @@ class GroupPlanner:
         self.grouping = lru_cache(maxsize=2)(self._group_shards)
         self._samples = lru_cache(maxsize=1)(self._read_samples)
         self.plan_group = lru_cache(maxsize=2)(self._plan_group)
+        self.draws = None
+        if options.sampling != "natural" or options.data_weights:
+            self.draws = SampleDraws(folder, manifest, tasks, options, self.entries, self.num_samples, self._samples)
 
     def _group_shards(self, epoch: int) -> Grouping:
+        return self._cut_groups(self.num_samples if self.draws is None else self.draws.per_shard(epoch), epoch)
+
+    def _cut_groups(self, used: Ints, epoch: int) -> Grouping:
+        """Return the groups of an epoch that uses so many samples of each shard."""
         events = np.array([entry.num_events for entry in self.entries], np.int64)
         limit, seed = self._options.group_events, self._options.seed
-        return group_shards(self.num_samples, events, self._options, group_events=limit, seed=seed, epoch=epoch)
+        return group_shards(used, events, self._options, group_events=limit, seed=seed, epoch=epoch)
 
     def _read_samples(self, shards: tuple[int, ...]) -> Samples:
         return self._index.read([self.entries[shard] for shard in shards])
@@ -100,9 +110,12 @@ class GroupPlanner:
         shards = tuple(group.shards.tolist())
         samples, limit = self._samples(shards), self._options.max_sequence_length or np.iinfo(np.int64).max
         num_events, num_sets = np.minimum(samples.num_events, limit), np.minimum(samples.num_sets, limit)
-        lengths = num_events[group.patients], num_sets[group.patients]
-        plan = plan_epoch(*lengths, self._options, seed=self._options.seed, epoch=epoch, group=number)
-        plan = replace(plan, order=group.patients[plan.order])
+        used, sample = group.patients, None
+        if self.draws is not None:
+            used = sample = np.repeat(np.arange(len(num_events)), self.draws.copies(shards, samples, epoch))[used]
+        lengths, seed = (num_events[used], num_sets[used]), self._options.seed
+        plan = plan_epoch(*lengths, self._options, seed=seed, epoch=epoch, group=number, sample=sample)
+        plan = replace(plan, order=used[plan.order])
         after = {"num_events": num_events, "num_sets": num_sets}
         return GroupPlan(position=position, shards=shards, samples=samples, batches=plan, **after)
 
@@ -112,9 +125,15 @@ class GroupPlanner:
             plan = self.plan_group(plan.next_position)
         return plan.next_position.first_step
 
+    def describe_weights(self) -> dict[str, Any]:
+        """Return which weights decide draws, as the state of a loader holds them."""
+        weights = None if self.draws is None else self.draws.weights
+        checksum = None if weights is None else weights.sha256[:12]
+        return {"sampling_weights": checksum, "data_weights": list(self._options.data_weights)}
+
     def max_num_events(self) -> int:
         """Return the maximum number of events of a sample of the split, after truncation."""
-        grouping, limit = self.grouping(0), self._options.max_sequence_length
+        grouping, limit = self._cut_groups(self.num_samples, 0), self._options.max_sequence_length
         groups = (grouping.group(number) for number in range(grouping.num_groups))
         longest = max(int(self._samples(tuple(group.shards.tolist())).num_events.max(initial=0)) for group in groups)
         return longest if limit is None else min(longest, limit)

@@ -56,6 +56,9 @@ GATHER_EVENTS = 1 << 17
 
 ONE_PROCESS = "give DataLoader num_workers=0, or make the loader in the process that iterates it; a thread prefetches"
 
+SETTINGS = ("seed", "max_sequence_length", "truncate", "share_windows", "sampling")
+"""Options that decide batches beside those of :class:`Policy`."""
+
 Transform: TypeAlias = Callable[[PatientBatch, BatchPlace], Any]
 
 
@@ -121,11 +124,11 @@ class PatientLoader(IterableDataset[Any]):
         entries = self._planner.entries
         self.num_samples = int(self._planner.num_samples.sum())
         is_grouped = sum(entry.num_events for entry in entries) > self.options.group_events
-        names = [*(field.name for field in fields(Policy)), "seed", "max_sequence_length", "truncate", "share_windows"]
+        names = [*(field.name for field in fields(Policy)), *SETTINGS]
         patients = "all" if self._part.patients is None else fingerprint_patients(self._part.patients)
         data = {"data": self.manifest.fingerprint, "split": self.split}
         task_names = [f"{each.name} ({each.table_sha256[:12]})" for each in self.tasks]
-        policy = {name: asdict(self.options)[name] for name in names}
+        policy = {name: asdict(self.options)[name] for name in names} | self._planner.describe_weights()
         group_events = self.options.group_events if is_grouped else None  # else the limit decides nothing
         used = {"patients": patients, "quarantined": sorted(quarantined), "task": task_names}
         self._settings: dict[str, Any] = {**data, **used, **policy, "group_events": group_events}
@@ -178,6 +181,10 @@ class PatientLoader(IterableDataset[Any]):
         With truncation it is an upper bound: the index does not say where the sets of a patient end.
         """
         return self.plan.sum_per_batch(cost.predict(self._group.num_events, self._group.num_sets)) + cost.batch
+
+    def count_draws(self, epoch: int) -> dict[str, int] | None:
+        """Return how many samples an epoch uses, of each class, and how many different ones; None = each once."""
+        return None if self._planner.draws is None else self._planner.draws.count(epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of ``epoch``; stay if that is the current one."""

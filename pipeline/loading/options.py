@@ -10,6 +10,7 @@ from pipeline.sampling.groups import GROUP_EVENTS
 from pipeline.sampling.policy import BucketOptions, Policy
 
 Truncate = Literal["earliest", "latest", "random"]
+Sampling = Literal["natural", "balanced", "weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,23 @@ class BatchOptions(BucketOptions):
         False,
         "Batch the samples of a patient together and make what they have in common once: encoder and transformer run "
         "for the longest, the outcome head for each. Batches are then counted in patients, not in samples.",
+    )
+    sampling: Sampling = option(
+        "natural",
+        "How often an epoch of training uses each sample: natural = once, balanced = so that all classes of the task "
+        "are equally frequent, weights = in proportion to --sampling_weights. Epochs stay as long.",
+    )
+    sampling_weights: str | None = option(
+        None,
+        "CSV or Parquet file of weights for --sampling weights: columns patient_id and weight, and prediction_time or "
+        "prediction_minute where the samples of a patient differ.",
+        metavar="FILE",
+    )
+    data_weights: tuple[float, ...] = option(
+        (),
+        "Where several data sets are one, the proportions in which an epoch of training draws from them, one each. By "
+        "default samples of all are used alike.",
+        above=0,
     )
     group_events: int = option(
         GROUP_EVENTS,

@@ -76,7 +76,7 @@ def group_shards(
     of one shard, a few in thousands.  Without ``policy.shuffle`` shards stay in the manifest's order.
 
     Args:
-        num_patients: [N] of each shard, at least 1.
+        num_patients: [N] of each shard, counted as often as the epoch uses them.
         num_events: [N] of each shard.
     """
     order = np.arange(len(num_patients))
@@ -88,5 +88,6 @@ def group_shards(
     targets = total * np.arange(1, num_groups) // num_groups
     inner = patients_before[np.searchsorted(events_before, targets, side="right") - 1]
     inner = np.unique(inner - inner % (policy.fixed_size or 1))
-    borders = np.concatenate([[0], inner[inner > 0], patients_before[-1:]])
+    inner = inner[(inner > 0) & (inner < patients_before[-1])]
+    borders = np.concatenate([[0], inner, patients_before[-1:]])
     return Grouping(num_patients=num_patients, shard_order=order, borders=borders)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.arrays import Floats, Ints, concatenate_ranges, offsets_from_sizes
+from pipeline.sampling.apart import Limits, separate_copies
 from pipeline.sampling.policy import Policy
 from pipeline.schema import UserError
 
@@ -64,6 +65,7 @@ class Purpose(IntEnum):
     PLAN = 0
     TRUNCATION = 1
     SHARD_ORDER = 2
+    DRAWS = 3
 
 
 def rng_for(purpose: Purpose, *, seed: int, epoch: int, group: int = 0) -> np.random.Generator:
@@ -72,7 +74,16 @@ def rng_for(purpose: Purpose, *, seed: int, epoch: int, group: int = 0) -> np.ra
     return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(group,) if group else ()))
 
 
-def plan_epoch(num_events: Ints, num_sets: Ints, policy: Policy, *, seed: int, epoch: int, group: int = 0) -> EpochPlan:
+def plan_epoch(
+    num_events: Ints,
+    num_sets: Ints,
+    policy: Policy,
+    *,
+    seed: int,
+    epoch: int,
+    group: int = 0,
+    sample: Ints | None = None,
+) -> EpochPlan:
     """Return the global batches of an epoch, or of one group of it; every patient is in exactly one.
 
     Without ``max_events`` all batches but one have ``batch_size`` patients, so their number is the same every epoch.
@@ -84,6 +95,8 @@ def plan_epoch(num_events: Ints, num_sets: Ints, policy: Policy, *, seed: int, e
         seed: with ``epoch`` and ``group`` the only source of randomness.
         epoch: 0, 1, 2 …
         group: which of the epoch's groups the patients are; see ``pipeline.sampling.groups``.
+        sample: [P] equal for patients that are copies of one sample, which are kept in different batches as far as that
+            is possible; None = there are no copies.
     """
     for name, number in (("seed", seed), ("epoch", epoch)):
         if number < 0:
@@ -94,6 +107,8 @@ def plan_epoch(num_events: Ints, num_sets: Ints, policy: Policy, *, seed: int, e
     rng = rng_for(Purpose.PLAN, seed=seed, epoch=epoch, group=group)
     order = _order_patients(num_events, num_sets, policy, rng)
     offsets = _cut_batches(num_events[order], num_sets[order], policy, rng)
+    if sample is not None:
+        order = separate_copies(order, offsets, sample, num_events, _limits(num_events, num_sets, policy))
     if policy.shuffle:
         sizes = np.diff(offsets)
         batches = rng.permutation(len(sizes))
@@ -144,12 +159,8 @@ def _cut_batches(num_events: Ints, num_sets: Ints, policy: Policy, rng: np.rando
             sizes = np.insert(sizes, rng.integers(full + 1) if policy.shuffle else full, rest)
         return offsets_from_sizes(sizes)
 
-    budgets: list[tuple[npt.NDArray[Any], float]] = []  # what patients have used before each, and a batch's limit
-    if policy.max_events is not None:
-        budgets.append((offsets_from_sizes(num_events), policy.max_events))
-    if policy.max_cost is not None:
-        used = np.concatenate([[0.0], np.cumsum(policy.cost_model.predict(num_events, num_sets))])
-        budgets.append((used, policy.max_cost - policy.cost_model.batch))
+    limits = _limits(num_events, num_sets, policy)
+    budgets = [(np.concatenate([[0], np.cumsum(amount)]), limit) for amount, limit in limits]  # used before each
     offsets = [0]
     while (start := offsets[-1]) < count:
         stop = min(start + max_size, count)
@@ -157,6 +168,17 @@ def _cut_batches(num_events: Ints, num_sets: Ints, policy: Policy, rng: np.rando
             stop = min(stop, int(np.searchsorted(used, used[start] + limit, side="right")) - 1)
         offsets.append(max(stop, start + 1))
     return np.array(offsets, dtype=np.int64)
+
+
+def _limits(num_events: Ints, num_sets: Ints, policy: Policy) -> Limits:
+    """Return what patients of these lengths [P] use of what a batch may hold at most."""
+    limits: list[tuple[npt.NDArray[Any], float]] = []
+    if policy.max_events is not None:
+        limits.append((num_events, policy.max_events))
+    if policy.max_cost is not None:
+        cost = policy.cost_model.predict(num_events, num_sets)
+        limits.append((cost, policy.max_cost - policy.cost_model.batch))
+    return limits
 
 
 def split_across_ranks(plan: EpochPlan, cost: Floats, *, rank: int, world_size: int, first_step: int = 0) -> EpochPlan:

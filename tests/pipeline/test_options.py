@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from pipeline.options import Section, option, parse_explicit_options, parse_options, to_dict
 from pipeline.schema import UserError
@@ -117,3 +118,27 @@ def test_help_is_grouped_and_names_defaults(capsys: pytest.CaptureFixture[Any]) 
     assert text.index("Files:") < text.index("Codes that are left out. Default: a b.") < text.index("Numbers:")
     assert "Names of splits. Default: x=y." in text
     assert "INPUT What is read." in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places(Section):
+    """Places."""
+
+    place: str | tuple[str, ...] = option("", "A place, or several.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceTree:
+    places: Places
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], ""), (["--place", "a"], "a"), (["--place", "a", "--place", "b", "--place", "a"], ("a", "b", "a"))],
+)
+def test_a_flag_that_is_given_several_times_is_a_tuple(words: list[str], expected: Any, tmp_path: Path) -> None:
+    assert parse_options(PlaceTree, words, prog="x", description="").places.place == expected
+    (tmp_path / "o.yaml").write_text(yaml.safe_dump(to_dict(PlaceTree(places=Places(place=expected)))))
+    given = ["--config", str(tmp_path / "o.yaml")]
+    assert parse_options(PlaceTree, given, prog="x", description="").places.place == expected
+    assert parse_options(PlaceTree, [*given, "--place", "c"], prog="x", description="").places.place == "c", "flags win"

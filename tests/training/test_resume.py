@@ -187,6 +187,8 @@ OTHER_VALUES: dict[str, list[str]] = {
     "repeats": ["--repeats", "2"],
     "without": ["--without", "contexts"],
     "distill": ["--distill", "0.5"],
+    "sampling": ["--sampling", "balanced"],
+    "data_weights": ["--data_weights", "1"],
     "on_bad_shard": ["--on_bad_shard", "quarantine"],
     "use_dynamic_padding": ["--use_dynamic_padding"],
     "event_dropout": ["--event_dropout", "0.1"],

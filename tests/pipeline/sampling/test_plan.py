@@ -314,6 +314,7 @@ def test_each_purpose_has_the_random_numbers_of_earlier_versions() -> None:
         Purpose.PLAN: [792, 237, 711, 427, 76, 591],
         Purpose.TRUNCATION: [665, 795, 373, 556, 201, 175],
         Purpose.SHARD_ORDER: [890, 655, 824, 372, 496, 122],
+        Purpose.DRAWS: [500, 766, 939, 777, 692, 475],
     }
     of_group = rng_for(Purpose.TRUNCATION, seed=5, epoch=2, group=3)
     assert of_group.integers(1000, size=6).tolist() == [628, 894, 891, 674, 331, 13]
