@@ -29,7 +29,7 @@ SECTIONS = [
 ]
 NAMES = {field.name for section in SECTIONS for field in fields(section)} | {"config", "help"}
 BENCHMARK_FLAGS = set(re.findall(r'"--(\w+)"', "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
-FOREIGN_FLAGS = {"nthreads", "memory-limit", "cov", "cov-branch"}  # of Dask and pytest
+FOREIGN_FLAGS = {"nthreads", "memory-limit", "cov", "cov-branch", "logdir"}  # of Dask, pytest and TensorBoard
 
 
 def without_shell(text: str) -> str:
