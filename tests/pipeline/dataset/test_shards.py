@@ -158,7 +158,7 @@ def test_a_manifest_survives_a_round_trip(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no manifest here; run preprocess.py"),
+        (None, "no manifest here; name the folder that preprocess.py wrote"),
         ("{", "cannot be read as a manifest"),
         ("[]", "not a manifest of this project"),
         ('{"format_version": 2}', "checksum of its content is wrong"),
