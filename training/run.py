@@ -76,7 +76,7 @@ class Run:
         self._step_ended = self._step_started = time.perf_counter()
 
     def __enter__(self) -> Self:
-        open_directory(self)
+        open_directory(self.directory, self.options, self.world, self.memory, self.settings.preparer.teacher)
         self._stack = contextlib.ExitStack()
         enter, options = self._stack.enter_context, self.options.run
         if self.pool is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
@@ -13,32 +12,33 @@ from pipeline.options import to_dict
 from pipeline.schema import UserError
 from pipeline.storage.files import remove_leftovers, write_atomically
 from training.json_lines import JsonLines
+from training.memory import StepMemory
 from training.metrics import Progress
+from training.options import TrainOptions
 from training.parallel import World
-from training.targets import TEACHER_FILE
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.targets import TEACHER_FILE, Teacher
 
 
-def open_directory(run: Run) -> None:
-    """Write what the run is; nothing was written before, so that a command that is refused changes no file."""
-    checkpoints, path = run.directory / "checkpoints", run.directory / "config.yaml"
-    config = yaml.safe_dump(to_dict(run.options), sort_keys=False).encode()
-    if run.world.is_main:
+def open_directory(
+    directory: Path, options: TrainOptions, world: World, memory: StepMemory | None, teacher: Teacher | None
+) -> None:
+    """Write what a run is; nothing was written before, so that a command that is refused changes no file."""
+    checkpoints, path = directory / "checkpoints", directory / "config.yaml"
+    config = yaml.safe_dump(to_dict(options), sort_keys=False).encode()
+    if world.is_main:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for folder in (run.directory, checkpoints):  # not below: other runs may be going on there
+        for folder in (directory, checkpoints):  # not below: other runs may be going on there
             remove_leftovers(folder)
         write_atomically(path, config)
-        if run.memory is not None:
-            run.memory.save(run.directory / "memory_model.json")
-        if (teacher := run.settings.preparer.teacher) is not None:
-            teacher.save(run.directory / TEACHER_FILE)
-    run.world.wait()
-    same = run.world.gather(path.exists() and path.read_bytes() == config)
+        if memory is not None:
+            memory.save(directory / "memory_model.json")
+        if teacher is not None:
+            teacher.save(directory / TEACHER_FILE)
+    world.wait()
+    same = world.gather(path.exists() and path.read_bytes() == config)
     if not all(same):
         unseen = f"rank {same.index(False)} does not see the files of rank 0; name a folder that all machines share"
-        raise UserError(f"--output_dir {run.directory}: {unseen}")
+        raise UserError(f"--output_dir {directory}: {unseen}")
 
 
 def remove_other_best(checkpoints: Path, progress: Progress) -> None:
