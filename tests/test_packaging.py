@@ -85,7 +85,7 @@ def test_the_wheel_has_types_templates_and_no_more(wheel: Path) -> None:
     }
     assert wanted - names == set()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"pipeline", "model", "training", "preprocess.py", "seqsetvae.py", "train.py"}
+    assert tops == {"integrations", "pipeline", "model", "training", "preprocess.py", "seqsetvae.py", "train.py"}
 
 
 def test_the_commands_work_from_another_folder(commands: Path, tmp_path: Path) -> None:

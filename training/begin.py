@@ -179,7 +179,8 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
     # A run that was killed before it noted a new best step is about to validate that step again.
     steps = (saved.state["progress"]["best_step"], saved.step)
     same_run = best.state["loader"]["settings"] == saved.state["loader"]["settings"]
-    if not same_run or best.metrics is None or best.step not in steps:
+    of_step = {"epoch": best.state["progress"]["epochs_validated"], "step": best.step}
+    if not same_run or best.metrics is None or best.step not in steps or not of_step.items() <= best.metrics.items():
         found = f"saved at step {best.step}, last.pt at step {saved.step}"
         advice = "put the best checkpoint back, or start anew"
         raise UserError(f"{path}: not the best checkpoint of this run ({found}); {advice}")

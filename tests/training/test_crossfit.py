@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss
 import train
 import training.card
 import training.checkpoint
-import training.run
+import training.run_files
 from pipeline.dataset.manifest import Manifest
 from pipeline.schema import FIRST_CODE
 from tests.training.runs import (
@@ -168,7 +168,7 @@ def test_a_kill_changes_nothing(data: Path, finished: Path, tmp_path: Path, numb
             write(path, content)
             written += 1
 
-        for module in (train, training.card, training.checkpoint, training.run, crossfit):
+        for module in (train, training.card, training.checkpoint, training.run_files, crossfit):
             patch.setattr(module, "write_atomically", counted)
         with pytest.raises(Killed):
             run(data, tmp_path, *FLAGS)
