@@ -170,7 +170,9 @@ TABLES: dict[str, Sequence[Figure]] = {
     ],
     "quality": [
         *(
-            Figure(f"death, five folds twice, 4,000 stays, log-loss / AUROC / AUPRC: {label}", "crossfit", text, CROSS_FIT)
+            Figure(
+                f"death, five folds twice, 4,000 stays, log-loss / AUROC / AUPRC: {label}", "crossfit", text, CROSS_FIT
+            )
             for label, text in (
                 ("SeqSetVAE, one seed", lambda it: scores(it["models"]["SeqSetVAE"])),
                 ("stack of trees and a linear model", lambda it: scores(it["models"]["stack, all other folds"])),

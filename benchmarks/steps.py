@@ -124,6 +124,7 @@ class Stepper:
             world=self.world,
             total_steps=10_000,
             preparer=BatchPreparer(seed=0),
+            has_gauges=True,  # as by default
         )
         self.model = model.to(self.world.device)
         select_trained(self.model, self.settings.loss, self.settings.optimisation)

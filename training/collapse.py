@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.losses import kl_per_dimension
 from model.set_vae import Posterior
 from training.parallel import World
 
@@ -35,14 +34,14 @@ class CollapseGauges:
     """Gather sums over batches in float64 on the device, without waiting for it."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        # mu, mu², variance and KL of each of ``width`` dimensions, and the number of sets.
+        # mu, mu², variance and its logarithm of each of ``width`` dimensions, and the number of sets.
         self.sums = torch.zeros(5, width, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, posterior: Posterior, num_counted: Tensor) -> None:
         """Add the first ``num_counted`` [1] sets of a posterior; others are of filler patients."""
         mu, logvar = posterior.mu.float(), posterior.logvar.float()
-        parts = torch.stack([mu, mu.square(), logvar.exp(), kl_per_dimension(posterior), torch.ones_like(mu)])
+        parts = torch.stack([mu, mu.square(), logvar.exp(), logvar, torch.ones_like(mu)])
         is_counted = torch.arange(len(mu), device=mu.device) < num_counted
         self.sums += (parts * is_counted[:, None]).sum(1, dtype=torch.float64)
 
@@ -73,7 +72,8 @@ class CollapseGauges:
 
 def compute_gauge(sums: Tensor) -> LatentGauge:
     """Return the gauge of the sums [5, D] of all ranks."""
-    mu, square, variance, kl, count = sums
+    mu, square, variance, logvar, count = sums
+    kl = (variance + square - count - logvar) / 2  # the sum of model.losses.kl_per_dimension
     count = count.clamp_min(1)
     variance_of_mean = square / count - (mu / count).square()
     active, mean_variance = int((variance_of_mean > ACTIVE_VARIANCE).sum()), float((variance / count).mean())
