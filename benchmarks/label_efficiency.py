@@ -69,7 +69,7 @@ def main() -> None:
         stack = fit_stack(stays.features[chosen], stays.label[chosen], stays.features[test], seeds=(0,))["stack"]
         compared = compare(stays.label[test], {"SeqSetVAE": model[None], "stack": stack[None]}, bar="stack")
         rows[task] = {"labelled": len(chosen), "positive": int(stays.label[chosen].sum()), "seed": seed, **compared}
-        print(task, {name: [values[metric][0] for metric in METRICS] for name, values in compared["models"].items()})
+        print(task, {name: [float(of[metric][0]) for metric in METRICS] for name, of in compared["models"].items()})
     publish({**describe(), "test": len(test), "runs": rows}, options.output)
 
 
