@@ -9,7 +9,6 @@ this.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from benchmarks.batch_size_table import markdown
-from benchmarks.scale_costs import filled
+from benchmarks.scale_costs import run_tables
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -348,14 +347,7 @@ def short(hardware: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the tables of published figures.", allow_abbrev=False)
-    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="a page to put the tables into; else print them")
-    given = parser.parse_args()
-    content = make_tables()
-    if given.write:
-        given.write.write_text(filled(given.write.read_text(encoding="utf-8"), content), encoding="utf-8")
-    else:
-        print("\n\n".join(content.values()))
+    run_tables("Make the tables of published figures.", make_tables)
 
 
 if __name__ == "__main__":

@@ -298,10 +298,15 @@ def filled(page: str, content: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compute what large data sets cost.", allow_abbrev=False)
+    run_tables("Compute what large data sets cost.", lambda: tables(read_constants()))
+
+
+def run_tables(description: str, make: Callable[[], dict[str, str]]) -> None:
+    """Run the command line of a page's tables: put them into the page, or print them."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--write", type=Path, metavar="PAGE.md", help="a page to put the tables into; else print them")
     given = parser.parse_args()
-    content = tables(read_constants())
+    content = make()
     if given.write:
         given.write.write_text(filled(given.write.read_text(encoding="utf-8"), content), encoding="utf-8")
     else:

@@ -66,8 +66,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     monitor = check_outcomes(options, data.outcomes)
     if options.optimisation.cuda_graphs:
         check_graphs(options, world)
-    if not data.num_samples["train"]:
-        raise UserError(f"{data.folder}: no patients to train on; its train split is empty, or left out")
+    data.check_train_split()
     if options.data.sampling != "natural" or options.data.data_weights:  # what is refused is before a teacher is fitted
         data.open_loader("train", world=world.alone(), **data.sampling)
     best = find_best(saved, directory)

@@ -21,7 +21,7 @@ from model.prefixes import Prefixes
 from model.prepared import PreparedBatch
 from pipeline.dataset.joined import JoinedFolder
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.samples import ChosenPatients, SampleIndex, SplitPart
+from pipeline.dataset.samples import ChosenPatients, SampleIndex, SplitPart, split_by_shard
 from pipeline.dataset.shards import check_shards
 from pipeline.dataset.tasks import Task, common_times, load_tasks
 from pipeline.loading.batch import PatientBatch
@@ -143,6 +143,11 @@ class DataSet:
             return "patients"
         return f"samples of task {', '.join(task.name for task in self.tasks)}"
 
+    def check_train_split(self) -> None:
+        """Raise UserError where nobody can be learned from."""
+        if not self.num_samples["train"]:
+            raise UserError(f"{self.folder}: no patients to train on; its train split is empty, or left out")
+
     def describe(self) -> str:
         """Return the samples of each split and the number of variables in one line."""
         counts = ", ".join(f"{samples:,} {split}" for split, samples in self.num_samples.items())
@@ -183,12 +188,9 @@ def sample_patients(data: DataSet, split: str, number: int) -> DataSet:
     if not number or not entries:
         return data
     patients = np.unique(data.index_of(split).read(entries).patient)
-    sizes = np.array([entry.num_patients for entry in entries])
-    used = np.zeros(sizes.sum(), bool)
+    used = np.zeros(sum(entry.num_patients for entry in entries), bool)
     used[np.random.default_rng(SAMPLE_SALT).permutation(patients)[:number]] = True
-    parts = np.split(used, np.cumsum(sizes)[:-1])
-    chosen = {entry.path: part for entry, part in zip(entries, parts, strict=True)}
-    return dataclasses.replace(data, chosen={**data.chosen, split: chosen})
+    return dataclasses.replace(data, chosen={**data.chosen, split: split_by_shard(entries, used)})
 
 
 def agree_on_data(options: DataOptions, manifest: Manifest, world: World, task: str | None, *splits: str) -> DataSet:

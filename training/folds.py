@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.arrays import Ints, harden, is_labelled, offsets_from_sizes
+from pipeline.arrays import Ints, harden, is_labelled
+from pipeline.dataset.samples import split_by_shard
 from training.data import DataSet
 from training.options import TrainOptions
 
@@ -81,12 +82,9 @@ def select_patients(data: DataSet, member: Member, options: TrainOptions) -> Dat
     splits = {**data.manifest.splits, "train": entries, "valid": [] if member.fold is None else entries}
     chosen: dict[str, Any] = {}
     if member.fold is not None:
-        sizes = np.array([entry.num_patients for entry in entries], np.int64)
         fold_of_patient = deal_patients(label_strata(data), options.cross_fit.folds, seed=member.seed)
-        parts = np.split(fold_of_patient, offsets_from_sizes(sizes)[1:-1])
-        named = [(entry.path, part) for entry, part in zip(entries, parts, strict=True)]
-        chosen["valid"] = {path: part == member.fold for path, part in named}
-        chosen["train"] = {path: part != member.fold for path, part in named}
+        chosen["valid"] = split_by_shard(entries, fold_of_patient == member.fold)
+        chosen["train"] = split_by_shard(entries, fold_of_patient != member.fold)
     manifest = dataclasses.replace(data.manifest, splits=splits)
     bad = [entry for split in DEALT_SPLITS for entry in data.quarantined.get(split, [])]
     quarantined = {**data.quarantined, "train": bad, "valid": []}

@@ -33,8 +33,7 @@ def inspect_batches(options: TrainOptions, manifest: Manifest) -> int:
     data = agree_on_data(options.data, manifest, world, options.task, *SPLITS)
     model = build_model(options.model, data, seed=options.run.seed).to(world.device)
     print(data.describe())
-    if not data.num_samples["train"]:
-        raise UserError(f"{options.data.data_dir}: no patients to train on; its train split is empty, or left out")
+    data.check_train_split()
     done = 0
     for split, name in SPLITS.items():
         if not data.num_samples.get(split):

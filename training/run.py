@@ -221,8 +221,9 @@ class Run:
     def is_validation_due(self) -> bool:
         """Whether it is time for a validation within the epoch, or a run that goes on was stopped during it."""
         progress, loader, every = self.state.progress, self.state.loader, self.options.run.validate_steps
-        is_inside = 0 < loader.cursor < len(loader)
-        return bool(every) and is_inside and progress.step % every == 0 and progress.step_validated != progress.step
+        if not every or progress.step % every or progress.step_validated == progress.step:
+            return False
+        return 0 < loader.cursor < len(loader)
 
     def validate(self) -> Validation:
         """Validate the EMA weights, on the patients that ``--validate_patients`` chooses."""

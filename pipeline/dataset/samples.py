@@ -55,6 +55,12 @@ class SharedSamples:
         return concatenate_ranges(first, sizes), np.repeat(np.arange(len(windows)), sizes)
 
 
+def split_by_shard(entries: Sequence[ShardEntry], of_patient: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    """Return what is said of the patients [P] of some shards, one shard after another, by the shard's path."""
+    offsets = offsets_from_sizes(np.array([entry.num_patients for entry in entries], np.int64))
+    return dict(zip((entry.path for entry in entries), np.split(of_patient, offsets[1:-1]), strict=True))
+
+
 class SplitPart(NamedTuple):
     """Some patients of a split, by its name."""
 
