@@ -38,7 +38,7 @@ from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.spill import SpilledPiece, check_same_columns, spill_piece
+from pipeline.prepare.spill import SpilledPiece, check_same_columns, name_spills, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
 from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.vocabulary import make_vocabulary
@@ -151,8 +151,8 @@ class _Steps:
     def _sort_and_write(self, spilled: list[SpilledPiece], total: int) -> Results:
         """Return the results of all stages; ``total`` partitions are cut from the spills."""
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
-        num_spills = tuple(piece.num_spills for piece in spilled)
-        partitions = [Partition(work, number, total, num_spills, rule, origin) for number in range(total)]
+        spills = tuple(name for at, piece in enumerate(spilled) for name in name_spills(at, piece.num_spills))
+        partitions = [Partition(work, number, total, spills, rule, origin) for number in range(total)]
         limits = self.compute_limits(partitions)
         parts = self.sort_partitions(partitions, limits)
         path = self.source.find_side_files().get("statistics")
@@ -163,7 +163,7 @@ class _Steps:
         return Results(spilled, parts, written, vocabulary, statistics, embedding_dim)
 
     def read_pieces(self) -> list[SpilledPiece]:
-        leaves = ("spills/{:05d}.*.arrow", "rejects/{:05d}.*.parquet")
+        leaves = ("spills/{:05d}.*.columns", "rejects/{:05d}.*.parquet")
         stage = Stage("read", spill_piece, SpilledPiece, attrgetter("num_rows"), leaves)
         later = [["sort", "write"], ["measure"]] if self._measures_outliers else [["sort", "write"]]
 

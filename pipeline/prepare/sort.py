@@ -21,12 +21,12 @@ from pipeline.prepare.event_filter import EventFilter, equals_previous
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.order import sort_order
 from pipeline.prepare.rules import Limits, Rules
-from pipeline.prepare.sources.reading import FILE, ROW, SPLIT
+from pipeline.prepare.sources.reading import SPLIT
 from pipeline.prepare.sources.source import Origin
-from pipeline.prepare.spill import STATIC_INSTANT, PartitionRows, read_partition
+from pipeline.prepare.spill_files import STATIC_INSTANT, PartitionRows, read_partition
 from pipeline.prepare.splits import SplitRule
 from pipeline.prepare.times import MICROSECONDS
-from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE
+from pipeline.schema import PATIENT_ID, SPLITS
 
 NEVER: Final = np.iinfo(np.int64).max
 NO_TIME: Final = np.iinfo(np.int64).min
@@ -40,7 +40,7 @@ class Partition:
     work: Path
     number: int
     num_partitions: int
-    num_spills: tuple[int, ...]  # of each piece
+    spills: tuple[str, ...]  # below the work folder
     split_rule: SplitRule
     origin: Origin
 
@@ -49,8 +49,9 @@ class Partition:
 
         Events are in the order of sets, variables, values and minutes, without duplicates.
         """
-        rows = read_partition(self.work / "spills", self.num_spills, self.number, self.num_partitions)
-        known, _ = read_partition_slice(self.work / "known.arrow", self.number, self.num_partitions)
+        paths = [self.work / spill for spill in self.spills]
+        rows = read_partition(paths, self.number, self.num_partitions)
+        known = read_partition_slice(self.work / "known.arrow", self.number, self.num_partitions)
         events, origins = _sort_events(rows, self.origin)
         events.drop(DUPLICATE, equals_previous(events.kept, ["patient", "set", "variable", "value", "minute"]))
         patients = _describe_patients(rows.patient_ids, known, self.split_rule)
@@ -174,11 +175,11 @@ def _sort_events(rows: PartitionRows, origin: Origin) -> tuple[EventFilter, npt.
     value (null last) and minute; equal events as they came.  Static events come first: their minute is minus infinity.
     Origins are microseconds since 1970, NO_TIME where a patient has none; None where the input has minutes.
     """
-    minute, value, origins = rows.table[MINUTE].to_numpy(), rows.table[VALUE].to_numpy(), None
+    minute, value, origins = rows.minute, rows.value, None
     if minute.dtype == np.int64:
         minute, origins = _count_minutes(minute, rows, origin)
-    has_index = SET_INDEX in rows.table.column_names
-    set_ = rows.table[SET_INDEX].to_numpy() if has_index else np.floor(minute)
+    has_index = rows.set_index is not None
+    set_ = np.floor(minute) if rows.set_index is None else rows.set_index
     columns = {"patient": rows.patient, "set": set_, "variable": rows.variable, "value": value, "minute": minute}
     has_no_origin = np.isnan(minute)
     if not has_index and not has_no_origin.any():
@@ -246,15 +247,16 @@ def _tabulate_rejects(rows: PartitionRows, rejected: dict[str, pl.DataFrame]) ->
     """Return rejected rows in canonical form: they have passed all tests of ``clean``, and their text is gone."""
     tables = [REJECTS_SCHEMA.empty_table()]
     for reason, events in rejected.items():
-        source = rows.table.select([FILE, ROW, VALUE]).take(events["position"].to_numpy())
+        position = events["position"].to_numpy().astype(np.int64)
+        file, row = rows.find_sources(position)
         table = {
             "reason": pa.repeat(pa.scalar(reason), events.height),
-            "file": source[FILE].cast(pa.string()),
-            "row": source[ROW],
+            "file": file,
+            "row": row,
             "patient_id": pa.array(rows.patient_ids, pa.string()).take(events["patient"].to_arrow()),
             "minute": events["minute"].fill_nan(None).replace(-math.inf, None).to_arrow().cast(pa.string()),
             "variable": pa.array(rows.variables, pa.string()).take(events["variable"].to_arrow()),
-            "value": source[VALUE].cast(pa.string()),
+            "value": pa.array(rows.value[position], from_pandas=True).cast(pa.string()),
         }
         tables.append(pa.table(table).cast(REJECTS_SCHEMA))
     return pa.concat_tables(tables)
