@@ -28,7 +28,17 @@ from pipeline.dataset.tasks import Task
 from pipeline.prepare.clean import describe_reasons
 from pipeline.prepare.executors import ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.inputs import check_disk_space, compute_fingerprint, write_known_patients
-from pipeline.prepare.journal import JOURNAL, Progress, Stage, StageRunner, ignore_progress
+from pipeline.prepare.journal import (
+    JOURNAL,
+    IsUsedUp,
+    Progress,
+    Stage,
+    StageRunner,
+    ignore_progress,
+    is_cleared,
+    is_needed,
+)
+from pipeline.prepare.merge import MAX_SPILLS, MergedSpills, group_spills, merge_spills, name_merged
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.publish import claim_output_folder
@@ -38,7 +48,7 @@ from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
-from pipeline.prepare.spill import SpilledPiece, check_same_columns, name_spills, spill_piece
+from pipeline.prepare.spill import SpilledPiece, check_same_columns, list_spills, spill_piece
 from pipeline.prepare.summary import Results, read_summary, write_summary
 from pipeline.prepare.tasks import default_exclusions, write_task
 from pipeline.prepare.vocabulary import make_vocabulary
@@ -55,7 +65,7 @@ from pipeline.schema import (
 )
 from pipeline.storage.files import sync
 
-WORK_FOLDERS: Final = ("spills", "sorted", "rejects", "late_rejects", "index", "data")
+WORK_FOLDERS: Final = ("spills", "merged", "sorted", "rejects", "late_rejects", "index", "data")
 
 
 def build(
@@ -151,7 +161,7 @@ class _Steps:
     def _sort_and_write(self, spilled: list[SpilledPiece], total: int) -> Results:
         """Return the results of all stages; ``total`` partitions are cut from the spills."""
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
-        spills = tuple(name for at, piece in enumerate(spilled) for name in name_spills(at, piece.num_spills))
+        spills = self.merge_spills(list_spills(spilled), total)
         partitions = [Partition(work, number, total, spills, rule, origin) for number in range(total)]
         limits = self.compute_limits(partitions)
         parts = self.sort_partitions(partitions, limits)
@@ -165,15 +175,37 @@ class _Steps:
     def read_pieces(self) -> list[SpilledPiece]:
         leaves = ("spills/{:05d}.*.columns", "rejects/{:05d}.*.parquet")
         stage = Stage("read", spill_piece, SpilledPiece, attrgetter("num_rows"), leaves)
-        later = [["sort", "write"], ["measure"]] if self._measures_outliers else [["sort", "write"]]
 
-        def are_used_up(spilled: list[SpilledPiece]) -> bool:
-            return all(self.runner.are_done(stages, self._count_partitions(spilled)) for stages in later)
+        def find_used_up(spilled: list[SpilledPiece]) -> IsUsedUp:
+            if self._is_sorted(self._count_partitions(spilled)):
+                return is_cleared
+            groups = enumerate(group_spills(list_spills(spilled), MAX_SPILLS))
+            return {name for at, group in groups if self.runner.is_done("merge", at) for name in group}.__contains__
 
         tasks = [(self.source, piece, at, self.options, self.runner.work) for at, piece in enumerate(self.pieces)]
-        spilled = self.runner.run(stage, tasks, are_used_up)
+        spilled = self.runner.run(stage, tasks, find_used_up)
         self._check_pieces(spilled)
         return spilled
+
+    def _is_sorted(self, num_partitions: int) -> bool:
+        """Return whether an earlier run has done all that needs spills."""
+        stages = [["sort", "write"], ["measure"]] if self._measures_outliers else [["sort", "write"]]
+        return all(self.runner.are_done(names, num_partitions) for names in stages)
+
+    def merge_spills(self, spills: Sequence[str], num_partitions: int) -> tuple[str, ...]:
+        """Merge spills where there are too many, and remove those that are merged; return what is left, in order."""
+        work, groups = self.runner.work, group_spills(spills, MAX_SPILLS)
+
+        def clear(number: int) -> None:
+            for name in groups[number]:
+                (work / name).unlink(missing_ok=True)
+
+        stage = Stage("merge", merge_spills, MergedSpills, attrgetter("num_rows"), ("merged/{:05d}.columns",))
+        if groups:
+            tasks = [(work, number, group) for number, group in enumerate(groups)]
+            self.runner.run(stage, tasks, lambda _: is_cleared if self._is_sorted(num_partitions) else is_needed, clear)
+        merged = [name_merged(number) for number in range(len(groups))]
+        return (*merged, *spills[sum(map(len, groups)) :])
 
     def _check_pieces(self, spilled: Sequence[SpilledPiece]) -> None:
         """Raise UserError where files differ in their columns, or no row of the input can be used."""
@@ -207,8 +239,13 @@ class _Steps:
         leaves = ("sorted/{:05d}.arrow", "late_rejects/{:05d}.parquet")
         stage = Stage("sort", sort_partition, SortedPartition, attrgetter("num_events"), leaves)
         tasks = [(partition, self.options.rules, limits) for partition in partitions]
-        parts = self.runner.run(stage, tasks, lambda parts: self.runner.are_done(["write"], len(parts)))
-        shutil.rmtree(self.runner.work / "spills")
+
+        def find_used_up(parts: list[SortedPartition]) -> IsUsedUp:
+            return is_cleared if self.runner.are_done(["write"], len(parts)) else is_needed
+
+        parts = self.runner.run(stage, tasks, find_used_up)
+        for name in ("spills", "merged"):
+            shutil.rmtree(self.runner.work / name)
         return parts
 
     def make_vocabulary(

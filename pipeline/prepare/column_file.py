@@ -127,7 +127,7 @@ class ColumnWriter:
 
     def append_texts(self, name: str, texts: pa.Array) -> None:
         """Write all texts under a name, whose arrays are of :func:`measure_texts`."""
-        begins, content = _split_texts(texts)
+        begins, content = split_texts(texts)
         self.append(f"{name}.begins", begins)
         self.append(f"{name}.bytes", content)
 
@@ -137,11 +137,12 @@ class ColumnWriter:
 
 def measure_texts(name: str, texts: pa.Array) -> dict[str, tuple[Any, int]]:
     """Return dtypes and lengths of the arrays in which texts are kept."""
-    begins, content = _split_texts(texts)
+    begins, content = split_texts(texts)
     return {f"{name}.begins": (np.int64, len(begins)), f"{name}.bytes": (np.uint8, len(content))}
 
 
-def _split_texts(texts: pa.Array) -> tuple[Array, Array]:
+def split_texts(texts: pa.Array) -> tuple[Array, Array]:
+    """Return where each text begins, and the end of the last, and the bytes of all texts in UTF-8."""
     large = texts.cast(pa.large_string())
     begins = np.frombuffer(large.buffers()[1], np.int64)[large.offset : large.offset + len(large) + 1]
     content = large.buffers()[2]

@@ -10,20 +10,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Final, Protocol, TypeAlias, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
 
 JOURNAL: Final = "journal"
-CLEARED_FOLDERS: Final = ("spills/", "sorted/")
-"""Folders whose files are removed as a whole when a later stage needs them no more."""
+CLEARED_FOLDERS: Final = ("spills/", "merged/", "sorted/")
+"""Folders whose files are removed when later stages need them no more."""
+
+IsUsedUp: TypeAlias = Callable[[str], bool]
+"""Says of a file, named below the work folder, whether it may be gone."""
+
+
+def is_needed(path: str) -> bool:
+    """Say that no file may be gone."""
+    return False
+
+
+def is_cleared(path: str) -> bool:
+    """Say that the files of ``CLEARED_FOLDERS`` may be gone."""
+    return path.startswith(CLEARED_FOLDERS)
 
 
 class Progress(Protocol):
@@ -59,23 +72,29 @@ class StageRunner:
         self,
         stage: Stage,
         arguments: Sequence[tuple[Any, ...]],
-        are_files_used_up: Callable[[list[Any]], bool] = lambda results: False,
+        find_used_up: Callable[[list[Any]], IsUsedUp] = lambda results: is_needed,
+        clear: Callable[[int], None] = lambda number: None,
     ) -> list[Any]:
         """Return the results of the tasks in the order of their ``arguments``; the first failure ends the stage.
 
-        Given all results, ``are_files_used_up`` says whether later stages are done, so that the files may be gone.
+        Given all results, ``find_used_up`` tells which files later stages have used up, so that they may be gone.
+        ``clear`` is called with the number of each task that is done, and removes what only this task needed.
         """
         total = len(arguments)
         (self.work / JOURNAL / stage.name).mkdir(parents=True, exist_ok=True)
-        results = self._read_results(stage, total, are_used_up=True)
-        if len(results) < total or not are_files_used_up(list(results.values())):
-            results = self._read_results(stage, total, are_used_up=False)
+        results = self._read_results(stage, total, is_cleared)
+        is_used_up = find_used_up(list(results.values())) if len(results) == total else is_needed
+        if is_used_up is not is_cleared:
+            results = self._read_results(stage, total, is_used_up)
+        for number in results:
+            clear(number)
         rows = sum(map(stage.size, results.values()))
         self.progress(stage.name, done=len(results), total=total, rows=rows)
         missing = [number for number in range(total) if number not in results]
         new = self.executor.map(partial(_do, stage, self.work), missing, [arguments[number] for number in missing])
         for number, result in zip(missing, new, strict=True):
             results[number] = result
+            clear(number)
             rows += stage.size(result)
             self.progress(stage.name, done=len(results), total=total, rows=rows)
         return [results[number] for number in range(total)]
@@ -85,16 +104,17 @@ class StageRunner:
 
         Files that are gone must have been used up by the next of ``stages``.
         """
-        are_used_up = len(stages) > 1 and self.are_done(stages[1:], total)
-        return all(entry is not None for entry in self._read_entries(stages[0], total, are_used_up=are_used_up))
+        is_used_up = is_cleared if len(stages) > 1 and self.are_done(stages[1:], total) else is_needed
+        return all(self.is_done(stages[0], number, is_used_up) for number in range(total))
 
-    def _read_results(self, stage: Stage, total: int, *, are_used_up: bool) -> dict[int, Any]:
+    def is_done(self, stage: str, number: int, is_used_up: IsUsedUp = is_needed) -> bool:
+        """Return whether a task is done and left its files."""
+        return _read_entry(self.work, stage, number, is_used_up) is not None
+
+    def _read_results(self, stage: Stage, total: int, is_used_up: IsUsedUp) -> dict[int, Any]:
         """Return the results of tasks that are done, by their numbers."""
-        entries = enumerate(self._read_entries(stage.name, total, are_used_up=are_used_up))
+        entries = ((number, _read_entry(self.work, stage.name, number, is_used_up)) for number in range(total))
         return {number: _decode(stage.result, entry) for number, entry in entries if entry is not None}
-
-    def _read_entries(self, stage: str, total: int, *, are_used_up: bool) -> Iterator[dict[str, Any] | None]:
-        return (_read_entry(self.work, stage, number, are_used_up=are_used_up) for number in range(total))
 
 
 def _locate_entry(work: Path, stage: str, number: int) -> tuple[str, Path]:
@@ -114,16 +134,12 @@ def _do(stage: Stage, work: Path, number: int, arguments: tuple[Any, ...]) -> An
     return result
 
 
-def _read_entry(work: Path, stage: str, number: int, *, are_used_up: bool) -> dict[str, Any] | None:
-    """Return the result of a task that is done; None where its entry or a file is missing or damaged.
-
-    Files of ``CLEARED_FOLDERS`` are not looked at if they ``are_used_up``.
-    """
+def _read_entry(work: Path, stage: str, number: int, is_used_up: IsUsedUp) -> dict[str, Any] | None:
+    """Return the result of a task that is done; None where its entry or a needed file is missing or damaged."""
     name, entry = _locate_entry(work, stage, number)
-    skipped = CLEARED_FOLDERS if are_used_up else ()
     try:
         content = unseal(json.loads(entry.read_bytes()), entry, "")
-        needed = {work / path: sha256 for path, sha256 in content["files"].items() if not path.startswith(skipped)}
+        needed = {work / path: sha256 for path, sha256 in content["files"].items() if not is_used_up(path)}
         is_whole = content["task"] == name and all(file_sha256(path) == sha256 for path, sha256 in needed.items())
     except (OSError, ValueError, RecursionError):
         return None

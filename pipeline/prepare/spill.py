@@ -65,9 +65,9 @@ def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions
     )
 
 
-def name_spills(piece: int, num_spills: int) -> list[str]:
-    """Return the paths of a piece's spills, below the work folder."""
-    return [_name_spill(piece, number) for number in range(num_spills)]
+def list_spills(pieces: Sequence[SpilledPiece]) -> list[str]:
+    """Return the paths of all spills in order, below the work folder."""
+    return [_name_spill(at, number) for at, piece in enumerate(pieces) for number in range(piece.num_spills)]
 
 
 def _name_spill(piece: int, number: int) -> str:

@@ -69,7 +69,12 @@ def write_spill(path: Path, kept: pl.DataFrame, files: list[str], patient_ids: l
 
 def narrow(numbers: Array, limit: int) -> Array:
     """Return numbers from 0 to below ``limit`` in as few bytes as hold them."""
-    return numbers.astype(np.min_scalar_type(max(limit - 1, 0)))
+    return numbers.astype(smallest_type(limit))
+
+
+def smallest_type(limit: int) -> np.dtype[Any]:
+    """Return the type that holds numbers from 0 to below ``limit``."""
+    return np.min_scalar_type(max(limit - 1, 0))
 
 
 def _find_positions(column: pl.Series, texts: list[str], rank: npt.NDArray[np.int32] | None = None) -> Array:
@@ -141,8 +146,8 @@ def read_partition(paths: Sequence[Path], partition: int, num_partitions: int) -
             counts.append(np.diff(first_row))
             columns.append(read_rows(spill, runs[-1]))
             variables.append(_pick_texts(spill, VARIABLE, columns[-1]))
-    patient_ids, ranks = _merge_names(patients)
-    variable_names, codes = _merge_names(variables)
+    patient_ids, ranks = merge_names(patients)
+    variable_names, codes = merge_names(variables)
     _unify_minutes(columns)
     joined = {
         name: np.concatenate([part[name] for part in columns if name in part])
@@ -150,8 +155,8 @@ def read_partition(paths: Sequence[Path], partition: int, num_partitions: int) -
         if any(name in part for part in columns)
     }
     return PartitionRows(
-        patient_ids=patient_ids,
-        variables=variable_names,
+        patient_ids=patient_ids.to_pylist(),
+        variables=variable_names.to_pylist(),
         patient=np.concatenate([np.repeat(rank, count) for rank, count in zip(ranks, counts, strict=True)]),
         variable=np.concatenate([code[part[VARIABLE]] for code, part in zip(codes, columns, strict=True)]),
         minute=joined[MINUTE],
@@ -183,10 +188,10 @@ def _unify_minutes(parts: Sequence[dict[str, Array]]) -> None:
             part[MINUTE] = np.full(size, -math.inf) if kind == "f" else np.full(size, STATIC_INSTANT)
 
 
-def _merge_names(parts: Sequence[pa.Array]) -> tuple[list[str], list[npt.NDArray[np.int32]]]:
+def merge_names(parts: Sequence[pa.Array]) -> tuple[pa.Array, list[npt.NDArray[np.int32]]]:
     """Return all distinct names in order, and the positions among them of each part's names."""
     joined = pa.chunked_array(parts, pa.large_string())
     unique = joined.unique()
     merged = unique.take(pc.array_sort_indices(unique))
     position = pc.index_in(joined, value_set=merged)  # one table of texts for all parts
-    return merged.to_pylist(), np.split(position.to_numpy(), np.cumsum([len(part) for part in parts])[:-1])
+    return merged, np.split(position.to_numpy(), np.cumsum([len(part) for part in parts])[:-1])
