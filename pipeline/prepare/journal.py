@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
 
 JOURNAL: Final = "journal"
@@ -55,7 +53,7 @@ class Stage:
 
     name: str
     task: Callable[..., Any]
-    result: type[Any]  # the dataclass that a task returns, of JSON values, arrays and such dataclasses
+    result: type[Any]  # the dataclass that a task returns, of JSON values and such dataclasses
     size: Callable[[Any], int]  # the number of rows that a result is about
     leaves: tuple[str, ...] = ()  # patterns of the files below the work folder that task number {} writes
 
@@ -127,7 +125,7 @@ def _do(stage: Stage, work: Path, number: int, arguments: tuple[Any, ...]) -> An
     """Run a task and write its entry of the journal."""
     result = stage.task(*arguments)
     files = [path for pattern in stage.leaves for path in sorted(work.glob(pattern.format(number)))]
-    plain = json.loads(json.dumps(dataclasses.asdict(result), default=np.ndarray.tolist))
+    plain = json.loads(json.dumps(dataclasses.asdict(result)))
     checksums = {path.relative_to(work).as_posix(): file_sha256(path) for path in files}
     name, entry = _locate_entry(work, stage.name, number)
     write_atomically(entry, json.dumps(seal({"task": name, "result": plain, "files": checksums})).encode())
@@ -151,8 +149,6 @@ def _decode(kind: Any, content: Any) -> Any:
     arguments = get_args(kind)
     if hints := get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}:
         return kind(**{name: _decode(hints[name], value) for name, value in content.items()})
-    if get_origin(kind) is np.ndarray:
-        return np.array(content, get_args(arguments[1])[0])
     if get_origin(kind) is dict:
         return {name: _decode(arguments[1], value) for name, value in content.items()}
     return [_decode(arguments[0], item) for item in content] if get_origin(kind) is list else content

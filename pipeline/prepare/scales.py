@@ -5,14 +5,18 @@ A site is what a column of the input says, such as a hospital, or else a file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from pipeline.prepare import names
+from pipeline.prepare.arrow_files import read_table, write_table
 from pipeline.prepare.sources.reading import FILE, SITE
 from pipeline.schema import PATIENT_ID, VALUE, VARIABLE
 
@@ -26,6 +30,11 @@ MIN_PATIENTS: Final = 10
 
 MIN_RATIO: Final = 2.0
 """Minimum ratio of medians that is no chance: pounds are 2.2 kilograms, °F 2.7 °C, mg/dL of glucose 18 mmol/L."""
+
+
+SCALE_SCHEMA: Final = pa.schema(
+    {"site": pa.string(), "variable": pa.string(), "low": pa.float64(), "median": pa.float64(), "high": pa.float64()}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,38 @@ def measure_scales(kept: pl.DataFrame, files: Sequence[str]) -> list[Scale]:
     return [Scale(*row) for row in scales.iter_rows()]
 
 
+def save_scales(scales: Sequence[Scale], path: Path) -> None:
+    """Write scales to a file, whole or not at all."""
+    columns = [[getattr(scale, field.name) for scale in scales] for field in SCALE_SCHEMA]
+    write_table(path, pa.table(dict(zip(SCALE_SCHEMA.names, columns, strict=True)), schema=SCALE_SCHEMA))
+
+
+def load_scales(path: Path) -> list[Scale]:
+    """Return scales that :func:`save_scales` wrote."""
+    return [Scale(**row) for row in read_table(path).to_pylist()]
+
+
+def merge_scales(paths: Sequence[Path], target: Path) -> None:
+    """Write to ``target``, of the scales in files, those that :func:`compare_scales` looks at."""
+    save_scales(pick_extremes(chain.from_iterable(map(load_scales, paths))), target)
+
+
+def pick_extremes(scales: Iterable[Scale]) -> list[Scale]:
+    """Return of each variable the scales of the least and of the largest median, by amount; the first of equals."""
+    found: dict[str, tuple[Scale, Scale]] = {}
+    for scale in scales:
+        few, many = found.get(scale.variable, (scale, scale))
+        found[scale.variable] = (
+            min(few, scale, key=_amount),
+            max(many, scale, key=_amount),
+        )
+    return list(dict.fromkeys(chain.from_iterable(found.values())))
+
+
+def _amount(scale: Scale) -> float:
+    return abs(scale.median)
+
+
 def compare_scales(scales: Sequence[Scale]) -> list[tuple[str, float, str, str]]:
     """Return the variables whose medians are a factor apart, largest first: name, ratio, and the two sites.
 
@@ -78,7 +119,7 @@ def compare_scales(scales: Sequence[Scale]) -> list[tuple[str, float, str, str]]
     for scale in scales:
         by_variable.setdefault(scale.variable, []).append(scale)
     for variable, group in by_variable.items():
-        few, many = (pick(group, key=lambda scale: abs(scale.median)) for pick in (min, max))
+        few, many = (pick(group, key=_amount) for pick in (min, max))
         ratio = many.median / few.median if few.median else 0.0
         are_apart = few.high < many.low or many.high < few.low
         if ratio >= MIN_RATIO and are_apart:

@@ -18,6 +18,7 @@ from pipeline.dataset.lists import to_lists
 from pipeline.prepare.arrow_files import read_partition_slice, write_parquet, write_table
 from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
 from pipeline.prepare.event_filter import EventFilter, equals_previous
+from pipeline.prepare.gather import MEASURED, MOMENTS, locate
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.order import sort_order
 from pipeline.prepare.rules import Limits, Rules
@@ -27,6 +28,9 @@ from pipeline.prepare.spill_files import STATIC_INSTANT, PartitionRows, read_par
 from pipeline.prepare.splits import SplitRule
 from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import PATIENT_ID, SPLITS
+
+MAX_NAMED_PATIENTS: Final = 100
+"""Maximum number of patients without events that the summary names."""
 
 NEVER: Final = np.iinfo(np.int64).max
 NO_TIME: Final = np.iinfo(np.int64).min
@@ -62,23 +66,32 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class SortedPartition:
-    """Counts of a sorted partition, and moments of its train split."""
+    """Counts of a sorted partition."""
 
-    train: Moments
     num_events: int  # kept, of all splits
-    without_events: list[str]  # patients that have no kept row, and are not written
+    num_without_events: int  # patients that have no kept row, and are not written
+    without_events: list[str]  # the first of them, by name
     num_split_by_hash: int  # patients to whom the input gives no split
     num_clipped: int  # values that a rule changed
     rejects: dict[str, int]  # rows of the spills that are not kept, by reason
 
 
-def measure_partition(partition: Partition) -> Moments:
-    """Return the moments of the train split without duplicates, from which outlier limits are computed."""
-    return _measure_train(*partition.read())
+@dataclass(frozen=True, slots=True)
+class MeasuredPartition:
+    """Number of events without duplicates, of all splits."""
+
+    num_events: int
+
+
+def measure_partition(partition: Partition) -> MeasuredPartition:
+    """Write the moments without duplicates, from which outlier limits are computed, to ``measured/``."""
+    rows, patients, events = partition.read()
+    _measure(rows, patients, events).save(locate(partition.work, MEASURED, partition.number))
+    return MeasuredPartition(events.kept.height)
 
 
 def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> SortedPartition:
-    """Sort a partition and apply the rules; write ``sorted/<partition>.arrow`` and ``late_rejects/``.
+    """Sort a partition and apply the rules; write ``sorted/<partition>.arrow``, ``late_rejects/`` and ``moments/``.
 
     The sorted file holds the shards of all splits before codes are known: ``code`` is a position among the variables
     named in its metadata, and ``value`` is not scaled.
@@ -95,10 +108,12 @@ def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> Sorted
     table, present = _tabulate_patients(patients, events.kept)
     table = table.replace_schema_metadata({"variables": json.dumps(rows.variables)})
     write_table(partition.work / "sorted" / f"{partition.number:05d}.arrow", table)
+    _measure(rows, patients, events).save(locate(partition.work, MOMENTS, partition.number))
+    without_events = np.delete(patients[PATIENT_ID].to_numpy(), present).tolist()  # by name, as patients are
     return SortedPartition(
-        train=_measure_train(rows, patients, events),
         num_events=events.kept.height,
-        without_events=np.delete(patients[PATIENT_ID].to_numpy(), present).tolist(),
+        num_without_events=len(without_events),
+        without_events=without_events[:MAX_NAMED_PATIENTS],
         num_split_by_hash=int(patients["by_hash"].sum()),
         num_clipped=events.num_clipped,
         rejects={reason: rejected.height for reason, rejected in events.rejected.items()},
@@ -162,10 +177,10 @@ def _sort_sets_by_minute(
     return events, is_spread
 
 
-def _measure_train(rows: PartitionRows, patients: pl.DataFrame, events: EventFilter) -> Moments:
+def _measure(rows: PartitionRows, patients: pl.DataFrame, events: EventFilter) -> Moments:
     in_train = (patients[SPLIT] == SPLITS.index("train")).to_numpy()[events.kept["patient"].to_numpy()]
-    variable, value = (events.kept[name].to_numpy()[in_train] for name in ("variable", "value"))
-    return Moments.measure(rows.variables, variable, value)
+    variable, value = (events.kept[name].to_numpy() for name in ("variable", "value"))
+    return Moments.measure(rows.variables, variable, value, in_train)
 
 
 def _sort_events(rows: PartitionRows, origin: Origin) -> tuple[EventFilter, npt.NDArray[np.int64] | None]:

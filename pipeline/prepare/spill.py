@@ -14,9 +14,10 @@ from pipeline.prepare import names
 from pipeline.prepare.arrow_files import write_parquet
 from pipeline.prepare.clean import REJECTS_SCHEMA, clean, describe_rejects
 from pipeline.prepare.columns import to_patient_names
+from pipeline.prepare.gather import SCALES, locate
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.rules import apply_ranges
-from pipeline.prepare.scales import Scale, measure_scales
+from pipeline.prepare.scales import Scale, measure_scales, pick_extremes, save_scales
 from pipeline.prepare.sources.reading import FILE, ROW, SITE, Piece
 from pipeline.prepare.sources.source import RawRows, Source
 from pipeline.prepare.spill_files import write_spill
@@ -40,28 +41,28 @@ class SpilledPiece:
     rejects: dict[str, int]  # the other rows, by reason
     columns: dict[str, str]  # dtypes of minutes and set indices; static minutes fit any
     examples: dict[str, str]  # by reason, the column that is at fault, and the form of a value without its content
-    scales: list[Scale]
 
 
 def spill_piece(source: Source, piece: Piece, number: int, options: BuildOptions, work: Path) -> SpilledPiece:
-    """Read and clean a piece; its kept rows go to ``spills/``, the others to ``rejects/``."""
-    spills: list[SpilledPiece] = []
+    """Read and clean a piece; its kept rows go to ``spills/``, the others to ``rejects/``, scales to ``scales/``."""
+    found: list[tuple[SpilledPiece, list[Scale]]] = []
     parts: list[CleanedPart] = []
     sites = [source.name_site(name) for name in piece.files]
     for raw in source.read(piece):
         parts.append(CleanedPart.clean(raw, options))
         if sum(part.num_rows for part in parts) >= SPILL_ROWS:
-            spills.append(_spill_parts(parts, piece, sites, options, work, (number, len(spills))))
+            found.append(_spill_parts(parts, piece, sites, options, work, (number, len(found))))
             parts = []
-    if parts or not spills:
-        spills.append(_spill_parts(parts, piece, sites, options, work, (number, len(spills))))
+    if parts or not found:
+        found.append(_spill_parts(parts, piece, sites, options, work, (number, len(found))))
+    spills = [spilled for spilled, _ in found]
+    save_scales(pick_extremes(scale for _, scales in found for scale in scales), locate(work, SCALES, number))
     kinds = [spill.columns for spill in spills if spill.num_kept]
     return SpilledPiece(
         **{name: sum(getattr(spill, name) for spill in spills) for name in COUNTS},
         rejects=dict(sum((Counter(spill.rejects) for spill in spills), Counter[str]())),
         columns=_join_columns(piece.files[0], kinds),
         examples={reason: text for spill in reversed(spills) for reason, text in spill.examples.items()},
-        scales=[scale for spill in spills for scale in spill.scales],
     )
 
 
@@ -104,7 +105,7 @@ def _spill_parts(
     options: BuildOptions,
     work: Path,
     number: tuple[int, int],
-) -> SpilledPiece:
+) -> tuple[SpilledPiece, list[Scale]]:
     """Write a spill and its rejects; ``number`` is that of the piece, and that of the spill among the piece's."""
     pseudonyms, files = options.pseudonyms, list(piece.files)
     kept, columns = _join_kept([part.kept for part in parts], piece.files[0])
@@ -123,7 +124,7 @@ def _spill_parts(
         in_files = pl.Series(files, dtype=pl.String).gather(rejected["file"]).alias("file")
         table = rejected.with_columns(in_files).select(REJECTS_SCHEMA.names).to_arrow().cast(REJECTS_SCHEMA)
         write_parquet(work / f"rejects/{number[0]:05d}.{number[1]:05d}.parquet", REJECTS_SCHEMA, [table])
-    return SpilledPiece(
+    spilled = SpilledPiece(
         num_rows=sum(part.num_rows for part in parts),
         num_source_rows=sum(part.num_source_rows for part in parts),
         num_kept=kept.height,
@@ -132,8 +133,8 @@ def _spill_parts(
         rejects=dict(rejected["reason"].value_counts().iter_rows()),
         columns=columns,
         examples=examples,
-        scales=measure_scales(kept, sites),
     )
+    return spilled, measure_scales(kept, sites)
 
 
 def _join_kept(frames: Sequence[pl.DataFrame], file: str) -> tuple[pl.DataFrame, dict[str, str]]:

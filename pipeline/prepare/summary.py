@@ -20,7 +20,8 @@ from pipeline.machine import peak_rss_bytes
 from pipeline.prepare.arrow_files import read_table, write_parquet
 from pipeline.prepare.clean import REJECTS_SCHEMA
 from pipeline.prepare.moments import Moments
-from pipeline.prepare.sort import SortedPartition
+from pipeline.prepare.scales import Scale
+from pipeline.prepare.sort import MAX_NAMED_PATIENTS, SortedPartition
 from pipeline.prepare.spill import SpilledPiece
 from pipeline.prepare.vocabulary import vocabulary_fingerprint
 from pipeline.prepare.warn import find_warnings
@@ -30,8 +31,6 @@ from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
 
 READ_BY_TRAINING: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE)
 
-MAX_NAMED_PATIENTS: Final = 100
-"""Maximum number of patients without events that the summary names."""
 MAX_NAMED_VARIABLES: Final = 100
 """Maximum number of unknown variables that the summary names, the most frequent first."""
 
@@ -43,6 +42,8 @@ class Results:
     spilled: Sequence[SpilledPiece]
     parts: Sequence[SortedPartition]
     written: Sequence[WrittenPartition]
+    moments: Moments
+    scales: Sequence[Scale]
     vocabulary: pa.Table
     statistics: Mapping[str, tuple[float, float]]
     embedding_dim: int | None
@@ -79,9 +80,11 @@ class Results:
         rejected = [*(piece.rejects for piece in self.spilled), *(part.rejects for part in self.parts)]
         rejects = sum(map(Counter, rejected), Counter[str]())
         assert events_in == counts["events_written"] + rejects.total(), "every row is written or rejected"
-        unknown = sum((Counter(part.unknown) for part in self.written), Counter[str]())
-        without_events = sorted(patient for part in self.parts for patient in part.without_events)
         variables = self.vocabulary["variable"].to_pylist()
+        unknown = Counter(dict(zip(self.moments.variables, self.moments.everywhere.tolist(), strict=True)))
+        for variable in variables:
+            del unknown[variable]
+        without_events = sorted(patient for part in self.parts for patient in part.without_events)
         return {
             **counts,
             "events_in": events_in,
@@ -90,8 +93,8 @@ class Results:
             "clipped": {"out_of_range": _sum(self.spilled, "num_clipped"), "outlier": _sum(self.parts, "num_clipped")},
             "ranges_of_unknown_variables": sorted(options["ranges"].keys() - set(variables)),
             "unknown_variable_events": unknown.total(),
-            "unknown_variables": dict(unknown.most_common(MAX_NAMED_VARIABLES)),
-            "patients_without_events": len(without_events),
+            "unknown_variables": dict((+unknown).most_common(MAX_NAMED_VARIABLES)),
+            "patients_without_events": _sum(self.parts, "num_without_events"),
             "patients_without_events_first": without_events[:MAX_NAMED_PATIENTS],
             "patients_split_by_hash": 0 if options["like"] else _sum(self.parts, "num_split_by_hash"),
             "labels_from": task and task.labels_from,
@@ -107,11 +110,7 @@ class Results:
 
     def find_warnings(self, task: Task | None) -> list[str]:
         """Return warnings about variables, and about the labels of the first task."""
-        train, scales = (
-            Moments.merge([part.train for part in self.parts]),
-            [each for piece in self.spilled for each in piece.scales],
-        )
-        return find_warnings(train, task.splits if task else {}, scales)
+        return find_warnings(self.moments, task.splits if task else {}, self.scales)
 
     def make_manifest(self, data: Path, options: dict[str, Any], fingerprint: str) -> Manifest:
         """Return the manifest of the data directory ``data``, whose shards and tables are complete."""

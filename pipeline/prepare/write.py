@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,8 @@ from pipeline.dataset.shards import write_shard
 from pipeline.prepare.arrow_files import read_table, write_table
 from pipeline.schema import FLOAT32_MAX, SPLITS, UNKNOWN_CODE
 
+VOCABULARY: Final = "vocabulary.arrow"
+
 
 @dataclass(frozen=True, slots=True)
 class WrittenPartition:
@@ -27,26 +28,23 @@ class WrittenPartition:
 
     shards: dict[str, list[ShardEntry]]  # by split, one for each file format
     num_events: int
-    unknown: dict[str, int]  # number of events of each unknown variable
 
 
-def write_partition(work: Path, partition: int, vocabulary: pa.Table, suffixes: Sequence[str]) -> WrittenPartition:
+def write_partition(work: Path, partition: int, suffixes: Sequence[str]) -> WrittenPartition:
     """Write one shard of each split below ``data``, as one file for each of ``suffixes``.
 
+    The vocabulary is that of ``vocabulary.arrow`` in the work folder.
     Its rows of the index go to ``index/<split>-<partition>.arrow``, and name the shard of the first suffix.
     """
-    table = read_table(work / "sorted" / f"{partition:05d}.arrow")
+    table, vocabulary = read_table(work / "sorted" / f"{partition:05d}.arrow"), read_table(work / VOCABULARY)
     variables = json.loads(table.schema.metadata[b"variables"])
     code_of = dict(zip(vocabulary["variable"].to_pylist(), range(vocabulary.num_rows), strict=True))
     codes = np.array([code_of.get(variable, UNKNOWN_CODE) for variable in variables], dtype=np.int32)
     shards: dict[str, list[ShardEntry]] = {}
-    unknown: Counter[str] = Counter()
     for number, split in enumerate(SPLITS):
         rows = table.filter(pa.array(table["split_number"].to_numpy() == number))
         if not rows.num_rows:
             continue
-        count = np.bincount(_flatten(rows, "code"), minlength=len(variables))
-        unknown += Counter({variables[at]: int(count[at]) for at in np.flatnonzero(codes == UNKNOWN_CODE)})
         shard = _encode(rows, codes, vocabulary)
         paths = [f"{split}/{partition:05d}{suffix}" for suffix in suffixes]
         shards[split] = [write_shard(shard, work / "data", path) for path in paths]
@@ -54,7 +52,7 @@ def write_partition(work: Path, partition: int, vocabulary: pa.Table, suffixes: 
         columns = dict(zip(rows.column_names, rows.columns, strict=True)) | place
         index = pa.table(columns | {"position": np.arange(rows.num_rows)}).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
         write_table(work / "index" / f"{split}-{partition:05d}.arrow", index)
-    return WrittenPartition(shards, sum(entries[0].num_events for entries in shards.values()), dict(unknown))
+    return WrittenPartition(shards, sum(entries[0].num_events for entries in shards.values()))
 
 
 def _encode(rows: pa.Table, codes: npt.NDArray[np.int32], vocabulary: pa.Table) -> pa.Table:

@@ -260,7 +260,7 @@ def test_the_same_events_give_the_same_bytes(write: Any, tried: Callable[[str, i
                 patch("pipeline.prepare.sources.csv_files.BLOCK_BYTES", chance.choice([64, 1 << 22])),
                 patch("pipeline.prepare.sources.table.CHUNK_ROWS", chance.choice([2, 1 << 20])),
                 patch("pipeline.prepare.spill.SPILL_ROWS", chance.choice([3, 1 << 20])),
-                patch("pipeline.prepare.build.MAX_SPILLS", chance.choice([2, 3, 1024])),
+                patch("pipeline.prepare.stages.MAX_SPILLS", chance.choice([2, 3, 1024])),
                 patch("pipeline.prepare.merge.STEP_ROWS", chance.choice([5, 1 << 22])),
             ):
                 assert bytes_of(source, top / "out", options_here) == expected

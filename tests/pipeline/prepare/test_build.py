@@ -210,7 +210,8 @@ def test_a_packed_file_is_read_by_one_process_and_sorted_by_all(
         opened.append(min(options.workers, max_workers))
         return open_executor(ONE_PROCESS, 1)
 
-    monkeypatch.setattr("pipeline.prepare.build.open_executor", open_here)
+    for module in ("build", "stages"):
+        monkeypatch.setattr(f"pipeline.prepare.{module}.open_executor", open_here)
     for events_per_shard, wanted in ((50, [1, 2]), (1 << 20, [1])):
         options, output = BuildOptions(events_per_shard=events_per_shard), tmp_path / str(events_per_shard)
         build(Table(path=tmp_path / "in.parquet"), output, options, execution=ExecutionOptions(workers=2))

@@ -108,7 +108,7 @@ def test_a_run_that_was_stopped_while_it_merged_goes_on(
     monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 5})
     source, options = Synthetic(num_patients=50), BuildOptions(events_per_shard=5000)
     build(source, tmp_path / "whole", options)
-    monkeypatch.setattr("pipeline.prepare.build.MAX_SPILLS", 4)
+    monkeypatch.setattr("pipeline.prepare.stages.MAX_SPILLS", 4)
     left: list[list[str]] = []
 
     def stop(*_: object) -> None:
@@ -116,7 +116,7 @@ def test_a_run_that_was_stopped_while_it_merged_goes_on(
         raise OSError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.prepare.build.sort_partition", stop)
+        patched.setattr("pipeline.prepare.stages.sort_partition", stop)
         with pytest.raises(OSError, match="stopped"):
             build(source, tmp_path / "out", options)
     assert left == [[f"{number:05d}.00000.columns" for number in (8, 9)]]  # 0 to 7 are merged, four at a time

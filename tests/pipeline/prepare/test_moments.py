@@ -41,6 +41,24 @@ def test_a_constant_has_no_deviation_at_all(value: float, sizes: list[int]) -> N
     assert merged.std[0] == 0
 
 
+@given(events, st.data())
+def test_moments_are_of_the_train_split_and_are_loaded_as_they_were_saved(
+    tmp_path_factory: pytest.TempPathFactory, part: Events, data: st.DataObject
+) -> None:
+    in_train = np.array([data.draw(st.booleans()) for _ in part], np.bool_)
+    variable = np.array([variable for variable, _ in part], dtype=np.int32)
+    value = np.array([value for _, value in part], dtype=np.float32)
+    measured = Moments.measure(NAMES, variable, value, in_train)
+    alone = moments([event for event, inside in zip(part, in_train, strict=True) if inside])
+    path = tmp_path_factory.mktemp("moments") / "some.found"
+    measured.save(path)
+    loaded = Moments.load(path)
+    assert loaded.variables == NAMES
+    assert loaded.everywhere.tolist() == np.bincount(variable, minlength=3).tolist()
+    for name in set(Moments.__slots__) - {"variables", "everywhere"}:
+        assert getattr(loaded, name).tobytes() == getattr(measured, name).tobytes() == getattr(alone, name).tobytes()
+
+
 def test_a_large_mean_does_not_swallow_a_small_deviation() -> None:
     merged = Moments.merge([moments([(0, 16_777_214.0)] * 1000), moments([(0, 16_777_216.0)] * 1000)])
     assert merged.mean[0] == 16_777_215

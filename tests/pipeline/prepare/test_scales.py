@@ -5,9 +5,19 @@ from collections.abc import Callable
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.prepare import names
-from pipeline.prepare.scales import Scale, compare_scales, measure_scales
+from pipeline.prepare.scales import (
+    Scale,
+    compare_scales,
+    load_scales,
+    measure_scales,
+    merge_scales,
+    pick_extremes,
+    save_scales,
+)
 
 CHANCE = np.random.default_rng(3)
 
@@ -66,3 +76,22 @@ def test_many_rows_are_sampled() -> None:
     many = rows(normal(10, number=70_000, patients=500))
     (scale,) = measure_scales(many, ["a"])
     assert scale.median == pytest.approx(10, rel=0.01)
+
+
+SCALES = st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 3), st.integers(0, 2)), max_size=12)
+
+
+@given(SCALES, st.integers(1, 4))
+def test_what_is_gathered_says_what_all_scales_say(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, int, int]], size: int
+) -> None:
+    scales = [
+        Scale(f"s{at}", name, median - width, median, median + width) for at, (name, median, width) in enumerate(drawn)
+    ]
+    folder = tmp_path_factory.mktemp("scales")
+    paths = [folder / f"{start}.found" for start in range(0, len(scales), size)]
+    for start, path in zip(range(0, len(scales), size), paths, strict=True):
+        save_scales(pick_extremes(scales[start : start + size]), path)
+    merge_scales(paths, folder / "all")
+    assert compare_scales(load_scales(folder / "all")) == compare_scales(scales)
+    assert len(load_scales(folder / "all")) <= 2 * len({scale.variable for scale in scales})

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.prepare.build import build
+from pipeline.prepare.options import BuildOptions
+from pipeline.prepare.sources.synthetic import Synthetic
+
+
+def test_gathered_in_groups_counts_are_the_same_and_moments_to_the_last_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 10})
+    source, options = Synthetic(num_patients=60), BuildOptions(events_per_shard=4000)
+    build(source, tmp_path / "at_once", options)
+    monkeypatch.setattr("pipeline.prepare.gather.GROUP", 2)
+    stages: dict[str, int] = {}
+
+    def note(stage: str, *, done: int, total: int, rows: int) -> None:
+        stages[stage] = total
+
+    build(source, tmp_path / "in_groups", options, progress=note)
+    assert stages["gather_scales"] == 3
+    assert stages["gather_moments"] == -(-stages["sort"] // 2) > 2
+    one, other = (pq.read_table(tmp_path / name / "vocabulary.parquet") for name in ("at_once", "in_groups"))
+    for name in ("variable", "count"):
+        assert one[name] == other[name]
+    for name in ("mean", "std"):
+        np.testing.assert_allclose(one[name].to_numpy(), other[name].to_numpy(), rtol=1e-12)
