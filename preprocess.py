@@ -18,9 +18,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from pipeline.prepare.build import build
-from pipeline.prepare.command import parse_command, resolve_options
+from pipeline.prepare.command import PreprocessOptions, parse_command, resolve_options
 from pipeline.prepare.dry_run import plan_work
+from pipeline.prepare.inputs import compute_fingerprint
 from pipeline.prepare.journal import Progress as StageProgress
+from pipeline.prepare.places import Places
 from pipeline.reports.data_report import write_data_report
 from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, UserError
 from pipeline.storage.files import remove_leftovers
@@ -37,23 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = None
     try:
         options, explicit = parse_command(arguments)
-        command, output = options.command, options.command.output
-        source, build_options = resolve_options(options, explicit)
-        console = Console(stderr=True, highlight=False)
-        console.print(f"{command.input}: read as {source.name}")
-        if command.dry_run:
-            for line in plan_work(source, build_options, num_workers=options.execution.workers):
-                print(line)
+        command = options.command
+        output = command.output
+        with Places.claim(command.input, output, command.work_dir) as places:
+            summary = prepare(options, explicit, places)
+        if summary is None:
             return 0
-        log = partial(console.print, f"{output}:", soft_wrap=True)
-        execution, overwrite = options.execution, command.overwrite
-        with stage_bars(console) as bars:
-            summary = build(
-                source, output, build_options, execution=execution, overwrite=overwrite, progress=bars, log=log
-            )
-        if not (output / REPORT_FILE).exists():
-            remove_leftovers(output, REPORT_FILE)
-            write_data_report(output)
     except (UserError, OSError, MemoryError) as error:
         number = error.errno if isinstance(error, OSError) else errno.ENOMEM if isinstance(error, MemoryError) else None
         known: dict[int | None, str] = {errno.ENOSPC: DISK_FULL.format(output), errno.ENOMEM: OUT_OF_MEMORY}
@@ -63,8 +54,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("preprocess.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     print_summary(summary, verbose=command.verbose)
-    print(f"{output}: ready; {output / REPORT_FILE} shows it")
+    print(f"{output}: ready; {output.rstrip('/')}/{REPORT_FILE} shows it")
     return 0
+
+
+def prepare(options: PreprocessOptions, explicit: frozenset[str], places: Places) -> dict[str, Any] | None:
+    """Do what a command says, and return the summary; None where it was asked what would be done."""
+    command, console = options.command, Console(stderr=True, highlight=False)
+    log = partial(console.print, f"{command.output}:", soft_wrap=True)
+    places.fetch_input(partial(console.print, f"{command.input}:", soft_wrap=True))
+    source, build_options = resolve_options(options, explicit, places)
+    console.print(f"{command.input}: read as {source.name}")
+    if command.dry_run:
+        for line in plan_work(source, build_options, num_workers=options.execution.workers):
+            print(line)
+        return None
+    published = places.find_published()
+    if published is not None and not command.overwrite:
+        places.check_published(
+            published, compute_fingerprint(source, build_options.describe(source), options.execution)
+        )
+        log("the data set of this input and these options is here already; nothing to do")
+        return places.read_summary()
+    execution, output = options.execution, places.output
+    overwrite = command.overwrite or places.target is not None  # what is in the work folder is only on its way
+    with stage_bars(console) as bars:
+        summary = build(source, output, build_options, execution=execution, overwrite=overwrite, progress=bars, log=log)
+    if not (output / REPORT_FILE).exists():
+        remove_leftovers(output, REPORT_FILE)
+        write_data_report(output)
+    places.upload(log)
+    places.clear()
+    return summary
 
 
 def _interrupt(number: int, _: object) -> NoReturn:

@@ -67,7 +67,7 @@ def build(
 
     def read_fingerprint() -> str:
         pieces.extend(source.pieces())
-        return compute_fingerprint(source, description)
+        return compute_fingerprint(source, description, execution)
 
     with claim_output_folder(output.absolute(), read_fingerprint, overwrite=overwrite, log=log) as claimed:
         if claimed is None:

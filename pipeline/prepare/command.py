@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.options import Section, option, parse_explicit_options
 from pipeline.prepare.executors import ExecutionOptions
 from pipeline.prepare.options import BuildOptions, ShardOptions
+from pipeline.prepare.places import Places
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.reference import ReferenceDataSet, ReferenceOptions
 from pipeline.prepare.rules import Rules
@@ -26,8 +27,13 @@ from pipeline.schema import UserError
 class CommandOptions(Section):
     """Input and output."""
 
-    input: Path = option(MISSING, "File, folder or pattern of event tables, or the word synthetic.", metavar="INPUT")
-    output: Path = option(MISSING, "New or empty folder for the data set.", metavar="DIR")
+    input: str = option(
+        MISSING,
+        "File, folder or pattern of event tables, URL of a file or folder, or the word synthetic.",
+        metavar="INPUT",
+    )
+    output: str = option(MISSING, "New or empty folder for the data set, or its URL (s3://…).", metavar="DIR")
+    work_dir: Path | None = option(None, "New folder on this machine for the work, where INPUT or DIR is a URL.")
     format: Format = option("auto", "Format of INPUT; auto detects it.")
     pseudonymize: Path | None = option(None, "Replace patients' ids by hashes keyed with this file.")
     overwrite: bool = option(False, "Replace an existing data set in DIR, and nothing else there.")
@@ -60,7 +66,9 @@ def parse_command(arguments: Sequence[str] | None) -> tuple[PreprocessOptions, f
     )
 
 
-def resolve_options(options: PreprocessOptions, explicit: frozenset[str]) -> tuple[Source, BuildOptions]:
+def resolve_options(
+    options: PreprocessOptions, explicit: frozenset[str], places: Places
+) -> tuple[Source, BuildOptions]:
     """Return the source and what else decides the output; ``explicit`` names the options that were set.
 
     Options that contradict each other, the input or the data set of ``--like`` are a UserError.
@@ -72,8 +80,8 @@ def resolve_options(options: PreprocessOptions, explicit: frozenset[str]) -> tup
 
     command, like = options.command, options.reference.like
     of_source = pick_explicit(options.side_files, options.columns, options.meds, options.table, options.synthetic)
-    source = open_source(command.input, command.format, of_source)
-    if command.output.resolve().is_relative_to(command.input.resolve()):
+    source = open_source(places.input, command.format, of_source)
+    if places.output.resolve().is_relative_to(places.input.resolve()):
         raise UserError(f"--output {command.output}: lies in the input; name a folder outside of {command.input}")
     shards = {**vars(options.shards), "pseudonyms": command.pseudonymize and Pseudonyms.read(command.pseudonymize)}
     if like is None:

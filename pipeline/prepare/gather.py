@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.prepare.journal import Stage, StageRunner
+from pipeline.prepare.journal import Stage, StageRunner, ignore_progress
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.scales import merge_scales
 
@@ -53,11 +53,11 @@ def gather(work: Path, folder: str, number: int, total: int) -> Gathered:
 
 
 def gather_all(runner: StageRunner, folder: str, total: int) -> Path:
-    """Merge what all of ``total`` tasks found, and return the file."""
+    """Merge what all of ``total`` tasks found, and return the file; it takes too little time to be shown."""
     stage = Stage(f"gather_{folder}", gather, Gathered, attrgetter("num_files"), (f"{folder}/gathered-{{:05d}}",))
     num_groups = -(-total // GROUP)
     tasks: list[tuple[Any, ...]] = [(runner.work, folder, number, total) for number in range(num_groups)]
-    runner.run(stage, tasks)
+    replace(runner, progress=ignore_progress).run(stage, tasks)
     paths = [_locate_gathered(runner.work, folder, number) for number in range(num_groups)]
     if num_groups == 1:
         return paths[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +15,9 @@ import polars as pl
 
 from pipeline.machine import usable_cores
 from pipeline.prepare.arrow_files import write_table
+from pipeline.prepare.executors import LOCAL, ONE_PROCESS, ExecutionOptions, open_executor
 from pipeline.prepare.options import BuildOptions
-from pipeline.prepare.sources.reading import SPLIT, reading
+from pipeline.prepare.sources.reading import SPLIT, group_files, reading
 from pipeline.prepare.sources.source import Source
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
 from pipeline.storage.files import file_sha256
@@ -24,12 +26,31 @@ WORK_BYTES: Final = {".parquet": 4.0, ".gz": 6.0}
 """Minimum number of bytes of disk for a byte of input; 1 for text.  A row takes 28 spilled, 10 sorted, 5 as Parquet."""
 
 
-def compute_fingerprint(source: Source, options: Mapping[str, Any]) -> str:
-    """Return the sha256 of the options, and of the role, the place in the input and the content of all files read."""
+def compute_fingerprint(source: Source, options: Mapping[str, Any], execution: ExecutionOptions = ONE_PROCESS) -> str:
+    """Return the sha256 of the options, and of the role, the place in the input and the content of all files read.
+
+    Files are hashed by threads of this process, or, a group of them a task, by the workers of a cluster.
+    """
     inputs = source.inputs()
-    with ThreadPoolExecutor(usable_cores()) as threads:
-        digests = sorted(zip(inputs, threads.map(_digest, inputs.values()), strict=True))
+    pieces = group_files({name: _measure(path) for name, path in inputs.items()})
+    groups = [[inputs[name] for name in piece.files] for piece in pieces]
+    if execution.executor == LOCAL:
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            found = list(threads.map(_digest_files, groups))
+    else:
+        with open_executor(execution, max_workers=len(groups)) as executor:
+            found = list(executor.map(_digest_files, groups))
+    digests = sorted(zip(inputs, chain.from_iterable(found), strict=True))
     return hashlib.sha256(json.dumps([options, digests], sort_keys=True).encode()).hexdigest()
+
+
+def _measure(path: Path) -> int:
+    with reading(path):
+        return path.stat().st_size
+
+
+def _digest_files(paths: Sequence[Path]) -> list[str]:
+    return [_digest(path) for path in paths]
 
 
 def _digest(path: Path) -> str:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.prepare import gather
 from pipeline.prepare.build import build
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.sources.synthetic import Synthetic
@@ -18,14 +20,18 @@ def test_gathered_in_groups_counts_are_the_same_and_moments_to_the_last_digits(
     source, options = Synthetic(num_patients=60), BuildOptions(events_per_shard=4000)
     build(source, tmp_path / "at_once", options)
     monkeypatch.setattr("pipeline.prepare.gather.GROUP", 2)
-    stages: dict[str, int] = {}
+    merged: list[tuple[str, int]] = []
 
-    def note(stage: str, *, done: int, total: int, rows: int) -> None:
-        stages[stage] = total
+    def merge(paths: Sequence[Path], target: Path) -> None:
+        merged.append((target.name, len(paths)))
+        of_moments(paths, target)
 
-    build(source, tmp_path / "in_groups", options, progress=note)
-    assert stages["gather_scales"] == 3
-    assert stages["gather_moments"] == -(-stages["sort"] // 2) > 2
+    of_moments = gather.MERGERS["moments"]
+    monkeypatch.setattr(gather, "MERGERS", {**gather.MERGERS, "moments": merge})
+    build(source, tmp_path / "in_groups", options)
+    assert len(merged) > 3
+    assert merged[-1] == ("all", len(merged) - 1)
+    assert all(number <= 2 for _, number in merged[:-1])
     one, other = (pq.read_table(tmp_path / name / "vocabulary.parquet") for name in ("at_once", "in_groups"))
     for name in ("variable", "count"):
         assert one[name] == other[name]
