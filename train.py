@@ -12,7 +12,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -36,9 +36,10 @@ from training.folds import Member, final_members, fold_members
 from training.inspection import inspect_batches
 from training.meds_predictions import check_meds_task
 from training.memory import is_out_of_memory
-from training.options import TrainOptions, parse_train_options
+from training.options import TrainOptions, check_same_options, parse_train_options
 from training.parallel import World, choose_threads, run
 from training.patients import write_patient_pages
+from training.peers import end_with_line
 from training.profiling import format_table
 from training.report import write_run_report
 from training.run import Run, Stopped
@@ -58,20 +59,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Imported here: training needs no safetensors.
             return import_module("training.export").export_checkpoint(options, manifest)
         several = cross_fit if options.cross_fit.is_on else train
-        worker = evaluate if options.evaluation.evaluate else several
-        return run(functools.partial(worker, options, manifest), devices=options.run.devices, device=options.run.device)
+        command = evaluate if options.evaluation.evaluate else several
+        worker = functools.partial(start, command, options, manifest)
+        return run(worker, devices=options.run.devices, device=options.run.device)
     except (UserError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             advice = "lower --batch_size, or give --max_memory or --gradient_checkpointing"
-            print(f"train.py: out of memory; {advice}", file=sys.stderr)
+            end_with_line(f"train.py: out of memory; {advice}")
         elif isinstance(error, UserError | OSError):  # such as a full disk
-            print(f"train.py: {error}", file=sys.stderr)
+            end_with_line(f"train.py: {error}")
         else:
             raise
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; --resume goes on from the last checkpoint, where there is one", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def start(
+    command: Callable[[TrainOptions, Manifest, World], int], options: TrainOptions, manifest: Manifest, world: World
+) -> int:
+    """Call one of the functions below, where all ranks were started alike."""
+    check_same_options(options, world)
+    return command(options, manifest, world)
 
 
 def train(options: TrainOptions, manifest: Manifest, world: World, member: Member | None = None) -> int:

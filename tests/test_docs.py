@@ -30,6 +30,8 @@ SECTIONS = [
 NAMES = {field.name for section in SECTIONS for field in fields(section)} | {"config", "help"}
 BENCHMARK_FLAGS = set(re.findall(r'"--(\w+)"', "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
 FOREIGN_FLAGS = {"nthreads", "memory-limit", "cov", "cov-branch", "logdir"}  # of Dask, pytest and TensorBoard
+FOREIGN_FLAGS |= {"nnodes", "nproc-per-node", "node_rank", "max-restarts", "python", "nodes"}  # torchrun and SLURM
+FOREIGN_FLAGS |= {"master_addr", "master_port", "rdzv-id", "rdzv-backend", "rdzv-endpoint"}
 
 
 def without_shell(text: str) -> str:

@@ -8,6 +8,7 @@ batch that losses are divided by.  The step takes the result, moves it in one co
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -204,10 +205,12 @@ def agree_on_data(options: DataOptions, manifest: Manifest, world: World, task: 
     if options.on_bad_shard == "quarantine":
         entries = [entry for split in splits for entry in manifest.splits.get(split, [])]
         found = check_shards(folder, entries[world.local_rank :: world.local_size])
-    identity = (manifest.fingerprint, [each.table_sha256 for each in tasks])
+    identity = (hashlib.sha256(manifest.encode()).hexdigest(), [each.table_sha256 for each in tasks])
     answers = world.gather((identity, found))
-    if any(other != identity for other, _ in answers):
-        raise UserError(f"--data_dir {folder}: not the same data set on all machines; copy it anew, or start again")
+    others = [rank for rank, (other, _) in enumerate(answers) if other != answers[0][0]]
+    if others:
+        differs = f"that of rank {others[0]} is not that of rank 0"
+        raise UserError(f"--data_dir: not the same data set on all machines ({differs}); copy it anew, or start again")
     bad = {path: reason for _, answer in answers for path, reason in answer.items()}
     quarantined: dict[str, list[ShardEntry]] = {}
     for split, entries in manifest.splits.items():

@@ -14,6 +14,7 @@ from pipeline.options import Section, option, parse_options, to_dict
 from pipeline.schema import DEFAULT_TASK, UserError
 from pipeline.storage.cache import parse_bytes
 from training.data import DataOptions
+from training.parallel import World
 from training.schedule import OptimisationOptions
 from training.subgroups import Grouping
 from training.trackers import check_trackers
@@ -239,3 +240,18 @@ def check_resume(saved: Mapping[str, Mapping[str, Any]], options: TrainOptions, 
                 raise UserError(
                     f"--{name} {value} cannot be combined with a run saved with --{name} {before} ({path}); {advice}"
                 )
+
+
+OF_A_MACHINE = {"data_dir", "cache_dir", "cache_bytes", "output_dir", "threads"}
+"""Options that machines of one run may give in their own way.  What lies in the folders is compared."""
+
+
+def check_same_options(options: TrainOptions, world: World) -> None:
+    """Raise UserError, on all ranks and naming the flag with both values, where ranks were started with other ones."""
+    sections = to_dict(options).values()
+    mine = {name: value for section in sections for name, value in section.items() if name not in OF_A_MACHINE}
+    first, *others = world.gather(mine)
+    for rank, other in enumerate(others, start=1):
+        for name in (name for name in first if other[name] != first[name]):
+            found = f"{other[name]} on rank {rank}, {first[name]} on rank 0"
+            raise UserError(f"--{name} differs: {found}; start all machines with the same flags")

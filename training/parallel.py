@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pipeline.machine import usable_cores
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
+from training.peers import PeerWatch, is_one_of_several
 
 T = TypeVar("T")
 
@@ -185,8 +186,12 @@ def run(worker: Callable[[World], int], *, devices: int, device: str) -> int:
 
 
 def _join(worker: Callable[[World], int], device: str, note: Path | None = None) -> int:
-    """Call ``worker`` as one of several processes; a UserError is in ``note`` before the others see this one end."""
+    """Call ``worker`` as one of several processes; a UserError is in ``note`` before the others see this one end.
+
+    Without a ``note`` there may be other launchers, on other machines, and the processes watch one another.
+    """
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    watch = PeerWatch() if note is None and is_one_of_several() else None
     chosen = choose_device(device, local_rank)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo")
@@ -197,8 +202,14 @@ def _join(worker: Callable[[World], int], device: str, note: Path | None = None)
             raise
         write_atomically(note, str(error).encode())
         code = 2
+    except RuntimeError:  # such as that of a collective operation with a process that is lost
+        if watch is not None:
+            watch.await_loss()
+        raise
     finally:
         dist.destroy_process_group()
+    if watch is not None:
+        watch.close()
     if code and note is not None:  # a value that is returned would wait for a launcher that may be ending itself
         sys.exit(code)
     return code

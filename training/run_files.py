@@ -35,7 +35,8 @@ def open_directory(
         if teacher is not None:
             teacher.save(directory / TEACHER_FILE)
     world.wait()
-    same = world.gather(path.exists() and path.read_bytes() == config)
+    written = world.gather(config)[0]  # that of another machine may name its own copy of the data
+    same = world.gather(path.exists() and path.read_bytes() == written)
     if not all(same):
         unseen = f"rank {same.index(False)} does not see the files of rank 0; name a folder that all machines share"
         raise UserError(f"--output_dir {directory}: {unseen}")

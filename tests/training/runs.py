@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -73,6 +74,19 @@ def run_shortly(arguments: Sequence[str]) -> int:
         return train.main(arguments)
 
 
+def run_and_stall(arguments: Sequence[str]) -> int:
+    """A run that saves its state at step 7 and then stands still, as if a step took for ever."""
+    step = train.train_step
+
+    def stall(state: Any, *given: Any) -> Any:
+        if state.progress.step == 7:
+            time.sleep(600)
+        return step(state, *given)
+
+    with mock.patch.object(train, "train_step", stall):
+        return run_shortly([*arguments, "--checkpoint_steps", "7"])
+
+
 def _train_shortly(*arguments: Any) -> int:
     with short_end():
         return TRAIN(*arguments)
@@ -85,13 +99,15 @@ def start_program(data: Path | str, out: Path, *flags: str) -> subprocess.Popen[
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def rank_environments(size: int) -> list[dict[str, str]]:
-    """What ``torchrun`` tells each of ``size`` processes of a machine."""
+def rank_environments(size: int, machines: int = 1) -> list[dict[str, str]]:
+    """What ``torchrun`` tells each of ``size`` processes, on so many machines."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    local = size // machines
+    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [(rank, *divmod(rank, local)) for rank in range(size)]
+    return [{**common, "RANK": str(r), "GROUP_RANK": str(node), "LOCAL_RANK": str(n)} for r, node, n in ranks]
 
 
 def weights(out: Path, name: str = "last", which: str = "model") -> dict[str, torch.Tensor]:
@@ -126,4 +142,4 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":  # what torchrun starts in a test
-    sys.exit(run_shortly(sys.argv[1:]))
+    sys.exit((run_and_stall if "STALL" in os.environ else run_shortly)(sys.argv[1:]))

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from tests.processes import ROOT
-from tests.training.runs import QUICK, assert_same, read_summary, run, weights, write_tiny_data
+from tests.training.runs import (
+    QUICK,
+    assert_same,
+    rank_environments,
+    read_metrics,
+    read_summary,
+    run,
+    start,
+    untimed,
+    weights,
+    write_tiny_data,
+)
 from training import parallel
+from training.checkpoint import Checkpoint
 from training.parallel import World, choose_threads
+from training.peers import ADVICE
 
 CPU = torch.device("cpu")
 
@@ -47,32 +65,80 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_threads(7, World(0, 1, CPU)) == 7
 
 
-def start_torchrun(node: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def start_torchrun(node: int, port: int, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Start PyTorch's launcher as on the first or the second of two machines; each starts two ranks of train.py."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "run"]
     rendezvous += ["--local-addr", "localhost", "--rdzv-conf", f"is_host={int(node == 0)}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", *rendezvous]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "tests.training.runs", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **environment}
+    command = [*launcher, "-m", "tests.training.runs", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_torchrun_start_one_run(tmp_path: Path) -> None:
-    """Launchers that find each other on one port, as on two machines with a common file system; the last step has two
-    patients for four ranks.
-    """
-    data = write_tiny_data(tmp_path / "data")
-    arguments = ["--data_dir", str(data), "--output_dir", str(tmp_path / "two"), *QUICK, "--max_epochs", "1"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launchers = [start_torchrun(node, port, *arguments) for node in (0, 1)]
+@contextmanager
+def killed_at_end(launchers: list[subprocess.Popen[str]]) -> Iterator[None]:
     try:
-        errors = [launcher.communicate(timeout=300)[1] for launcher in launchers]
+        yield
     finally:
         for launcher in launchers:
-            launcher.kill()
+            kill_node(launcher)
+            launcher.wait()
+            assert launcher.stderr is not None
+            launcher.stderr.close()
+
+
+def kill_node(launcher: subprocess.Popen[str]) -> None:
+    """Kill a launcher and its ranks, in this order, as a machine that dies takes all."""
+    ranks = psutil.Process(launcher.pid).children() if launcher.poll() is None else []
+    for process in [launcher, *ranks]:
+        process.kill()
+
+
+def test_two_torchrun_start_one_run(tmp_path: Path) -> None:
+    """Launchers that find each other on one port, as on two machines, with a folder for the run that both see and each
+    with its own copy of the data; the last step has two patients for four ranks.
+    """
+    data, port = write_tiny_data(tmp_path / "data"), find_free_port()
+    copies = [data, shutil.copytree(data, tmp_path / "copy")]
+    flags = ["--output_dir", tmp_path / "two", *QUICK, "--max_epochs", "1"]
+    launchers = [start_torchrun(node, port, "--data_dir", copies[node], *flags) for node in (0, 1)]
+    with killed_at_end(launchers):
+        errors = [launcher.communicate(timeout=300)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], errors
     assert run(data, tmp_path / "one", "--max_epochs", "1") == 0
     assert_same(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
     assert read_summary(tmp_path / "two")["best"]["auroc"] == read_summary(tmp_path / "one")["best"]["auroc"]
+
+
+def test_a_killed_machine_ends_the_other_and_one_machine_goes_on(tmp_path: Path) -> None:
+    """The machine that dies is that of the rendezvous."""
+    data, out, port = write_tiny_data(tmp_path / "data"), tmp_path / "run", find_free_port()
+    last = out / "checkpoints" / "last.pt"
+    flags = ["--data_dir", data, "--output_dir", out, *QUICK]
+    launchers = [start_torchrun(node, port, *flags, STALL="1") for node in (0, 1)]
+    with killed_at_end(launchers):
+        while not last.exists() or Checkpoint.load(last).step < 7:
+            assert launchers[0].poll() is None
+            time.sleep(0.1)
+        kill_node(launchers[0])
+        _, said = launchers[1].communicate(timeout=30)
+    assert launchers[1].returncode
+    lines = [line for line in said.splitlines() if line.startswith("train.py: ")]
+    assert lines == [f"train.py: lost rank 0 of 4, on localhost, so all stop; {ADVICE}"]
+    assert "training/" not in said, "no traceback but that of the launcher"
+    ranks = [start(data, out, "--resume", **environment) for environment in rank_environments(2)]
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert run(data, tmp_path / "whole") == 0
+    assert_same(weights(out), weights(tmp_path / "whole"), 1e-5)
+    ends = [untimed(read_summary(folder)) for folder in (out, tmp_path / "whole")]
+    assert ends[0]["steps"] == ends[1]["steps"] == 10
+    assert ends[0]["best"]["auroc"] == ends[1]["best"]["auroc"]
+    steps = [[(line["kind"], line["step"]) for line in read_metrics(folder)] for folder in (out, tmp_path / "whole")]
+    assert steps[0] == steps[1]
