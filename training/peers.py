@@ -20,6 +20,8 @@ from typing import NoReturn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from pipeline.schema import UserError
+
 PERIOD = 1.0
 """Seconds between two signs of life."""
 
@@ -31,7 +33,7 @@ SUSPECT_SILENCE = 5
 """Periods that suffice where a collective operation has failed: some process is lost, and the silent one is it."""
 
 ADVICE = "--resume goes on from the last checkpoint, also on fewer machines"
-REASON, LEFT = "reason", "left"
+REASON, SUSPICION, LEFT = "reason", "suspicion", "left"
 _opened: list[Store] = []
 _ENDING = threading.Lock()  # of two threads that end the process only one is to speak, and to finish its sentence
 
@@ -64,7 +66,7 @@ def open_store(timeout: timedelta) -> Store:
     """Return this process's connection to the store of the run; RuntimeError if there is none after ``timeout``."""
     if not _opened:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
-        _opened.append(PrefixStore(f"peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store))
+        _opened.append(PrefixStore("peers", store))
     return _opened[0]
 
 
@@ -73,14 +75,23 @@ def claim_speech(store: Store) -> bool:
     return store.add(f"said/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
 
 
+def check_restarts() -> None:
+    """Raise UserError where ranks that ``torchrun`` restarts would find in its store what those before had written."""
+    restarts, is_shared = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("MAX_RESTARTS", "USE_AGENT_STORE"))
+    if restarts not in (None, "0") and is_shared == "True":
+        advice = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, with --rdzv-backend c10d, or leave it out"
+        raise UserError(f"--max-restarts {restarts}: new ranks would find the addresses of the old ones; {advice}")
+
+
 class PeerWatch:
     """Says that this process is there, and ends it, with exit code 2, where another is lost or left with an error."""
 
     def __init__(self) -> None:
+        check_restarts()
         self._rank, self._size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._store = open_store(timedelta(minutes=30))
-        self._unanswered, self._max_silence, self._closed = 0, MAX_SILENCE, threading.Event()
+        self._unanswered, self._closed = 0, threading.Event()
         for watch in (self._watch_neighbour, self._watch_store):
             threading.Thread(target=watch, daemon=True).start()
 
@@ -95,8 +106,9 @@ class PeerWatch:
 
     def await_loss(self) -> None:
         """Return if no process is found lost within some seconds: an error of this one had another reason."""
-        self._max_silence = SUSPECT_SILENCE
-        self._closed.wait((SUSPECT_SILENCE + 3) * PERIOD)
+        with suppress(RuntimeError):
+            self._store.set(SUSPICION, "")  # for all: the neighbour that misses it may not have seen an error
+        self._closed.wait(2 * SUSPECT_SILENCE * PERIOD)
 
     def _watch_neighbour(self) -> None:
         """Beat, read the reason for which all are to end, and listen to the neighbour's beats."""
@@ -114,7 +126,7 @@ class PeerWatch:
                         self._closed.set()
                 self._unanswered = 0
                 silence, heard = (silence + 1 if heard and beat == heard else 0), beat
-                if silence > self._max_silence:
+                if silence > (SUSPECT_SILENCE if self._store.check([SUSPICION]) else MAX_SILENCE):
                     host = heard.partition(" ")[2]
                     reason = self._store.compare_set(REASON, "", self._describe_loss(neighbour, host))
                     self._end(reason.decode())

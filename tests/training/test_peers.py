@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -23,7 +24,7 @@ from training import peers
 from training.data import DataOptions
 from training.options import RunOptions, TrainOptions, check_same_options
 from training.parallel import World
-from training.peers import ADVICE, PeerWatch, end_with_line
+from training.peers import ADVICE, PeerWatch, check_restarts, end_with_line
 
 fast = mock.patch.object(peers, "PERIOD", 0.1)
 """A rank is lost after 2.4 seconds, and suspected after half a second."""
@@ -73,6 +74,25 @@ def test_when_a_machine_is_lost_the_other_says_so_in_one_line(machine: int, numb
     rank, host = (0, "localhost") if machine == 0 else (2, socket.gethostname())
     lines = [line for line in said if line.startswith("train.py")]  # PyTorch warns of a store that is gone
     assert lines == [f"train.py: lost rank {rank} of 4, on {host}, so all stop; {ADVICE}"]
+
+
+def suspect(_: Sequence[str]) -> int:
+    """Rank 0 has an error when the last rank has gone; its neighbour, who would miss that one, has none."""
+    with fast, mock.patch.object(peers, "MAX_SILENCE", 300):
+        watch = PeerWatch()
+        time.sleep(1)
+        if os.environ["RANK"] == "0":
+            watch.await_loss()
+        elif os.environ["RANK"] == "2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            time.sleep(60)
+    return 9
+
+
+def test_a_suspicion_of_one_rank_is_that_of_all() -> None:
+    ranks = [Command(suspect, **environment) for environment in rank_environments(3)]
+    assert read_lines(ranks[:2], 2) == [f"train.py: lost rank 2 of 3, on {socket.gethostname()}, so all stop; {ADVICE}"]
 
 
 def leave_one_after_another(_: Sequence[str]) -> int:
@@ -157,6 +177,19 @@ def test_machines_with_other_data_or_none_are_told_in_one_line(tmp_path: Path) -
     assert all("not the same data set on all machines (that of rank 1 is not" in line for line in said["other"])
     assert all(line.startswith(f"train.py: {tmp_path}/none/manifest.json: no manifest here") for line in said["none"])
     assert not list(tmp_path.glob("run_*")), "a command that is refused makes no folder"
+
+
+@pytest.mark.parametrize(
+    ("restarts", "is_shared", "is_refused"), [("0", "True", False), ("3", "True", True), ("3", "False", False)]
+)
+def test_restarts_need_a_store_of_their_own(
+    restarts: str, is_shared: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", is_shared)
+    refused = pytest.raises(UserError, match=r"--max-restarts 3: .*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    with refused if is_refused else nullcontext():
+        check_restarts()
 
 
 def test_ranks_with_other_flags_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
