@@ -39,6 +39,7 @@ from pipeline.loading.loader import PatientLoader, Transform, make_loader
 from pipeline.loading.place import BatchPlace
 from pipeline.loading.store import PatientStore, Windows
 from pipeline.sampling.quality import padding_waste
+from pipeline.storage.ahead import AheadFolder
 
 ROOT = Path(__file__).parents[1]
 PANDAS_PATIENTS = 256
@@ -171,7 +172,7 @@ def main() -> None:
     started = time.perf_counter()
     loader = ours()
     start_up = time.perf_counter() - started
-    group = loader._load_group(loader._group)
+    group = loader._load_group(loader._group, AheadFolder(loader._folder, 0))
     windows, plan, store = group.windows, group.plan.batches, group.store
     columns, label, count = columns_of(store, windows), group.plan.samples.label, store.num_patients
     some = min(PANDAS_PATIENTS, count)

@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,19 @@ import pyarrow.parquet as pq
 from pyarrow import feather
 
 from benchmarks.machine import describe, publish
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import read_shard
 from pipeline.loading.store import PatientStore
 
 ARRAYS = ("label", "minute", "set_offsets", "code", "value", "has_value")
+
+
+def read_store(data_dir: Path, entries: Sequence[ShardEntry]) -> PatientStore:
+    """Return the patients of some shards in memory."""
+    store = PatientStore(data_dir, entries)
+    for number in range(len(entries)):
+        store.read(number, data_dir, verify=False)
+    return store
 
 
 def main() -> None:
@@ -38,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     entries = Manifest.load(options.data_dir).splits[options.split]
     shards = [options.data_dir / entry.path for entry in entries]
-    store = PatientStore(options.data_dir, entries, verify=False)
+    store = read_store(options.data_dir, entries)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         arrow: dict[str, list[Path]] = {"uncompressed": [], "lz4": []}
@@ -54,7 +62,7 @@ def main() -> None:
 
         ways: dict[str, tuple[list[Path], Callable[[], object]]] = {
             "Parquet": (shards, lambda: [read_shard(options.data_dir, entry, verify=False) for entry in entries]),
-            "Parquet, into the store": (shards, lambda: PatientStore(options.data_dir, entries, verify=False)),
+            "Parquet, into the store": (shards, lambda: read_store(options.data_dir, entries)),
             "Arrow, uncompressed": (arrow["uncompressed"], of_arrow(arrow["uncompressed"])),
             "Arrow, LZ4": (arrow["lz4"], of_arrow(arrow["lz4"])),
             "arrays, mapped, each page touched": (

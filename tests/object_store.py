@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,8 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoReque
 from werkzeug.serving import make_server
 
 BUCKET = "shards"
-Fault = Literal["ok", "busy", "denied", "cut", "silent"]
+Fault = Literal["ok", "busy", "broken", "denied", "cut", "wrong", "reset", "silent"]
+STATUS = {"busy": "503 Slow Down", "broken": "500 Internal Server Error", "denied": "403 Forbidden"}
 ENVIRONMENT = {  # no other store, and no credentials but these, can be found
     "AWS_ACCESS_KEY_ID": "nobody",
     "AWS_SECRET_ACCESS_KEY": "nothing",
@@ -31,8 +34,9 @@ class ObjectStore:
         url: where it answers.
         requests: (method, key) of all objects asked for.
         faults: what it does, one after the other, with requests for objects: ``ok`` is to answer, ``busy`` status 503,
-            ``denied`` 403; ``cut`` sends half of the content and closes; ``silent`` says nothing until ``release`` is
-            set.
+            ``broken`` 500, ``denied`` 403; ``cut`` sends half of the content and closes; ``wrong`` changes a byte of
+            it; ``reset`` resets the connection; ``silent`` says nothing until ``release`` is set.
+        choose: gives the fault of a request by its method and key, once ``faults`` is empty.
         asked: set with every request.
     """
 
@@ -43,6 +47,7 @@ class ObjectStore:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.requests: list[tuple[str, str]] = []
         self.faults: deque[Fault] = deque()
+        self.choose: Callable[[str, str], Fault] = lambda method, key: "ok"
         self.release = threading.Event()
         self.asked = threading.Event()
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -56,6 +61,7 @@ class ObjectStore:
         """Behave again, and forget requests."""
         self.release.set()
         self.faults.clear()
+        self.choose = lambda method, key: "ok"
         self.requests.clear()
         self.asked.clear()
         self.release = threading.Event()
@@ -81,15 +87,22 @@ class ObjectStore:
         if method in ("GET", "HEAD") and bucket == BUCKET and any(key):
             self.requests.append((method, "/".join(key)))
             self.asked.set()
-            fault = self.faults.popleft() if self.faults else None
-            if fault in ("busy", "denied"):
-                start_response("503 Slow Down" if fault == "busy" else "403 Forbidden", [("Content-Length", "0")])
+            fault = self.faults.popleft() if self.faults else self.choose(method, "/".join(key))
+            if fault in STATUS:
+                start_response(STATUS[fault], [("Content-Length", "0")])
                 return [b""]
             if fault == "silent":
                 self.release.wait(timeout=60)
-            if fault == "cut":
+            if fault == "reset":
+                connection = environ["werkzeug.socket"]
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+                raise ConnectionResetError
+            if fault in ("cut", "wrong"):
                 content = b"".join(self._app(environ, start_response))
-                return [content[: len(content) // 2]]
+                middle = len(content) // 2
+                changed = bytes(255 - byte for byte in content[middle : middle + 1])
+                return [content[:middle] if fault == "cut" else content[:middle] + changed + content[middle + 1 :]]
         return self._app(environ, start_response)
 
 

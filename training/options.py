@@ -218,9 +218,9 @@ _FLAGS = {
         "verbose", "cuda_graphs",
     ),
     AtResume.IRRELEVANT: (
-        "cache_dir", "cache_bytes", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume", "evaluate",
-        "evaluate_split", "baselines", "meds_predictions", "export_latents", "export", "inspect", "recalibrate",
-        "subgroups", "patients",
+        "cache_dir", "cache_bytes", "fetch_ahead", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume",
+        "evaluate", "evaluate_split", "baselines", "meds_predictions", "export_latents", "export", "inspect",
+        "recalibrate", "subgroups", "patients",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}

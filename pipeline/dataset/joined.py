@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ class JoinedFolder(Folder):
         """Read the manifests; UserError where the codes of one mean something else, or one stands twice."""
         super().__init__(", ".join(map(str, folders)))
         self._folders = {f"{number}/": folder for number, folder in enumerate(folders, start=1)}
+        self.room = min((folder.room for folder in folders if folder.room is not None), default=None)
         self._manifests = {prefix: Manifest.load(folder) for prefix, folder in self._folders.items()}
         first, *others = self._manifests.values()
         for folder, other in zip(folders[1:], others, strict=True):
@@ -51,12 +53,18 @@ class JoinedFolder(Folder):
         return self._folders["1/"].read(name)
 
     @contextmanager
-    def local_file(self, name: str, sha256: str, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
+    def local_file(
+        self,
+        name: str,
+        sha256: str,
+        num_bytes: int | None = None,
+        verify: bool = True,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[Path]:
         number, slash, own = name.partition("/")
         prefix = f"{number}{slash}" if f"{number}{slash}" in self._folders else "1/"
-        with self._folders[prefix].local_file(
-            own if prefix[:-1] == number else name, sha256, num_bytes, verify
-        ) as path:
+        file = (own if prefix[:-1] == number else name, sha256, num_bytes, verify)
+        with self._folders[prefix].local_file(*file, cancelled=cancelled) as path:
             yield path
 
     def parts(self, name: str, sha256: str) -> list[tuple[str, Folder, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.dataset.schemas import SHARD_SCHEMA, TRAINED_SCHEMA
 from pipeline.dataset.tables import read_parquet
 from pipeline.dataset.tars import read_tar, write_tar
 from pipeline.schema import UserError
+from pipeline.storage.ahead import AheadFolder, File
 from pipeline.storage.files import file_sha256, replace_atomically
 from pipeline.storage.folder import BadFile, Folder, as_folder
 
@@ -66,19 +68,23 @@ def _write_row_groups(table: pa.Table, path: Path) -> None:
             writer.write_table(table.slice(start, stop - start))
 
 
-def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry]) -> dict[str, str]:
+def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry], *, fetch_ahead: int = 0) -> dict[str, str]:
     """Compare sizes and checksums of shards with the manifest, and return the reason why a shard is bad, by its path.
+
+    Of a folder elsewhere up to ``fetch_ahead`` shards are fetched ahead.
 
     Raises:
         UserError: a shard cannot be read, which need not be its fault.
     """
-    folder, bad = as_folder(directory), {}
-    for entry in entries:
-        try:
-            with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes):
-                pass
-        except BadFile as error:
-            bad[entry.path] = error.reason
+    bad, shards = {}, [File(entry.path, entry.sha256, entry.num_bytes) for entry in entries]
+    with closing(AheadFolder(as_folder(directory), fetch_ahead)) as files:
+        files.announce(shards)
+        for shard in shards:
+            try:
+                with files.local_file(*shard):
+                    pass
+            except BadFile as error:
+                bad[shard.name] = error.reason
     return bad
 
 

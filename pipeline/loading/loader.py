@@ -12,14 +12,15 @@ of all epochs.  The rules:
 * One iteration at a time, in the process that began it: an older one, or one that a fork took along, raises.
 
 A split is walked in *groups* of shards (``pipeline.sampling.groups``), which are planned from the index alone.  Shards
-are first read when an iteration begins.  A split of a single group then stays in memory.  Of several groups, the one
-in use is there and the next one, which a thread reads and verifies meanwhile.
+are first read when an iteration begins, each when the first batch needs it: so the first step waits for the shards of
+its own batch alone.  A split of a single group then stays in memory.  Of several groups, the one in use is there and
+the next one, which a thread reads and verifies meanwhile.  Shards of a URL are fetched ahead by threads of their own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, fields, replace
@@ -27,12 +28,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.arrays import Floats, offsets_from_sizes
+from pipeline.arrays import Floats
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import SplitPart, fingerprint_patients
 from pipeline.dataset.tasks import Task, common_times, load_tasks, read_task_table
@@ -46,13 +46,11 @@ from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import EpochPlan
 from pipeline.sampling.policy import Policy
 from pipeline.schema import DEFAULT_TASK, UserError
+from pipeline.storage.ahead import AheadFolder, File
 from pipeline.storage.folder import Folder
 from pipeline.storage.remote import open_folder
 
 STATE_VERSION = 5
-
-# Batches are gathered together up to about this many events: 2 MB, enough to hide the cost of a call.
-GATHER_EVENTS = 1 << 17
 
 ONE_PROCESS = "give DataLoader num_workers=0, or make the loader in the process that iterates it; a thread prefetches"
 
@@ -228,7 +226,9 @@ class PatientLoader(IterableDataset[Any]):
             self._go_to(Position(self.epoch + 1))
         self._iteration = iteration = object()
         process = os.getpid()
-        with closing(prefetch(self._make_items(), self.options.prefetch)) as items:
+        files = AheadFolder(self._folder, self.options.fetch_ahead)
+        # Files are closed first: whoever waits for one stops waiting.
+        with closing(prefetch(self._make_items(files), self.options.prefetch)) as items, closing(files):
             for group, item in items:
                 if self._iteration is not iteration:
                     raise RuntimeError("the loader went elsewhere, or another iteration began, during this one")
@@ -241,53 +241,59 @@ class PatientLoader(IterableDataset[Any]):
         if self._iteration is iteration:
             self._go_to(Position(self.epoch + 1))
 
-    def _make_items(self) -> Generator[tuple[GroupPlan, Any], None, None]:
+    def _make_items(self, files: AheadFolder) -> Generator[tuple[GroupPlan, Any], None, None]:
         """Yield this rank's items from the place on, each with its group."""
-        cursor, steps_before_epoch = self.cursor, self.step - self.cursor
+        cursor, steps_before_epoch, transform = self.cursor, self.step - self.cursor, self._transform
         num_groups = self._planner.grouping(self.epoch).num_groups
-        groups = self._load_groups(self._group, num_groups)
+        groups = self._load_groups(self._group, cursor, num_groups, files)
         with closing(prefetch(groups, min(self.options.prefetch, 1) if num_groups > 1 else 0)) as loaded:
             for group in loaded:
                 first = max(cursor - group.plan.position.first_step, 0)
-                for item in self._make_group_items(group, first, steps_before_epoch):
-                    yield group.plan, item
+                for number, batch in enumerate(group.gather(files, first), start=first):
+                    place = group.place(number, steps_before_epoch)
+                    yield group.plan, batch if transform is None else transform(batch, place)
                 del group  # or a third group would be read while this one is in memory
 
-    def _load_groups(self, plan: GroupPlan, num_groups: int) -> Generator[LoadedGroup, None, None]:
-        """Yield the groups of an epoch from ``plan`` on; then load the first group of the next epoch."""
-        yield self._load_group(plan)
+    def _load_groups(
+        self, plan: GroupPlan, cursor: int, num_groups: int, files: AheadFolder
+    ) -> Generator[LoadedGroup, None, None]:
+        """Yield the groups of an epoch from ``plan`` on; then load the first group of the next epoch.
+
+        The first one is read while its batches are used, the others before.
+        """
+        group = self._open_group(plan, files, first=cursor - plan.position.first_step)
+        yield group
+        group.read(files)
+        del group
         while plan.next_position.number < num_groups:
             plan = self._planner.plan_group(plan.next_position)
-            yield self._load_group(plan)
-        self._load_group(self._planner.plan_group(Position(plan.position.epoch + 1)))
+            yield self._load_group(plan, files)
+        self._load_group(self._planner.plan_group(Position(plan.position.epoch + 1)), files)
 
-    def _load_group(self, plan: GroupPlan) -> LoadedGroup:
-        """Load a group.  Shards that were read last are not read again, so a split of one group is read once."""
-        latest = self._loaded
-        if latest and latest.plan.position == plan.position:
-            return latest
-        if latest and latest.plan.shards == plan.shards:
-            store = latest.store
+    def _load_group(self, plan: GroupPlan, files: AheadFolder) -> LoadedGroup:
+        """Open a group and read all of it."""
+        group = self._open_group(plan, files)
+        group.read(files)
+        return group
+
+    def _open_group(self, plan: GroupPlan, files: AheadFolder, first: int = 0) -> LoadedGroup:
+        """Announce the shards that a group lacks, in the order in which its batches from ``first`` on need them.
+
+        Shards that were read last are not read again, so a split of one group is read once.
+        """
+        latest, entries = self._loaded, [self._planner.entries[shard] for shard in plan.shards]
+        if latest and latest.plan.position == plan.position and not latest.unread:
+            group = latest
         else:
-            entries = [self._planner.entries[shard] for shard in plan.shards]
-            excluded = self.tasks[0].excluded_codes if self.tasks else ()
-            store = PatientStore(self._folder, entries, verify=self.options.verify, excluded_codes=excluded)
-        self._loaded = LoadedGroup(plan, store, self.options, **self._ranks)
-        return self._loaded
-
-    def _make_group_items(self, group: LoadedGroup, number: int, steps_before_epoch: int) -> Iterator[Any]:
-        """Yield the items of a group from its batch ``number`` on."""
-        part, windows = group.batches, group.windows
-        events_before = offsets_from_sizes(part.sum_per_batch(windows.num_events))
-        while number < part.num_batches:
-            # As many batches as GATHER_EVENTS allows, but at least one.
-            stop = int(np.searchsorted(events_before, events_before[number] + GATHER_EVENTS, side="right")) - 1
-            offsets = part.batch_offsets[number : max(stop, number + 1) + 1]
-            chosen = part.order[offsets[0] : offsets[-1]]
-            for batch in group.store.gather_batches(windows, chosen, offsets - offsets[0]):
-                transform = self._transform
-                yield batch if transform is None else transform(batch, group.place(number, steps_before_epoch))
-                number += 1
+            store = latest.store if latest and latest.plan.shards == plan.shards else None
+            if store is None:
+                excluded = self.tasks[0].excluded_codes if self.tasks else ()
+                store = PatientStore(self._folder, entries, excluded_codes=excluded)
+            group = LoadedGroup(plan, store, self.options, first=first, **self._ranks)
+        shards = (entries[number] for number in group.unread)
+        files.announce(File(each.path, each.sha256, each.num_bytes, self.options.verify) for each in shards)
+        self._loaded = group
+        return group
 
 
 make_loader = PatientLoader  # the verb by which users know it

@@ -9,6 +9,9 @@ from pipeline.options import option
 from pipeline.sampling.groups import GROUP_EVENTS
 from pipeline.sampling.policy import BucketOptions, Policy
 
+FETCH_AHEAD = 4
+"""Shards fetched ahead of need: enough to hide latency, and few requests of 16 MB that are in memory at once."""
+
 Truncate = Literal["earliest", "latest", "random"]
 Sampling = Literal["natural", "balanced", "weights"]
 
@@ -44,6 +47,11 @@ class BatchOptions(BucketOptions):
         "Where several data sets are one, the proportions in which an epoch of training draws from them, one each. By "
         "default samples of all are used alike.",
         above=0,
+    )
+    fetch_ahead: int = option(
+        FETCH_AHEAD,
+        "Number of shards of a URL that are fetched, or wait in the cache, ahead of the one being read; 0 = none.",
+        minimum=0,
     )
     group_events: int = option(
         GROUP_EVENTS,

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedRandom
@@ -41,7 +42,7 @@ class Cache:
     """Files by their checksum in ``directory``, which is made, or must be empty or a cache already."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
-        self._directory, self._max_bytes = directory, max_bytes
+        self._directory, self.max_bytes = directory, max_bytes
         tag = directory / TAG_FILE
         with self._report_write_errors():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,6 +86,7 @@ class Cache:
             if path.exists():
                 part.unlink()
                 return False
+            remove = weakref.finalize(file, _remove_part, part, os.getpid())  # also when the process ends meanwhile
             try:
                 file.truncate(0)
                 fetch(file, lambda num_bytes: self._make_room(file, num_bytes))
@@ -92,8 +94,9 @@ class Cache:
                 os.fsync(file.fileno())
                 os.replace(part, path)
             except BaseException:
-                part.unlink()
+                remove()
                 raise
+            remove.detach()
         return True
 
     def _make_room(self, file: BufferedRandom, num_bytes: int) -> None:
@@ -105,7 +108,7 @@ class Cache:
                     status = entry.stat(follow_symlinks=False)
                     if _CACHED_NAME.fullmatch(entry.name) and stat.S_ISREG(status.st_mode):
                         cached.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
-            excess = sum(size for _, size, _ in cached) + num_bytes - self._max_bytes
+            excess = sum(size for _, size, _ in cached) + num_bytes - self.max_bytes
             for _, size, path in sorted(cached):
                 if excess > 0 and _remove_file(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     excess -= size
@@ -140,6 +143,11 @@ def _lock_file(path: Path, operation: int) -> Iterator[BufferedRandom | None]:
             fcntl.flock(opened, operation)
             file = opened if os.path.samestat(os.fstat(opened.fileno()), path.stat()) else None
         yield file
+
+
+def _remove_part(part: Path, process: int) -> None:
+    if os.getpid() == process:  # a fork took the callback along, and not the file
+        part.unlink(missing_ok=True)
 
 
 def _remove_file(path: Path, operation: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ class Folder:
 
     repair_advice = "copy the data set again, or run preprocess.py again"  # about a bad file
 
+    room: int | None = None
+    """Bytes that files which have been fetched may take; None = files lie on this machine and are not fetched."""
+
     def __init__(self, path: str | Path) -> None:
         self._location = str(path)
         self._verified: set[tuple[str, str]] = set()
@@ -47,10 +51,18 @@ class Folder:
         return (Path(self._location) / name).read_bytes()
 
     @contextmanager
-    def local_file(self, name: str, sha256: str, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
+    def local_file(
+        self,
+        name: str,
+        sha256: str,
+        num_bytes: int | None = None,
+        verify: bool = True,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[Path]:
         """Yield a path on this machine at which the file lies while the context lasts.
 
-        With ``verify`` it is compared, the first time, with the manifest's checksum and size, if that has one.
+        With ``verify`` it is compared, the first time, with the manifest's checksum and size, if that has one.  A fetch
+        ends early, with an error, once ``cancelled`` is set.
 
         Raises:
             BadFile: the file is missing, damaged or another one.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -67,7 +68,7 @@ class RemoteFolder(Folder):
 
     def __init__(self, url: str, cache: Cache) -> None:
         super().__init__(url.rstrip("/"))
-        self._cache = cache
+        self._cache, self.room = cache, cache.max_bytes
         try:
             import fsspec  # noqa: PLC0415  # an optional package, which local data sets do without
         except ImportError:
@@ -87,17 +88,30 @@ class RemoteFolder(Folder):
             return bytes(file.read())
 
     @contextmanager
-    def local_file(self, name: str, sha256: str, num_bytes: int | None = None, verify: bool = True) -> Iterator[Path]:
+    def local_file(
+        self,
+        name: str,
+        sha256: str,
+        num_bytes: int | None = None,
+        verify: bool = True,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[Path]:
         if not _SHA256.fullmatch(sha256):
             raise UserError(f"{self}/{name}: the manifest's checksum {sha256!r} is none; {self.repair_advice}")
-        fetch = partial(self._fetch, name, sha256, num_bytes)
+        fetch = partial(self._fetch, name, sha256, num_bytes, cancelled or threading.Event())
         with self._cache.local_file(sha256, fetch, verify=verify and (name, sha256) not in self._verified) as path:
             if verify:
                 self._verified.add((name, sha256))
             yield path
 
     def _fetch(
-        self, name: str, sha256: str, num_bytes: int | None, target: BufferedRandom, make_room: Callable[[int], None]
+        self,
+        name: str,
+        sha256: str,
+        num_bytes: int | None,
+        cancelled: threading.Event,
+        target: BufferedRandom,
+        make_room: Callable[[int], None],
     ) -> None:
         """Copy a file of the store to ``target`` and compare it with the manifest."""
         digest = hashlib.sha256()
@@ -112,6 +126,8 @@ class RemoteFolder(Folder):
             make_room(size or 0)
             chunk = b"-"
             while chunk:
+                if cancelled.is_set():
+                    raise UserError(f"{self}/{name}: is not needed any more")
                 with self._report_store_errors(name):
                     chunk = source.read(CHUNK_BYTES)
                 digest.update(chunk)

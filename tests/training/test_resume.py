@@ -221,6 +221,7 @@ OTHER_VALUES: dict[str, list[str]] = {
     "profile_memory": ["--profile_memory"],
     "verbose": ["--verbose"],
     "prefetch": ["--prefetch", "0"],
+    "fetch_ahead": ["--fetch_ahead", "0"],
 }
 
 

@@ -455,7 +455,7 @@ def test_many_batches_are_gathered_together_or_one_by_one_alike(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = list(make_loader(data_dir, batch_size=4))
-    monkeypatch.setattr("pipeline.loading.loader.GATHER_EVENTS", 1)
+    monkeypatch.setattr("pipeline.loading.groups.GATHER_EVENTS", 1)
     for batch, alone in zip(together, make_loader(data_dir, batch_size=4), strict=True):
         assert_equal(batch, alone)
 

@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 import pipeline.loading.loader
 from pipeline import make_loader
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.loading.groups import GroupPlan, Position
+from pipeline.loading.groups import GroupPlan, LoadedGroup, Position
 from pipeline.loading.loader import PatientLoader
 from pipeline.loading.options import Truncate
 from pipeline.loading.store import PatientStore
 from pipeline.sampling.cost import CostModel
 from pipeline.schema import INDEX_FILE, UserError
+from pipeline.storage.ahead import AheadFolder
 from pipeline.storage.files import file_sha256
+from pipeline.storage.folder import Folder
 from tests.data_dirs import Patient, make_patients, write_data_dir
 from tests.faults.conftest import cases
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
@@ -50,6 +52,10 @@ def _no_thread_is_left() -> Iterator[None]:
 
 def num_groups(loader: PatientLoader) -> int:
     return loader._planner.grouping(loader.epoch).num_groups
+
+
+def load_group(loader: PatientLoader, plan: GroupPlan) -> LoadedGroup:
+    return loader._load_group(plan, AheadFolder(loader._folder, 0))
 
 
 def walk(loader: PatientLoader) -> list[int]:
@@ -171,12 +177,12 @@ def test_each_group_has_chances_of_its_own(tmp_path: Path) -> None:
     data = write_data_dir(tmp_path, {"train": make_patients([[9]] * 80)}, shard_size=20)
     loader = make_loader(data, batch_size=5, group_events=180, max_sequence_length=4, truncate="random")
     groups = {
-        number: loader._load_group(loader._planner.plan_group(Position(0, number, 4 * number))) for number in range(4)
+        number: load_group(loader, loader._planner.plan_group(Position(0, number, 4 * number))) for number in range(4)
     }
     for number, group in groups.items():
         assert group.plan.shards == (loader._planner.grouping(0).shard_order[number],), "a shard each, all alike"
         for other in range(number):
-            assert group.batches.order.tolist() != groups[other].batches.order.tolist()
+            assert group.plan.batches.order.tolist() != groups[other].plan.batches.order.tolist()
             assert group.windows.event_start.tolist() != groups[other].windows.event_start.tolist()
 
 
@@ -268,16 +274,16 @@ def test_the_next_group_is_read_while_one_is_used_and_no_further(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make_loader(data_dir, batch_size=2, group_events=GROUP_EVENTS, prefetch=1)
-    load, done = loader._load_group, threading.Semaphore(0)
+    read, done = LoadedGroup.read, threading.Semaphore(0)
     loaded: list[tuple[int, int]] = []
 
-    def noted(plan: GroupPlan) -> Any:
-        result = load(plan)
-        loaded.append(plan.position[:2])
-        done.release()
-        return result
+    def noted(group: LoadedGroup, folder: Folder, batch: int | None = None) -> None:
+        read(group, folder, batch)
+        if batch is None:
+            loaded.append(group.plan.position[:2])
+            done.release()
 
-    monkeypatch.setattr(loader, "_load_group", noted)
+    monkeypatch.setattr(LoadedGroup, "read", noted)
     stream = iter(loader)
     next(stream)
     for _ in range(2):  # the one in use, which is there already, and the next
@@ -334,7 +340,7 @@ def test_planned_sets_are_exact_or_with_truncation_an_upper_bound(
     loader = make_loader(
         data_dir, group_events=GROUP_EVENTS, max_sequence_length=max_sequence_length, truncate=truncate
     )
-    windows, plan = loader._load_group(loader._group).windows, loader._group
+    windows, plan = load_group(loader, loader._group).windows, loader._group
     assert windows.num_events.tolist() == plan.num_events.tolist()
     assert (windows.num_sets <= plan.num_sets).all()
     if max_sequence_length is None:
@@ -355,4 +361,4 @@ def test_an_index_that_is_not_of_the_shards_is_refused(data_dir: Path, tmp_path:
     files = manifest.files | {INDEX_FILE: file_sha256(copy / INDEX_FILE)}
     loader = make_loader(copy, task=None, manifest=replace(manifest, files=files))
     with pytest.raises(UserError, match=r"index\.parquet, or the task: contradicts the shards"):
-        next(iter(loader))
+        list(loader)

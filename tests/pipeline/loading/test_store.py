@@ -30,16 +30,20 @@ def load(directory: Path, split: str = "train") -> Loaded:
     manifest = Manifest.load(directory)
     entries = manifest.splits[split]
     task = Task.load(directory, manifest, "default")
-    return Loaded(
-        PatientStore(directory, entries), SampleIndex(Folder(directory), manifest, task and (task,)).read(entries)
-    )
+    store = PatientStore(directory, entries)
+    for number in reversed(range(len(entries))):  # in any order
+        store.read(number, directory)
+    return Loaded(store, SampleIndex(Folder(directory), manifest, task and (task,)).read(entries))
 
 
 def select(
     loaded: Loaded, max_sequence_length: int | None = None, truncate: Truncate = "earliest", seed: int = 0
 ) -> Windows:
     options = LoaderOptions(max_sequence_length=max_sequence_length, truncate=truncate)
-    return loaded.store.select_windows(loaded.samples, options, np.random.default_rng(seed))
+    windows = Windows.of(loaded.samples, options, np.random.default_rng(seed))
+    for number in range(loaded.store.num_shards):
+        loaded.store.locate(windows, number)
+    return windows
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from pipeline.loading.batch import PatientBatch
 from pipeline.loading.loader import PatientLoader
 from pipeline.prepare.tasks import write_task
 from pipeline.schema import UserError
+from pipeline.storage.ahead import AheadFolder
 from tests.conftest import ragged_sizes
 from tests.data_dirs import Patient, add_task, in_stored_order, make_patients, write_data_dir
 from tests.pipeline.loading.test_batch import assert_equal, batch_of
@@ -192,7 +193,7 @@ def test_patients_are_in_memory_once_however_many_samples_they_have(tmp_path: Pa
     add_task(tmp_path, [(patient, time, 1) for patient in patients for time in times], "many")
     loader = make_loader(tmp_path, task="many", batch_size=100)
     assert len(loader) == 8
-    group = loader._load_group(loader._group)
+    group = loader._load_group(loader._group, AheadFolder(loader._folder, 0))
     assert (len(group.store.code), group.store.num_patients, group.plan.batches.batch_sizes.sum()) == (36, 4, 800)
 
 
