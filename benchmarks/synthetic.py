@@ -40,12 +40,14 @@ def invented(batch_size: int, seed: int, *, sets: int | None = None, events: int
     )
 
 
-def write_synthetic_data(directory: Path, *, num_patients: int, sets: int = 73, seed: int = 0) -> Path:
+def write_synthetic_data(
+    directory: Path, *, num_patients: int, sets: int = 73, shard_size: int = 1000, seed: int = 0
+) -> Path:
     """Write a data directory of made-up patients, with pyarrow alone, whose outcome can be learned.
 
     Sets are as large as those of intensive-care stays; patients have between half and one and a half times ``sets``
     of them.  One variable is higher, in the mean, in patients with the outcome.  Four fifths train, a tenth validates,
-    a tenth tests.
+    a tenth tests.  Shards have ``shard_size`` patients.
     """
     rng = np.random.default_rng(seed)
     patients = []
@@ -63,4 +65,4 @@ def write_synthetic_data(directory: Path, *, num_patients: int, sets: int = 73, 
         patients.append(Patient(patient_id=f"synthetic-{number}", label=label, sets=filled))
     ends = num_patients * 8 // 10, num_patients * 9 // 10
     splits = {"train": patients[: ends[0]], "valid": patients[ends[0] : ends[1]], "test": patients[ends[1] :]}
-    return write_data_dir(directory, splits, shard_size=1000, num_codes=NUM_SYNTHETIC_CODES)
+    return write_data_dir(directory, splits, shard_size=shard_size, num_codes=NUM_SYNTHETIC_CODES)

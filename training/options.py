@@ -242,7 +242,7 @@ def check_resume(saved: Mapping[str, Mapping[str, Any]], options: TrainOptions, 
                 )
 
 
-OF_A_MACHINE = {"data_dir", "cache_dir", "cache_bytes", "output_dir", "threads"}
+OF_A_MACHINE = {"data_dir", "cache_dir", "cache_bytes", "fetch_ahead", "output_dir", "threads"}
 """Options that machines of one run may give in their own way.  What lies in the folders is compared."""
 
 

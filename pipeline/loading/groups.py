@@ -231,6 +231,8 @@ class LoadedGroup:
         offsets = whole.batch_offsets[start : stop + 1]
         order = whole.order[offsets[0] : offsets[-1]]
         part = EpochPlan(order=np.arange(len(order)), batch_offsets=offsets - offsets[0])
+        if self._ranks["world_size"] == 1:
+            return replace(part, order=order)
         cost = CostModel().predict(windows.num_events[order], windows.num_sets[order])
         own = split_across_ranks(part, cost, first_step=self.plan.position.first_step + start, **self._ranks)
         return replace(own, order=order[own.order])

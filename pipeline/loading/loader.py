@@ -250,8 +250,8 @@ class PatientLoader(IterableDataset[Any]):
             for group in loaded:
                 first = max(cursor - group.plan.position.first_step, 0)
                 for number, batch in enumerate(group.gather(files, first), start=first):
-                    place = group.place(number, steps_before_epoch)
-                    yield group.plan, batch if transform is None else transform(batch, place)
+                    item = batch if transform is None else transform(batch, group.place(number, steps_before_epoch))
+                    yield group.plan, item
                 del group  # or a third group would be read while this one is in memory
 
     def _load_groups(
