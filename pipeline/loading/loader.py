@@ -227,8 +227,7 @@ class PatientLoader(IterableDataset[Any]):
         self._iteration = iteration = object()
         process = os.getpid()
         files = AheadFolder(self._folder, self.options.fetch_ahead)
-        # Files are closed first: whoever waits for one stops waiting.
-        with closing(prefetch(self._make_items(files), self.options.prefetch)) as items, closing(files):
+        with closing(files), closing(prefetch(self._make_items(files), self.options.prefetch, files.close)) as items:
             for group, item in items:
                 if self._iteration is not iteration:
                     raise RuntimeError("the loader went elsewhere, or another iteration began, during this one")

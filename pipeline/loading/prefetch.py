@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from queue import SimpleQueue
 from typing import TypeVar
@@ -12,11 +12,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+def prefetch(
+    items: Generator[T, None, None], depth: int, stop: Callable[[], None] = lambda: None
+) -> Generator[T, None, None]:
     """Yield ``items``, which a thread makes at most ``depth`` in advance; with 0 each is made when it is asked for.
 
-    An exception in the thread is raised where its item would have come.  Closing or dropping the generator ends the
-    thread, which a process that is forked meanwhile does not have.
+    An exception in the thread is raised where its item would have come.  Closing or dropping the generator, or an
+    interrupt while it waits, ends the thread, which a process that is forked meanwhile does not have; ``stop`` is
+    called first, so that the thread does not wait for anything.
     """
     if depth == 0:
         yield from items
@@ -50,5 +53,6 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
     finally:
         if os.getpid() == process:  # after a fork the locks may be held by a thread that does not exist
             closed.set()
+            stop()
             free.release()
             thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -167,6 +168,28 @@ def test_an_error_is_raised_at_the_first_batch_that_needs_its_shard(data_dir: Pa
     batches.extend(loader)
     for batch, expected in zip(batches, make_loader(data_dir, **flags), strict=True):
         assert_equal(batch, expected)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("group_events", [440, 10**6])
+def test_an_interrupt_does_not_wait_for_a_silent_store(
+    data_dir: Path, group_events: int, prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "GRACE_SECONDS", 0.01)
+    folder = Elsewhere(data_dir)
+    loader = make_loader(folder, batch_size=2, group_events=group_events, prefetch=prefetch)
+    folder.held = {entry.path for entry in loader.manifest.splits["train"]}
+    main = threading.main_thread().ident
+    assert main is not None
+    interrupt = threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT])
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(loader))
+    interrupt.join()
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+    folder.allow(set(folder.held))
+    while "fetch" in [thread.name for thread in threading.enumerate()]:
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("group_events", [440, 10**6])
