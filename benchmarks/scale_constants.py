@@ -28,16 +28,20 @@ import polars as pl
 
 from benchmarks.machine import describe
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.tables import read_vocabulary
 from pipeline.prepare.build import build
 from pipeline.prepare.executors import ExecutionOptions
+from pipeline.prepare.gather import MOMENTS, SCALES, gather, locate
 from pipeline.prepare.journal import JOURNAL
+from pipeline.prepare.merge import merge_spills
+from pipeline.prepare.moments import Moments
 from pipeline.prepare.options import EVENTS_PER_SHARD, BuildOptions
 from pipeline.prepare.publish import WORK
+from pipeline.prepare.rules import Rules
+from pipeline.prepare.sort import Partition
 from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.listing import Listing
 from pipeline.prepare.sources.reading import PIECE_BYTES, ROW_BYTES, Piece, number_rows
-from pipeline.prepare.sources.source import RawRows, Source
+from pipeline.prepare.sources.source import Origin, RawRows, Source
 from pipeline.prepare.sources.synthetic import Synthetic
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.spill import spill_piece
@@ -48,6 +52,7 @@ from pipeline.schema import LABEL, MANIFEST_FILE, MINUTE, PATIENT_ID, VALUE, VAR
 from pipeline.storage.files import file_sha256
 
 ALL_TRAIN = SplitRule(split_fractions=(1.0, 0.0, 0.0))
+MERGED_ROWS = 1_600_000
 Figures = dict[str, float]
 
 
@@ -116,7 +121,7 @@ def prepared(source: Source, events_per_shard: int, workers: int) -> Figures:
             clock.append(time.perf_counter())
             if done == total:
                 found.setdefault("first_stage_seconds", clock[-1] - clock[0])
-                for folder in ("spills", "sorted", JOURNAL):
+                for folder in ("spills", "sorted", MOMENTS, JOURNAL):
                     found[f"{folder}_bytes"] = max(found.get(f"{folder}_bytes", 0.0), disk(data / WORK / folder))
 
         options = BuildOptions(split_rule=ALL_TRAIN, events_per_shard=events_per_shard)
@@ -128,7 +133,6 @@ def prepared(source: Source, events_per_shard: int, workers: int) -> Figures:
             "shards": len(manifest.all_shards()),
             "events": summary["events_written"],
             "manifest_bytes": (data / MANIFEST_FILE).stat().st_size,
-            "vocabulary_bytes": len(pickle.dumps(read_vocabulary(data, manifest))),
             "peak_bytes": own_peak(),
         }
 
@@ -147,6 +151,37 @@ def opened(num_variables: int, num_pieces: int) -> Figures:
         return {"seconds": (time.process_time() - started) / 3, "peak_bytes": own_peak()}
 
 
+def merged(num_spills: int) -> Figures:
+    """Merge spills of ``MERGED_ROWS`` rows: one under many names."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = work_folder(name)
+        source = Made(num_patients=MERGED_ROWS // 40, num_events=40, num_variables=40, patients_per_piece=1 << 30)
+        alone(spill_piece, source, source.pieces()[0], 0, BuildOptions(split_rule=ALL_TRAIN), folder)
+        (spill,) = (folder / "spills").iterdir()
+        started = time.process_time()
+        merge_spills(folder, 0, [f"spills/{spill.name}"] * num_spills)
+        return {"seconds": time.process_time() - started}
+
+
+def gathered(num_partitions: int) -> Figures:
+    """Merge the moments of partitions of 2,000 variables."""
+    with tempfile.TemporaryDirectory() as name:
+        (folder := Path(name) / MOMENTS).mkdir()
+        variables = [f"VARIABLE//{number:06d}" for number in range(2000)]
+        moments = Moments.measure(variables, np.arange(2000), np.ones(2000, np.float32))
+        for number in range(num_partitions):
+            moments.save(locate(folder.parent, MOMENTS, number))
+        started = time.process_time()
+        gather(folder.parent, MOMENTS, 0, num_partitions)
+        return {"seconds": time.process_time() - started}
+
+
+def scheduled_bytes() -> float:
+    """Bytes of what a task that sorts is called with."""
+    partition = Partition(Path("/project/data/.preprocess"), 0, 1, SplitRule(), Origin())
+    return float(len(pickle.dumps((partition, Rules()))))
+
+
 def gzipped(num_events: int) -> Figures:
     """Read and spill a gzipped CSV."""
     with tempfile.TemporaryDirectory() as name:
@@ -159,7 +194,7 @@ def gzipped(num_events: int) -> Figures:
 
 
 def work_folder(name: str) -> Path:
-    for part in ("spills", "rejects"):
+    for part in ("spills", "merged", "rejects", SCALES):
         (Path(name) / part).mkdir()
     return Path(name)
 
@@ -249,13 +284,16 @@ def measure() -> Figures:
         "gzip_bytes_per_event": slope(gzipped, (400_000,), (2_000_000,), 1_600_000)["peak_bytes"],
         "hash_seconds_per_byte": slope(hashed, (1 << 26,), (1 << 29,), (1 << 29) - (1 << 26))["seconds"],
         "input_bytes_per_event": input_bytes,
-        "journal_bytes_per_partition_and_variable": of_pairs["journal_bytes"] / pairs,
-        "main_bytes_per_partition_and_variable": of_pairs["peak_bytes"] / pairs,
+        "gather_seconds_per_partition_and_variable": slope(gathered, (20,), (320,), 300 * 2000)["seconds"],
+        "main_bytes_per_partition": of_pairs["peak_bytes"] / of_pairs["shards"],
         "main_bytes_per_patient": of_patient["peak_bytes"],
-        "main_seconds_per_partition_and_variable": of_pairs["serial_seconds"] / pairs,
+        "main_seconds_per_partition": of_pairs["serial_seconds"] / of_pairs["shards"],
         "main_seconds_per_patient": of_patient["serial_seconds"],
         "main_seconds_per_reject": of_reject["serial_seconds"],
+        "merge_seconds_per_event": slope(merged, (4,), (36,), 32 * MERGED_ROWS)["seconds"],
+        "moments_bytes_per_partition_and_variable": of_pairs["moments_bytes"] / pairs,
         "manifest_bytes_per_shard": of_pairs["manifest_bytes"] / of_pairs["shards"],
+        "scheduler_bytes_per_task": scheduled_bytes(),
         "scheduler_seconds_per_task": slope(scheduled, (500,), (3000,), 2500)["seconds"],
         "sort_bytes_per_event": of_event["peak_bytes"] / events,
         "sort_bytes_per_spill": of_spill["peak_bytes"],
@@ -264,7 +302,6 @@ def measure() -> Figures:
         "seconds_per_spill": of_spill["seconds"],
         "seconds_per_spill_and_variable": max(0.0, of_wide_spill["seconds"] - of_spill["seconds"]) / (10_000 - 40),
         "seconds_per_task": of_task["first_stage_seconds"],
-        "vocabulary_bytes_per_variable": alone(prepared, *wide(2))["vocabulary_bytes"] / 2000,
     }
 
 

@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from pipeline.prepare.merge import MAX_SPILLS, STEP_ROWS, count_merged
 from pipeline.prepare.options import EVENTS_PER_SHARD
 from pipeline.prepare.sources.reading import PIECE_BYTES, ROW_BYTES
-from pipeline.prepare.spill import BATCH_ROWS
 
 RESULTS: Final = Path(__file__).parent / "results"
-WORKERS: Final = (1, 10, 100)
+WORKERS: Final = (1, 2, 4, 8, 16, 100)
+SERIAL_WORKERS: Final = 16
+"""Workers at which the serial part is looked at."""
 WORKER_BYTES: Final = 2.0 * (1 << 30)
 """Memory of a worker, as in the example of docs/distributed.md."""
 MAIN_BYTES: Final = 16.0 * (1 << 30)
@@ -52,8 +54,19 @@ class Scenario:
         return math.ceil(self.events / EVENTS_PER_SHARD)
 
     @property
+    def merged(self) -> tuple[int, int]:
+        """Of the spills, one a piece, those that are merged, and to how many."""
+        return count_merged(self.pieces, MAX_SPILLS)
+
+    @property
+    def files(self) -> int:
+        """From which a partition is cut."""
+        merged, groups = self.merged
+        return self.pieces - merged + groups
+
+    @property
     def tasks(self) -> int:
-        return self.pieces + 2 * self.partitions
+        return self.pieces + 2 * self.partitions + self.merged[1]
 
     @property
     def pairs(self) -> float:
@@ -89,27 +102,43 @@ def read_constants() -> Constants:
 
 
 def reopening(it: Scenario, c: Constants) -> float:
-    """Core-seconds of opening every spill for every partition: what is not linear in the events."""
-    return it.pieces * it.partitions * (c["seconds_per_spill"] + it.variables * c["seconds_per_spill_and_variable"])
+    """Core-seconds of opening spills for partitions and for steps of a merge: what is not linear in the events."""
+    steps = it.merged[0] * it.events / it.pieces * MAX_SPILLS / STEP_ROWS
+    opened = it.files * it.partitions + steps
+    return opened * (c["seconds_per_spill"] + it.variables * c["seconds_per_spill_and_variable"])
 
 
-def linear(it: Scenario, c: Constants) -> float:
-    """Core-seconds of all other work that workers share."""
-    return it.events * c["seconds_per_event"] + it.tasks * c["seconds_per_task"]
+def merging(it: Scenario, c: Constants) -> float:
+    """Core-seconds of merging spills."""
+    return it.merged[0] / it.pieces * it.events * c["merge_seconds_per_event"]
+
+
+def gathering(it: Scenario, c: Constants) -> float:
+    """Core-seconds of gathering moments."""
+    return it.pairs * c["gather_seconds_per_partition_and_variable"]
 
 
 def fingerprint(it: Scenario, c: Constants) -> float:
-    """Seconds; files are hashed by as many threads as there are cores, here one."""
+    """Core-seconds of hashing the input."""
     return it.events * c["input_bytes_per_event"] * c["hash_seconds_per_byte"]
+
+
+def linear(it: Scenario, c: Constants) -> float:
+    """Core-seconds of reading, sorting and writing, and of hashing the input before."""
+    return it.events * c["seconds_per_event"] + it.tasks * c["seconds_per_task"] + fingerprint(it, c)
+
+
+def shared(it: Scenario, c: Constants) -> float:
+    """Core-seconds of all that workers do."""
+    return linear(it, c) + reopening(it, c) + merging(it, c) + gathering(it, c)
 
 
 def serial(it: Scenario, c: Constants) -> float:
     """Seconds of the calling process while no worker works."""
     return (
-        fingerprint(it, c)
-        + it.patients * c["main_seconds_per_patient"]
+        it.patients * c["main_seconds_per_patient"]
         + it.events * REJECT_SHARE * c["main_seconds_per_reject"]
-        + it.pairs * c["main_seconds_per_partition_and_variable"]
+        + it.partitions * c["main_seconds_per_partition"]
     )
 
 
@@ -117,13 +146,12 @@ def wall(it: Scenario, c: Constants, workers: int) -> float:
     """Seconds; where the tasks of a stage are no multiple of the workers, some of these wait at its end."""
     waiting = math.ceil(it.partitions / workers) * workers / it.partitions
     scheduling = it.tasks * c["scheduler_seconds_per_task"] * (workers > 1)
-    return serial(it, c) + scheduling + (linear(it, c) + reopening(it, c)) / workers * waiting
+    return serial(it, c) + scheduling + shared(it, c) / workers * waiting
 
 
 def moved(it: Scenario, c: Constants) -> float:
-    """Bytes that are read and written; of a spill a partition reads whole batches, one more than its rows fill."""
-    rows = it.events / it.pieces / it.partitions
-    spills = (2 + BATCH_ROWS / rows) * c["spill_bytes_per_event"]
+    """Bytes that are read and written."""
+    spills = 2 * (1 + it.merged[0] / it.pieces) * c["spill_bytes_per_event"]
     others = 2 * (c["input_bytes_per_event"] + c["sorted_bytes_per_event"]) + c["data_bytes_per_event"]
     return it.events * (spills + others)
 
@@ -177,22 +205,22 @@ LIMITS: Final = (
         of=lambda it, c: c["base_bytes"] + it.events * c["gzip_bytes_per_event"],
     ),
     Limit(
-        what="opening every spill for every partition, as a part of all other work",
+        what="opening, merging and gathering, as a part of all other work",
         most=1.0,
         show=lambda part: f"{part:.1%}" if part < 1 else f"{number(part)} ×",
-        of=lambda it, c: reopening(it, c) / linear(it, c),
+        of=lambda it, c: shared(it, c) / linear(it, c) - 1,
     ),
     Limit(
-        what="memory of a worker that sorts: some batches of every spill",
+        what="memory of a worker that sorts or merges: a little of every spill",
         most=WORKER_BYTES,
         show=size,
-        of=lambda it, c: c["worker_bytes"] + it.pieces * c["sort_bytes_per_spill"],
+        of=lambda it, c: c["worker_bytes"] + max(it.files, min(it.pieces, MAX_SPILLS)) * c["sort_bytes_per_spill"],
     ),
     Limit(
-        what="memory of the calling process: moments, of each partition and variable",
+        what="memory of the calling process: counts of each piece and partition, and shards",
         most=MAIN_BYTES,
         show=size,
-        of=lambda it, c: c["base_bytes"] + it.pairs * c["main_bytes_per_partition_and_variable"],
+        of=lambda it, c: c["base_bytes"] + it.partitions * c["main_bytes_per_partition"],
     ),
     Limit(
         what="memory of the calling process: labels, splits, index and report, of each patient",
@@ -201,28 +229,28 @@ LIMITS: Final = (
         of=lambda it, c: c["base_bytes"] + it.patients * c["main_bytes_per_patient"],
     ),
     Limit(
-        what="memory of a Dask scheduler: the vocabulary, sent with each task that writes",
+        what="memory of a Dask scheduler: what tasks are called with",
         most=MAIN_BYTES,
         show=size,
-        of=lambda it, c: it.pairs * c["vocabulary_bytes_per_variable"],
+        of=lambda it, c: max(it.pieces, it.partitions) * c["scheduler_bytes_per_task"],
     ),
     Limit(
-        what="time in which only the calling process works: fingerprint, labels, moments, index, rejects",
+        what="time in which only the calling process works: labels, index, rejects",
         most=3600.0,
         show=duration,
         of=serial,
     ),
     Limit(
-        what="the journal on disk: moments again, as text",
-        most=100e9,
+        what="moments on disk, of each partition and variable",
+        most=10e12,
         show=size,
-        of=lambda it, c: it.pairs * c["journal_bytes_per_partition_and_variable"],
+        of=lambda it, c: it.pairs * c["moments_bytes_per_partition_and_variable"],
     ),
     Limit(
-        what="files at a time in the work folder, against a quota: spills, sorted, rejects, journal, index",
+        what="files at a time in the work folder, against a quota: spills, sorted, moments, rejects, journal, index",
         most=1e6,
         show=number,
-        of=lambda it, _: 4 * it.pieces + 10 * it.partitions,
+        of=lambda it, _: 5 * it.pieces + 11 * it.partitions,
     ),
     Limit(
         what="the manifest, which every process that trains reads whole",
@@ -249,15 +277,24 @@ def tables(c: Constants) -> dict[str, str]:
         row("disk for the work", size, lambda it: it.events * c["work_bytes_per_event"]),
         row("the result", size, lambda it: it.events * c["data_bytes_per_event"]),
         row("read and written in all", size, lambda it: moved(it, c)),
-        row("core-hours", number, lambda it: (serial(it, c) + linear(it, c) + reopening(it, c)) / 3600),
+        row("core-hours", number, lambda it: (serial(it, c) + shared(it, c)) / 3600),
         row("… linear in the events", number, lambda it: linear(it, c) / 3600),
-        row("… opening spills again", number, lambda it: reopening(it, c) / 3600),
-        row("… of the calling process alone", number, lambda it: serial(it, c) / 3600),
         row("… … of them for the fingerprint", number, lambda it: fingerprint(it, c) / 3600),
+        row("… merging spills", number, lambda it: merging(it, c) / 3600),
+        row("… opening spills again", number, lambda it: reopening(it, c) / 3600),
+        row("… gathering moments", number, lambda it: gathering(it, c) / 3600),
+        row("… of the calling process alone", number, lambda it: serial(it, c) / 3600),
+        row(
+            "all, to the linear part",
+            lambda part: f"{part:.2f} ×",
+            lambda it: (serial(it, c) + shared(it, c)) / linear(it, c),
+        ),
     ]
     for workers in WORKERS:
         name = f"wall time, {workers} worker{'s' * (workers > 1)}"
         costs.append([name, *(duration(wall(it, c, workers)) for it in SCENARIOS)])
+    part = f"… of which the calling process works alone, for {SERIAL_WORKERS}"
+    costs.append(row(part, lambda share: f"{share:.1%}", lambda it: serial(it, c) / wall(it, c, SERIAL_WORKERS)))
     busiest = WORKERS[-1]
     name = f"… which ask of the file system, for {busiest}"
     costs.append(row(name, lambda rate: f"{size(rate)}/s", lambda it: moved(it, c) / wall(it, c, busiest)))

@@ -14,11 +14,10 @@ from benchmarks.scale_costs import (
     Scenario,
     duration,
     filled,
-    linear,
     number,
     read_constants,
-    reopening,
     serial,
+    shared,
     size,
     tables,
     wall,
@@ -58,7 +57,7 @@ def test_limits_grow_with_the_data() -> None:
 def test_wall_time() -> None:
     constants = read_constants() | {"scheduler_seconds_per_task": 0.0}
     it = SCENARIOS[0].scaled(8 * 2**21)  # eight partitions
-    work, alone = linear(it, constants) + reopening(it, constants), serial(it, constants)
+    work, alone = shared(it, constants), serial(it, constants)
     for workers, seconds in ((1, work), (4, work / 4), (5, work / 4), (100, work / 8)):
         assert wall(it, constants, workers) == pytest.approx(alone + seconds)
 

@@ -6,6 +6,7 @@ consecutive ones are merged first, as few as needed, and so a row is written at 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -46,11 +47,18 @@ def group_spills(spills: Sequence[str], max_spills: int) -> list[tuple[str, ...]
 
     Beyond the square of ``max_spills`` a group has more than that.
     """
-    if len(spills) <= max_spills:
-        return []
-    size = max(max_spills, math.ceil(len(spills) / max_spills))
-    num_merged = len(spills) - max_spills + math.ceil((len(spills) - max_spills) / (size - 1))
-    return [tuple(spills[start : min(start + size, num_merged)]) for start in range(0, num_merged, size)]
+    num_merged, num_groups = count_merged(len(spills), max_spills)
+    cuts = np.linspace(0, num_merged, num_groups + 1).round().astype(int).tolist() if num_groups else [0]
+    return [tuple(spills[start:stop]) for start, stop in itertools.pairwise(cuts)]
+
+
+def count_merged(num_spills: int, max_spills: int) -> tuple[int, int]:
+    """Return how many spills are merged, and to how many."""
+    if num_spills <= max_spills:
+        return 0, 0
+    size = max(max_spills, math.ceil(num_spills / max_spills))
+    num_groups = math.ceil((num_spills - max_spills) / (size - 1))
+    return num_spills - max_spills + num_groups, num_groups
 
 
 def name_merged(number: int) -> str:

@@ -29,6 +29,10 @@ from pipeline.prepare.splits import SplitRule
 from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import PATIENT_ID, SPLITS
 
+SPILL_LIST: Final = "spills.json"
+LIMITS: Final = "limits.json"
+"""Files in the work folder of what all partitions need: the names of spills, and outlier limits [low, high] by name."""
+
 MAX_NAMED_PATIENTS: Final = 100
 """Maximum number of patients without events that the summary names."""
 
@@ -39,12 +43,14 @@ NO_TIME: Final = np.iinfo(np.int64).min
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """One of the ranges of hashes into which all spills are cut, and how its events are placed in time and splits."""
+    """One of the ranges of hashes into which all spills are cut, and how its events are placed in time and splits.
+
+    The paths of the spills, below ``work``, are in ``SPILL_LIST``.
+    """
 
     work: Path
     number: int
     num_partitions: int
-    spills: tuple[str, ...]  # below the work folder
     split_rule: SplitRule
     origin: Origin
 
@@ -53,7 +59,7 @@ class Partition:
 
         Events are in the order of sets, variables, values and minutes, without duplicates.
         """
-        paths = [self.work / spill for spill in self.spills]
+        paths = [self.work / name for name in json.loads((self.work / SPILL_LIST).read_bytes())]
         rows = read_partition(paths, self.number, self.num_partitions)
         known = read_partition_slice(self.work / "known.arrow", self.number, self.num_partitions)
         events, origins = _sort_events(rows, self.origin)
@@ -90,13 +96,14 @@ def measure_partition(partition: Partition) -> MeasuredPartition:
     return MeasuredPartition(events.kept.height)
 
 
-def sort_partition(partition: Partition, rules: Rules, limits: Limits) -> SortedPartition:
+def sort_partition(partition: Partition, rules: Rules) -> SortedPartition:
     """Sort a partition and apply the rules; write ``sorted/<partition>.arrow``, ``late_rejects/`` and ``moments/``.
 
     The sorted file holds the shards of all splits before codes are known: ``code`` is a position among the variables
     named in its metadata, and ``value`` is not scaled.
     """
     rows, patients, events = partition.read()
+    limits: Limits = json.loads((partition.work / LIMITS).read_bytes())
     if limits:
         events.limit(rows.variables, limits, rules.outlier_action)
     if rules.aggregate != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,15 @@ from pipeline.prepare.moments import Moments
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.rules import Limits, compute_outlier_limits
 from pipeline.prepare.scales import load_scales
-from pipeline.prepare.sort import MeasuredPartition, Partition, SortedPartition, measure_partition, sort_partition
+from pipeline.prepare.sort import (
+    LIMITS,
+    SPILL_LIST,
+    MeasuredPartition,
+    Partition,
+    SortedPartition,
+    measure_partition,
+    sort_partition,
+)
 from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
@@ -32,7 +41,7 @@ from pipeline.prepare.summary import Results
 from pipeline.prepare.vocabulary import make_vocabulary
 from pipeline.prepare.write import VOCABULARY, WrittenPartition, write_partition
 from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, MINUTE, UserError
-from pipeline.storage.files import sync
+from pipeline.storage.files import sync, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +66,11 @@ class Stages:
         """Return the results of all stages; ``total`` partitions are cut from the spills."""
         work, rule, origin = self.runner.work, self.options.split_rule, self.source.origin
         spills = self.merge_spills(list_spills(spilled), total)
-        partitions = [Partition(work, number, total, spills, rule, origin) for number in range(total)]
+        write_atomically(work / SPILL_LIST, json.dumps(spills).encode())
+        partitions = [Partition(work, number, total, rule, origin) for number in range(total)]
         limits = self.compute_limits(partitions)
-        parts = self.sort_partitions(partitions, limits)
+        write_atomically(work / LIMITS, json.dumps(limits).encode())
+        parts = self.sort_partitions(partitions)
         path = self.source.find_side_files().get("statistics")
         statistics = read_statistics(path) if path and not self.options.reference else {}
         moments = Moments.load(gather_all(self.runner, MOMENTS, total))
@@ -134,10 +145,10 @@ class Stages:
         measured = Moments.load(gather_all(self.runner, MEASURED, len(partitions)))
         return compute_outlier_limits(measured, self.options.rules)
 
-    def sort_partitions(self, partitions: Sequence[Partition], limits: Limits) -> list[SortedPartition]:
+    def sort_partitions(self, partitions: Sequence[Partition]) -> list[SortedPartition]:
         leaves = ("sorted/{:05d}.arrow", "late_rejects/{:05d}.parquet", f"{MOMENTS}/{{:05d}}.*")
         stage = Stage("sort", sort_partition, SortedPartition, attrgetter("num_events"), leaves)
-        tasks = [(partition, self.options.rules, limits) for partition in partitions]
+        tasks = [(partition, self.options.rules) for partition in partitions]
 
         def find_used_up(parts: list[SortedPartition]) -> IsUsedUp:
             return is_cleared if self.runner.are_done(["write"], len(parts)) else is_needed

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -54,9 +54,9 @@ class ObjectStore:
             if "s3" in self._system.protocol:
                 self._system.retries = S3_RETRIES
         except ImportError as error:
-            raise UserError(f"{self.url}: {first_line(error)}; pip install 'seqsetvae[remote]' is for s3://") from None
+            raise UserError(f"{self.url}: {_first_line(error)}; pip install 'seqsetvae[remote]' is for s3://") from None
         except ValueError as error:
-            raise UserError(f"{self.url}: {first_line(error)}; give a URL such as s3://bucket/prefix") from None
+            raise UserError(f"{self.url}: {_first_line(error)}; give a URL such as s3://bucket/prefix") from None
 
     def __str__(self) -> str:
         return self.url
@@ -105,42 +105,42 @@ class ObjectStore:
 
     def put(self, path: Path, name: str) -> None:
         """Copy a file to the store, which has the old or the new content at every moment."""
-        with self.report_errors(name):
+        with self.report_errors(name, "take"):
             self._system.put_file(str(path), self._locate(name))
 
     def put_bytes(self, content: bytes, name: str) -> None:
         """Write a small file to the store."""
-        with self.report_errors(name):
+        with self.report_errors(name, "take"):
             self._system.pipe_file(self._locate(name), content)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files; one that is gone already is no error."""
         for name in names:
-            with self.report_errors(name):
-                try:
-                    self._system.rm_file(self._locate(name))
-                except FileNotFoundError:
-                    continue
+            with suppress(FileNotFoundError), self.report_errors(name, "remove"):
+                self._system.rm_file(self._locate(name))
 
     def _locate(self, name: str) -> str:
         return f"{self._root}/{name}" if name else str(self._root)
 
     @contextmanager
-    def report_errors(self, name: str) -> Iterator[None]:
-        """Turn an error of the file system, which may be of any class, into a UserError that says why."""
+    def report_errors(self, name: str, what: str = "give") -> Iterator[None]:
+        """Turn an error of the file system, which may be of any class, into a UserError that says why.
+
+        ``what`` is what the store is to do: give, take or remove a file.
+        """
         where = f"{self.url}/{name}" if name else self.url
         try:
             yield
         except (FileNotFoundError, UserError):
             raise
         except PermissionError as error:
-            raise UserError(f"{where}: access denied ({first_line(error)}); check the credentials") from error
+            raise UserError(f"{where}: access denied ({_first_line(error)}); check the credentials") from error
         except Exception as error:
-            reason = f"the store does not answer as it should ({first_line(error)}); check URL, credentials and network"
+            reason = f"the store does not {what} it ({_first_line(error)}); check URL, credentials and network"
             raise UserError(f"{where}: {reason}") from error
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return the first line of what an error says, or else its class."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 

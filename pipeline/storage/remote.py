@@ -9,8 +9,6 @@ The cache is shared by processes and outlives them.  Its rules:
 * A part is also removed when a fetch fails or the process ends; ``pipeline.storage.ahead`` fetches several at once.
 * Before a file is fetched, files that are not locked are removed, the least recently used first, until all fit.
 * Only files with these names are ever removed, in a folder that was empty when it became a cache, which a tag marks.
-
-fsspec and its file systems are imported when a URL is opened.  They decide about timeouts, retries and credentials.
 """
 
 from __future__ import annotations
@@ -24,16 +22,12 @@ from contextlib import contextmanager
 from functools import partial
 from io import BufferedRandom
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pipeline.schema import UserError
 from pipeline.storage.cache import CACHE_BYTES, Cache, parse_bytes
 from pipeline.storage.folder import Folder
-
-CHUNK_BYTES: Final = 1 << 24  # of one request to the store: each has its own retries
-S3_RETRIES: Final = 2
-"""Retries of s3fs, which counts them twice when it reads, around five attempts of botocore (``AWS_MAX_ATTEMPTS``) at
-15 s each: a store that does not answer is given up after three to six minutes.  s3fs's own 5 take half an hour."""
+from pipeline.storage.object_store import CHUNK_BYTES, ObjectStore, is_url
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -52,7 +46,7 @@ def open_folder(
     if isinstance(directory, Folder):
         return directory
     max_bytes = parse_bytes(cache_bytes)
-    if isinstance(directory, Path) or "://" not in directory:
+    if isinstance(directory, Path) or not is_url(directory):
         return Folder(directory)
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return RemoteFolder(directory, Cache(Path(cache_dir or user_cache / "seqsetvae"), max_bytes))
@@ -70,23 +64,10 @@ class RemoteFolder(Folder):
     def __init__(self, url: str, cache: Cache) -> None:
         super().__init__(url.rstrip("/"))
         self._cache, self.room = cache, cache.max_bytes
-        try:
-            import fsspec  # noqa: PLC0415  # an optional package, which local data sets do without
-        except ImportError:
-            raise UserError(f"{self}: needs fsspec, which is not here; pip install 'seqsetvae[remote]'") from None
-        try:
-            # A new instance: one that another part of the process made may have old listings.
-            self._system, self._root = fsspec.core.url_to_fs(self._location, skip_instance_cache=True)
-            if "s3" in self._system.protocol:
-                self._system.retries = S3_RETRIES
-        except ImportError as error:
-            raise UserError(f"{self}: {_first_line(error)}; pip install 'seqsetvae[remote]' is for s3://") from None
-        except ValueError as error:
-            raise UserError(f"{self}: {_first_line(error)}; give a URL such as s3://bucket/prefix") from None
+        self._store = ObjectStore(self._location)
 
     def read(self, name: str) -> bytes:
-        with self._report_store_errors(name), self._open(name) as file:
-            return bytes(file.read())
+        return self._store.read(name)
 
     @contextmanager
     def local_file(
@@ -117,8 +98,8 @@ class RemoteFolder(Folder):
         """Copy a file of the store to ``target`` and compare it with the manifest."""
         digest = hashlib.sha256()
         try:
-            with self._report_store_errors(name):
-                source = self._open(name)
+            with self._store.report_errors(name):
+                source = self._store.open(name)
         except FileNotFoundError:
             raise self._bad_file(name, "is missing") from None
         with source:
@@ -129,29 +110,9 @@ class RemoteFolder(Folder):
             while chunk:
                 if cancelled.is_set():
                     raise UserError(f"{self}/{name}: is not needed any more")
-                with self._report_store_errors(name):
+                with self._store.report_errors(name):
                     chunk = source.read(CHUNK_BYTES)
                 digest.update(chunk)
                 target.write(chunk)
         self._check_size(name, target.tell(), num_bytes)
         self._check_sha256(name, digest.hexdigest(), sha256)
-
-    def _open(self, name: str) -> Any:
-        return self._system.open(f"{self._root}/{name}", "rb", block_size=CHUNK_BYTES, cache_type="none")
-
-    @contextmanager
-    def _report_store_errors(self, name: str) -> Iterator[None]:
-        """Turn an error of the file system, which may be of any class, into a UserError that says why."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise UserError(f"{self}/{name}: access denied ({_first_line(error)}); check the credentials") from error
-        except Exception as error:
-            reason = f"the store does not give it ({_first_line(error)}); check URL, credentials and network"
-            raise UserError(f"{self}/{name}: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -24,7 +24,7 @@ from tests.pipeline.prepare.test_build import shard_bytes
 
 @pytest.mark.parametrize(
     ("num_spills", "groups"),
-    [(3, []), (4, [(0, 1)]), (5, [(0, 1, 2)]), (6, [(0, 1, 2), (3, 4)]), (7, [(0, 1, 2), (3, 4, 5)]), (0, [])],
+    [(3, []), (4, [(0, 1)]), (5, [(0, 1, 2)]), (6, [(0, 1), (2, 3, 4)]), (7, [(0, 1, 2), (3, 4, 5)]), (0, [])],
 )
 def test_as_few_spills_are_merged_as_leave_three(num_spills: int, groups: list[tuple[int, ...]]) -> None:
     found = group_spills([str(number) for number in range(num_spills)], 3)

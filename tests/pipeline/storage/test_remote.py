@@ -555,7 +555,7 @@ def test_a_store_that_does_not_tell_sizes_will_do(
 
     folder = open_folder(remote, cache_dir=cache)
     assert isinstance(folder, RemoteFolder)
-    monkeypatch.setattr(folder, "_open", lambda name: Stream((data_dir / name).read_bytes()))
+    monkeypatch.setattr(folder._store, "open", lambda name: Stream((data_dir / name).read_bytes()))
     manifest = Manifest.load(folder)
     assert read_index(folder, manifest).equals(read_index(data_dir, manifest))
     for batch, expected in zip(make_loader(folder), make_loader(data_dir), strict=True):
