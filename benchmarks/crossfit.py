@@ -1,13 +1,14 @@
 """Models beside one another by pooled out-of-fold predictions of all stays, kept for each stay.
 
     python -m benchmarks.crossfit RECORDS --work DIR [--folds 5] [--fold_seeds 0 1] [--seeds 0] [--jobs 2]
-        [--name NAME] [--only_bar] [-- TRAIN FLAGS]
+        [--name NAME] [--only_bar] [--kept FILE.npz] [-- TRAIN FLAGS]
 
 For each seed of folds the stays are cut into folds, stratified by outcome; each fold is predicted by models that saw
 none of it.  A fifth of the other folds is the inner split: it decides the epoch of SeqSetVAE.  The bar
 (``benchmarks/stack.py``, models of ``training/teacher.py``) is fitted twice: to what SeqSetVAE trains on, and to all
 other folds.  Flags after ``--`` change the training; ``--name`` tells such runs from others.  The work folder keeps
-what is done: a run that was interrupted goes on, others add to it.
+what is done: a run that was interrupted goes on, others add to it.  ``--kept`` holds the predictions alone, without ids,
+so that another machine goes on with them.
 
 Quality is that of the pooled predictions of a seed of folds, averaged over these seeds.  Models are compared stay by
 stay: intervals and z are of the bootstrap over stays, who keep their predictions of all seeds together.
@@ -57,14 +58,19 @@ def main() -> None:
     parser.add_argument("--name", default="SeqSetVAE")
     parser.add_argument("--only_bar", action="store_true", help="train no SeqSetVAE; use what the work folder has")
     parser.add_argument("--jobs", type=int, default=usable_cores(), help="trainings at a time, of one thread each")
+    parser.add_argument("--kept", type=Path, help="predictions of folds that are done: read before, written after")
     parser.add_argument("--output", type=Path)
     arguments, flags = split_flags(sys.argv[1:])
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     stays = _stays_of(options)
+    if options.kept and options.kept.exists():
+        unpack_folds(options.kept, options.work / "folds", stays.label, options.folds)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         places = list(itertools.product(options.fold_seeds, range(options.folds)))
         list(pool.map(lambda place: _do_fold(options, flags, stays, *place), places))
+    if options.kept:
+        pack_folds(options.work / "folds", options.kept)
     predictions = {path.stem: _pool(path, stays, options) for path in sorted((options.work / "folds").glob("*"))}
     predictions = {name: found for name, found in predictions.items() if found is not None}
     result = {**describe(), "folds": options.folds, "fold_seeds": options.fold_seeds, "seeds": options.seeds}
@@ -129,6 +135,23 @@ def _do_fold(options: argparse.Namespace, flags: list[str], stays: Stays, fold_s
 def _keep(path: Path, stays: npt.NDArray[Any], probability: Floats) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"stays": stays.tolist(), "probability": probability.tolist()}))
+
+
+def pack_folds(folder: Path, path: Path) -> None:
+    """Write the predictions of all folds that are done to one file, each in the order of its stays."""
+    done = sorted(folder.glob("*/*.json"))
+    columns = {f"{one.parent.name}/{one.stem}": json.loads(one.read_text())["probability"] for one in done}
+    np.savez_compressed(path, **{name: np.array(column, np.float32) for name, column in columns.items()})
+
+
+def unpack_folds(path: Path, folder: Path, label: npt.NDArray[np.int64], folds: int) -> None:
+    """Put the predictions of :func:`pack_folds` where they are not there yet."""
+    with np.load(path, allow_pickle=False) as found:
+        for name in found.files:
+            place = folder / f"{name}.json"
+            fold_seed, fold = map(int, place.stem.split("_"))
+            if not place.exists():
+                _keep(place, split_stays(label, folds, fold_seed, fold)["test"], found[name].astype(np.float64))
 
 
 def _pool(folder: Path, stays: Stays, options: argparse.Namespace) -> Floats | None:

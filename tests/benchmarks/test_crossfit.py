@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.crossfit import BAR, compare, split_stays
+from benchmarks.crossfit import BAR, compare, pack_folds, split_stays, unpack_folds
 from training.teacher import fit_stack
 
 
@@ -45,3 +48,14 @@ def test_the_stack_learns_and_ignores_what_was_never_recorded() -> None:
     found = fit_stack(x[:200], label[:200], x[200:], seeds=(0,))
     assert found.keys() == {"boosted trees", "wide linear", "extra trees", "stack"}
     assert all(roc_auc_score(label[200:], answer) > 0.75 for answer in found.values())
+
+
+def test_predictions_of_folds_go_on_elsewhere(tmp_path: Path) -> None:
+    label = np.array([1, 0, 0, 0, 0] * 20)
+    stays = split_stays(label, 5, 1, 2)["test"]
+    path = tmp_path / "folds" / "a model, small" / "1_2.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"stays": stays.tolist(), "probability": (stays / 128).tolist()}))
+    pack_folds(tmp_path / "folds", tmp_path / "kept.npz")
+    unpack_folds(tmp_path / "kept.npz", tmp_path / "others", label, 5)
+    assert json.loads((tmp_path / "others" / "a model, small" / "1_2.json").read_text()) == json.loads(path.read_text())
