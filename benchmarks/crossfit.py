@@ -7,8 +7,8 @@ For each seed of folds the stays are cut into folds, stratified by outcome; each
 none of it.  A fifth of the other folds is the inner split: it decides the epoch of SeqSetVAE.  The bar
 (``benchmarks/stack.py``, models of ``training/teacher.py``) is fitted twice: to what SeqSetVAE trains on, and to all
 other folds.  Flags after ``--`` change the training; ``--name`` tells such runs from others.  The work folder keeps
-what is done: a run that was interrupted goes on, others add to it.  ``--kept`` holds the predictions alone, without ids,
-so that another machine goes on with them.
+what is done: a run that was interrupted goes on, others add to it.  ``--kept`` holds the predictions alone, without
+ids, so that another machine goes on with them.
 
 Quality is that of the pooled predictions of a seed of folds, averaged over these seeds.  Models are compared stay by
 stay: intervals and z are of the bootstrap over stays, who keep their predictions of all seeds together.
