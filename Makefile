@@ -12,7 +12,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-faults test-integrations lint format docs bench clean
+.PHONY: help demo test test-faults test-integrations lint format docs bench bench-billion clean
 
 help:
 	@echo "make demo    synthetic patients: preprocess, train on CPU, evaluate, report (a few minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make docs    the documentation as a site, in site/"
 	@echo "make format  ruff, rewriting files"
 	@echo "make bench   figures of docs/figures.md, measured again into benchmarks/results"
+	@echo "make bench-billion  a billion events through preprocess.py, killed five times (hours, 90 GB of disk)"
 	@echo "make clean   remove .venv, demo and caches"
 
 $(READY): pyproject.toml
@@ -71,6 +72,9 @@ bench: $(READY)
 	@set -e; for name in $(BENCHMARKS); do \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name --output benchmarks/results/$$name.json; \
 	done
+
+bench-billion: $(READY)
+	$(BIN)/python -m benchmarks.billion --output benchmarks/results/billion.json
 
 clean:
 	rm -rf .venv demo build site seqsetvae.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
