@@ -103,9 +103,10 @@ def read_constants() -> Constants:
 
 def reopening(it: Scenario, c: Constants) -> float:
     """Core-seconds of opening spills for partitions and for steps of a merge: what is not linear in the events."""
-    steps = it.merged[0] * it.events / it.pieces * MAX_SPILLS / STEP_ROWS
-    opened = it.files * it.partitions + steps
-    return opened * (c["seconds_per_spill"] + it.variables * c["seconds_per_spill_and_variable"])
+    merged, groups = it.merged
+    steps = it.events * merged / it.pieces / STEP_ROWS * merged / max(groups, 1)
+    named = c["seconds_per_spill"] + it.variables * c["seconds_per_spill_and_variable"]
+    return it.files * it.partitions * named + steps * c["seconds_per_spill"]
 
 
 def merging(it: Scenario, c: Constants) -> float:

@@ -26,7 +26,7 @@ from pipeline.prepare.spill_files import FIRST_ROW, HASH, STATIC_INSTANT, Array,
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 from pipeline.storage.files import replace_atomically
 
-MAX_SPILLS: Final = 1024
+MAX_SPILLS: Final = 256
 """Maximum number of files from which a partition is cut, and that are merged to one."""
 
 STEP_ROWS: Final = 1 << 22
