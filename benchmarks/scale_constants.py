@@ -104,7 +104,7 @@ class Made(Source):
 
 
 def prepared(source: Source, events_per_shard: int, workers: int, has_report: bool = True) -> Figures:
-    """Build, and perhaps report: seconds of the first stage, and of this process before the first stage and after the last.
+    """Build, and perhaps report: seconds of the first stage, and of this process before that and after the last stage.
 
     Also bytes on disk, and the most memory of this process without its workers.
     """
