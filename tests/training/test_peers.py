@@ -172,7 +172,8 @@ def test_machines_with_other_data_or_none_are_told_in_one_line(tmp_path: Path) -
             start(folder if rank else data, tmp_path / f"run_{name}", main=run_with_fast_watch, **environment)
             for rank, environment in enumerate(environments)
         ]
-    said = {name: read_lines(ranks, 2) for name, ranks in runs.items()}
+    # torch may say in its own words that the other rank's store is gone.
+    said = {name: [each for each in read_lines(ranks, 2) if "train.py: " in each] for name, ranks in runs.items()}
     assert len(said["other"]) == len(said["none"]) == 2
     assert all("not the same data set on all machines (that of rank 1 is not" in line for line in said["other"])
     assert all(line.startswith(f"train.py: {tmp_path}/none/manifest.json: no manifest here") for line in said["none"])
