@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.tasks import SampleCounts, Task, has_task
 from pipeline.schema import INDEX_FILE, MANIFEST_FILE, TASKS_FOLDER, UserError
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import File, Folder
 
 
 class JoinedFolder(Folder):
@@ -53,18 +53,11 @@ class JoinedFolder(Folder):
         return self._folders["1/"].read(name)
 
     @contextmanager
-    def local_file(
-        self,
-        name: str,
-        sha256: str,
-        num_bytes: int | None = None,
-        verify: bool = True,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[Path]:
-        number, slash, own = name.partition("/")
+    def local_file(self, file: File, cancelled: threading.Event | None = None) -> Iterator[Path]:
+        number, slash, own = file.name.partition("/")
         prefix = f"{number}{slash}" if f"{number}{slash}" in self._folders else "1/"
-        file = (own if prefix[:-1] == number else name, sha256, num_bytes, verify)
-        with self._folders[prefix].local_file(*file, cancelled=cancelled) as path:
+        own_file = file._replace(name=own) if prefix[:-1] == number else file
+        with self._folders[prefix].local_file(own_file, cancelled) as path:
             yield path
 
     def parts(self, name: str, sha256: str) -> list[tuple[str, Folder, str]]:

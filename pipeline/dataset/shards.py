@@ -25,9 +25,9 @@ from pipeline.dataset.schemas import SHARD_SCHEMA, TRAINED_SCHEMA
 from pipeline.dataset.tables import read_parquet
 from pipeline.dataset.tars import read_tar, write_tar
 from pipeline.schema import UserError
-from pipeline.storage.ahead import AheadFolder, File
+from pipeline.storage.ahead import AheadFolder
 from pipeline.storage.files import file_sha256, replace_atomically
-from pipeline.storage.folder import BadFile, Folder, as_folder
+from pipeline.storage.folder import BadFile, File, Folder, as_folder
 
 ROW_GROUP_EVENTS = 1 << 17  # about: 1 MiB of codes and values, the minimum worth a read of its own
 
@@ -81,7 +81,7 @@ def check_shards(directory: Path | Folder, entries: Sequence[ShardEntry], *, fet
         files.announce(shards)
         for shard in shards:
             try:
-                with files.local_file(*shard):
+                with files.local_file(shard):
                     pass
             except BadFile as error:
                 bad[shard.name] = error.reason
@@ -109,7 +109,7 @@ def read_rows(folder: Folder, entry: ShardEntry, schema: pa.Schema, *, verify: b
     """Return the columns of ``schema``, some of ``SHARD_SCHEMA``, of one shard, each one array; raises as above."""
     path, advice = _locate(folder, entry)
     try:
-        with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes, verify=verify) as local:
+        with folder.local_file(File(entry.path, entry.sha256, entry.num_bytes, verify)) as local:
             is_tar = entry.path.endswith(".tar")
             rows = read_tar(local).select(schema.names).cast(schema) if is_tar else read_parquet(local, schema)
             table = rows.combine_chunks()

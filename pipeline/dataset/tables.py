@@ -17,7 +17,7 @@ from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, VOCABULARY_FILE, UserError
-from pipeline.storage.folder import Folder, as_folder
+from pipeline.storage.folder import File, Folder, as_folder
 
 
 def read_parquet(path: str | Path, schema: pa.Schema) -> pa.Table:
@@ -64,7 +64,7 @@ def open_checked(directory: Path | Folder, manifest: Manifest, name: str, *, ver
     folder = as_folder(directory)
     if name not in manifest.files:
         raise UserError(f"{folder}/{name}: not in the manifest; run preprocess.py again")
-    with folder.local_file(name, manifest.files[name], verify=verify) as path:
+    with folder.local_file(File(name, manifest.files[name], verify=verify)) as path:
         yield path
 
 
@@ -97,7 +97,7 @@ class RowsByShard:
         """
         folder, names = self._folder, self._schema.names
         with (
-            folder.local_file(self._name, self._sha256, verify=self._verify) as local,
+            folder.local_file(File(self._name, self._sha256, verify=self._verify)) as local,
             report_damage(folder, self._name),
             pq.ParquetFile(local, metadata=self._metadata) as file,
         ):

@@ -21,7 +21,7 @@ from pipeline.dataset.schemas import task_schema
 from pipeline.dataset.tables import add_prefix, read_parquet, report_damage
 from pipeline.schema import FORMAT_VERSION, SPLITS, TASKS_FOLDER, Kind, Times, UserError
 from pipeline.storage.files import seal, sync, unseal, write_atomically
-from pipeline.storage.folder import Folder, as_folder
+from pipeline.storage.folder import File, Folder, as_folder
 
 MAX_NAMED_CLASSES: Final = 8
 """Maximum number of classes that a line describes."""
@@ -145,7 +145,7 @@ def read_task_table(directory: Path | Folder, task: Task, *columns: str) -> pa.T
         schema = pa.schema([schema.field(name) for name in columns])
     tables = []
     for prefix, part, sha256 in folder.parts(task.table, task.table_sha256):
-        with part.local_file(task.table, sha256) as path, report_damage(part, task.table):
+        with part.local_file(File(task.table, sha256)) as path, report_damage(part, task.table):
             tables.append(add_prefix(read_parquet(path, schema), prefix))
     return pa.concat_tables(tables)
 

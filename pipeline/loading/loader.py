@@ -46,8 +46,8 @@ from pipeline.sampling.cost import CostModel
 from pipeline.sampling.plan import EpochPlan
 from pipeline.sampling.policy import Policy
 from pipeline.schema import DEFAULT_TASK, UserError
-from pipeline.storage.ahead import AheadFolder, File
-from pipeline.storage.folder import Folder
+from pipeline.storage.ahead import AheadFolder
+from pipeline.storage.folder import File, Folder
 from pipeline.storage.remote import open_folder
 
 STATE_VERSION = 5

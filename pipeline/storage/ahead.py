@@ -8,23 +8,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from pipeline.schema import UserError
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import File, Folder
 
 GRACE_SECONDS: Final = 2.0
 """How long the end of a run waits for requests under way.  A store that is silent is not waited for any longer: its
 thread ends with the request or with the process, and takes its temporary file along."""
-
-
-class File(NamedTuple):
-    """A file as :meth:`Folder.local_file` is asked for it."""
-
-    name: str
-    sha256: str
-    num_bytes: int
-    verify: bool = True
 
 
 class AheadFolder(Folder):
@@ -57,28 +48,21 @@ class AheadFolder(Folder):
         return self._folder.read(name)
 
     @contextmanager
-    def local_file(
-        self,
-        name: str,
-        sha256: str,
-        num_bytes: int | None = None,
-        verify: bool = True,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[Path]:
+    def local_file(self, file: File, cancelled: threading.Event | None = None) -> Iterator[Path]:
         if self._folder.room is None and not self._cancelled.is_set():
-            with self._folder.local_file(name, sha256, num_bytes, verify) as path:
+            with self._folder.local_file(file) as path:
                 yield path
             return
         with self._changed:
             if self._cancelled.is_set():
-                raise UserError(f"{self}/{name}: is not needed any more")
-            fetch = self._ask_for(File(name, sha256, num_bytes or 0, verify))
+                raise UserError(f"{self}/{file.name}: is not needed any more")
+            fetch = self._ask_for(file)
             self._changed.wait_for(lambda: fetch.has_ended or self._cancelled.is_set())
         try:
             if fetch.error is not None:
                 raise fetch.error
             if fetch.path is None:
-                raise UserError(f"{self}/{name}: is not needed any more")
+                raise UserError(f"{self}/{file.name}: is not needed any more")
             yield fetch.path
         finally:
             self._release(fetch)
@@ -121,8 +105,8 @@ class AheadFolder(Folder):
         while self._announced and not self._cancelled.is_set():
             file = next(iter(self._announced.values()))
             ahead = sum(not fetch.is_asked_for for fetch in self._fetches.values())
-            used = sum(fetch.file.num_bytes for fetch in self._fetches.values())
-            if ahead >= self._depth or used + file.num_bytes > (self._folder.room or 0):
+            used = sum(fetch.file.num_bytes or 0 for fetch in self._fetches.values())
+            if ahead >= self._depth or used + (file.num_bytes or 0) > (self._folder.room or 0):
                 return
             del self._announced[file.name]
             self._start(file)
@@ -153,7 +137,7 @@ class _Fetch(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self._folder.local_file(*self.file, cancelled=self._cancelled) as path:
+            with self._folder.local_file(self.file, self._cancelled) as path:
                 self._end(path, None)
                 self.released.wait()
         except BaseException as error:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.schema import UserError
 from pipeline.storage.files import file_sha256
@@ -18,6 +19,15 @@ class BadFile(UserError):
     def __init__(self, where: str, reason: str, advice: str) -> None:
         super().__init__(f"{where}: {reason}; {advice}")
         self.reason = reason
+
+
+class File(NamedTuple):
+    """A file as :meth:`Folder.local_file` is asked for it: what the manifest says of it, and whether to compare."""
+
+    name: str
+    sha256: str
+    num_bytes: int | None = None
+    verify: bool = True
 
 
 class Folder:
@@ -51,14 +61,7 @@ class Folder:
         return (Path(self._location) / name).read_bytes()
 
     @contextmanager
-    def local_file(
-        self,
-        name: str,
-        sha256: str,
-        num_bytes: int | None = None,
-        verify: bool = True,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[Path]:
+    def local_file(self, file: File, cancelled: threading.Event | None = None) -> Iterator[Path]:
         """Yield a path on this machine at which the file lies while the context lasts.
 
         With ``verify`` it is compared, the first time, with the manifest's checksum and size, if that has one.  A fetch
@@ -68,6 +71,7 @@ class Folder:
             BadFile: the file is missing, damaged or another one.
             UserError: it cannot be read, which need not be the file's fault.
         """
+        name, sha256, num_bytes, verify = file
         path = Path(self._location) / name
         if verify and (name, sha256) not in self._verified:
             try:

@@ -26,7 +26,7 @@ from typing import Final
 
 from pipeline.schema import UserError
 from pipeline.storage.cache import CACHE_BYTES, Cache, parse_bytes
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import File, Folder
 from pipeline.storage.object_store import CHUNK_BYTES, ObjectStore, is_url
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -70,14 +70,8 @@ class RemoteFolder(Folder):
         return self._store.read(name)
 
     @contextmanager
-    def local_file(
-        self,
-        name: str,
-        sha256: str,
-        num_bytes: int | None = None,
-        verify: bool = True,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[Path]:
+    def local_file(self, file: File, cancelled: threading.Event | None = None) -> Iterator[Path]:
+        name, sha256, num_bytes, verify = file
         if not _SHA256.fullmatch(sha256):
             raise UserError(f"{self}/{name}: the manifest's checksum {sha256!r} is none; {self.repair_advice}")
         fetch = partial(self._fetch, name, sha256, num_bytes, cancelled or threading.Event())

@@ -18,7 +18,7 @@ from pipeline import make_loader
 from pipeline.dataset.manifest import Manifest
 from pipeline.schema import UserError
 from pipeline.storage import ahead
-from pipeline.storage.folder import Folder
+from pipeline.storage.folder import File, Folder
 from tests.data_dirs import Patient, write_data_dir
 from tests.faults.conftest import cases
 from tests.pipeline.loading.test_batch import assert_equal
@@ -38,20 +38,14 @@ class Elsewhere(Folder):
         self._changed = threading.Condition()
 
     @contextmanager
-    def local_file(
-        self,
-        name: str,
-        sha256: str,
-        num_bytes: int | None = None,
-        verify: bool = True,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[Path]:
+    def local_file(self, file: File, cancelled: threading.Event | None = None) -> Iterator[Path]:
+        name = file.name
         with self._changed:
             self.asked.append(name)
             assert self._changed.wait_for(lambda: name not in self.held, timeout=60)
         if name in self.failing:
             raise UserError(f"{name}: the store does not give it")
-        with super().local_file(name, sha256, num_bytes, verify) as path:
+        with super().local_file(file) as path:
             yield path
 
     def allow(self, names: set[str]) -> None:

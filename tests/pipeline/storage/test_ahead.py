@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pipeline.schema import UserError
 from pipeline.storage import ahead
-from pipeline.storage.ahead import AheadFolder, File
-from pipeline.storage.folder import Folder
+from pipeline.storage.ahead import AheadFolder
+from pipeline.storage.folder import File, Folder
 
 
 class Store(Folder):
@@ -38,17 +38,11 @@ class Store(Folder):
         self.answer, self._lock = threading.Event(), threading.Lock()
 
     @contextmanager
-    def local_file(
-        self,
-        name: str,
-        sha256: str,
-        num_bytes: int | None = None,
-        verify: bool = True,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[Path]:
+    def local_file(self, file: File, cancelled: threading.Event | None = None) -> Iterator[Path]:
+        name = file.name
         with self._lock:
             self.begun.append(name)
-            self.in_use[name] = num_bytes or 0
+            self.in_use[name] = file.num_bytes or 0
             self.most = (max(self.most[0], len(self.in_use)), max(self.most[1], sum(self.in_use.values())))
         try:
             if name in self.silent:
@@ -78,7 +72,7 @@ def test_each_file_comes_once_in_order_and_within_the_bounds(sizes: list[int], d
         folder.announce(files[:5])
         folder.announce(files[3:])  # some of them again
         for file in files:
-            with folder.local_file(*file) as path:
+            with folder.local_file(file) as path:
                 assert path == Path(file.name)
                 assert file.name in store.in_use
             assert file.name not in store.in_use, "it is released when it has been read"
@@ -96,9 +90,9 @@ def test_as_many_files_as_allowed_are_fetched_at_once_and_wait(tmp_path: Path) -
         assert len(fetch_threads()) == 3, "nobody has asked"
         store.silent.clear()
         store.answer.set()
-        with folder.local_file(*files[0]):
+        with folder.local_file(files[0]):
             assert len(fetch_threads()) == 1 + 3
-        with folder.local_file(*files[5]):  # against the order
+        with folder.local_file(files[5]):  # against the order
             assert len(fetch_threads()) == 1 + 3
         assert sorted(store.begun) == [f"file {number}" for number in (0, 1, 2, 3, 5)]
 
@@ -109,7 +103,7 @@ def test_without_ahead_a_file_is_fetched_when_it_is_asked_for() -> None:
         folder.announce(files)
         for number, file in enumerate(files):
             assert len(store.begun) == number
-            with folder.local_file(*file):
+            with folder.local_file(file):
                 pass
 
 
@@ -118,14 +112,14 @@ def test_an_error_comes_when_its_file_is_asked_for_and_the_file_can_be_asked_for
     store.failing = {"file 1"}
     with closing(AheadFolder(store, 2)) as folder:
         folder.announce(files)
-        with folder.local_file(*files[0]):
+        with folder.local_file(files[0]):
             pass
-        with pytest.raises(UserError, match="file 1 is not to be had"), folder.local_file(*files[1]):
+        with pytest.raises(UserError, match="file 1 is not to be had"), folder.local_file(files[1]):
             pass
-        with folder.local_file(*files[2]):
+        with folder.local_file(files[2]):
             pass
         store.failing.clear()
-        with folder.local_file(*files[1]) as path:
+        with folder.local_file(files[1]) as path:
             assert path == Path("file 1")
     assert not store.in_use
 
@@ -135,9 +129,9 @@ def test_a_folder_on_this_machine_needs_no_thread() -> None:
     with closing(AheadFolder(store, 2)) as folder:
         folder.announce(files)
         assert not store.begun
-        with folder.local_file(*files[0]):
+        with folder.local_file(files[0]):
             assert not fetch_threads()
-    with pytest.raises(UserError, match="store/file 1: is not needed any more"), folder.local_file(*files[1]):
+    with pytest.raises(UserError, match="store/file 1: is not needed any more"), folder.local_file(files[1]):
         pass
 
 
@@ -150,7 +144,7 @@ def test_closing_wakes_who_waits_and_leaves_a_silent_request_to_itself(monkeypat
 
     def read() -> None:
         try:
-            with folder.local_file(*files[0]):
+            with folder.local_file(files[0]):
                 said.append("it came")
         except UserError as error:
             said.append(str(error))
@@ -168,5 +162,5 @@ def test_closing_wakes_who_waits_and_leaves_a_silent_request_to_itself(monkeypat
     for thread in left:
         thread.join(timeout=30)
     assert not store.in_use
-    with pytest.raises(UserError, match="is not needed"), folder.local_file(*files[1]):
+    with pytest.raises(UserError, match="is not needed"), folder.local_file(files[1]):
         pass

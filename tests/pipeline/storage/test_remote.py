@@ -28,7 +28,7 @@ from pipeline.reports import plan_table as plan_report
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, MANIFEST_FILE, UserError
 from pipeline.storage import ahead
 from pipeline.storage.cache import PART_SUFFIX, TAG, TAG_FILE, parse_bytes
-from pipeline.storage.folder import BadFile, Folder
+from pipeline.storage.folder import BadFile, File, Folder
 from pipeline.storage.remote import RemoteFolder, open_folder
 from tests.conftest import ragged_sizes
 from tests.data_dirs import Patient, make_patients, write_data_dir
@@ -187,7 +187,7 @@ assert train.main(["--data_dir", sys.argv[1], "--output_dir", sys.argv[2], "--ma
 
 
 def fetch(folder: Folder, entry: ShardEntry) -> None:
-    with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes):
+    with folder.local_file(File(entry.path, entry.sha256, entry.num_bytes)):
         pass
 
 
@@ -229,7 +229,7 @@ def test_groups_come_through_a_cache_that_holds_none_of_them(remote: str, data_d
 def test_a_file_in_use_stays(remote: str, cache: Path) -> None:
     first, second, third = entries_of(open_folder(remote, cache_dir=cache))[:3]
     user, other = (open_folder(remote, cache_dir=cache, cache_bytes="0") for _ in range(2))
-    with user.local_file(first.path, first.sha256) as path:
+    with user.local_file(File(first.path, first.sha256)) as path:
         fetch(other, second)
         fetch(other, third)
         assert path.read_bytes()
@@ -291,7 +291,7 @@ def test_a_file_is_verified_once_by_each_folder(remote: str, data_dir: Path, cac
     copy = shutil.copytree(data_dir, tmp_path / "copy")
     far, near = open_folder(remote, cache_dir=cache), Folder(copy)
     for folder in (far, near):
-        with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes) as path:
+        with folder.local_file(File(entry.path, entry.sha256, entry.num_bytes)) as path:
             path.write_bytes(flip(path.read_bytes()))
         fetch(folder, entry)
     with pytest.raises(BadFile, match="checksum differs"):
@@ -361,7 +361,7 @@ def read_at_random(url: str, cache: Path, limit: int, seed: int, expected: dict[
     for _ in range(25):
         folder = open_folder(url, cache_dir=cache, cache_bytes=str(limit))
         for entry in rng.sample(entries, 3):
-            with folder.local_file(entry.path, entry.sha256, num_bytes=entry.num_bytes) as path:
+            with folder.local_file(File(entry.path, entry.sha256, entry.num_bytes)) as path:
                 assert path.read_bytes() == expected[entry.path]
 
 
@@ -588,5 +588,5 @@ def test_a_folder_is_given_back_and_a_path_is_plain(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     assert open_folder(folder) is folder
     assert not isinstance(open_folder(str(tmp_path)), RemoteFolder)
-    with pytest.raises(BadFile, match=f"{tmp_path}/x: is missing"), folder.local_file("x", "0" * 64):
+    with pytest.raises(BadFile, match=f"{tmp_path}/x: is missing"), folder.local_file(File("x", "0" * 64)):
         pass
