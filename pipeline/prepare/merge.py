@@ -19,10 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import concatenate_ranges, offsets_from_sizes
-from pipeline.prepare.arrow_files import bound_partition
 from pipeline.prepare.column_file import ColumnWriter, measure_texts, open_columns, split_texts
 from pipeline.prepare.sources.reading import FILE, ROW
-from pipeline.prepare.spill_files import FIRST_ROW, HASH, STATIC_INSTANT, Array, merge_names, narrow, smallest_type
+from pipeline.prepare.spill_files import (
+    FIRST_ROW,
+    HASH,
+    STATIC_INSTANT,
+    Array,
+    find_patients,
+    merge_names,
+    narrow,
+    read_rows,
+    smallest_type,
+)
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE
 from pipeline.storage.files import replace_atomically
 
@@ -137,20 +146,17 @@ def _append_texts(writer: ColumnWriter, paths: Sequence[Path], name: str) -> Non
 def _read_part(path: Path, step: int, steps: int, codes: Array, first_file: int) -> dict[str, Any]:
     """Return a spill's patients of one step, and their rows, with positions of variables and files in the merged."""
     with open_columns(path) as spill:
-        first, last = (spill.search(HASH, bound) for bound in bound_partition(step, steps))
-        first_row = spill.read(FIRST_ROW, first, last + 1)
-        start, stop = int(first_row[0]), int(first_row[-1])
-        found: dict[str, Any] = {
-            HASH: spill.read(HASH, first, last),
-            "count": np.diff(first_row),
-            PATIENT_ID: spill.read_texts(PATIENT_ID, first, last),
-            **{name: spill.read(name, start, stop) for name in (MINUTE, VALUE, ROW)},
-            VARIABLE: codes[spill.read(VARIABLE, start, stop)],
-            FILE: spill.read(FILE, start, stop) + np.int64(first_file),
+        patients, count, rows = find_patients(spill, step, steps)
+        found = read_rows(spill, rows)
+        return {
+            **found,
+            HASH: spill.read(HASH, *patients),
+            "count": count,
+            PATIENT_ID: spill.read_texts(PATIENT_ID, *patients),
+            ROW: spill.read(ROW, *rows),
+            VARIABLE: codes[found[VARIABLE]],
+            FILE: spill.read(FILE, *rows) + np.int64(first_file),
         }
-        if SET_INDEX in spill.names:
-            found[SET_INDEX] = spill.read(SET_INDEX, start, stop)
-        return found
 
 
 def _append_step(

@@ -88,10 +88,9 @@ def _find_positions(column: pl.Series, texts: list[str], rank: npt.NDArray[np.in
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Rows of one spill: which of its patients, and which of its rows."""
+    """Rows of one spill, from the first to the one before the second of ``rows``."""
 
     path: Path
-    patients: tuple[int, int]
     rows: tuple[int, int]
 
     @property
@@ -139,12 +138,11 @@ def read_partition(paths: Sequence[Path], partition: int, num_partitions: int) -
     columns: list[dict[str, Array]] = []
     for path in paths:
         with open_columns(path) as spill:
-            first, last = (spill.search(HASH, bound) for bound in bound_partition(partition, num_partitions))
-            first_row = spill.read(FIRST_ROW, first, last + 1)
-            runs.append(Run(path, (first, last), (int(first_row[0]), int(first_row[-1]))))
-            patients.append(spill.read_texts(PATIENT_ID, first, last))
-            counts.append(np.diff(first_row))
-            columns.append(read_rows(spill, runs[-1]))
+            which, count, rows = find_patients(spill, partition, num_partitions)
+            patients.append(spill.read_texts(PATIENT_ID, *which))
+            counts.append(count)
+            runs.append(Run(path, rows))
+            columns.append(read_rows(spill, rows))
             variables.append(_pick_texts(spill, VARIABLE, columns[-1]))
     patient_ids, ranks = merge_names(patients)
     variable_names, codes = merge_names(variables)
@@ -166,10 +164,19 @@ def read_partition(paths: Sequence[Path], partition: int, num_partitions: int) -
     )
 
 
-def read_rows(spill: ColumnFile, run: Run) -> dict[str, Array]:
-    """Return what the rows of a run say; a spill without rows says nothing of set indices."""
+def find_patients(
+    spill: ColumnFile, partition: int, num_partitions: int
+) -> tuple[tuple[int, int], Ints, tuple[int, int]]:
+    """Return which patients of a spill are of a partition, how many rows each has, and which rows these are."""
+    first, last = (spill.search(HASH, bound) for bound in bound_partition(partition, num_partitions))
+    first_row = spill.read(FIRST_ROW, first, last + 1)
+    return (first, last), np.diff(first_row), (int(first_row[0]), int(first_row[-1]))
+
+
+def read_rows(spill: ColumnFile, rows: tuple[int, int]) -> dict[str, Array]:
+    """Return what rows say; a spill without rows says nothing of set indices."""
     kept = [name for name in (MINUTE, VARIABLE, VALUE, SET_INDEX) if name in spill.names]
-    return {name: spill.read(name, *run.rows) for name in kept}
+    return {name: spill.read(name, *rows) for name in kept}
 
 
 def _pick_texts(spill: ColumnFile, name: str, columns: dict[str, Array]) -> pa.Array:
