@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.prepare.publish import FILES, WORK
+from pipeline.prepare.publish import FILES, WORK, check_same
 from pipeline.schema import MANIFEST_FILE, SUMMARY_FILE, TASKS_FOLDER, UserError
 from pipeline.storage.files import unseal, write_atomically
 from pipeline.storage.folder import Folder
@@ -115,14 +115,12 @@ class Places:
     def check_published(self, manifest: Manifest, fingerprint: str) -> None:
         """Raise UserError unless the data set at the URL, of this manifest, has that fingerprint and is whole."""
         assert self.target is not None
-        if manifest.fingerprint != fingerprint:
-            problem = f"{self.target}: holds a data set of other input or options"
-            raise UserError(f"{problem}; give --overwrite to replace it, or name another --output")
         there = self.target.list_files()
-        for entry in manifest.all_shards():
-            if entry.path not in there or there[entry.path].num_bytes != entry.num_bytes:
-                problem = f"{self.target}/{entry.path}: missing, or not as it was written"
-                raise UserError(f"{problem}; give --overwrite to make the data set again")
+
+        def is_there(name: str, size: int | None, _: str) -> bool:
+            return name in there and size in (None, there[name].num_bytes)
+
+        check_same(self.target, manifest, fingerprint, is_there)
 
     def upload(self, log: Log) -> None:
         """Copy the data directory to the URL, the manifest last; a data set that was there is removed first."""

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -72,7 +73,7 @@ def claim_output_folder(
             existing = _load_manifest(output)
             fingerprint = read_fingerprint()
             if existing is not None and not overwrite:
-                _check_same(output, existing, fingerprint)
+                check_same(output, existing, fingerprint, partial(_has_file, output))
                 log("the data set of this input and these options is here already; nothing to do")
                 keep = False
                 yield None
@@ -120,18 +121,29 @@ def _load_manifest(output: Path) -> Manifest | None:
     return None
 
 
-def _check_same(output: Path, manifest: Manifest, fingerprint: str) -> None:
-    """Raise UserError unless the data set has that fingerprint and is complete."""
+def check_same(
+    output: object, manifest: Manifest, fingerprint: str, is_there: Callable[[str, int | None, str], bool]
+) -> None:
+    """Raise UserError unless a data set has that fingerprint and is complete.
+
+    ``is_there`` says whether ``output`` has the file of a name, a size in bytes (None = any) and a checksum.
+    """
     if manifest.fingerprint != fingerprint:
         problem = f"{output}: holds a data set of other input or options"
         raise UserError(f"{problem}; give --overwrite to replace it, or name another --output")
-    sizes = {output / entry.path: entry.num_bytes for entry in manifest.all_shards()}
-    files = {output / name: sha256 for name, sha256 in manifest.files.items()}
-    bad = [path for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size]
-    bad += [path for path, sha256 in files.items() if not path.is_file() or file_sha256(path) != sha256]
-    if bad:
-        problem = f"{bad[0]}: missing, or not as it was written"
+    shards = manifest.all_shards()
+    files: list[tuple[str, int | None, str]] = [(each.path, each.num_bytes, each.sha256) for each in shards]
+    files += [(name, None, sha256) for name, sha256 in manifest.files.items()]
+    bad = next((name for name, size, sha256 in files if not is_there(name, size, sha256)), None)
+    if bad is not None:
+        problem = f"{output}/{bad}: missing, or not as it was written"
         raise UserError(f"{problem}; give --overwrite to make the data set again")
+
+
+def _has_file(output: Path, name: str, size: int | None, sha256: str) -> bool:
+    """Return whether a folder has a file; those without a size are small, and their content is looked at."""
+    path = output / name
+    return path.is_file() and (file_sha256(path) == sha256 if size is None else path.stat().st_size == size)
 
 
 def _resume_or_clear(work: Path, fingerprint: str, log: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ fsspec and its file systems are imported when a URL is opened.  They decide abou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -145,7 +145,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def do_all(work: Any, items: Iterable[Any]) -> None:
+def do_all(work: Callable[[str], None], items: Iterable[str]) -> None:
     """Call ``work`` with each item, ``THREADS`` at a time; the first error ends it."""
     with ThreadPoolExecutor(THREADS) as threads:
         futures = [threads.submit(work, item) for item in items]
