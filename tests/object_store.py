@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,7 +38,6 @@ class ObjectStore:
             ``broken`` 500, ``denied`` 403; ``cut`` sends half of the content and closes; ``wrong`` changes a byte of
             it; ``reset`` resets the connection; ``silent`` says nothing until ``release`` is set.
         choose: gives the fault of a request by its method and key, once ``faults`` is empty.
-        asked: set with every request.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,6 @@ class ObjectStore:
         self.faults: deque[Fault] = deque()
         self.choose: Callable[[str, str], Fault] = lambda method, key: "ok"
         self.release = threading.Event()
-        self.asked = threading.Event()
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         self.client = boto3.client(
@@ -63,7 +62,6 @@ class ObjectStore:
         self.faults.clear()
         self.choose = lambda method, key: "ok"
         self.requests.clear()
-        self.asked.clear()
         self.release = threading.Event()
 
     def stop(self) -> None:
@@ -72,6 +70,11 @@ class ObjectStore:
         self._thread.join()
         self._server.server_close()
         self.client.close()
+
+    def wait_for(self, num_requests: int) -> None:
+        """Return when there have been so many."""
+        while len(self.requests) < num_requests:
+            time.sleep(0.01)
 
     def upload(self, directory: Path, prefix: str) -> str:
         """Copy a folder there; its URL."""
@@ -86,7 +89,6 @@ class ObjectStore:
         _, bucket, *key = path.split("/")
         if method in ("GET", "HEAD") and bucket == BUCKET and any(key):
             self.requests.append((method, "/".join(key)))
-            self.asked.set()
             fault = self.faults.popleft() if self.faults else self.choose(method, "/".join(key))
             if fault in STATUS:
                 start_response(STATUS[fault], [("Content-Length", "0")])

@@ -6,7 +6,8 @@ The cache is shared by processes and outlives them.  Its rules:
   therefore leaves a part, which the next process that needs the file writes again.
 * A writer locks its part exclusively and readers share a lock on a file (``flock`` on the file itself, which the system
   releases when a process ends, however it ends).  Others that need a part wait, and then find the file.
-* A part is also removed when a fetch fails or the process ends; ``pipeline.storage.ahead`` fetches several at once.
+* A part is also removed when its fetch fails or the process ends meanwhile (but for an empty one that was made that
+  moment); ``pipeline.storage.ahead`` fetches several at once.
 * Before a file is fetched, files that are not locked are removed, the least recently used first, until all fit.
 * Only files with these names are ever removed, in a folder that was empty when it became a cache, which a tag marks.
 """
