@@ -27,9 +27,10 @@ def read_parquet(path: str | Path, schema: pa.Schema) -> pa.Table:
         return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)
 
 
-def read_index(directory: Path | Folder, manifest: Manifest) -> pa.Table:
-    """Return ``index.parquet``, checked against the manifest; columns as in ``INDEX_SCHEMA``."""
-    return _read_table(directory, manifest, INDEX_FILE, INDEX_SCHEMA)
+def read_index(directory: Path | Folder, manifest: Manifest, *columns: str) -> pa.Table:
+    """Return columns of ``index.parquet`` (by default all), checked against the manifest; as in ``INDEX_SCHEMA``."""
+    schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns or INDEX_SCHEMA.names])
+    return _read_table(directory, manifest, INDEX_FILE, schema)
 
 
 def read_vocabulary(directory: Path | Folder, manifest: Manifest) -> pa.Table:

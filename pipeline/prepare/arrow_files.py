@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,9 @@ import pyarrow.parquet as pq
 
 from pipeline.prepare.splits import HASH_BITS
 from pipeline.storage.files import replace_atomically
+
+ROWS_A_GROUP: Final = 1 << 16
+"""Rows of a row group of a table beside the shards: those of some shards are read without the rest."""
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -39,8 +43,24 @@ def read_partition_slice(path: Path, partition: int, num_partitions: int) -> pa.
     return table.slice(start, stop - start)
 
 
+def load_table(path: Path) -> pa.Table:
+    """Return an Arrow file, read into memory: of very many, not all can be mapped at a time."""
+    return pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all()
+
+
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write tables one after the other to a Parquet file compressed with zstd."""
+    """Write tables one after the other to a Parquet file compressed with zstd.
+
+    It has row groups of ``ROWS_A_GROUP`` rows, however the rows are cut into tables; the last has the rest.
+    """
     with replace_atomically(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        held, num_rows = [schema.empty_table()], 0
         for table in tables:
-            writer.write_table(table)
+            held.append(table)
+            num_rows += table.num_rows
+            if num_rows >= ROWS_A_GROUP:
+                rows, num_whole = pa.concat_tables(held), num_rows // ROWS_A_GROUP * ROWS_A_GROUP
+                writer.write_table(rows.slice(0, num_whole).combine_chunks(), row_group_size=ROWS_A_GROUP)
+                held, num_rows = [rows.slice(num_whole).combine_chunks()], num_rows - num_whole
+        if num_rows:
+            writer.write_table(pa.concat_tables(held).combine_chunks())

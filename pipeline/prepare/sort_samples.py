@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,6 +33,12 @@ RUN_ROWS: Final = 1 << 19
 
 STRIDE: Final = 1 << 10
 """One of so many patients of a run stays in memory, by which a range is found in it."""
+
+MAX_GAP: Final = 1 << 16
+"""Bytes between two ranges of a file up to which both are read at once."""
+
+MAX_READ: Final = 1 << 22
+"""About the maximum of bytes that are read at once, unless one patient has more."""
 
 NO_DATE: Final = np.iinfo(np.int64).min
 NO_MINUTE: Final = -np.inf
@@ -108,9 +115,24 @@ class SortedSamples:
         starts, sizes = self.offsets[patients], self.sizes[patients]
         if isinstance(self.records, np.ndarray):
             return self.records[concatenate_ranges(starts, sizes)]
-        dtype = record_type(self.times)
-        places = zip((starts * dtype.itemsize).tolist(), (sizes * dtype.itemsize).tolist(), strict=True)
-        return np.frombuffer(b"".join(self.records.read(start, size) for start, size in places), dtype)
+        return _read_ranges(self.records, starts, sizes, record_type(self.times))
+
+
+def _read_ranges(file: SpillFile, starts: Ints, sizes: Ints, dtype: np.dtype[Any]) -> Records:
+    """Return ranges of the records of a file, one after another; those that lie close together are read at once."""
+    read = np.empty(int(sizes.sum()), dtype)
+    order = np.argsort(starts)
+    low, size, target = starts[order], sizes[order], offsets_from_sizes(sizes)[:-1][order]
+    high = low + size
+    is_far = (low[1:] - high[:-1]) * dtype.itemsize > MAX_GAP
+    is_next = low[1:] * dtype.itemsize // MAX_READ != low[:-1] * dtype.itemsize // MAX_READ
+    cuts = np.flatnonzero(np.concatenate([[True], is_far | is_next])[: len(low)]).tolist()
+    for first, last in pairwise([*cuts, len(low)]):
+        own, start = slice(first, last), int(low[first])
+        content = file.read(start * dtype.itemsize, (int(high[last - 1]) - start) * dtype.itemsize)
+        places = concatenate_ranges(low[own] - start, size[own])
+        read[concatenate_ranges(target[own], size[own])] = np.frombuffer(content, dtype)[places]
+    return read
 
 
 def record_type(times: Times | None) -> np.dtype[Any]:

@@ -37,7 +37,7 @@ from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.side_files import read_embeddings, read_statistics
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.spill import SpilledPiece, check_same_columns, list_spills, spill_piece
-from pipeline.prepare.summary import Results
+from pipeline.prepare.summary import Results, join_rejects
 from pipeline.prepare.vocabulary import make_vocabulary
 from pipeline.prepare.write import VOCABULARY, WrittenPartition, write_partition
 from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, MINUTE, UserError
@@ -192,6 +192,8 @@ class Stages:
         suffixes = SHARD_SUFFIXES[self.options.shard_format]
         write_table(self.runner.work / VOCABULARY, vocabulary)
         tasks = [(self.runner.work, number, suffixes) for number in range(num_partitions)]
+        joining = self.runner.executor.submit(join_rejects, self.runner.work)  # by one worker while others write
         written = self.runner.run(stage, tasks)
+        joining.result()
         shutil.rmtree(self.runner.work / "sorted")
         return written

@@ -17,7 +17,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SUFFIXES
 from pipeline.dataset.tasks import Task
 from pipeline.machine import peak_rss_bytes
-from pipeline.prepare.arrow_files import read_table, write_parquet
+from pipeline.prepare.arrow_files import load_table, write_parquet
 from pipeline.prepare.clean import REJECTS_SCHEMA
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.scales import Scale
@@ -49,16 +49,14 @@ class Results:
     embedding_dim: int | None
 
     def join_tables(self, work: Path) -> dict[str, Any]:
-        """Write index, vocabulary and rejects to ``data``; return counts of what is in the shards."""
+        """Write index and vocabulary to ``data``; return counts of what is in the shards."""
         data, written = work / "data", list(enumerate(self.written))
         indexes = {
             split: [work / "index" / f"{split}-{number:05d}.arrow" for number, part in written if split in part.shards]
             for split in SPLITS
         }
-        write_parquet(data / INDEX_FILE, INDEX_SCHEMA, map(read_table, chain.from_iterable(indexes.values())))
+        write_parquet(data / INDEX_FILE, INDEX_SCHEMA, map(load_table, chain.from_iterable(indexes.values())))
         write_parquet(data / VOCABULARY_FILE, self.vocabulary.schema, [self.vocabulary])
-        rejects = [path for name in ("rejects", "late_rejects") for path in sorted((work / name).glob("*.parquet"))]
-        write_parquet(data / REJECTS_FILE, REJECTS_SCHEMA, (pq.ParquetFile(path).read() for path in rejects))
         counts = {}
         for split in SPLITS:
             entries = [part.shards[split][0] for part in self.written if split in part.shards]
@@ -129,6 +127,13 @@ class Results:
             options=options,
             fingerprint=fingerprint,
         )
+
+
+def join_rejects(work: Path) -> None:
+    """Write the rejects of all tasks to ``data``, in the order of pieces and then of partitions."""
+    paths = [path for name in ("rejects", "late_rejects") for path in sorted((work / name).glob("*.parquet"))]
+    tables = (pq.ParquetFile(path).read() for path in paths)
+    write_parquet(work / "data" / REJECTS_FILE, REJECTS_SCHEMA, tables)
 
 
 def _sum(results: Sequence[object], name: str) -> int:

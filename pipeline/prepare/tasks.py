@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from pipeline.dataset.schemas import SHARD_SCHEMA, task_schema
 from pipeline.dataset.shards import read_rows
 from pipeline.dataset.tables import open_checked, read_vocabulary, report_damage
 from pipeline.dataset.tasks import SampleCounts, Task, check_task_name, list_tasks, task_files
+from pipeline.prepare.arrow_files import write_parquet
 from pipeline.prepare.names import find_expressions
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.sort_samples import cut_ranges
@@ -37,11 +38,8 @@ from pipeline.schema import (
     UNKNOWN_CODE,
     UserError,
 )
-from pipeline.storage.files import file_sha256, remove_leftovers, replace_atomically
+from pipeline.storage.files import file_sha256, remove_leftovers
 from pipeline.storage.folder import as_folder
-
-ROWS_A_GROUP: Final = 1 << 16
-"""Rows of a row group of a task's table: a group of shards is read without the rest of the table."""
 
 SLICE_ROWS: Final = 1 << 19
 """Maximum number of samples that are joined to their patients at once, unless one patient has more."""
@@ -90,21 +88,25 @@ def write_task(
     is_known = np.zeros(len(patients), np.bool_)
     is_known[number[number >= 0]] = True
     counter, counts, shards = _LengthCounter(directory, manifest, excluded), _Counts(labels), Counter[str]()
+    schema = task_schema(labels.kind, soft=labels.is_soft)
 
-    def make_slices() -> Iterator[pl.DataFrame]:
+    def make_slices() -> Iterator[pa.Table]:
         for samples in _locate_samples(labels, index, number):
             samples = counter.count_lengths(samples)
             counts.add(samples)
             shards.update(dict(samples.filter(pl.col("num_events") > 0).group_by("shard").len().iter_rows()))
-            yield samples
+            yield samples.select(schema.names).to_arrow().cast(schema)
 
-    table_sha256 = _write_table(directory, name, make_slices(), task_schema(labels.kind, soft=labels.is_soft))
+    path = directory / task_files(name)[0]
+    path.parent.mkdir(exist_ok=True)
+    remove_leftovers(path.parent, f"{name}.*")
+    write_parquet(path, schema, make_slices())
     task = Task(
         name=name,
         kind=labels.kind,
         classes=labels.classes,
         data=manifest.fingerprint,
-        table_sha256=table_sha256,
+        table_sha256=file_sha256(path),
         times=labels.samples.times,
         splits=counts.finish(),
         shards=dict(sorted(shards.items())),
@@ -261,20 +263,3 @@ def _add_counts(parts: Sequence[SampleCounts]) -> SampleCounts:
     merged = float(np.average(mean, weights=number))
     spread = float(np.average(std**2 + (mean - merged) ** 2, weights=number))
     return replace(total, mean=merged, std=math.sqrt(spread))
-
-
-def _write_table(directory: Path, name: str, slices: Iterable[pl.DataFrame], schema: pa.Schema) -> str:
-    """Write the table of a task, in row groups of the same size however it is sliced, and return its checksum."""
-    path = directory / task_files(name)[0]
-    path.parent.mkdir(exist_ok=True)
-    remove_leftovers(path.parent, f"{name}.*")
-    with replace_atomically(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        rest = schema.empty_table()
-        for samples in slices:
-            rest = pa.concat_tables([rest, samples.select(schema.names).to_arrow().cast(schema)])
-            num_whole = rest.num_rows // ROWS_A_GROUP * ROWS_A_GROUP
-            if num_whole:
-                writer.write_table(rest.slice(0, num_whole).combine_chunks(), row_group_size=ROWS_A_GROUP)
-                rest = rest.slice(num_whole).combine_chunks()
-        writer.write_table(rest, row_group_size=ROWS_A_GROUP)
-    return file_sha256(path)

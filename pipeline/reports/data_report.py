@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import Ints
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import FlatPatients, read_shard
 from pipeline.dataset.tables import read_index, read_vocabulary
 from pipeline.dataset.tasks import Task, describe_labels, find_tasks, read_task_table
@@ -49,7 +49,8 @@ LOGARITHMIC_RATIO = 30  # of the largest to the smallest value, above which the 
 def write_data_report(directory: Path) -> Path:
     """Write ``report.html`` of a data directory into it and return its path."""
     manifest = Manifest.load(directory)
-    index, vocabulary = read_index(directory, manifest), read_vocabulary(directory, manifest)
+    index = read_index(directory, manifest, "split", "num_events", "num_sets", "max_set_size")
+    vocabulary = read_vocabulary(directory, manifest)
     split = next((name for name in SPLITS if manifest.splits.get(name)), "train")
     entries = manifest.splits.get(split, [])
     starts = accumulate((entry.num_events for entry in entries), initial=0)
@@ -58,8 +59,6 @@ def write_data_report(directory: Path) -> Path:
     lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
     lengths["set_size"] = np.concatenate([np.zeros(0, np.int64), *(np.diff(shard.set_offsets) for shard in shards)])
     lengths["variable"] = vocabulary.filter(pc.field("count") > 0)["count"].to_numpy()
-    sums = [(name, "sum") for name in ("num_sets", "num_events")]
-    splits = index.group_by("split").aggregate([("patient_id", "count"), *sums]).to_pylist()
     planned = index.filter(pc.field("split") == split).select(["num_events", "num_sets"])
     stride = max(1, -(-planned.num_rows // MAX_PATIENTS_PLANNED))
     return write_page(
@@ -74,7 +73,7 @@ def write_data_report(directory: Path) -> Path:
         reach=SPREAD_REACH,
         shards=shards,
         split=split,
-        splits=sorted(splits, key=lambda row: (*SPLITS, row["split"]).index(row["split"])),
+        splits=[_count(name, manifest.splits[name]) for name in SPLITS if manifest.splits.get(name)],
         stride=stride,
         tasks=[describe_task(directory, task) for task in find_tasks(directory, manifest)],
         summary=read_object(directory / SUMMARY_FILE),
@@ -83,9 +82,14 @@ def write_data_report(directory: Path) -> Path:
     )
 
 
+def _count(split: str, entries: Sequence[ShardEntry]) -> dict[str, Any]:
+    numbers = ("num_patients", "num_sets", "num_events")
+    return {"split": split} | {name: sum(getattr(entry, name) for entry in entries) for name in numbers}
+
+
 def describe_task(directory: Path, task: Task) -> list[dict[str, Any]]:
     """Return a row for each split of a task: counts, labels in words, samples a patient and median lengths."""
-    table, rows = read_task_table(directory, task), []
+    table, rows = read_task_table(directory, task, "split", "num_events", "prediction_minute"), []
     for split in SPLITS:
         samples, counts = table.filter(pc.field("split") == split), task.splits[split]
         if not samples.num_rows:

@@ -42,9 +42,21 @@ SAMPLES = st.lists(
 )
 
 
-@given(parts=SAMPLES, run_rows=st.integers(1, 9), stride=st.integers(1, 4), times=st.sampled_from(["date", "minute"]))
+@given(
+    parts=SAMPLES,
+    run_rows=st.integers(1, 9),
+    stride=st.integers(1, 4),
+    times=st.sampled_from(["date", "minute"]),
+    names_asked=st.lists(st.sampled_from("fedcba"), unique=True),
+    read_at_once=st.tuples(st.sampled_from([0, 40, 1 << 16]), st.sampled_from([24, 60, 1 << 22])),
+)
 def test_sorted_on_disk_or_in_memory_as_a_dictionary_says(
-    parts: list[list[Sample]], run_rows: int, stride: int, times: Any
+    parts: list[list[Sample]],
+    run_rows: int,
+    stride: int,
+    times: Any,
+    names_asked: list[str],
+    read_at_once: tuple[int, int],
 ) -> None:
     labels: dict[tuple[str, int], set[float | None]] = {}
     for patient, time, label in (sample for part in parts for sample in part):
@@ -58,14 +70,16 @@ def test_sorted_on_disk_or_in_memory_as_a_dictionary_says(
         samples = sort(parts, times)
     expected = {key: next(iter(found - {None}), None) for key, found in labels.items()}
     assert sorted(samples.patients) == sorted({patient for patient, _ in expected})
-    order = sorted(range(len(samples.patients)), key=lambda at: samples.patients[at], reverse=True)
+    numbers = {name: number for number, name in enumerate(samples.patients)}
     by_hand = [
         (patient, time, label)
-        for name in sorted(set(samples.patients), reverse=True)
+        for name in names_asked
         for (patient, time), label in sorted(expected.items(), key=lambda item: item[0])
         if patient == name
     ]
-    assert rows(samples, order) == by_hand
+    max_gap, max_read = read_at_once
+    with patch.object(sort_samples, "MAX_GAP", max_gap), patch.object(sort_samples, "MAX_READ", max_read):
+        assert rows(samples, [numbers[name] for name in names_asked if name in numbers]) == by_hand
     assert samples.sizes.tolist() == [sum(patient == name for patient, _ in expected) for name in samples.patients]
 
 

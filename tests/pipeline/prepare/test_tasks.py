@@ -12,7 +12,7 @@ import pytest
 import preprocess
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tasks import Task
-from pipeline.prepare import sort_samples
+from pipeline.prepare import arrow_files, sort_samples
 from pipeline.prepare import tasks as prepare_tasks
 from pipeline.prepare.sources import label_files, side_files
 from pipeline.prepare.sources.labels import read_labels
@@ -54,7 +54,7 @@ def test_slices_change_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, has_times: bool
 ) -> None:
     labels, manifest = write(tmp_path / "labels", kind, has_times), Manifest.load(data)
-    monkeypatch.setattr(prepare_tasks, "ROWS_A_GROUP", 64)
+    monkeypatch.setattr(arrow_files, "ROWS_A_GROUP", 64)
     tasks: list[Task] = []
     for number, rows in enumerate((1 << 20, 7)):
         for module, name in ((prepare_tasks, "SLICE_ROWS"), (label_files, "SLICE_ROWS"), (sort_samples, "RUN_ROWS"),
