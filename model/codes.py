@@ -1,7 +1,7 @@
 """Linear maps of which each code has its own, for vocabularies of a few codes and of tens of thousands.
 
 Shape suffixes: V (patient, variable) pairs that occur, B patients, U codes that occur, E width of their embeddings, G
-maps side by side, F inputs, O outputs, R factors, P places for the pairs of a code.
+maps side by side, F inputs, O outputs, R factors, P places for the pairs of a code, I inputs of all codes (U × F).
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ class CodeLinear(nn.Module):
     def sum_over_variables(self, x_VGF: Tensor, factors_VR: Tensor | None, prepared: PreparedBatch) -> Tensor:
         """Return [B, G, outputs], the sums of what :meth:`forward` gives the pairs of each patient."""
         if factors_VR is None:
-            return sum_rows(self(x_VGF, None, prepared).float(), prepared.variables.pairs_of_patient)
+            # A patient's variables side by side make the sum a part of the product, which has a row a patient.
+            weight_GIO = take_unique(self.weight, prepared.codes).transpose(0, 1).flatten(1, 2)
+            patients, codes = prepared.variables.num_patients, len(prepared.codes)
+            cell_V = prepared.variables.patient * codes + prepared.pairs_of_code.of_row
+            x_BUGF = put_unique(x_VGF, cell_V, patients * codes).unflatten(0, (patients, codes))
+            return (x_BUGF.permute(2, 0, 1, 3).flatten(2) @ weight_GIO).transpose(0, 1)
         # Products are summed up before they meet the weights, which are then met by a row a patient.
         return self._join(sum_rows(self._multiply(x_VGF, factors_VR), prepared.variables.pairs_of_patient))
 

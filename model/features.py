@@ -44,6 +44,10 @@ class VariableLayout:
     layout: SetLayout
 
     @property
+    def num_patients(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
     def pairs_of_patient(self) -> Segments:
         return Segments(self.patient, self.offsets)
 

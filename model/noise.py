@@ -87,10 +87,13 @@ class Noise:
     rows: Tensor | None = None
 
     def _bits(self, salt: int, width: int) -> Tensor:
-        """Return [S, width] int64, 64 random bits each."""
+        """Return [S, width] int64, 64 random bits for each key."""
         channel = (torch.arange(width, device=self.key.device) + 1) * _signed(_GOLDEN)
-        bits = _mix(_mix(self.key + _offset(salt))[:, None] + channel)
-        return bits if self.rows is None else bits.index_select(0, self.rows)
+        return _mix(_mix(self.key + _offset(salt))[:, None] + channel)
+
+    def _spread(self, drawn: Tensor) -> Tensor:
+        """Return [N, …], for each row what was drawn for its key."""
+        return drawn if self.rows is None else drawn.index_select(0, self.rows)
 
     def _row_keys(self) -> Tensor:
         """Return [N] int64, the key of each row, as kernels take them."""
@@ -98,7 +101,7 @@ class Noise:
 
     def uniform(self, salt: int) -> Tensor:
         """Return [S] float32 from [0, 1); each use has a ``salt`` of its own."""
-        return (self._bits(salt, 1)[:, 0] & 0xFFFFFF).float() / (1 << 24)
+        return self._spread((self._bits(salt, 1)[:, 0] & 0xFFFFFF).float() / (1 << 24))
 
     def normal(self, salt: int, width: int) -> Tensor:
         """Return [S, width] float32, standard normal (Box and Muller 1958); ``width`` is even."""
@@ -109,7 +112,7 @@ class Noise:
         first = ((bits & 0xFFFFFF).float() + 0.5) * unit
         second = (((bits >> 32) & 0xFFFFFF).float()) * (2 * math.pi * unit)
         radius = (-2 * first.log()).sqrt()
-        return torch.cat([radius * second.cos(), radius * second.sin()], dim=1)
+        return self._spread(torch.cat([radius * second.cos(), radius * second.sin()], dim=1))
 
     def dropout(self, x: Tensor, salt: int, probability: float) -> Tensor:
         """Apply inverted dropout to x [S, D]; probabilities are rounded to 1/65,536."""
@@ -120,7 +123,7 @@ class Noise:
         width = x.shape[1]
         draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
         keep = draws >= round(probability * (1 << 16)) - (1 << 15)
-        return x * keep.to(x.dtype) / (1 - probability)
+        return x * self._spread(keep.to(x.dtype) / (1 - probability))
 
 
 @dataclass(frozen=True, slots=True)

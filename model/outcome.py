@@ -27,7 +27,7 @@ from model.config import SeqSetVAEConfig
 from model.features import NUM_FEATURES, VariableLayout, summary_features
 from model.noise import StepNoise
 from model.prepared import PreparedBatch
-from model.segments import attention_pool, take_rows
+from model.segments import attention_pool, pool_beginnings, take_rows
 from model.set_vae import run_block
 from pipeline.loading.batch import PatientBatch
 
@@ -88,10 +88,13 @@ class VariableAxis(nn.Module):
         sets, variables = prepared.sets, prepared.variables
         context_SD = sets.sort_sets(self.context(context_SD))
         x_RD = F.gelu(self.event(events_RD * self.scale) + take_rows(context_SD, sets.slots))
-        score_RH = self.score(x_RD).float().masked_fill(~sets.mask[:, None], -torch.inf)
+        score_RH = self.score(x_RD).float()
         if prepared.shared is not None:
-            x_RD, score_RH = (take_rows(each, prepared.shared.slots) for each in (x_RD, score_RH))
-        pooled_VD = attention_pool(x_RD, score_RH, prepared.slots_of_pair)
+            pooled_VD = pool_beginnings(x_RD, score_RH, prepared.shared.events)
+        else:
+            assert prepared.slots_of_pair is not None
+            score_RH = score_RH.masked_fill(~sets.mask[:, None], -torch.inf)
+            pooled_VD = attention_pool(x_RD, score_RH, prepared.slots_of_pair)
         own = factors_VR, prepared
         if self.features is not None:
             projected_VD = run_block(self.features, features_VF[:, None], *own, checkpointed=checkpointed)[:, 0]
@@ -222,8 +225,7 @@ class OutcomeHead(nn.Module):
         """Return [B, D], the contexts of each sample's sets, pooled over time."""
         if (shared := prepared.shared) is None:
             return attention_pool(context_SD, score_S1, prepared.sequences.sets_of_patient)
-        context_SD, score_S1 = take_rows(context_SD, shared.sets), take_rows(score_S1, shared.sets)
-        return attention_pool(context_SD, score_S1, shared.sets_of_sample)
+        return pool_beginnings(context_SD, score_S1, shared.sets)
 
     def encode_features(self, features_VF: Tensor, code_V: Tensor) -> Tensor:
         """Return [V, 2 F], the features as z-scores within their variable, and the cosines of the z-scores.

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.features import VariableLayout
 from model.ragged import SetLayout
-from model.segments import Segments
+from model.segments import Beginnings, Segments
 from pipeline.arrays import concatenate_ranges, offsets_from_sizes
 from pipeline.loading.batch import PatientBatch
 
@@ -74,16 +75,41 @@ class Prefixes:
             samples=None,
         )
 
-    def lay_out(self, batch: PatientBatch, sets: SetLayout) -> SharedRows:
-        """Return where the head finds the events and sets of each sample; ``sets`` are the slots of the batch."""
+    def lay_out(self, batch: PatientBatch, sets: SetLayout, variables: VariableLayout) -> SharedRows:
+        """Return where the head finds what samples begin with.
+
+        Args:
+            batch: the patients.
+            sets: the slots of the batch.
+            variables: the pairs of sample and variable, of :meth:`separate`.
+        """
         slot_of_event = torch.empty(batch.num_events, dtype=torch.int64)
         slots = torch.arange(sets.num_slots)[sets.mask]
         slot_of_event[sets.event_of_slot[slots]] = slots
-        sample = torch.repeat_interleave(torch.arange(len(self.num_sets)), self.num_sets)
+        whole = VariableLayout.build(batch)
+        events = Segments.build(whole.pair, len(whole.code))
+        assert events.order is not None
+        num_codes = int(whole.code.max()) + 1 if len(whole.code) else 1
+        keys = (
+            patient * num_codes + code
+            for patient, code in ((whole.patient, whole.code), (self.patient[variables.patient], variables.code))
+        )
+        first_V = events.offsets[torch.searchsorted(*keys)]
+        num_events_V = torch.bincount(variables.pair, minlength=len(first_V))
+        last_set = batch.patient_offsets[self.patient] + self.num_sets - 1
         return SharedRows(
-            slots=Segments.build(slot_of_event[self._events(batch)], sets.num_slots),
-            sets=Segments.build(torch.from_numpy(self._sets(batch)), batch.num_sets),
-            sets_of_sample=Segments(sample, torch.from_numpy(offsets_from_sizes(self.num_sets.numpy()))),
+            events=Beginnings(
+                rows=slot_of_event[events.order],
+                rank=events.rank_in_segment()[events.order],
+                longest=int(events.offsets.diff().max()) if len(whole.code) else 0,
+                ends=Segments.build(first_V + num_events_V - 1, batch.num_events),
+            ),
+            sets=Beginnings(
+                rows=None,
+                rank=torch.arange(batch.num_sets) - batch.patient_offsets[:-1][batch.patient_of_set],
+                longest=int(batch.sets_per_patient.max()) if batch.num_patients else 0,
+                ends=Segments.build(last_set, batch.num_sets),
+            ),
         )
 
     def _sets(self, batch: PatientBatch) -> np.ndarray:
@@ -97,14 +123,12 @@ class Prefixes:
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """The rows of samples among those of the patients that they share.
+    """What samples have of the patients that they share.
 
     Attributes:
-        slots: the slot of each event of each sample, samples one after another.
-        sets: the set of each set of each sample.
-        sets_of_sample: the sets of each sample among these.
+        events: the slots of each pair of patient and variable, and those that each pair of sample and variable has.
+        sets: the sets of each patient, and those that each sample has.
     """
 
-    slots: Segments
-    sets: Segments
-    sets_of_sample: Segments
+    events: Beginnings
+    sets: Beginnings

@@ -43,10 +43,10 @@ class PreparedBatch:
         sets: the slots of events and sets.
         sequences: the rectangles of the patients' sets.
         variables: the pairs of sample and variable; a sample is a patient, unless there are prefixes.
-        shared: the rows of samples that share the passes of patients; None = each patient is a sample.
+        shared: what samples have of the patients whose passes they share; None = each patient is a sample.
         codes: [U] int64, the codes that occur.
         slots_of_code, pairs_of_code: the slots and the pairs of each of these.
-        slots_of_pair: the slots of each pair; of samples that share passes the rows of ``shared.slots``.
+        slots_of_pair: the slots of each pair; None where samples share passes.
         cell_of_pair: [V] int64, the place of each pair among those of all codes, ``max_pairs`` for each code.
         max_pairs: the most pairs of a code, or of a capacity's.
         slots_of_variable: the slots of each pair in the layout of the variables.
@@ -67,7 +67,7 @@ class PreparedBatch:
     shared: SharedRows | None
     codes: Tensor
     slots_of_code: Segments
-    slots_of_pair: Segments
+    slots_of_pair: Segments | None
     pairs_of_code: Segments
     cell_of_pair: Tensor
     max_pairs: int
@@ -126,10 +126,10 @@ class PreparedBatch:
             sets=sets,
             sequences=sequences,
             variables=variables,
-            shared=None if prefixes is None else prefixes.lay_out(batch, sets),
+            shared=None if prefixes is None else prefixes.lay_out(batch, sets, variables),
             codes=codes,
             slots_of_code=Segments.build(code_of_event[event], len(codes)),
-            slots_of_pair=Segments.build(variables.pair[event] if prefixes is None else variables.pair),
+            slots_of_pair=Segments.build(variables.pair[event]) if prefixes is None else None,
             pairs_of_code=pairs_of_code,
             cell_of_pair=code_of_pair * max_pairs + pairs_of_code.rank_in_segment(),
             max_pairs=max_pairs,

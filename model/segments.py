@@ -1,6 +1,6 @@
 """Attention pooling over segments of a flat array: the events of a variable, the sets of a patient.
 
-Shape suffixes: N rows, G segments, D width, H heads.
+Shape suffixes: N rows, G segments, V beginnings of segments, D width, H heads, K channels of a head.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.kernels import ops
 from model.kernels.ops import uses_kernels
 from model.precision import full_precision
 from pipeline.arrays import offsets_from_sizes
+
+LOWEST_SCORE = -700.0
+"""Scores that are lower than the highest of a batch by more than this count as if they were by this: beyond it an
+exponential in float64 would be 0."""
 
 MAX_TABLE = 16
 """Entries a value up to which a table of all that may occur is faster than sorting what does."""
@@ -57,6 +62,23 @@ class Segments:
         rank = torch.empty_like(first)
         rank[self.order] = place
         return rank - first
+
+
+@dataclass(frozen=True, slots=True)
+class Beginnings:
+    """Segments whose rows follow one another, and the places at which the first rows of segments, so many, end.
+
+    Attributes:
+        rows: [N] int64, the row of a flat array at each place; None where it has these rows in this order.
+        rank: [N] int64, the number of rows of its segment before each place.
+        longest: the most rows of a segment.
+        ends: of segments [V], the last place of each beginning.
+    """
+
+    rows: Tensor | None
+    rank: Tensor
+    longest: int
+    ends: Segments
 
 
 def number_values(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,3 +210,52 @@ def attention_pool(values_ND: Tensor, scores_NH: Tensor, segments: Segments) -> 
         pooled = values_NHK.new_zeros(num_segments, *values_NHK.shape[1:])
         pooled = pooled.index_add(0, row, values_NHK * weight_NH[..., None]) / total[..., None]
         return pooled.flatten(1)
+
+
+class _RunningSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: Tensor, longest: int) -> Tensor:
+        ctx.save_for_backward(rank)
+        ctx.longest = longest
+        return _scan(x, rank, longest, is_reversed=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scan(grad, ctx.saved_tensors[0], ctx.longest, is_reversed=True), None, None
+
+
+def _scan(x: Tensor, rank: Tensor, longest: int, *, is_reversed: bool) -> Tensor:
+    """Return at each place the sum of the rows of its segment up to it, or from it on, in log2(longest) passes.
+
+    Each pass adds the sum that ends, or begins, as many places away as the own one has rows (Hillis & Steele 1986).
+    """
+    x, distance = x.clone(), 1
+    while distance < longest:
+        is_own = (rank[distance:] >= distance).view(-1, *[1] * (x.ndim - 1))
+        if is_reversed:
+            x[:-distance] += x[distance:] * is_own
+        else:
+            x[distance:] += x[:-distance] * is_own
+        distance *= 2
+    return x
+
+
+def pool_beginnings(values_ND: Tensor, scores_NH: Tensor, beginnings: Beginnings) -> Tensor:
+    """Return [V, D] float32, what :func:`attention_pool` gives the first rows of segments.
+
+    A row is weighed and added once, however many beginnings it is in.  Sums are of float64, so that a late row with a
+    high score takes nothing from those before it.
+
+    Args:
+        values_ND, scores_NH: as there; every score is finite.
+        beginnings: of the segments.
+    """
+    if beginnings.rows is not None:
+        values_ND, scores_NH = (take_unique(each, beginnings.rows) for each in (values_ND, scores_NH))
+    scores_NH = scores_NH.double()
+    highest_H = F.pad(scores_NH.detach(), (0, 0, 0, 1), value=-torch.inf).amax(0)
+    weight_NH1 = (scores_NH - highest_H).clamp_min(LOWEST_SCORE).exp()[..., None]
+    values_NHK = values_ND.double().unflatten(1, (scores_NH.shape[1], -1)) * weight_NH1
+    rows: tuple[Tensor, int] = beginnings.rank, beginnings.longest
+    sums: Tensor = _RunningSums.apply(torch.cat([values_NHK, weight_NH1], dim=2), *rows)
+    return take_rows((sums[..., :-1] / sums[..., -1:]).flatten(1).float(), beginnings.ends)
