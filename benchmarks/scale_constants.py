@@ -47,6 +47,7 @@ from pipeline.prepare.sources.table import Table
 from pipeline.prepare.spill import spill_piece
 from pipeline.prepare.spill_files import read_partition
 from pipeline.prepare.splits import SplitRule
+from pipeline.prepare.summary import join_rejects
 from pipeline.reports.data_report import write_data_report
 from pipeline.schema import LABEL, MANIFEST_FILE, MINUTE, PATIENT_ID, VALUE, VARIABLE
 from pipeline.storage.files import file_sha256
@@ -164,6 +165,17 @@ def merged(num_spills: int) -> Figures:
         return {"seconds": time.process_time() - started}
 
 
+def joined(num_bad: int) -> Figures:
+    """Join the rejects of a piece of 40,000 patients, of so many rejected rows each."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = work_folder(name)
+        source = Made(num_patients=40_000, num_bad=num_bad, patients_per_piece=1 << 30)
+        alone(spill_piece, source, source.pieces()[0], 0, BuildOptions(split_rule=ALL_TRAIN), folder)
+        started = time.process_time()
+        join_rejects(folder)
+        return {"seconds": time.process_time() - started}
+
+
 def gathered(num_partitions: int) -> Figures:
     """Merge the moments of partitions of 2,000 variables."""
     with tempfile.TemporaryDirectory() as name:
@@ -195,7 +207,7 @@ def gzipped(num_events: int) -> Figures:
 
 
 def work_folder(name: str) -> Path:
-    for part in ("spills", "merged", "rejects", SCALES):
+    for part in ("spills", "merged", "rejects", "data", SCALES):
         (Path(name) / part).mkdir()
     return Path(name)
 
@@ -256,8 +268,8 @@ def slope(function: Callable[..., Figures], small: Any, large: Any, by: float) -
 
 
 def measure() -> Figures:
-    def patients(number: int, bad: int = 0) -> tuple[Source, int, int]:
-        return Made(num_patients=number, num_bad=bad), EVENTS_PER_SHARD, 2
+    def patients(number: int) -> tuple[Source, int, int]:
+        return Made(num_patients=number), EVENTS_PER_SHARD, 2
 
     def wide(number: int) -> tuple[Source, int, int, bool]:
         source = Made(num_patients=number, num_events=2000, num_variables=2000, patients_per_piece=50)
@@ -270,7 +282,6 @@ def measure() -> Figures:
         return Synthetic(num_patients=number), 1 << 40, 1  # one partition
 
     of_patient = slope(prepared, patients(100_000), patients(600_000), 500_000)
-    of_reject = slope(prepared, patients(40_000), patients(40_000, bad=25), 1_000_000)
     of_pairs = slope(prepared, wide(100), wide(1000), 1)
     of_task = slope(prepared, tasks(10), tasks(310), 300)
     of_event = slope(prepared, large(8192), large(24576), 1)
@@ -290,7 +301,6 @@ def measure() -> Figures:
         "main_bytes_per_patient": of_patient["peak_bytes"],
         "main_seconds_per_partition": of_pairs["serial_seconds"] / of_pairs["shards"],
         "main_seconds_per_patient": of_patient["serial_seconds"],
-        "main_seconds_per_reject": of_reject["serial_seconds"],
         "merge_seconds_per_event": slope(merged, (4,), (36,), 32 * MERGED_ROWS)["seconds"],
         "moments_bytes_per_partition_and_variable": of_pairs["moments_bytes"] / pairs,
         "manifest_bytes_per_shard": of_pairs["manifest_bytes"] / of_pairs["shards"],
@@ -300,6 +310,7 @@ def measure() -> Figures:
         "sort_bytes_per_spill": of_spill["peak_bytes"],
         "sorted_bytes_per_event": of_event["sorted_bytes"] / events,
         "spill_bytes_per_event": of_event["spills_bytes"] / events,
+        "seconds_per_reject": slope(joined, (1,), (26,), 25 * 40_000)["seconds"],
         "seconds_per_spill": of_spill["seconds"],
         "seconds_per_spill_and_variable": max(0.0, of_wide_spill["seconds"] - of_spill["seconds"]) / (10_000 - 40),
         "seconds_per_task": of_task["first_stage_seconds"],

@@ -119,6 +119,11 @@ def gathering(it: Scenario, c: Constants) -> float:
     return it.pairs * c["gather_seconds_per_partition_and_variable"]
 
 
+def joining(it: Scenario, c: Constants) -> float:
+    """Core-seconds of joining rejects, which one worker does while others write."""
+    return it.events * REJECT_SHARE * c["seconds_per_reject"]
+
+
 def fingerprint(it: Scenario, c: Constants) -> float:
     """Core-seconds of hashing the input."""
     return it.events * c["input_bytes_per_event"] * c["hash_seconds_per_byte"]
@@ -131,16 +136,12 @@ def linear(it: Scenario, c: Constants) -> float:
 
 def shared(it: Scenario, c: Constants) -> float:
     """Core-seconds of all that workers do."""
-    return linear(it, c) + reopening(it, c) + merging(it, c) + gathering(it, c)
+    return linear(it, c) + reopening(it, c) + merging(it, c) + gathering(it, c) + joining(it, c)
 
 
 def serial(it: Scenario, c: Constants) -> float:
     """Seconds of the calling process while no worker works."""
-    return (
-        it.patients * c["main_seconds_per_patient"]
-        + it.events * REJECT_SHARE * c["main_seconds_per_reject"]
-        + it.partitions * c["main_seconds_per_partition"]
-    )
+    return it.patients * c["main_seconds_per_patient"] + it.partitions * c["main_seconds_per_partition"]
 
 
 def wall(it: Scenario, c: Constants, workers: int) -> float:
@@ -206,7 +207,7 @@ LIMITS: Final = (
         of=lambda it, c: c["base_bytes"] + it.events * c["gzip_bytes_per_event"],
     ),
     Limit(
-        what="opening, merging and gathering, as a part of all other work",
+        what="opening, merging, gathering and joining, as a part of all other work",
         most=1.0,
         show=lambda part: f"{part:.1%}" if part < 1 else f"{number(part)} ×",
         of=lambda it, c: shared(it, c) / linear(it, c) - 1,
@@ -236,7 +237,7 @@ LIMITS: Final = (
         of=lambda it, c: max(it.pieces, it.partitions) * c["scheduler_bytes_per_task"],
     ),
     Limit(
-        what="time in which only the calling process works: labels, index, rejects",
+        what="time in which only the calling process works: labels and index",
         most=3600.0,
         show=duration,
         of=serial,
@@ -284,6 +285,7 @@ def tables(c: Constants) -> dict[str, str]:
         row("… merging spills", number, lambda it: merging(it, c) / 3600),
         row("… opening spills again", number, lambda it: reopening(it, c) / 3600),
         row("… gathering moments", number, lambda it: gathering(it, c) / 3600),
+        row("… joining rejects", number, lambda it: joining(it, c) / 3600),
         row("… of the calling process alone", number, lambda it: serial(it, c) / 3600),
         row(
             "all, to the linear part",

@@ -27,7 +27,7 @@ from model.config import SeqSetVAEConfig
 from model.features import NUM_FEATURES, VariableLayout, summary_features
 from model.noise import StepNoise
 from model.prepared import PreparedBatch
-from model.segments import attention_pool, pool_beginnings, take_rows
+from model.segments import attention_pool, pool_prefixes, take_rows
 from model.set_vae import run_block
 from pipeline.loading.batch import PatientBatch
 
@@ -90,7 +90,7 @@ class VariableAxis(nn.Module):
         x_RD = F.gelu(self.event(events_RD * self.scale) + take_rows(context_SD, sets.slots))
         score_RH = self.score(x_RD).float()
         if prepared.shared is not None:
-            pooled_VD = pool_beginnings(x_RD, score_RH, prepared.shared.events)
+            pooled_VD = pool_prefixes(x_RD, score_RH, prepared.shared.events)
         else:
             assert prepared.slots_of_pair is not None
             score_RH = score_RH.masked_fill(~sets.mask[:, None], -torch.inf)
@@ -225,7 +225,7 @@ class OutcomeHead(nn.Module):
         """Return [B, D], the contexts of each sample's sets, pooled over time."""
         if (shared := prepared.shared) is None:
             return attention_pool(context_SD, score_S1, prepared.sequences.sets_of_patient)
-        return pool_beginnings(context_SD, score_S1, shared.sets)
+        return pool_prefixes(context_SD, score_S1, shared.sets)
 
     def encode_features(self, features_VF: Tensor, code_V: Tensor) -> Tensor:
         """Return [V, 2 F], the features as z-scores within their variable, and the cosines of the z-scores.

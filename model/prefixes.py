@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.features import VariableLayout
 from model.ragged import SetLayout
-from model.segments import Beginnings, Segments
+from model.segments import SegmentPrefixes, Segments
 from pipeline.arrays import concatenate_ranges, offsets_from_sizes
 from pipeline.loading.batch import PatientBatch
 
@@ -98,13 +98,13 @@ class Prefixes:
         num_events_V = torch.bincount(variables.pair, minlength=len(first_V))
         last_set = batch.patient_offsets[self.patient] + self.num_sets - 1
         return SharedRows(
-            events=Beginnings(
+            events=SegmentPrefixes(
                 rows=slot_of_event[events.order],
                 rank=events.rank_in_segment()[events.order],
                 longest=int(events.offsets.diff().max()) if len(whole.code) else 0,
                 ends=Segments.build(first_V + num_events_V - 1, batch.num_events),
             ),
-            sets=Beginnings(
+            sets=SegmentPrefixes(
                 rows=None,
                 rank=torch.arange(batch.num_sets) - batch.patient_offsets[:-1][batch.patient_of_set],
                 longest=int(batch.sets_per_patient.max()) if batch.num_patients else 0,
@@ -130,5 +130,5 @@ class SharedRows:
         sets: the sets of each patient, and those that each sample has.
     """
 
-    events: Beginnings
-    sets: Beginnings
+    events: SegmentPrefixes
+    sets: SegmentPrefixes

@@ -1,6 +1,6 @@
 """Attention pooling over segments of a flat array: the events of a variable, the sets of a patient.
 
-Shape suffixes: N rows, G segments, V beginnings of segments, D width, H heads, K channels of a head.
+Shape suffixes: N rows, G segments, V prefixes of segments, D width, H heads, K channels of a head.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True)
-class Beginnings:
-    """Segments whose rows follow one another, and the places at which the first rows of segments, so many, end.
+class SegmentPrefixes:
+    """Prefixes of segments: the first rows of a segment, so many.
 
     Attributes:
-        rows: [N] int64, the row of a flat array at each place; None where it has these rows in this order.
+        rows: [N] int64, the row of a flat array at each place, where those of a segment follow one another; None where
+            they do so in the array itself.
         rank: [N] int64, the number of rows of its segment before each place.
         longest: the most rows of a segment.
-        ends: of segments [V], the last place of each beginning.
+        ends: [V] as ``of_row``, the last place of each prefix.
     """
 
     rows: Tensor | None
@@ -240,22 +241,22 @@ def _scan(x: Tensor, rank: Tensor, longest: int, *, is_reversed: bool) -> Tensor
     return x
 
 
-def pool_beginnings(values_ND: Tensor, scores_NH: Tensor, beginnings: Beginnings) -> Tensor:
+def pool_prefixes(values_ND: Tensor, scores_NH: Tensor, prefixes: SegmentPrefixes) -> Tensor:
     """Return [V, D] float32, what :func:`attention_pool` gives the first rows of segments.
 
-    A row is weighed and added once, however many beginnings it is in.  Sums are of float64, so that a late row with a
+    A row is weighed and added once, however many prefixes it is in.  Sums are of float64, so that a late row with a
     high score takes nothing from those before it.
 
     Args:
         values_ND, scores_NH: as there; every score is finite.
-        beginnings: of the segments.
+        prefixes: of the segments.
     """
-    if beginnings.rows is not None:
-        values_ND, scores_NH = (take_unique(each, beginnings.rows) for each in (values_ND, scores_NH))
+    if prefixes.rows is not None:
+        values_ND, scores_NH = (take_unique(each, prefixes.rows) for each in (values_ND, scores_NH))
     scores_NH = scores_NH.double()
     highest_H = F.pad(scores_NH.detach(), (0, 0, 0, 1), value=-torch.inf).amax(0)
     weight_NH1 = (scores_NH - highest_H).clamp_min(LOWEST_SCORE).exp()[..., None]
     values_NHK = values_ND.double().unflatten(1, (scores_NH.shape[1], -1)) * weight_NH1
-    rows: tuple[Tensor, int] = beginnings.rank, beginnings.longest
+    rows: tuple[Tensor, int] = prefixes.rank, prefixes.longest
     sums: Tensor = _RunningSums.apply(torch.cat([values_NHK, weight_NH1], dim=2), *rows)
-    return take_rows((sums[..., :-1] / sums[..., -1:]).flatten(1).float(), beginnings.ends)
+    return take_rows((sums[..., :-1] / sums[..., -1:]).flatten(1).float(), prefixes.ends)

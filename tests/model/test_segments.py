@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.segments import Segments, number_values, permute_rows, sum_rows, take_rows, take_unique
+from model.segments import (
+    SegmentPrefixes,
+    Segments,
+    attention_pool,
+    number_values,
+    permute_rows,
+    pool_prefixes,
+    sum_rows,
+    take_rows,
+    take_unique,
+)
 
 
 def test_segments_by_hand() -> None:
@@ -47,3 +57,44 @@ def test_gradients_of_rows_are_autograds() -> None:
         assert torch.equal(found, expected)
         grad = torch.randn(found.shape, dtype=torch.float64)
         assert torch.equal(*(torch.autograd.grad(of, x, grad, retain_graph=True)[0] for of in (found, expected)))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    prefixes=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), max_size=9),
+    reach=st.sampled_from([1.0, 80.0]),
+    is_shuffled=st.booleans(),
+)
+def test_prefixes_are_pooled_as_segments_of_their_own(
+    sizes: list[int], prefixes: list[tuple[int, int]], reach: float, is_shuffled: bool
+) -> None:
+    """Also where a late score is so much higher than an early one that float32 could not hold both weights."""
+    offsets = np.cumsum([0, *sizes])
+    prefixes = [(of % len(sizes), 1 + (number - 1) % sizes[of % len(sizes)]) for of, number in prefixes]
+    starts = [int(offsets[of]) for of, _ in prefixes]
+    torch.manual_seed(len(prefixes))
+    place_of_row = torch.randperm(offsets[-1]) if is_shuffled else torch.arange(offsets[-1])
+    rank = torch.cat([torch.arange(size) for size in sizes])
+    ends = Segments.build(
+        torch.tensor([s + n - 1 for s, (_, n) in zip(starts, prefixes, strict=True)], dtype=torch.int64)
+    )
+    given_ = SegmentPrefixes(place_of_row.argsort() if is_shuffled else None, rank, max(sizes), ends)
+    values = torch.randn(offsets[-1], 4, requires_grad=True)
+    scores = (reach * torch.randn(offsets[-1], 2)).requires_grad_()
+    rows = [
+        (place_of_row.argsort() if is_shuffled else place_of_row)[s : s + n]
+        for s, (_, n) in zip(starts, prefixes, strict=True)
+    ]
+    pooled = pool_prefixes(values, scores, given_)
+    row = torch.cat([torch.zeros(0, dtype=torch.int64), *rows])
+    of_row = torch.repeat_interleave(
+        torch.arange(len(rows)), torch.tensor([len(each) for each in rows], dtype=torch.int64)
+    )
+    expected = attention_pool(values[row], scores[row], Segments.build(of_row, len(rows)))
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)
+    if prefixes:
+        grad = torch.randn(pooled.shape)
+        for ours, theirs in zip(
+            *(torch.autograd.grad(of, (values, scores), grad) for of in (pooled, expected)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
