@@ -27,7 +27,10 @@ from pipeline.reports.data_report import write_data_report
 from pipeline.schema import PRIVATE_UMASK, REPORT_FILE, UserError
 from pipeline.storage.files import remove_leftovers
 
-OUT_OF_MEMORY: Final = "out of memory; the same command goes on with fewer --workers, or afresh with smaller shards"
+OUT_OF_MEMORY: Final = (
+    "out of memory; the same command goes on with fewer --workers, on Dask with more memory for each, "
+    "or afresh with smaller shards"
+)
 DISK_FULL: Final = "{}: no space left on the disk; free some, and the same command goes on from here"
 
 

@@ -1,30 +1,32 @@
 """Run tasks in this process, in processes of this machine, or on the workers of a Dask cluster.
 
-All are a ``concurrent.futures.Executor``.  Tasks may be run twice and anywhere: they read and write files of a folder
-that every worker sees, and put each in place whole.
+Tasks may be run twice and anywhere: they read and write files of a folder that every worker sees, and put each in place
+whole.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any, Final, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias, TypeVar
 
 import pyarrow as pa
 
 from pipeline.machine import exit_with_parent, usable_cores
 from pipeline.options import Section, option
-from pipeline.schema import UserError
+from pipeline.prepare.cluster import DaskCluster, open_dask
 
 T = TypeVar("T")
 
+TaskExecutor: TypeAlias = Executor | DaskCluster
+
 LOCAL: Final = "local"
-DASK: Final = "dask://"
+UNNAMED: Final[Mapping[int, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class InlineExecutor(Executor):
 
 
 @contextmanager
-def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Executor]:
+def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[TaskExecutor]:
     """Open the executor of ``--executor``, with at most ``max_workers`` local processes of one thread each.
 
     One process alone is this one, with all threads.  A worker that is killed (on Dask: with the same task, as often as
@@ -60,8 +62,8 @@ def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Execu
     name, workers = options.executor, min(options.workers, max_workers)
     try:
         if name != LOCAL:
-            with _open_dask(name) as executor:
-                yield executor
+            with open_dask(name) as cluster:
+                yield cluster
         elif workers == 1:
             yield InlineExecutor()
         else:
@@ -72,28 +74,24 @@ def open_executor(options: ExecutionOptions, max_workers: int) -> Iterator[Execu
         raise ChildProcessError(f"a worker process was killed, most likely for want of memory; {advice}") from None
 
 
+def run_tasks(
+    executor: TaskExecutor,
+    stage: str,
+    function: Callable[..., T],
+    tasks: Mapping[int, tuple[Any, ...]],
+    names: Mapping[int, str] = UNNAMED,
+) -> Iterator[tuple[int, T]]:
+    """Call ``function`` with the arguments of each task; yield the tasks' numbers and results, in any order.
+
+    A cluster names tasks by their ``stage``, and an error that is not the task's own by their ``names`` too.
+    """
+    if isinstance(executor, DaskCluster):
+        return executor.run(stage, function, tasks, names)
+    return zip(tasks, executor.map(function, *zip(*tasks.values(), strict=True)), strict=True) if tasks else iter(())
+
+
 def _start_worker() -> None:
     """Limit the work to one thread, and let this process end when its parent ends, killed or not."""
     os.environ["POLARS_MAX_THREADS"] = "1"  # read when Polars first works, not when it is imported
     pa.set_cpu_count(1)
     exit_with_parent()
-
-
-@contextmanager
-def _open_dask(name: str) -> Iterator[Executor]:
-    try:
-        from distributed import Client, KilledWorker  # noqa: PLC0415  an optional extra, slow to import
-    except ImportError:
-        raise UserError(f"--executor {name}: needs Dask; pip install 'seqsetvae[dask]'") from None
-    if not name.startswith(DASK) and not Path(name).is_file():  # Dask would wait for it
-        raise UserError(f"--executor {name}: no such file; give local, dask://HOST:PORT or a Dask scheduler's file")
-    address = {"address": f"tcp://{name.removeprefix(DASK)}"} if name.startswith(DASK) else {"scheduler_file": name}
-    try:
-        client = Client(**address, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--executor {name}: no Dask scheduler answers ({error}); start one, or use local") from None
-    with client:
-        try:
-            yield client.get_executor(pure=False)
-        except KilledWorker as error:
-            raise BrokenExecutor from error

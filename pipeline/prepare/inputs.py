@@ -15,7 +15,7 @@ import polars as pl
 
 from pipeline.machine import usable_cores
 from pipeline.prepare.arrow_files import write_table
-from pipeline.prepare.executors import LOCAL, ONE_PROCESS, ExecutionOptions, open_executor
+from pipeline.prepare.executors import LOCAL, ONE_PROCESS, ExecutionOptions, open_executor, run_tasks
 from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.sources.reading import SPLIT, group_files, reading
 from pipeline.prepare.sources.source import Source
@@ -39,7 +39,8 @@ def compute_fingerprint(source: Source, options: Mapping[str, Any], execution: E
             found = list(threads.map(_digest_files, groups))
     else:
         with open_executor(execution, max_workers=len(groups)) as executor:
-            found = list(executor.map(_digest_files, groups))
+            tasks = {number: (paths,) for number, paths in enumerate(groups)}
+            found = [digests for _, digests in sorted(run_tasks(executor, "fingerprint", _digest_files, tasks))]
     digests = sorted(zip(inputs, chain.from_iterable(found), strict=True))
     return hashlib.sha256(json.dumps([options, digests], sort_keys=True).encode()).hexdigest()
 

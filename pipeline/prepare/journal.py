@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, get_args, get_origin, get_type_hints
 
+from pipeline.prepare.executors import UNNAMED, TaskExecutor, run_tasks
 from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
 
 JOURNAL: Final = "journal"
@@ -62,7 +62,7 @@ class Stage:
 class StageRunner:
     """Runs the tasks of stages on an executor, with a journal in the folder ``work``."""
 
-    executor: Executor
+    executor: TaskExecutor
     work: Path
     progress: Progress
 
@@ -72,11 +72,13 @@ class StageRunner:
         arguments: Sequence[tuple[Any, ...]],
         find_used_up: Callable[[list[Any]], IsUsedUp] = lambda results: is_needed,
         clear: Callable[[int], None] = lambda number: None,
+        names: Mapping[int, str] = UNNAMED,
     ) -> list[Any]:
         """Return the results of the tasks in the order of their ``arguments``; the first failure ends the stage.
 
         Given all results, ``find_used_up`` tells which files later stages have used up, so that they may be gone.
         ``clear`` is called with the number of each task that is done, and removes what only this task needed.
+        ``names`` are shown behind the number of a task with which workers die.
         """
         total = len(arguments)
         (self.work / JOURNAL / stage.name).mkdir(parents=True, exist_ok=True)
@@ -88,9 +90,8 @@ class StageRunner:
             clear(number)
         rows = sum(map(stage.size, results.values()))
         self.progress(stage.name, done=len(results), total=total, rows=rows)
-        missing = [number for number in range(total) if number not in results]
-        new = self.executor.map(partial(_do, stage, self.work), missing, [arguments[number] for number in missing])
-        for number, result in zip(missing, new, strict=True):
+        missing = {number: (number, arguments[number]) for number in range(total) if number not in results}
+        for number, result in run_tasks(self.executor, stage.name, partial(_do, stage, self.work), missing, names):
             results[number] = result
             clear(number)
             rows += stage.size(result)

@@ -91,7 +91,8 @@ class Stages:
             return {name for at, group in groups if self.runner.is_done("merge", at) for name in group}.__contains__
 
         tasks = [(self.source, piece, at, self.options, self.runner.work) for at, piece in enumerate(self.pieces)]
-        spilled = self.runner.run(stage, tasks, find_used_up)
+        names = {number: f" ({', '.join(piece.files[:3])})" for number, piece in enumerate(self.pieces)}
+        spilled = self.runner.run(stage, tasks, find_used_up, names=names)
         self._check_pieces(spilled)
         return spilled
 
