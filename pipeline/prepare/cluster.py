@@ -29,7 +29,7 @@ class DaskCluster:
 
     name: str  # as --executor gives it
     client: Client
-    _left: list[frozenset[Any]] = field(default_factory=list)  # keys of tasks that each worker had when it left
+    _left: list[tuple[str, frozenset[Any]]] = field(default_factory=list)  # address of each worker that left, its tasks
     _used: dict[str, int] = field(default_factory=dict)  # bytes, by address, of workers that Dask ended for them
     _waits: bool = False  # it was said that no worker takes tasks
 
@@ -92,7 +92,8 @@ class DaskCluster:
     def _note_worker_that_left(self, event: tuple[float, dict[str, Any]]) -> None:
         _, said = event
         if said.get("action") == "remove-worker":
-            self._left.append(frozenset(said["processing-tasks"]) | frozenset(said["lost-computed-tasks"]))
+            keys = frozenset(said["processing-tasks"]) | frozenset(said["lost-computed-tasks"])
+            self._left.append((said["worker"], keys))
 
     def _note_worker_without_memory(self, event: tuple[float, dict[str, Any]]) -> None:
         _, said = event
@@ -117,7 +118,7 @@ class DaskCluster:
 
     def _say_who_left(self, group: str, stage: str) -> None:
         """Say in a line how many tasks of a stage were given to another worker, as theirs left."""
-        numbers = [len(found) for keys in self._left if (found := [key for key in keys if key[0] == group])]
+        numbers = [len(found) for _, keys in self._left if (found := [key for key in keys if key[0] == group])]
         if numbers:
             said = f"workers that left or died: {len(numbers)}; tasks of theirs that others did: {sum(numbers)}"
             print(f"--executor {self.name}: {stage}: {said}", file=sys.stderr)
@@ -133,11 +134,9 @@ class DaskCluster:
         running = [number for number, future in failed.items() if future.key in error.last_worker.executing]
         tasks = " or ".join(f"{number}{names.get(number, '')}" for number in running or failed)
         limit = _format_limit(error.last_worker.memory_limit)
-        used = [self._used[error.last_worker.address]] if error.last_worker.address in self._used else []
-        used = used or list(self._used.values())[-1:]
-        why = (
-            f"the last at {used[0] / 2**30:.2f} GiB of {limit}" if used else f"most likely for want of memory ({limit})"
-        )
+        lost = {address for address, keys in self._left for future in failed.values() if future.key in keys}
+        used = [self._used[each] for each in lost | {error.last_worker.address} if each in self._used]
+        why = f"one at {max(used) / 2**30:.2f} GiB of {limit}" if used else f"most likely for want of memory ({limit})"
         return (
             f"--executor {self.name}: workers died with task {tasks} of {stage}, {error.allowed_failures + 1} in all, "
             f"{why}; give workers more memory or fewer threads, and the same command goes on from here, "

@@ -235,9 +235,7 @@ def test_a_task_that_takes_too_much_memory_is_named_alone_with_what_it_took(
     add_worker("--nanny", "--memory-limit", 400 << 20)
     with pytest.raises(ChildProcessError) as caught:
         run(cluster, cluster_tasks.fill_memory, (400 << 20,), (0,))
-    pattern = (
-        r".*workers died with task 0 \(a.csv\) of read, 2 in all, the last at 0\.\d\d GiB of a limit of 0.39 GiB; .*"
-    )
+    pattern = r".*workers died with task 0 \(a.csv\) of read, 2 in all, one at 0\.\d\d GiB of a limit of 0.39 GiB; .*"
     assert re.fullmatch(pattern, str(caught.value))
 
 
