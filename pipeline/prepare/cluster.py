@@ -164,4 +164,8 @@ def open_dask(name: str) -> Iterator[DaskCluster]:
         raise UserError(f"--executor {name}: no Dask scheduler answers ({error}); start one, or use local") from None
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it tells is told here, in a line
     with client:
-        yield DaskCluster(name, client)
+        try:
+            yield DaskCluster(name, client)
+        finally:
+            if client.status == "running":  # or the scheduler logs a traceback, as it tells a client that it has left
+                client.unsubscribe_topic("all")
