@@ -120,7 +120,7 @@ def gathering(it: Scenario, c: Constants) -> float:
 
 
 def joining(it: Scenario, c: Constants) -> float:
-    """Core-seconds of joining rejects, which one worker does while others write."""
+    """Core-seconds of joining rejects, which the calling process does while workers write."""
     return it.events * REJECT_SHARE * c["seconds_per_reject"]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -41,12 +41,7 @@ ONE_PROCESS: Final = ExecutionOptions(workers=1)
 
 
 class InlineExecutor(Executor):
-    """An executor that runs tasks in this process: those of ``map`` when the result of each is asked for."""
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        future = Future[T]()
-        future.set_result(fn(*args, **kwargs))
-        return future
+    """An executor whose ``map`` runs each task in this process when its result is asked for."""
 
     def map(self, fn: Callable[..., T], *iterables: Iterable[Any], **_: Any) -> Iterator[T]:
         return map(fn, *iterables)

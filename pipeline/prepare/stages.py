@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -193,8 +194,9 @@ class Stages:
         suffixes = SHARD_SUFFIXES[self.options.shard_format]
         write_table(self.runner.work / VOCABULARY, vocabulary)
         tasks = [(self.runner.work, number, suffixes) for number in range(num_partitions)]
-        joining = self.runner.executor.submit(join_rejects, self.runner.work)  # by one worker while others write
-        written = self.runner.run(stage, tasks)
-        joining.result()
+        with ThreadPoolExecutor(1) as thread:  # which would do nothing but wait for workers
+            joining = thread.submit(join_rejects, self.runner.work)
+            written = self.runner.run(stage, tasks)
+            joining.result()
         shutil.rmtree(self.runner.work / "sorted")
         return written
