@@ -21,6 +21,7 @@ from pipeline.dataset.shards import write_shard
 from pipeline.dataset.tasks import SampleCounts, Task
 from pipeline.schema import FIRST_CODE, INDEX_FILE, UNLABELLED, VOCABULARY_FILE
 from pipeline.storage.files import file_sha256
+from pipeline.storage.pieces import Pieces
 
 NUM_CODES = 12
 
@@ -176,6 +177,24 @@ def add_task(
     if any(minute is not None for _, minute, _ in samples):
         columns["prediction_minute"] = pl.Series([minute for _, minute, _ in samples], dtype=pl.Float64)
     return write_task(directory, Manifest.load(directory), name, Labels.of_frame("labels.csv", pl.DataFrame(columns)))
+
+
+def rewrite_task(directory: Path, *, row_group_size: int, piece_bytes: int | None, name: str = "default") -> Task:
+    """Write the table of a task again, in row groups and pieces of other sizes; None = without pieces."""
+    task = Task.load(directory, Manifest.load(directory), name)
+    path = directory / task.table().name
+    pq.write_table(pq.read_table(path), path, row_group_size=row_group_size)
+    pieces = None if piece_bytes is None else pieces_of(path.read_bytes(), piece_bytes)
+    task = replace(task, table_sha256=file_sha256(path), table_pieces=pieces)
+    task.save(directory)
+    return task
+
+
+def pieces_of(content: bytes, piece_bytes: int) -> Pieces:
+    """The pieces of a file of this content."""
+    parts = [content[start : start + piece_bytes] for start in range(0, len(content), piece_bytes)]
+    sha256 = tuple(hashlib.sha256(part).hexdigest() for part in parts)
+    return Pieces(num_bytes=len(content), piece_bytes=piece_bytes, sha256=sha256)
 
 
 def in_stored_order(patients: Sequence[Patient]) -> list[Patient]:

@@ -22,7 +22,8 @@ from model.prefixes import Prefixes
 from model.prepared import PreparedBatch
 from pipeline.dataset.joined import JoinedFolder
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.samples import ChosenPatients, SampleIndex, SplitPart, split_by_shard
+from pipeline.dataset.patients import ChosenPatients, SplitPart, split_by_shard
+from pipeline.dataset.samples import SampleIndex
 from pipeline.dataset.shards import check_shards
 from pipeline.dataset.tasks import Task, common_times, load_tasks
 from pipeline.loading.batch import PatientBatch

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.arrays import Ints, harden, is_labelled
-from pipeline.dataset.samples import split_by_shard
+from pipeline.dataset.patients import split_by_shard
 from training.data import DataSet
 from training.options import TrainOptions
 

@@ -17,7 +17,7 @@ import torch
 
 from model.losses import LossOptions
 from pipeline.arrays import is_labelled
-from pipeline.dataset.samples import fingerprint_patients
+from pipeline.dataset.patients import fingerprint_patients
 from pipeline.dataset.tables import read_vocabulary
 from pipeline.schema import UserError
 from training.console import log_main

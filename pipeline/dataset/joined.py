@@ -41,9 +41,7 @@ class JoinedFolder(Folder):
             raise UserError(
                 f"--data_dir {self}: names a data set twice; name each once, and weigh it by --data_weights"
             )
-        self._tables = {
-            INDEX_FILE: {prefix: each.files.get(INDEX_FILE, "") for prefix, each in self._manifests.items()}
-        }
+        self._tables = {INDEX_FILE: {prefix: each.file(INDEX_FILE) for prefix, each in self._manifests.items()}}
 
     def read(self, name: str) -> bytes:
         if name == MANIFEST_FILE:
@@ -60,19 +58,20 @@ class JoinedFolder(Folder):
         with self._folders[prefix].local_file(own_file, cancelled) as path:
             yield path
 
-    def parts(self, name: str, sha256: str) -> list[tuple[str, Folder, str]]:
-        if name not in self._tables:
-            return super().parts(name, sha256)
-        return [(prefix, self._folders[prefix], checksum) for prefix, checksum in self._tables[name].items()]
+    def parts(self, file: File) -> list[tuple[str, Folder, File]]:
+        if file.name not in self._tables:
+            return super().parts(file)
+        own = self._tables[file.name].items()
+        return [(prefix, self._folders[prefix], each._replace(verify=file.verify)) for prefix, each in own]
 
     def _join_manifests(self) -> Manifest:
         first, splits = self._manifests["1/"], dict[str, list[ShardEntry]]()
         for prefix, manifest in self._manifests.items():
             for split, entries in manifest.splits.items():
                 splits.setdefault(split, []).extend(replace(entry, path=prefix + entry.path) for entry in entries)
-        files = first.files | {INDEX_FILE: _digest(self._tables[INDEX_FILE].values())}
+        files = first.files | {INDEX_FILE: _digest(each.sha256 for each in self._tables[INDEX_FILE].values())}
         fingerprint = _digest(manifest.fingerprint for manifest in self._manifests.values())
-        return replace(first, splits=splits, tars={}, files=files, fingerprint=fingerprint)
+        return replace(first, splits=splits, tars={}, files=files, pieces={}, fingerprint=fingerprint)
 
     def _join_tasks(self, name: str) -> Task:
         if not any(has_task(folder, name) for folder in self._folders.values()):
@@ -83,12 +82,13 @@ class JoinedFolder(Folder):
             if differs := [what for what in _DEFINITION if getattr(task, what) != getattr(first, what)]:
                 other = f"task {name} has other {differs[0]} than that of {self._folders['1/']}"
                 raise UserError(f"--data_dir {self._folders[prefix]}: {other}; add it in the same way to both")
-        self._tables[first.table] = {prefix: task.table_sha256 for prefix, task in tasks.items()}
+        self._tables[first.table().name] = {prefix: task.table() for prefix, task in tasks.items()}
         splits = {split: None for task in tasks.values() for split in task.splits}
         return replace(
             first,
             data=self._join_manifests().fingerprint,
             table_sha256=_digest(task.table_sha256 for task in tasks.values()),
+            table_pieces=None,
             splits={s: _add_counts([task.splits.get(s, SampleCounts()) for task in tasks.values()]) for s in splits},
             shards={prefix + path: number for prefix, task in tasks.items() for path, number in task.shards.items()},
             labels_without_patient=sum(task.labels_without_patient for task in tasks.values()),

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from pipeline.schema import FORMAT_VERSION, MANIFEST_FILE, SPLITS, UserError
 from pipeline.storage.files import seal, unseal, write_atomically
-from pipeline.storage.folder import Folder, as_folder
+from pipeline.storage.folder import File, Folder, as_folder
+from pipeline.storage.pieces import Pieces
 
 # No other path is opened, or removed, because a manifest names it.
 _SHARD_PATH: Final = re.compile(rf"([0-9]+/)?({'|'.join(SPLITS)})/[0-9]+\.(parquet|tar)")
@@ -45,6 +46,7 @@ class Manifest:
         splits: the shards of each split, as training reads them.
         tars: the same shards again as WebDataset tars, if both formats were asked for.
         files: SHA-256 of every other file that training reads, by name.
+        pieces: of those of them that are large and read in parts.
         vocabulary_fingerprint: SHA-256 over names, means and stds; a checkpoint holds it and refuses another.
         num_codes: rows of the vocabulary, padding and unknown included.
         embedding_dim: width of ``embeddings.npy``, or None if there are no embeddings.
@@ -59,11 +61,16 @@ class Manifest:
     options: dict[str, Any]
     fingerprint: str
     tars: dict[str, list[ShardEntry]] = field(default_factory=dict)
+    pieces: dict[str, Pieces] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def all_shards(self) -> list[ShardEntry]:
         """Return the files of shards of all splits, in both formats."""
         return [entry for shards in (self.splits, self.tars) for entries in shards.values() for entry in entries]
+
+    def file(self, name: str, *, verify: bool = True) -> File:
+        """Return one of ``files`` as a folder is asked for it; it has no checksum if it is none of them."""
+        return File(name, self.files.get(name, ""), verify=verify, pieces=self.pieces.get(name))
 
     def without(self, paths: Collection[str]) -> Manifest:
         """Return the manifest with the shards at ``paths`` left out of ``splits``."""
@@ -105,7 +112,8 @@ class Manifest:
             name: {split: [ShardEntry(**entry) for entry in entries] for split, entries in content[name].items()}
             for name in ("splits", "tars")
         }
-        manifest = cls(**(content | shards))
+        pieces = {name: Pieces.parse(each) for name, each in content.get("pieces", {}).items()}
+        manifest = cls(**(content | shards | {"pieces": pieces}))
         for entry in manifest.all_shards():
             if not _SHARD_PATH.fullmatch(entry.path):
                 raise UserError(f"{path}: names {entry.path!r}, which is no place of a shard; {advice}")

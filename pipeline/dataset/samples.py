@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.arrays import Ints, concatenate_ranges, find_runs, is_labelled, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
+from pipeline.dataset.patients import ChosenPatients, is_chosen, patient_offsets
 from pipeline.dataset.schemas import INDEX_SCHEMA, task_schema
 from pipeline.dataset.tables import JoinedRows
 from pipeline.dataset.tasks import Task
@@ -27,10 +27,7 @@ LENGTHS = ("num_events", "num_sets", "whole_sets")
 """The columns that say how long samples are."""
 
 JOINED_ROWS = 1 << 22
-"""Rows of several tasks that are joined at once to count their samples."""
-
-ChosenPatients: TypeAlias = Mapping[str, npt.NDArray[np.bool_]]
-"""Which patients [P] of each shard are used, by its path; of a shard that is not named, none are."""
+"""Rows of tasks that are read at once where all of a split are gone through."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,19 +50,6 @@ class SharedSamples:
         first = self.offsets[windows]
         sizes = self.offsets[windows + 1] - first
         return concatenate_ranges(first, sizes), np.repeat(np.arange(len(windows)), sizes)
-
-
-def split_by_shard(entries: Sequence[ShardEntry], of_patient: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-    """Return what is said of the patients [P] of some shards, one shard after another, by the shard's path."""
-    offsets = offsets_from_sizes(np.array([entry.num_patients for entry in entries], np.int64))
-    return dict(zip((entry.path for entry in entries), np.split(of_patient, offsets[1:-1]), strict=True))
-
-
-class SplitPart(NamedTuple):
-    """Some patients of a split, by its name."""
-
-    split: str
-    patients: ChosenPatients | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +94,12 @@ class SampleIndex:
         verify: bool = True,
     ) -> None:
         self.tasks, self._chosen, self._share, advice = tasks, chosen, share, "add the task again"
-        files = [(task.table, task.table_sha256, advice, _sample_schema(task)) for task in tasks]
+        files = [(task.table(verify=verify), advice, _sample_schema(task)) for task in tasks]
         if not tasks:
-            files = [(INDEX_FILE, manifest.files.get(INDEX_FILE, ""), folder.repair_advice, _LENGTHS)]
-        self._rows = [JoinedRows(folder, name, sha256, schema, verify=verify) for name, sha256, _, schema in files]
-        self._damage = [f"{folder}/{name}: contradicts the manifest; {does}" for name, _, does, _ in files]
-        if not all(sha256 for _, sha256, *_ in files):
+            files = [(manifest.file(INDEX_FILE, verify=verify), folder.repair_advice, _LENGTHS)]
+        self._rows = [JoinedRows(folder, file, schema) for file, _, schema in files]
+        self._damage = [f"{folder}/{file.name}: contradicts the manifest; {does}" for file, does, _ in files]
+        if not all(file.sha256 for file, *_ in files):
             raise UserError(f"{folder}/{INDEX_FILE}: not in the manifest; run preprocess.py again")
 
     def count(self, entries: Sequence[ShardEntry]) -> Ints:
@@ -126,12 +110,10 @@ class SampleIndex:
         rows = [_count_rows(task, entries) for task in self.tasks or (None,)]
         if (len(rows) == 1 and self._chosen is None and self._share is None) or not len(entries):
             return rows[0]
-        part = np.sum(rows, axis=0).cumsum() // JOINED_ROWS
         found = []
-        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(part)) + 1), len(entries)]):
+        for start, stop in cut_shards(np.sum(rows, axis=0)):
             some = entries[start:stop]
-            bounds = offsets_from_sizes(np.array([entry.num_patients for entry in some], np.int64))
-            shard = np.searchsorted(bounds, self.read(some).patient, side="right") - 1
+            shard = np.searchsorted(patient_offsets(some), self.read(some).patient, side="right") - 1
             found.append(np.bincount(shard, minlength=len(some)))
         return np.concatenate(found)
 
@@ -148,7 +130,7 @@ class SampleIndex:
             has_events = pc.greater(table["num_events"], 0)
             table, shard = table.filter(has_events), shard[has_events.to_numpy()]
         num_events, num_sets = (table[name].to_numpy().astype(np.int64) for name in ("num_events", "num_sets"))
-        patients = offsets_from_sizes(np.array([entry.num_patients for entry in entries], np.int64))
+        patients = patient_offsets(entries)
         patient, time, whole_sets = np.arange(table.num_rows), None, np.ones(table.num_rows, np.bool_)
         label: npt.NDArray[Any] = np.full(table.num_rows, UNLABELLED, np.int64)
         if task is not None:
@@ -172,19 +154,37 @@ def choose_samples(samples: Samples, entries: Sequence[ShardEntry], chosen: Chos
     """Return the samples of the chosen patients of some shards, of which they are the samples; None = of all."""
     if chosen is None:
         return samples
-    of_shard = [chosen.get(entry.path, np.zeros(entry.num_patients, np.bool_)) for entry in entries]
-    keep = np.concatenate([*of_shard, np.zeros(0, np.bool_)])[samples.patient]
-    time = samples.prediction_time
+    keep, time = is_chosen(entries, chosen)[samples.patient], samples.prediction_time
     kept = {name: getattr(samples, name)[keep] for name in ("patient", "label", *LENGTHS)}
     return replace(samples, **kept, prediction_time=None if time is None else time[keep])
 
 
-def fingerprint_patients(chosen: ChosenPatients) -> str:
-    """Return a short checksum of which patients are chosen."""
-    digest = hashlib.sha256()
-    for path in sorted(chosen):
-        digest.update(f"{path} {len(chosen[path])} ".encode() + np.packbits(chosen[path]).tobytes())
-    return digest.hexdigest()[:12]
+def cut_shards(num_samples: Ints) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of runs of shards that have about ``JOINED_ROWS`` of all their ``num_samples`` [n] together."""
+    part = np.cumsum(num_samples) // JOINED_ROWS
+    bounds = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(part)]
+    return ((start, stop) for start, stop in pairwise(bounds) if stop > start)
+
+
+def read_empty_samples(
+    folder: Folder, task: Task, entries: Sequence[ShardEntry], chosen: ChosenPatients | None, *, verify: bool = True
+) -> pa.Table:
+    """Return the rows of a task's samples of some shards, or of their chosen patients, that have no events.
+
+    Some shards at a time are read, and none if the task has no such sample.
+    """
+    schema = task_schema(task.kind, soft=task.soft_labels)
+    if not any(counts.num_without_events for counts in task.splits.values()):
+        return schema.empty_table()
+    rows, found = JoinedRows(folder, task.table(verify=verify), schema), [schema.empty_table()]
+    for start, stop in cut_shards(_count_rows(task, entries)):
+        some = entries[start:stop]
+        table, shard = rows.read([entry.path for entry in some])
+        keep = table["num_events"].to_numpy() == 0
+        if chosen is not None:
+            keep &= is_chosen(some, chosen)[patient_offsets(some)[shard] + table["position"].to_numpy()]
+        found.append(table.filter(pa.array(keep)))
+    return pa.concat_tables(found)
 
 
 def _count_rows(task: Task | None, entries: Sequence[ShardEntry]) -> Ints:

@@ -74,6 +74,8 @@ def report_damage(folder: Folder, name: str) -> Iterator[None]:
     """Turn what reading a damaged table raises into a UserError that names the file."""
     try:
         yield
+    except UserError:  # which a piece may raise, and which says what to do
+        raise
     except (OSError, ValueError, TypeError, KeyError, EOFError, pa.ArrowException) as error:
         raise UserError(f"{folder}/{name}: cannot be read ({error}); {folder.repair_advice}") from None
 
@@ -81,13 +83,13 @@ def report_damage(folder: Folder, name: str) -> Iterator[None]:
 class RowsByShard:
     """Reads a table whose rows belong to shards, from the row groups that hold the shards in question.
 
-    The file is opened, and its checksum verified, when rows are first read.
+    The file is opened when rows are first read.  Its checksum is verified then, or that of each piece of a large file
+    when the piece is read.
     """
 
-    def __init__(self, folder: Folder, name: str, sha256: str, schema: pa.Schema, *, verify: bool = True) -> None:
-        """Describe the table ``name`` of this checksum; ``schema`` has the columns to read, ``shard`` among them."""
-        self._folder, self._name, self._sha256, self._verify = folder, name, sha256, verify
-        self._schema = schema
+    def __init__(self, folder: Folder, file: File, schema: pa.Schema) -> None:
+        """Describe the table ``file``; ``schema`` has the columns to read, ``shard`` among them."""
+        self._folder, self._file, self._schema = folder, file, schema
         self._metadata: pq.FileMetaData | None = None
         self._shards_of_groups: list[tuple[str, str]] = []  # first and last shard of each row group
 
@@ -98,9 +100,9 @@ class RowsByShard:
         """
         folder, names = self._folder, self._schema.names
         with (
-            folder.local_file(File(self._name, self._sha256, verify=self._verify)) as local,
-            report_damage(folder, self._name),
-            pq.ParquetFile(local, metadata=self._metadata) as file,
+            folder.open(self._file) as source,
+            report_damage(folder, self._file.name),
+            pq.ParquetFile(source, metadata=self._metadata) as file,
         ):
             if self._metadata is None:
                 self._find_row_groups(file.metadata)
@@ -123,10 +125,9 @@ class RowsByShard:
 class JoinedRows:
     """Reads a table that consists of several, each of other shards; see :meth:`Folder.parts`."""
 
-    def __init__(self, folder: Folder, name: str, sha256: str, schema: pa.Schema, *, verify: bool = True) -> None:
+    def __init__(self, folder: Folder, file: File, schema: pa.Schema) -> None:
         """Describe the table as :class:`RowsByShard` does."""
-        parts = folder.parts(name, sha256)
-        self._parts = [(prefix, RowsByShard(each, name, own, schema, verify=verify)) for prefix, each, own in parts]
+        self._parts = [(prefix, RowsByShard(each, own, schema)) for prefix, each, own in folder.parts(file)]
 
     def read(self, paths: Sequence[str]) -> tuple[pa.Table, Ints]:
         """Return the rows of the shards at ``paths``, as :meth:`RowsByShard.read` does."""

@@ -22,6 +22,7 @@ from pipeline.dataset.tables import add_prefix, read_parquet, report_damage
 from pipeline.schema import FORMAT_VERSION, SPLITS, TASKS_FOLDER, Kind, Times, UserError
 from pipeline.storage.files import seal, sync, unseal, write_atomically
 from pipeline.storage.folder import File, Folder, as_folder
+from pipeline.storage.pieces import Pieces
 
 MAX_NAMED_CLASSES: Final = 8
 """Maximum number of classes that a line describes."""
@@ -59,6 +60,7 @@ class Task:
         soft_labels: whether labels of a binary task are probabilities, float32, that a model is trained towards.
         data: fingerprint of the data set over whose shards the task is.
         table_sha256: checksum of ``NAME.parquet``.
+        table_pieces: checksums of its pieces; None = it is too small to have several.
         times: what prediction times are; None = there are none, and a sample is a whole patient.
         splits: counts by split.
         shards: number of samples with events, by the path of the shard that holds their patients.
@@ -79,11 +81,12 @@ class Task:
     labels_from: str
     labels_without_patient: int
     soft_labels: bool = False
+    table_pieces: Pieces | None = None
 
-    @property
-    def table(self) -> str:
-        """Return the name of the table below the data directory."""
-        return f"{TASKS_FOLDER}/{self.name}.parquet"
+    def table(self, *, verify: bool = True) -> File:
+        """Return the table as a folder is asked for it."""
+        name = f"{TASKS_FOLDER}/{self.name}.parquet"
+        return File(name, self.table_sha256, verify=verify, pieces=self.table_pieces)
 
     def prior(self, split: str = "train") -> tuple[float, ...] | None:
         """Return the share of each class among the labelled samples of a split, or the mean of a regression alone.
@@ -117,7 +120,8 @@ class Task:
             if plain.pop("format_version") != FORMAT_VERSION:
                 raise UserError(f"{path}: of another format version than {FORMAT_VERSION}; {advice}")
             splits = {split: SampleCounts(**counts) for split, counts in plain["splits"].items()}
-            task = cls(**plain | {"splits": splits, "classes": tuple(plain["classes"])})
+            pieces = Pieces.parse(plain["table_pieces"]) if plain.get("table_pieces") else None
+            task = cls(**plain | {"splits": splits, "classes": tuple(plain["classes"]), "table_pieces": pieces})
         except FileNotFoundError:
             add = f"add it with python -m pipeline.tasks add {folder} --name {name} --labels FILE"
             raise UserError(f"{folder}: has no task {name!r}; {add}") from None
@@ -144,8 +148,8 @@ def read_task_table(directory: Path | Folder, task: Task, *columns: str) -> pa.T
     if columns:
         schema = pa.schema([schema.field(name) for name in columns])
     tables = []
-    for prefix, part, sha256 in folder.parts(task.table, task.table_sha256):
-        with part.local_file(File(task.table, sha256)) as path, report_damage(part, task.table):
+    for prefix, part, file in folder.parts(task.table()):
+        with part.local_file(file) as path, report_damage(part, file.name):
             tables.append(add_prefix(read_parquet(path, schema), prefix))
     return pa.concat_tables(tables)
 

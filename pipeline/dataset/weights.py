@@ -47,7 +47,7 @@ class SampleWeights:
         """
         self._flag = f"--sampling_weights {path}"
         schema = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "patient_id")])
-        self._index = JoinedRows(folder, INDEX_FILE, manifest.files.get(INDEX_FILE, ""), schema)
+        self._index = JoinedRows(folder, manifest.file(INDEX_FILE), schema)
         try:
             self.sha256 = file_sha256(path)
             table = pq.read_table(path) if path.suffix == ".parquet" else _read_csv(path)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.arrays import Floats, Ints, harden, is_labelled, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
-from pipeline.dataset.samples import JOINED_ROWS, Samples
+from pipeline.dataset.samples import Samples, cut_shards
 from pipeline.dataset.tasks import Task, common_times
 from pipeline.dataset.weights import SampleWeights
 from pipeline.loading.options import LoaderOptions
@@ -62,10 +62,8 @@ class SampleDraws:
 
     def _walk(self) -> Iterator[tuple[tuple[int, ...], Samples]]:
         """Yield all shards, some at a time, with their samples."""
-        part = np.cumsum(self._num_samples) // JOINED_ROWS
-        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(part)) + 1), len(self._entries)]):
-            if stop > start:
-                yield (shards := tuple(range(start, stop))), self._read(shards)
+        for bounds in cut_shards(self._num_samples):
+            yield (shards := tuple(range(*bounds))), self._read(shards)
 
     def _describe(self, shards: tuple[int, ...], samples: Samples) -> tuple[Ints, Floats]:
         """Return stratum and weight [N] of the samples of some shards."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from pipeline.arrays import Ints, is_labelled, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import SampleIndex, Samples, SplitPart, share_windows
+from pipeline.dataset.patients import SplitPart
+from pipeline.dataset.samples import SampleIndex, Samples, share_windows
 from pipeline.dataset.tasks import Task
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.draws import SampleDraws, check_sampling, data_sets_of

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.arrays import Floats
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import SplitPart, fingerprint_patients
-from pipeline.dataset.tasks import Task, common_times, load_tasks, read_task_table
+from pipeline.dataset.patients import SplitPart, fingerprint_patients
+from pipeline.dataset.samples import read_empty_samples
+from pipeline.dataset.tasks import Task, common_times, load_tasks
 from pipeline.loading.batch import PatientBatch
 from pipeline.loading.groups import GroupPlan, GroupPlanner, LoadedGroup, Position
 from pipeline.loading.options import LoaderOptions
@@ -164,14 +164,8 @@ class PatientLoader(IterableDataset[Any]):
 
     def read_empty_samples(self, task: Task) -> pa.Table:
         """Return patient, prediction times and labels of a task's samples of the split without events, in no batch."""
-        table = read_task_table(self._folder, task).filter(pc.field("num_events") == 0)
-        used = [entry.path for entry in self.manifest.splits[self.split]]
-        table = table.filter(pc.is_in(table["shard"], value_set=pa.array(used, pa.string())))
-        if (chosen := self._part.patients) is None:
-            return table
-        rows = zip(table["shard"].to_pylist(), table["position"].to_pylist(), strict=True)
-        keep = [path in chosen and bool(chosen[path][row]) for path, row in rows]
-        return table.filter(pa.array(keep, pa.bool_()))
+        entries, chosen = self.manifest.splits[self.split], self._part.patients
+        return read_empty_samples(self._folder, task, entries, chosen, verify=self.options.verify)
 
     def predict_costs(self, cost: CostModel) -> Floats:
         """Return the predicted cost of each global batch of the current group, [N] float64.

@@ -27,7 +27,8 @@ from pipeline.prepare.vocabulary import vocabulary_fingerprint
 from pipeline.prepare.warn import find_warnings
 from pipeline.prepare.write import WrittenPartition
 from pipeline.schema import EMBEDDINGS_FILE, FIRST_CODE, INDEX_FILE, REJECTS_FILE, SPLITS, VOCABULARY_FILE, UserError
-from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
+from pipeline.storage.files import seal, unseal, write_atomically
+from pipeline.storage.pieces import checksum_file
 
 READ_BY_TRAINING: Final = (INDEX_FILE, VOCABULARY_FILE, EMBEDDINGS_FILE)
 
@@ -116,11 +117,12 @@ class Results:
             {split: [part.shards[split][number] for part in self.written if split in part.shards] for split in SPLITS}
             for number in range(len(SHARD_SUFFIXES[options["shard_format"]]))
         )
-        files = {name: file_sha256(data / name) for name in READ_BY_TRAINING if (data / name).exists()}
+        read = {name: checksum_file(data / name) for name in READ_BY_TRAINING if (data / name).exists()}
         return Manifest(
             splits=splits,
             tars=tars[0] if tars else {},
-            files=files,
+            files={name: sha256 for name, (sha256, _) in read.items()},
+            pieces={name: pieces for name, (_, pieces) in read.items() if pieces and name == INDEX_FILE},
             vocabulary_fingerprint=vocabulary_fingerprint(self.vocabulary),
             num_codes=self.vocabulary.num_rows,
             embedding_dim=self.embedding_dim,

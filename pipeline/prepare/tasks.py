@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -38,8 +38,9 @@ from pipeline.schema import (
     UNKNOWN_CODE,
     UserError,
 )
-from pipeline.storage.files import file_sha256, remove_leftovers
+from pipeline.storage.files import remove_leftovers
 from pipeline.storage.folder import as_folder
+from pipeline.storage.pieces import Pieces, checksum_file
 
 SLICE_ROWS: Final = 1 << 19
 """Maximum number of samples that are joined to their patients at once, unless one patient has more."""
@@ -88,25 +89,23 @@ def write_task(
     is_known = np.zeros(len(patients), np.bool_)
     is_known[number[number >= 0]] = True
     counter, counts, shards = _LengthCounter(directory, manifest, excluded), _Counts(labels), Counter[str]()
-    schema = task_schema(labels.kind, soft=labels.is_soft)
 
-    def make_slices() -> Iterator[pa.Table]:
+    def make_slices() -> Iterator[pl.DataFrame]:
         for samples in _locate_samples(labels, index, number):
             samples = counter.count_lengths(samples)
             counts.add(samples)
             shards.update(dict(samples.filter(pl.col("num_events") > 0).group_by("shard").len().iter_rows()))
-            yield samples.select(schema.names).to_arrow().cast(schema)
+            yield samples
 
-    path = directory / task_files(name)[0]
-    path.parent.mkdir(exist_ok=True)
-    remove_leftovers(path.parent, f"{name}.*")
-    write_parquet(path, schema, make_slices())
+    schema = task_schema(labels.kind, soft=labels.is_soft)
+    table_sha256, table_pieces = write_task_table(directory, name, make_slices(), schema)
     task = Task(
         name=name,
         kind=labels.kind,
         classes=labels.classes,
         data=manifest.fingerprint,
-        table_sha256=file_sha256(path),
+        table_sha256=table_sha256,
+        table_pieces=table_pieces,
         times=labels.samples.times,
         splits=counts.finish(),
         shards=dict(sorted(shards.items())),
@@ -263,3 +262,14 @@ def _add_counts(parts: Sequence[SampleCounts]) -> SampleCounts:
     merged = float(np.average(mean, weights=number))
     spread = float(np.average(std**2 + (mean - merged) ** 2, weights=number))
     return replace(total, mean=merged, std=math.sqrt(spread))
+
+
+def write_task_table(
+    directory: Path, name: str, slices: Iterable[pl.DataFrame], schema: pa.Schema
+) -> tuple[str, Pieces | None]:
+    """Write the table of a task and return its checksums."""
+    path = directory / task_files(name)[0]
+    path.parent.mkdir(exist_ok=True)
+    remove_leftovers(path.parent, f"{name}.*")
+    write_parquet(path, schema, (samples.select(schema.names).to_arrow().cast(schema) for samples in slices))
+    return checksum_file(path)

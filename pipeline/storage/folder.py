@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 from pipeline.schema import UserError
 from pipeline.storage.files import file_sha256
+from pipeline.storage.pieces import PieceReader, Pieces
 
 
 class BadFile(UserError):
@@ -22,12 +25,16 @@ class BadFile(UserError):
 
 
 class File(NamedTuple):
-    """A file as :meth:`Folder.local_file` is asked for it: what the manifest says of it, and whether to compare."""
+    """A file as a folder is asked for it: what the manifest says of it, and whether to compare.
+
+    ``pieces`` serve :meth:`Folder.open` alone; None = it has none, and is read as a whole.
+    """
 
     name: str
     sha256: str
     num_bytes: int | None = None
     verify: bool = True
+    pieces: Pieces | None = None
 
 
 class Folder:
@@ -71,23 +78,60 @@ class Folder:
             BadFile: the file is missing, damaged or another one.
             UserError: it cannot be read, which need not be the file's fault.
         """
-        name, sha256, num_bytes, verify = file
+        name, sha256, num_bytes, verify, _ = file
         path = Path(self._location) / name
         if verify and (name, sha256) not in self._verified:
-            try:
+            with self._report_missing(name):
                 self._check_size(name, path.stat().st_size, num_bytes)
                 self._check_sha256(name, file_sha256(path), sha256)
-            except OSError as error:
-                reason = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
-                if error.errno in (errno.ENOENT, errno.EIO):
-                    raise self._bad_file(name, reason) from None
-                raise UserError(f"{self}/{name}: {reason}") from None
             self._verified.add((name, sha256))
         yield path
 
-    def parts(self, name: str, sha256: str) -> list[tuple[str, Folder, str]]:
-        """Return the files that a table is made of: what its shards and patients are called by, folder and checksum."""
-        return [("", self, sha256)]
+    @contextmanager
+    def open(self, file: File) -> Iterator[Path | io.RawIOBase]:
+        """Yield a file of which parts are read: where it lies on this machine, or what reads its pieces.
+
+        A piece is compared with its own checksum when it is read, so that nothing else of the file is.
+
+        Raises:
+            BadFile, UserError: as :meth:`local_file` does; of a file in pieces, what reading them raises.
+        """
+        if (pieces := file.pieces) is not None:
+            yield PieceReader(pieces, lambda number: self._read_piece(file, pieces, number))
+            return
+        with self.local_file(file) as path:
+            yield path
+
+    def _read_piece(self, file: File, pieces: Pieces, number: int) -> bytes:
+        """Return a piece of a file, compared with its checksum where the file is to be; its size is right."""
+        start, stop = pieces.bounds(number)
+        with self._report_missing(file.name), (Path(self._location) / file.name).open("rb") as opened:
+            opened.seek(start)
+            return self._check_piece(file, pieces, number, opened.read(stop - start))
+
+    def _check_piece(self, file: File, pieces: Pieces, number: int, content: bytes) -> bytes:
+        """Return the content of a piece; BadFile where it is another one."""
+        start, stop = pieces.bounds(number)
+        if len(content) != stop - start:
+            raise self._bad_file(file.name, f"has fewer bytes than the manifest says ({pieces.num_bytes})")
+        if file.verify:
+            self._check_sha256(file.name, hashlib.sha256(content).hexdigest(), pieces.sha256[number])
+        return content
+
+    def parts(self, file: File) -> list[tuple[str, Folder, File]]:
+        """Return the files that a table is made of: what its shards and patients are called by, folder and file."""
+        return [("", self, file)]
+
+    @contextmanager
+    def _report_missing(self, name: str) -> Iterator[None]:
+        """Say of a file that cannot be read why, and whether that is its own fault."""
+        try:
+            yield
+        except OSError as error:
+            reason = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
+            if error.errno in (errno.ENOENT, errno.EIO):
+                raise self._bad_file(name, reason) from None
+            raise UserError(f"{self}/{name}: {reason}") from None
 
     def _check_size(self, name: str, actual: int, expected: int | None) -> None:
         if expected is not None and actual != expected:

@@ -92,6 +92,11 @@ class ObjectStore:
         with self.report_errors(name), self.open(name) as file:
             return bytes(file.read())
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes ``start`` … ``stop`` − 1 of a file, or as many of them as it has, in one request."""
+        with self.report_errors(name):
+            return bytes(self._system.cat_file(self._locate(name), start=start, end=stop))
+
     def fetch(self, name: str, target: Path, num_bytes: int) -> None:
         """Copy a file of the store to ``target``, whole or not at all."""
         target.parent.mkdir(parents=True, exist_ok=True)

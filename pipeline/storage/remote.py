@@ -29,6 +29,7 @@ from pipeline.schema import UserError
 from pipeline.storage.cache import CACHE_BYTES, Cache, parse_bytes
 from pipeline.storage.folder import File, Folder
 from pipeline.storage.object_store import CHUNK_BYTES, ObjectStore, is_url
+from pipeline.storage.pieces import Pieces
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -72,14 +73,37 @@ class RemoteFolder(Folder):
 
     @contextmanager
     def local_file(self, file: File, cancelled: threading.Event | None = None) -> Iterator[Path]:
-        name, sha256, num_bytes, verify = file
-        if not _SHA256.fullmatch(sha256):
-            raise UserError(f"{self}/{name}: the manifest's checksum {sha256!r} is none; {self.repair_advice}")
+        name, sha256, num_bytes, verify, _ = file
+        self._check_name(name, sha256)
         fetch = partial(self._fetch, name, sha256, num_bytes, cancelled or threading.Event())
         with self._cache.local_file(sha256, fetch, verify=verify and (name, sha256) not in self._verified) as path:
             if verify:
                 self._verified.add((name, sha256))
             yield path
+
+    def _read_piece(self, file: File, pieces: Pieces, number: int) -> bytes:
+        self._check_name(file.name, sha256 := pieces.sha256[number])
+        fetch = partial(self._fetch_piece, file._replace(verify=True), pieces, number)
+        with self._cache.local_file(sha256, fetch, verify=file.verify) as path:
+            return self._check_piece(file._replace(verify=False), pieces, number, path.read_bytes())
+
+    def _fetch_piece(
+        self, file: File, pieces: Pieces, number: int, target: BufferedRandom, make_room: Callable[[int], None]
+    ) -> None:
+        """Copy a piece of a file of the store to ``target`` and compare it with its checksum."""
+        try:
+            with self._store.report_errors(file.name):
+                content = self._store.read_range(file.name, *pieces.bounds(number))
+        except FileNotFoundError:
+            raise self._bad_file(file.name, "is missing") from None
+        self._check_piece(file, pieces, number, content)
+        make_room(len(content))
+        target.write(content)
+
+    def _check_name(self, name: str, sha256: str) -> None:
+        """Refuse a checksum that would be no name of a file in the cache."""
+        if not _SHA256.fullmatch(sha256):
+            raise UserError(f"{self}/{name}: the manifest's checksum {sha256!r} is none; {self.repair_advice}")
 
     def _fetch(
         self,

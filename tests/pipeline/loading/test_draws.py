@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.samples import SplitPart
+from pipeline.dataset.patients import SplitPart
 from pipeline.loading.loader import PatientLoader, make_loader
 from pipeline.schema import UserError
 from tests.data_dirs import Patient, add_task, make_patients, write_data_dir
