@@ -1,13 +1,21 @@
 """The loader over 100 million patients: memory, seconds to the first batch, waits, seconds to resume.
 
     python -m benchmarks.groups [--shards 20000] [--file_shards 24] [--groups 4] [--step_ms 4] [--output FILE.json]
+    python -m benchmarks.groups --samples 10 --groups 3 --output benchmarks/results/groups_samples.json
 
-Nobody has the 42 thousand million events of so many stays at hand, so there are two parts, each a process of its own:
+Nobody has the 42 thousand million events of so many stays at hand, so there are parts, each a process of its own:
 
 * ``simulated``: a manifest of 20,000 shards of 5,000 patients.  Instead of being read from a file, a shard is drawn
   from (seed, shard) when the loader asks for it, in full size: lengths like those of ICU stays, codes, values.
   Everything above that one function is the loader as it is.
 * ``files``: so many of the same shards as real Parquet files, a few groups of them, read and verified.
+
+With ``--samples`` a task has so many samples of each patient.  Its table is real in every part, all rows of it: of ten
+samples a patient a thousand million.  Two parts are added:
+
+* ``store``: the simulated shards with manifest and table at a URL, of which each request takes ``--delay_ms`` and
+  ``--stream_mb`` MB/s, with a cold cache.
+* ``whole_table``: as if the task had no checksums of pieces, so that the table is verified as a whole first; one group.
 
 A training step is simulated by sleeping, over ``--groups`` groups; its wait is what passes until the loader gives a
 batch.  Waits at the first step of a group are those in which the next group could have been missing.
@@ -33,6 +41,7 @@ import pyarrow.parquet as pq
 
 import pipeline.loading.store
 from benchmarks.machine import describe
+from benchmarks.sample_table import NAME, Store, forget_pieces, write_samples
 from pipeline.arrays import concatenate_ranges, offsets_from_sizes
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.schemas import INDEX_SCHEMA, SHARD_SCHEMA
@@ -88,8 +97,8 @@ def drawn_shard(directory: Path, entry: ShardEntry, *, verify: bool = True) -> F
     )
 
 
-def write_files(directory: Path, num_shards: int) -> None:
-    """The first shards as files, with their manifest."""
+def write_files(directory: Path, num_shards: int, samples: int) -> None:
+    """The first shards as files, with their manifest and a task of so many samples a patient."""
     entries = []
     for shard in range(num_shards):
         entry = entry_of(shard)
@@ -111,41 +120,53 @@ def write_files(directory: Path, num_shards: int) -> None:
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(flat), type=SHARD_SCHEMA.field(name).type)
         table = pa.Table.from_arrays([columns[name] for name in SHARD_SCHEMA.names], schema=SHARD_SCHEMA)
         entries.append(write_shard(table, directory, entry.path))
-    manifest_of(directory, entries).save(directory)
+    write_tables(directory, entries, samples)
 
 
-def write_manifest(directory: Path, num_shards: int) -> None:
-    manifest_of(directory, [entry_of(shard) for shard in range(num_shards)]).save(directory)
+def write_manifest(directory: Path, num_shards: int, samples: int) -> None:
+    write_tables(directory, [entry_of(shard) for shard in range(num_shards)], samples)
 
 
-def manifest_of(directory: Path, entries: list[ShardEntry]) -> Manifest:
-    """The manifest of shards, and their index as a file: what loaders read of it."""
-    schema = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
-    with pq.ParquetWriter(directory / INDEX_FILE, schema, compression="zstd") as writer:
-        for shard, entry in enumerate(entries):
-            paths = np.full(PATIENTS_PER_SHARD, entry.path)
-            writer.write_table(pa.table([pa.array(paths), *lengths(shard)], names=schema.names).cast(schema))
-    return Manifest(
+def write_tables(directory: Path, entries: list[ShardEntry], samples: int) -> None:
+    """Write the manifest of shards, and their index or a task: what loaders read of either."""
+    manifest = Manifest(
         splits={"train": entries},
-        files={INDEX_FILE: file_sha256(directory / INDEX_FILE)},
+        files={} if samples else write_index(directory, entries),
         vocabulary_fingerprint="",
         num_codes=NUM_CODES,
         embedding_dim=None,
         options={},
         fingerprint="simulated",
     )
+    manifest.save(directory)
+    if samples:
+        write_samples(directory, manifest, lengths, samples)
 
 
-def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: float) -> dict[str, Any]:
+def write_index(directory: Path, entries: list[ShardEntry]) -> dict[str, str]:
+    schema = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events", "num_sets")])
+    with pq.ParquetWriter(directory / INDEX_FILE, schema, compression="zstd") as writer:
+        for shard, entry in enumerate(entries):
+            paths = np.full(PATIENTS_PER_SHARD, entry.path)
+            writer.write_table(pa.table([pa.array(paths), *lengths(shard)], names=schema.names).cast(schema))
+    return {INDEX_FILE: file_sha256(directory / INDEX_FILE)}
+
+
+def measure(
+    directory: Path, task: str | None, simulated: bool, num_groups: int, step_seconds: float, store: Store | None = None
+) -> dict[str, Any]:
     """One loader from its start over some groups of the first epoch, and another that resumes in the last of them."""
     if simulated:
         pipeline.loading.store.read_shard = drawn_shard
+    place: Any = directory if store is None else store.open(directory)
+    flags: dict[str, Any] = {"task": task, "batch_size": BATCH_SIZE, "prefetch": 4, "fetch_ahead": 0 if store else 4}
     rss_before = psutil.Process().memory_info().rss
     started = time.perf_counter()
-    loader = make_loader(directory, task=None, batch_size=BATCH_SIZE, prefetch=4)
+    loader = make_loader(place, **flags)
     stream = iter(loader)
     next(stream)
     first_batch = time.perf_counter() - started
+    fetched = None if store is None else [store.requests, store.num_bytes]
     grouping = loader._planner.grouping(0)
     num_groups = min(num_groups, grouping.num_groups)
 
@@ -172,7 +193,7 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
     stream.close()
     del loader, stream
 
-    loader = make_loader(directory, task=None, batch_size=BATCH_SIZE, prefetch=4)
+    loader = make_loader(place, **flags)
     started, worked = time.perf_counter(), time.process_time()
     loader.load_state_dict(state)
     resumed, worked = time.perf_counter() - started, time.process_time() - worked
@@ -182,16 +203,21 @@ def measure(directory: Path, simulated: bool, num_groups: int, step_seconds: flo
     stream.close()
     entries = loader.manifest.splits["train"]
     return {
-        "patients": loader.num_samples,
+        "patients": sum(entry.num_patients for entry in entries),
+        "samples": loader.num_samples,
         "events": sum(entry.num_events for entry in entries),
         "shards": len(entries),
         "groups": grouping.num_groups,
         "batches": len(loader),
-        "manifest_bytes": (directory / MANIFEST_FILE).stat().st_size,
+        "bytes_of_manifest_and_tables": {
+            path.relative_to(directory).as_posix(): path.stat().st_size
+            for path in (directory / MANIFEST_FILE, *sorted(directory.glob("tasks/*")))
+        },
+        **({} if fetched is None else {"requests_and_bytes_to_first_batch": fetched}),
         "seconds_to_first_batch": round(first_batch, 2),
         "steps_measured": len(waits[True]) + len(waits[False]),
         "groups_measured": num_groups,
-        "longest_wait_ms_at_the_first_step_of_a_group": round(1000 * max(waits[True]), 1),
+        "longest_wait_ms_at_the_first_step_of_a_group": round(1000 * max(waits[True], default=0.0), 1),
         "longest_wait_ms_of_other_steps": round(1000 * max(waits[False]), 1),
         "median_wait_ms": round(1000 * float(np.median(waits[True] + waits[False])), 2),
         "patients_per_second_without_steps": round(full_speed),
@@ -225,6 +251,9 @@ def main() -> None:
     parser.add_argument("--file_shards", type=int, default=24)
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--step_ms", type=float, default=4.0)
+    parser.add_argument("--samples", type=int, default=0, help="of each patient; 0 = no task")
+    parser.add_argument("--delay_ms", type=float, default=50.0, help="of each request to the store")
+    parser.add_argument("--stream_mb", type=float, default=100.0, help="MB/s of the store")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "groups.json")
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -240,10 +269,15 @@ def main() -> None:
     ):
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder)
-            alone(prepare, directory, num_shards)
-            given = (directory, name == "simulated", options.groups, options.step_ms / 1000)
-            result[name] = alone(measure, *given)
-            if name == "files":
+            alone(prepare, directory, num_shards, options.samples)
+            task, is_simulated, step = NAME if options.samples else None, name == "simulated", options.step_ms / 1000
+            result[name] = alone(measure, directory, task, is_simulated, options.groups, step)
+            if is_simulated and options.samples:
+                store = Store(options.delay_ms / 1000, options.stream_mb * 1e6)
+                result["store"] = alone(measure, directory, task, True, 2, step, store)
+                forget_pieces(directory)
+                result["whole_table"] = alone(measure, directory, task, True, 1, 0.0)
+            elif not is_simulated and not options.samples:
                 result[name]["len_under_max_events_ms_a_shard"] = round(alone(price_of_len, directory), 1)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

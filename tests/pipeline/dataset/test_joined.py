@@ -18,10 +18,18 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import SampleIndex
 from pipeline.dataset.tasks import SampleCounts, Task, load_tasks
 from pipeline.loading.loader import PatientLoader, make_loader
-from pipeline.schema import UserError
+from pipeline.schema import INDEX_FILE, UserError
 from pipeline.storage.folder import Folder
 from tests.conftest import ragged_sizes
-from tests.data_dirs import Patient, add_task, in_stored_order, make_patients, write_data_dir
+from tests.data_dirs import (
+    Patient,
+    add_task,
+    in_stored_order,
+    make_patients,
+    pieces_of,
+    rewrite_task,
+    write_data_dir,
+)
 from tests.pipeline.loading.test_batch import assert_equal
 from tests.pipeline.loading.test_loader import ids
 
@@ -44,6 +52,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         patients = list(itertools.chain.from_iterable(place.values()))
         ends = [(patient, patient.sets[-1][0], patient.label) for patient in patients]
         add_task(folder, [*ends, *((patient, patient.sets[0][0] - 1, 1) for patient in patients)], "early")
+        rewrite_task(folder, row_group_size=4, piece_bytes=300)
+        pieces = {INDEX_FILE: pieces_of((folder / INDEX_FILE).read_bytes(), 300)}
+        replace(Manifest.load(folder), pieces=pieces).save(folder)
     return folders
 
 

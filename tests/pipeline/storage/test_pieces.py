@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import preprocess
 from pipeline import make_loader
 from pipeline.arrays import Ints
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tables import JoinedRows, RowsByShard
 from pipeline.dataset.tasks import Task
-from pipeline.schema import UserError
+from pipeline.schema import INDEX_FILE, UserError
 from pipeline.storage import pieces as module
 from pipeline.storage.folder import BadFile, Folder
 from pipeline.storage.pieces import PieceReader, Pieces, checksum_file
@@ -69,6 +70,22 @@ def test_a_large_file_has_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_pieces_that_contradict_themselves_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="checksums of pieces"):
         replace(Pieces(num_bytes=8, piece_bytes=4, sha256=("a", "b")), **change)
+
+
+def test_what_is_prepared_has_pieces_of_its_index_and_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 500)
+    rows = ["patient_id,minute,variable,value", *(f"p{i % 9},{i},{'abc'[i % 3]},{i * i % 17}" for i in range(60))]
+    (tmp_path / "events.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "labels.csv").write_text("patient_id,label\n" + "".join(f"p{i},{i % 2}\n" for i in range(9)))
+    data = tmp_path / "data"
+    command = [str(tmp_path / "events.csv"), "--format", "table", "--output", str(data)]
+    assert preprocess.main([*command, "--labels", str(tmp_path / "labels.csv")]) == 0
+    manifest = Manifest.load(data)
+    assert manifest.pieces == {INDEX_FILE: pieces_of((data / INDEX_FILE).read_bytes(), 500)}
+    assert Task.load(data, manifest, "default").table_pieces == pieces_of((data / TABLE).read_bytes(), 500)
+    (data / INDEX_FILE).write_bytes(b"")
+    with pytest.raises(BadFile, match=rf"{INDEX_FILE}: has fewer bytes"):
+        make_loader(data, task=None)
 
 
 # ------------------------------------------------------------------------------------------------ a task's table
