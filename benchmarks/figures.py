@@ -160,6 +160,18 @@ TABLES: dict[str, Sequence[Figure]] = {
             ),
             "python -m benchmarks.groups",
         ),
+        *(
+            Figure(
+                f"1,000 M simulated samples of 100 M patients{where}: peak memory / first batch / resumed batch",
+                "groups_samples",
+                lambda it, part=part: (
+                    f"{it[part]['peak_rss_mib']} MiB / {it[part]['seconds_to_first_batch']} s / "
+                    f"{it[part]['seconds_to_first_resumed_batch']} s"
+                ),
+                "python -m benchmarks.groups --samples 10 --groups 3 --output benchmarks/results/groups_samples.json",
+            )
+            for part, where in (("simulated", ""), ("store", ", table in a store 50 ms away"))
+        ),
         Figure(
             "batches of 16 stays, none alike, for which 14 CUDA graphs have room; further events",
             "capacities",

@@ -26,7 +26,7 @@ _LENGTHS = pa.schema([INDEX_SCHEMA.field(name) for name in ("shard", "num_events
 LENGTHS = ("num_events", "num_sets", "whole_sets")
 """The columns that say how long samples are."""
 
-JOINED_ROWS = 1 << 22
+JOINED_ROWS = 1 << 20
 """Rows of tasks that are read at once where all of a split are gone through."""
 
 
