@@ -12,6 +12,7 @@ ids, so that another machine goes on with them.
 
 Quality is that of the pooled predictions of a seed of folds, averaged over these seeds.  Models are compared stay by
 stay: intervals and z are of the bootstrap over stays, who keep their predictions of all seeds together.
+Among them is the mean logit of SeqSetVAE and the bar.  Of each seed of folds there is the calibration.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
@@ -36,6 +38,7 @@ from benchmarks.machine import describe, publish, split_flags
 from benchmarks.stack import Stays, summarize
 from benchmarks.study import python
 from pipeline.machine import usable_cores
+from training.quality import evaluate_predictions
 from training.teacher import fit_stack
 
 Floats = npt.NDArray[np.float64]
@@ -43,7 +46,7 @@ Floats = npt.NDArray[np.float64]
 INNER_SHARE = 0.2
 METRICS = {"log_loss": log_loss, "auroc": roc_auc_score, "auprc": average_precision_score}
 NUM_RESAMPLES = 500
-BAR = "stack, all other folds"
+BAR, BLEND = "stack, all other folds", "mean logit of both"
 
 
 def main() -> None:
@@ -73,8 +76,12 @@ def main() -> None:
         pack_folds(options.work / "folds", options.kept)
     predictions = {path.stem: _pool(path, stays, options) for path in sorted((options.work / "folds").glob("*"))}
     predictions = {name: found for name, found in predictions.items() if found is not None}
+    if {options.name, BAR} <= predictions.keys():
+        predictions[BLEND] = expit(np.mean([logit(predictions[name]) for name in (options.name, BAR)], axis=0))
     result = {**describe(), "folds": options.folds, "fold_seeds": options.fold_seeds, "seeds": options.seeds}
-    publish({**result, "stays": len(stays.label), **compare(stays.label, predictions)}, options.output)
+    result |= {"train_flags": flags, "stays": len(stays.label), **compare(stays.label, predictions)}
+    result["calibration"] = {name: calibrate(stays.label, found) for name, found in predictions.items()}
+    publish(result, options.output)
 
 
 def _stays_of(options: argparse.Namespace) -> Stays:
@@ -169,6 +176,13 @@ def measure(label: npt.NDArray[np.int64], probability: Floats, chosen: npt.NDArr
     """Return log-loss, AUROC and AUPRC of some stays, averaged over the rows of ``probability`` [seeds, N]."""
     rows = [[metric(label[chosen], row[chosen]) for metric in METRICS.values()] for row in probability]
     return np.mean(rows, axis=0)
+
+
+def calibrate(label: npt.NDArray[np.int64], probability: Floats) -> list[dict[str, float]]:
+    """Return the slope of calibration and the expected error of each row of ``probability`` [seeds, N]."""
+    found = [evaluate_predictions(label, row) for row in probability]
+    names = [f"{name}{end}" for name in ("calibration_slope", "ece") for end in ("", "_low", "_high")]
+    return [{name: round(each[name], 4) for name in names} for each in found]
 
 
 def compare(label: npt.NDArray[np.int64], predictions: dict[str, Floats], bar: str = BAR) -> dict[str, Any]:

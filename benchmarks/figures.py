@@ -185,7 +185,7 @@ TABLES: dict[str, Sequence[Figure]] = {
                 f"death, five folds twice, 4,000 stays, log-loss / AUROC / AUPRC: {label}", "crossfit", text, CROSS_FIT
             )
             for label, text in (
-                ("SeqSetVAE, one seed", lambda it: scores(it["models"]["SeqSetVAE"])),
+                ("SeqSetVAE, two models averaged", lambda it: scores(it["models"]["SeqSetVAE"])),
                 ("stack of trees and a linear model", lambda it: scores(it["models"]["stack, all other folds"])),
                 ("mean logit of both", lambda it: scores(it["models"]["mean logit of both"])),
             )
