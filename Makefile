@@ -24,7 +24,7 @@ help:
 	@echo "make docs    the documentation as a site, in site/"
 	@echo "make format  ruff, rewriting files"
 	@echo "make bench   figures of docs/figures.md, measured again into benchmarks/results"
-	@echo "make bench-billion  a billion events through preprocess.py, killed five times (hours, 90 GB of disk)"
+	@echo "make bench-billion  a billion events through preprocess.py, killed five times (two hours, 65 GB of disk)"
 	@echo "make clean   remove .venv, demo and caches"
 
 $(READY): pyproject.toml
