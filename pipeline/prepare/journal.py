@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, get_args, get_origin, get_type_hints
 
 from pipeline.prepare.executors import UNNAMED, TaskExecutor, run_tasks
-from pipeline.storage.files import file_sha256, seal, unseal, write_atomically
+from pipeline.storage.files import file_crc32, seal, unseal, write_atomically
 
 JOURNAL: Final = "journal"
 CLEARED_FOLDERS: Final = ("spills/", "merged/", "sorted/")
@@ -127,7 +127,7 @@ def _do(stage: Stage, work: Path, number: int, arguments: tuple[Any, ...]) -> An
     result = stage.task(*arguments)
     files = [path for pattern in stage.leaves for path in sorted(work.glob(pattern.format(number)))]
     plain = json.loads(json.dumps(dataclasses.asdict(result)))
-    checksums = {path.relative_to(work).as_posix(): file_sha256(path) for path in files}
+    checksums = {path.relative_to(work).as_posix(): file_crc32(path) for path in files}
     name, entry = _locate_entry(work, stage.name, number)
     write_atomically(entry, json.dumps(seal({"task": name, "result": plain, "files": checksums})).encode())
     return result
@@ -138,8 +138,8 @@ def _read_entry(work: Path, stage: str, number: int, is_used_up: IsUsedUp) -> di
     name, entry = _locate_entry(work, stage, number)
     try:
         content = unseal(json.loads(entry.read_bytes()), entry, "")
-        needed = {work / path: sha256 for path, sha256 in content["files"].items() if not is_used_up(path)}
-        is_whole = content["task"] == name and all(file_sha256(path) == sha256 for path, sha256 in needed.items())
+        needed = {work / path: checksum for path, checksum in content["files"].items() if not is_used_up(path)}
+        is_whole = content["task"] == name and all(file_crc32(path) == checksum for path, checksum in needed.items())
     except (OSError, ValueError, RecursionError):
         return None
     return content["result"] if is_whole else None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 from pipeline.schema import UserError
 
+CHUNK_BYTES: Final = 1 << 20
 TEMPORARY_SUFFIX: Final = ".tmp"  # of files that are still being written
 
 
@@ -72,3 +74,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_crc32(path: Path) -> str:
+    """Return size and CRC-32 of a file: they find damage in a third of the time of a SHA-256, and no intent."""
+    crc, size = 0, 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return f"{size}-{crc:08x}"
