@@ -65,6 +65,11 @@ def against(result: Any, name: str) -> str:
     return f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f}), z {row['z']:+.1f}"
 
 
+def describe_billion(row: Any) -> str:
+    memory, disk = row["peak_rss_bytes_all_processes"] / 1e9, row["peak_disk_bytes_per_event"]
+    return f"{row['seconds'] / 60:.1f} min; {memory:.1f} GB; {disk:.0f} bytes an event"
+
+
 MEDS = "python -m benchmarks.preprocess_meds set-a --mtd …"
 PLAN, LOADER = "python -m benchmarks.plan data", "python -m benchmarks.loader data --peers …"
 CROSS_FIT = "python -m benchmarks.crossfit set-a --work work -- --folds 0 --final_seeds 2"
@@ -99,6 +104,23 @@ TABLES: dict[str, Sequence[Figure]] = {
                 f"{it['rows'][-1]['seconds']:.0f} s; {it['rows'][-1]['peak_rss_bytes_all_processes'] / 1e9:.2f} GB"
             ),
             "python -m benchmarks.preprocess_scale",
+        ),
+        *(
+            Figure(
+                f"a billion events of {name} to shards, 2 workers: time; memory of all processes; disk for the work",
+                "billion",
+                lambda it, kind=kind: describe_billion(it["kinds"][kind]["whole"]),
+                "make bench-billion",
+            )
+            for kind, name in (("parquet", "Parquet"), ("csv", "CSV"))
+        ),
+        Figure(
+            "… killed five times on the way: other bytes; memory of a billion, to that of a tenth",
+            "billion",
+            lambda it: (
+                f"{'none' if it['kinds']['parquet']['same_bytes_after_kills'] else 'some'}; "
+                f"{it['kinds']['parquet']['memory_by_that_of_a_tenth']:.2f} ×"
+            ),
         ),
         Figure(
             "200 M rows in one `.csv.gz` of 1.3 GB: rows/s; to the same rows unpacked; memory of all processes",

@@ -25,8 +25,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks.machine import describe
+from benchmarks.preprocess_scale import EVENTS_PER_PATIENT
 from pipeline.dataset.manifest import Manifest
 from pipeline.prepare.build import build
 from pipeline.prepare.executors import ExecutionOptions
@@ -38,7 +41,7 @@ from pipeline.prepare.options import EVENTS_PER_SHARD, BuildOptions
 from pipeline.prepare.publish import WORK
 from pipeline.prepare.rules import Rules
 from pipeline.prepare.sort import Partition
-from pipeline.prepare.sources.labels import Labels
+from pipeline.prepare.sources.labels import Labels, read_labels
 from pipeline.prepare.sources.listing import Listing
 from pipeline.prepare.sources.reading import PIECE_BYTES, ROW_BYTES, Piece, number_rows
 from pipeline.prepare.sources.source import Origin, RawRows, Source
@@ -54,6 +57,7 @@ from pipeline.storage.files import file_sha256
 
 ALL_TRAIN = SplitRule(split_fractions=(1.0, 0.0, 0.0))
 MERGED_ROWS = 1_600_000
+LABELS_A_GROUP = 1 << 16
 Figures = dict[str, float]
 
 
@@ -100,8 +104,18 @@ class Made(Source):
         yield RawRows(rows=number_rows(columns))
 
     def read_labels(self) -> Labels:
-        names = [f"patient {number:09d}" for number in range(self.num_patients)]
-        return Labels.of_frame("made", pl.DataFrame({PATIENT_ID: names, LABEL: np.zeros(self.num_patients, np.int8)}))
+        schema = pa.schema({PATIENT_ID: pa.string(), LABEL: pa.int8()})
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            pq.ParquetWriter(path := Path(folder) / "l.parquet", schema) as file,
+        ):
+            for start in range(0, self.num_patients, LABELS_A_GROUP):
+                numbers = pl.int_range(start, min(start + LABELS_A_GROUP, self.num_patients), eager=True)
+                name = pl.lit("patient ") + pl.col("n").cast(pl.String).str.zfill(9)
+                rows = pl.DataFrame({"n": numbers}).select(name.alias(PATIENT_ID), pl.lit(0, pl.Int8).alias(LABEL))
+                file.write_table(rows.to_arrow().cast(schema))
+            file.close()
+            return read_labels(path)
 
 
 def prepared(source: Source, events_per_shard: int, workers: int, has_report: bool = True) -> Figures:
@@ -269,7 +283,7 @@ def slope(function: Callable[..., Figures], small: Any, large: Any, by: float) -
 
 def measure() -> Figures:
     def patients(number: int) -> tuple[Source, int, int]:
-        return Made(num_patients=number), EVENTS_PER_SHARD, 2
+        return Made(num_patients=number), EVENTS_PER_SHARD // EVENTS_PER_PATIENT, 2  # as many as a shard has of stays
 
     def wide(number: int) -> tuple[Source, int, int, bool]:
         source = Made(num_patients=number, num_events=2000, num_variables=2000, patients_per_piece=50)
@@ -281,7 +295,7 @@ def measure() -> Figures:
     def large(number: int) -> tuple[Source, int, int]:
         return Synthetic(num_patients=number), 1 << 40, 1  # one partition
 
-    of_patient = slope(prepared, patients(100_000), patients(600_000), 500_000)
+    of_patient = slope(prepared, patients(600_000), patients(1_100_000), 500_000)
     of_pairs = slope(prepared, wide(100), wide(1000), 1)
     of_task = slope(prepared, tasks(10), tasks(310), 300)
     of_event = slope(prepared, large(8192), large(24576), 1)
