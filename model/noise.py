@@ -123,7 +123,7 @@ class Noise:
         width = x.shape[1]
         draws = self._bits(salt, -(-width // 4)).view(torch.int16)[:, :width]  # four of a hash, -32768 … 32767
         keep = draws >= round(probability * (1 << 16)) - (1 << 15)
-        return x * self._spread(keep.to(x.dtype) / (1 - probability))
+        return x * self._spread(keep.to(x.dtype)) / (1 - probability)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.arrays import Ints, concatenate_ranges, offsets_from_sizes
+from pipeline.prepare.name_numbers import NameNumbers
 from pipeline.schema import Times, UserError
 
 Records: TypeAlias = npt.NDArray[Any]
@@ -146,7 +146,7 @@ class SampleSorter:
 
     def __init__(self, times: Times | None) -> None:
         self._times, self._dtype = times, record_type(times)
-        self._names = pa.array([], pa.large_string())
+        self._names = NameNumbers()
         self._sizes = np.zeros(0, np.int64)
         self._held: list[Records] = []
         self._runs: list[_Run] = []
@@ -156,7 +156,7 @@ class SampleSorter:
         """Add samples: patients as names (``pipeline.prepare.names``), none missing; times and labels as in records."""
         assert isinstance(patient.dtype, pl.Enum)
         records = np.empty(len(patient), self._dtype)
-        numbers = self._number_names(patient.dtype.categories.to_arrow().cast(pa.large_string()))
+        numbers = self._names.number(patient.dtype.categories.to_arrow().cast(pa.large_string()))
         records["patient"] = numbers[patient.to_physical().to_numpy()]
         records["time"], records["label"] = time, label
         self._sizes = np.pad(self._sizes, (0, len(self._names) - len(self._sizes)))
@@ -167,7 +167,7 @@ class SampleSorter:
 
     def finish(self) -> SortedSamples:
         """Return all samples, each once; raise ContradictionError where two labels of a sample differ."""
-        patients = pl.Series("patient_id", pl.from_arrow(self._names))
+        patients = pl.Series("patient_id", pl.from_arrow(self._names.names))
         if self._file is None:
             merged = self._merge(_sort(self._take_held()), patients)
             sizes = np.bincount(merged["patient"], minlength=len(patients))
@@ -179,17 +179,6 @@ class SampleSorter:
             sizes[low:high] = np.bincount(merged["patient"] - low, minlength=high - low)
             file.append(merged)
         return SortedSamples(patients, offsets_from_sizes(sizes), self._times, file)
-
-    def _number_names(self, names: pa.Array) -> Ints:
-        """Return the number of each distinct name; new ones get the next numbers."""
-        found = pc.index_in(names, value_set=self._names)
-        is_new = found.is_null()
-        start = len(self._names)
-        self._names = pa.concat_arrays([self._names, names.filter(is_new)])
-        numbers = found.fill_null(0).to_numpy().astype(np.int64)
-        new = is_new.to_numpy(zero_copy_only=False)
-        numbers[new] = np.arange(start, len(self._names))
-        return numbers
 
     def _take_held(self) -> Records:
         held, self._held = self._held, []

@@ -105,7 +105,7 @@ def test_the_checkpoint_averages_the_final_models_recalibrated(data: Path, finis
         assert run(data, tmp_path / name, *flags) == 0
         answers.append(pq.read_table(tmp_path / name / "predictions_test.parquet")["probability"].to_numpy())
     at_end = pq.read_table(finished / "predictions_test.parquet")["probability"].to_numpy()
-    assert answers[0].tolist() == at_end.tolist()
+    assert answers[0] == pytest.approx(at_end, abs=1e-6)
     slope, _, intercept = joined.config["outcomes"][0]["calibration"]
     logit = np.log(answers[1] / (1 - answers[1]))
     assert answers[0] == pytest.approx(1 / (1 + np.exp(-(slope * logit + intercept))), abs=1e-5)
