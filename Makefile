@@ -5,8 +5,6 @@ VENV ?= .venv
 # One exact version, installed before the rest: the CPU wheel where one is offered, and no second download.
 TORCH ?= torch==2.13.0
 BENCHMARKS ?= train_step
-# One more than there are cores: tests that wait for other processes leave a third of two cores idle.
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
 
 # Modules are compiled after all is installed, by all cores; those that are for other versions of Python fail.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
@@ -43,10 +41,10 @@ demo: $(READY)
 	$(BIN)/python train.py --data_dir demo/data --output_dir demo/run --preset small --max_epochs 4 --distill 0
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal
 
 test-faults: $(READY)
-	FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) --dist worksteal tests/faults tests/pipeline
+	FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/faults tests/pipeline
 
 test-integrations: $(READY)
 	$(BIN)/python -m pip install $(PIP_FLAGS) "$(TORCH)" --editable ".[integrations]"
