@@ -257,6 +257,6 @@ def pool_prefixes(values_ND: Tensor, scores_NH: Tensor, prefixes: SegmentPrefixe
     highest_H = F.pad(scores_NH.detach(), (0, 0, 0, 1), value=-torch.inf).amax(0)
     weight_NH1 = (scores_NH - highest_H).clamp_min(LOWEST_SCORE).exp()[..., None]
     values_NHK = values_ND.double().unflatten(1, (scores_NH.shape[1], -1)) * weight_NH1
-    rows: tuple[Tensor, int] = prefixes.rank, prefixes.longest
-    sums: Tensor = _RunningSums.apply(torch.cat([values_NHK, weight_NH1], dim=2), *rows)
+    weighted = torch.cat([values_NHK, weight_NH1], dim=2)
+    sums: Tensor = _RunningSums.apply(weighted, prefixes.rank, prefixes.longest)
     return take_rows((sums[..., :-1] / sums[..., -1:]).flatten(1).float(), prefixes.ends)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pipeline.schema import UserError
 
-CHUNK_BYTES: Final = 1 << 20
+HASHED_BYTES: Final = 1 << 20  # of a file in memory at a time while its checksum is made
 TEMPORARY_SUFFIX: Final = ".tmp"  # of files that are still being written
 
 
@@ -80,6 +80,6 @@ def file_crc32(path: Path) -> str:
     """Return size and CRC-32 of a file: they find damage in a third of the time of a SHA-256, and no intent."""
     crc, size = 0, 0
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(HASHED_BYTES):
             crc, size = zlib.crc32(chunk, crc), size + len(chunk)
     return f"{size}-{crc:08x}"

@@ -13,7 +13,7 @@ def test_the_checksum_of_a_file_is_that_of_its_standard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
     """CRC-32 of "123456789" is given as its check value wherever it is defined."""
-    monkeypatch.setattr(files, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(files, "HASHED_BYTES", chunk_bytes)
     (tmp_path / "digits").write_bytes(b"123456789")
     (tmp_path / "empty").touch()
     assert file_crc32(tmp_path / "digits") == "9-cbf43926"
