@@ -289,6 +289,10 @@ def measure() -> Figures:
         source = Made(num_patients=number, num_events=2000, num_variables=2000, patients_per_piece=50)
         return source, 2000, 2, False  # a partition a patient, about; a report reads a few shards, here all
 
+    def many(number: int) -> tuple[Source, int, int, bool]:
+        source = Made(num_patients=number, num_events=500, num_variables=20, patients_per_piece=25)
+        return source, 500, 2, False  # a partition a patient, about
+
     def tasks(number: int) -> tuple[Source, int, int]:
         return Made(num_patients=number, patients_per_piece=1), EVENTS_PER_SHARD, 1
 
@@ -297,6 +301,7 @@ def measure() -> Figures:
 
     of_patient = slope(prepared, patients(600_000), patients(1_100_000), 500_000)
     of_pairs = slope(prepared, wide(100), wide(1000), 1)
+    of_partition = slope(prepared, many(500), many(4500), 1)  # so many that a few MB more of heap matter little
     of_task = slope(prepared, tasks(10), tasks(310), 300)
     of_event = slope(prepared, large(8192), large(24576), 1)
     of_spill = slope(opened, (40, 8), (40, 264), 256)
@@ -311,7 +316,7 @@ def measure() -> Figures:
         "hash_seconds_per_byte": slope(hashed, (1 << 26,), (1 << 29,), (1 << 29) - (1 << 26))["seconds"],
         "input_bytes_per_event": input_bytes,
         "gather_seconds_per_partition_and_variable": slope(gathered, (20,), (320,), 300 * 2000)["seconds"],
-        "main_bytes_per_partition": of_pairs["peak_bytes"] / of_pairs["shards"],
+        "main_bytes_per_partition": of_partition["peak_bytes"] / of_partition["shards"],
         "main_bytes_per_patient": of_patient["peak_bytes"],
         "main_seconds_per_partition": of_pairs["serial_seconds"] / of_pairs["shards"],
         "main_seconds_per_patient": of_patient["serial_seconds"],
