@@ -16,6 +16,9 @@ from pipeline.storage.files import replace_atomically
 ROWS_A_GROUP: Final = 1 << 16
 """Rows of a row group of a table beside the shards: those of some shards are read without the rest."""
 
+TABLES_HELD: Final = 256
+"""Tables that are held as such, or many without rows would take memory."""
+
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow file of one record batch, so that a column is one array."""
@@ -58,6 +61,8 @@ def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> 
         for table in tables:
             held.append(table)
             num_rows += table.num_rows
+            if len(held) == TABLES_HELD:
+                held = [pa.concat_tables(held).combine_chunks()]
             if num_rows >= ROWS_A_GROUP:
                 rows, num_whole = pa.concat_tables(held), num_rows // ROWS_A_GROUP * ROWS_A_GROUP
                 writer.write_table(rows.slice(0, num_whole).combine_chunks(), row_group_size=ROWS_A_GROUP)

@@ -7,8 +7,9 @@ whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -23,9 +24,9 @@ from pipeline.prepare.cluster import DaskCluster, open_dask
 
 T = TypeVar("T")
 
-TaskExecutor: TypeAlias = Executor | DaskCluster
-
 LOCAL: Final = "local"
+MAX_SUBMITTED: Final = 1024
+"""Tasks that an executor of this machine is given at a time: what it keeps of each takes memory."""
 UNNAMED: Final[Mapping[int, str]] = MappingProxyType({})
 
 
@@ -40,11 +41,11 @@ class ExecutionOptions(Section):
 ONE_PROCESS: Final = ExecutionOptions(workers=1)
 
 
-class InlineExecutor(Executor):
-    """An executor whose ``map`` runs each task in this process when its result is asked for."""
+class InlineExecutor:
+    """Stands for this process, which runs a task when its result is asked for."""
 
-    def map(self, fn: Callable[..., T], *iterables: Iterable[Any], **_: Any) -> Iterator[T]:
-        return map(fn, *iterables)
+
+TaskExecutor: TypeAlias = Executor | DaskCluster | InlineExecutor
 
 
 @contextmanager
@@ -82,7 +83,28 @@ def run_tasks(
     """
     if isinstance(executor, DaskCluster):
         return executor.run(stage, function, tasks, names)
-    return zip(tasks, executor.map(function, *zip(*tasks.values(), strict=True)), strict=True) if tasks else iter(())
+    if isinstance(executor, InlineExecutor):
+        return ((number, function(*arguments)) for number, arguments in tasks.items())
+    return _run_ahead(executor, function, tasks)
+
+
+def _run_ahead(
+    executor: Executor, function: Callable[..., T], tasks: Mapping[int, tuple[Any, ...]]
+) -> Iterator[tuple[int, T]]:
+    """Yield numbers and results in the order of tasks, of which ``MAX_SUBMITTED`` wait or run at a time."""
+    submitted: deque[tuple[int, Future[T]]] = deque()
+    try:
+        for number, arguments in tasks.items():
+            if len(submitted) == MAX_SUBMITTED:
+                first, future = submitted.popleft()
+                yield first, future.result()
+            submitted.append((number, executor.submit(function, *arguments)))
+        while submitted:
+            number, future = submitted.popleft()
+            yield number, future.result()
+    finally:  # of a task that failed, or of a stage that was left
+        for _, future in submitted:
+            future.cancel()
 
 
 def _start_worker() -> None:

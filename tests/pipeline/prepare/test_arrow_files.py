@@ -25,6 +25,7 @@ def test_row_groups_are_alike_however_rows_are_cut_into_tables(
     sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arrow_files, "ROWS_A_GROUP", 8)
+    monkeypatch.setattr(arrow_files, "TABLES_HELD", 3)
     stops = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
     write_parquet(tmp_path / "cut", SCHEMA, (make_table(start, stop) for start, stop in pairwise(stops)))
     write_parquet(tmp_path / "whole", SCHEMA, [make_table(0, stops[-1])])

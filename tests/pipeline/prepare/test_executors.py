@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from pathlib import Path
+from threading import Event
 from unittest.mock import patch
 
 import pytest
 
 import preprocess
+from pipeline.prepare.executors import run_tasks
 from tests.processes import CONTEXT, ROOT
 
 PATIENTS = ["synthetic", "--num_patients", "600", "--events_per_shard", "20000", "--shard_format", "both"]
@@ -38,6 +41,34 @@ def process(*command: object) -> Iterator[subprocess.Popen[bytes]]:
             yield running
         finally:
             running.kill()
+
+
+@pytest.mark.parametrize("num_tasks", [0, 1, 3, 9])
+def test_few_tasks_are_submitted_at_a_time_and_come_in_order(num_tasks: int) -> None:
+    with patch("pipeline.prepare.executors.MAX_SUBMITTED", 3), ThreadPoolExecutor(2) as executor:
+        submitted, submit = [], executor.submit
+        with patch.object(executor, "submit", lambda *call: (submitted.append(call), submit(*call))[1]):
+            results = run_tasks(executor, "square", pow, {number: (number, 2) for number in range(num_tasks)})
+            for number, result in enumerate(results):
+                assert result == (number, number**2)
+                assert len(submitted) <= number + 3
+    assert len(submitted) == num_tasks
+
+
+def test_a_task_that_fails_takes_back_those_that_wait() -> None:
+    has_failed, begun = Event(), list[int]()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            raise ZeroDivisionError
+        has_failed.wait()
+
+    with ThreadPoolExecutor(1) as executor:
+        with pytest.raises(ZeroDivisionError):
+            next(run_tasks(executor, "fail", work, {number: (number,) for number in range(9)}))
+        has_failed.set()
+    assert begun in ([0], [0, 1])
 
 
 def sleep_and_tell(file: Path) -> None:
