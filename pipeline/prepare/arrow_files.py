@@ -1,4 +1,4 @@
-"""Write and read the tables of the work folder, each whole or absent."""
+"""Write and read the tables of the work folder, each whole or absent, unless power is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TABLES_HELD: Final = 256
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow file of one record batch, so that a column is one array."""
-    with replace_atomically(path) as temporary, pa.ipc.new_file(temporary, table.schema) as file:
+    with replace_atomically(path, is_synced=False) as temporary, pa.ipc.new_file(temporary, table.schema) as file:
         file.write_table(table.combine_chunks())
 
 
@@ -51,12 +51,15 @@ def load_table(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all()
 
 
-def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], *, is_synced: bool = True) -> None:
     """Write tables one after the other to a Parquet file compressed with zstd.
 
     It has row groups of ``ROWS_A_GROUP`` rows, however the rows are cut into tables; the last has the rest.
     """
-    with replace_atomically(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with (
+        replace_atomically(path, is_synced=is_synced) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
         held, num_rows = [schema.empty_table()], 0
         for table in tables:
             held.append(table)

@@ -151,11 +151,11 @@ def split_texts(texts: pa.Array) -> tuple[Array, Array]:
 
 
 def write_columns(path: Path, arrays: Mapping[str, Array], texts: Mapping[str, pa.Array] | None = None) -> None:
-    """Write a file of arrays and texts, whole or not at all."""
+    """Write a file of arrays and texts, whole or not at all, unless power is lost."""
     columns: dict[str, tuple[Any, int]] = {name: (array.dtype, len(array)) for name, array in arrays.items()}
     for name, values in (texts or {}).items():
         columns |= measure_texts(name, values)
-    with replace_atomically(path) as temporary:
+    with replace_atomically(path, is_synced=False) as temporary:
         writer = ColumnWriter(temporary, columns)
         try:
             for name, array in arrays.items():

@@ -2,8 +2,9 @@
 
 A task writes files; when they are complete, its result and their checksums are written to
 ``journal/<stage>/<task>.json``, whole or not at all.  A run that was killed finds its journal and goes on with the
-tasks that have no entry, or whose files are not as they left them.  Files that later stages have used up are removed a
-whole folder at a time; they are made again where those stages turn out not to be done.
+tasks that have no entry, or whose files are not as they left them.  So nobody waits until the work is on the disk: what
+a power loss leaves undone is done again.  Files that later stages have used up are removed a whole folder at a time;
+they are made again where those stages turn out not to be done.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def _do(stage: Stage, work: Path, number: int, arguments: tuple[Any, ...]) -> An
     plain = json.loads(json.dumps(dataclasses.asdict(result)))
     checksums = {path.relative_to(work).as_posix(): file_crc32(path) for path in files}
     name, entry = _locate_entry(work, stage.name, number)
-    write_atomically(entry, json.dumps(seal({"task": name, "result": plain, "files": checksums})).encode())
+    content = json.dumps(seal({"task": name, "result": plain, "files": checksums})).encode()
+    write_atomically(entry, content, is_synced=False)
     return result
 
 

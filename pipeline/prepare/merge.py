@@ -84,7 +84,7 @@ def merge_spills(work: Path, number: int, spills: Sequence[str]) -> MergedSpills
     steps = max(1, -(-num_rows // STEP_ROWS))
     first_file = offsets_from_sizes(num_files).tolist()
     path = work / name_merged(number)
-    with replace_atomically(path) as temporary, closing(ColumnWriter(temporary, columns)) as writer:
+    with replace_atomically(path, is_synced=False) as temporary, closing(ColumnWriter(temporary, columns)) as writer:
         writer.append_texts(VARIABLE, variables)
         _append_texts(writer, paths, FILE)
         ends = np.zeros(2, np.int64)  # of rows and of the bytes of names, so far

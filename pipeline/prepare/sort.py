@@ -111,7 +111,8 @@ def sort_partition(partition: Partition, rules: Rules) -> SortedPartition:
     if rules.min_events > 1:
         events.drop_short(rules.min_events)
     rejects = _tabulate_rejects(rows, events.rejected)
-    write_parquet(partition.work / "late_rejects" / f"{partition.number:05d}.parquet", REJECTS_SCHEMA, [rejects])
+    path = partition.work / "late_rejects" / f"{partition.number:05d}.parquet"
+    write_parquet(path, REJECTS_SCHEMA, [rejects], is_synced=False)
     table, present = _tabulate_patients(patients, events.kept)
     table = table.replace_schema_metadata({"variables": json.dumps(rows.variables)})
     write_table(partition.work / "sorted" / f"{partition.number:05d}.arrow", table)

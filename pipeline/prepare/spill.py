@@ -123,7 +123,8 @@ def _spill_parts(
     if rejected.height:
         in_files = pl.Series(files, dtype=pl.String).gather(rejected["file"]).alias("file")
         table = rejected.with_columns(in_files).select(REJECTS_SCHEMA.names).to_arrow().cast(REJECTS_SCHEMA)
-        write_parquet(work / f"rejects/{number[0]:05d}.{number[1]:05d}.parquet", REJECTS_SCHEMA, [table])
+        path = work / f"rejects/{number[0]:05d}.{number[1]:05d}.parquet"
+        write_parquet(path, REJECTS_SCHEMA, [table], is_synced=False)
     spilled = SpilledPiece(
         num_rows=sum(part.num_rows for part in parts),
         num_source_rows=sum(part.num_source_rows for part in parts),

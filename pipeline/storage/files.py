@@ -41,19 +41,23 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; at the end the new file takes the place of the old one.
 
     At every moment, also after a power loss and with several writers, ``path`` is the old or the new file, whole.
+    Not ``is_synced`` = nobody waits for the disk, and a power loss may leave a part of the new file: for files whose
+    checksum is compared before an interrupted run goes on with them.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        sync(temporary)
+        if is_synced:
+            sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    if is_synced:
+        sync(path.parent)
 
 
 def remove_leftovers(folder: Path, name: str = "*", *, below: bool = False) -> None:
@@ -66,8 +70,8 @@ def remove_leftovers(folder: Path, name: str = "*", *, below: bool = False) -> N
         path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    with replace_atomically(path) as temporary:
+def write_atomically(path: Path, content: bytes, *, is_synced: bool = True) -> None:
+    with replace_atomically(path, is_synced=is_synced) as temporary:
         temporary.write_bytes(content)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -139,6 +140,31 @@ def test_what_was_used_up_is_made_again_where_it_is_needed(
     assert paths or (outlier_std is None and "measure" in lost)
     for path in paths:
         path.unlink()
+    build(source, tmp_path / "out", options)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_task_is_done_again_where_power_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Any file of the work folder that nobody waited for, entries of the journal too, may have lost its end."""
+    monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 20})
+    source, options = Synthetic(num_patients=50), BuildOptions(events_per_shard=5000)
+    build(source, tmp_path / "whole", options)
+    synced: set[str] = set()
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file))[1])
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("pipeline.prepare.summary.Results.join_tables", lambda *_: 1 // 0)
+        patch.setattr("pipeline.prepare.publish._remove", lambda _: None)  # as when power is lost
+        build(source, tmp_path / "out", options)
+    synced = {f"{Path(name).parent}/{Path(name).name.split('.')[1]}" for name in synced if name.endswith(".tmp")}
+    rng, work = random.Random(seed), tmp_path / "out" / WORK
+    unsynced = [path for path in sorted(work.rglob("*.*")) if f"{path.parent}/{path.name.split('.')[0]}" not in synced]
+    assert {path.parent.name for path in unsynced} >= {"read", "sort", "write", "index", "moments"}
+    for path in rng.sample(unsynced, len(unsynced) // 2):
+        os.truncate(path, rng.choice([0, path.stat().st_size // 2]))
     build(source, tmp_path / "out", options)
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
 
