@@ -66,8 +66,9 @@ def build(
     pieces: list[Piece] = []
 
     def read_fingerprint() -> str:
-        pieces.extend(source.pieces())
-        return compute_fingerprint(source, description, execution)
+        cut, checksums = source.cut()
+        pieces.extend(cut)
+        return compute_fingerprint(source, description, execution, checksums)
 
     with claim_output_folder(output.absolute(), read_fingerprint, overwrite=overwrite, log=log) as claimed:
         if claimed is None:

@@ -155,12 +155,13 @@ def to_numbers(column: pl.Series) -> pl.Series:
     """Return float64: null where there is no number, NaN never, infinite where float64 cannot hold it."""
     if column.dtype != pl.String:
         return column.cast(pl.Float64, strict=False).fill_nan(None)
-    text = column.str.strip_chars()
-    number = text.cast(pl.Float64, strict=False).fill_nan(None)
-    left = number.is_null() & text.is_not_null()
-    if left.any():
-        word = text.filter(left).str.to_lowercase()
-        truth = pl.when(word == "true").then(1.0).when(word == "false").then(0.0)
+    number = column.cast(pl.Float64, strict=False).fill_nan(None)
+    left = number.is_null() & column.is_not_null()
+    if left.any():  # few have blanks at their ends
+        text = column.filter(left).str.strip_chars()
+        word = text.str.to_lowercase()
+        stripped = text.cast(pl.Float64, strict=False).fill_nan(None)
+        truth = pl.when(word == "true").then(1.0).when(word == "false").then(0.0).otherwise(stripped)
         number = number.scatter(left.arg_true(), pl.select(truth).to_series())
     return number
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import polars as pl
@@ -22,17 +23,26 @@ from pipeline.prepare.sources.source import Source
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
 from pipeline.storage.files import file_sha256
 
+NOTHING_KNOWN: Final[Mapping[str, str]] = MappingProxyType({})
+
 WORK_BYTES: Final = {".parquet": 4.0, ".gz": 6.0}
 """Minimum number of bytes of disk for a byte of input; 1 for text.  A row takes 28 spilled, 10 sorted, 5 as Parquet."""
 
 
-def compute_fingerprint(source: Source, options: Mapping[str, Any], execution: ExecutionOptions = ONE_PROCESS) -> str:
+def compute_fingerprint(
+    source: Source,
+    options: Mapping[str, Any],
+    execution: ExecutionOptions = ONE_PROCESS,
+    checksums: Mapping[str, str] = NOTHING_KNOWN,
+) -> str:
     """Return the sha256 of the options, and of the role, the place in the input and the content of all files read.
 
-    Files are hashed by threads of this process, or, a group of them a task, by the workers of a cluster.
+    Files are hashed by threads of this process, or, a group of them a task, by the workers of a cluster; but for those
+    whose ``checksums`` are known, by their names among the inputs.
     """
     inputs = source.inputs()
-    pieces = group_files({name: _measure(path) for name, path in inputs.items()})
+    missing = [name for name in inputs if name not in checksums]
+    pieces = group_files({name: _measure(inputs[name]) for name in missing})
     groups = [[inputs[name] for name in piece.files] for piece in pieces]
     if execution.executor == LOCAL:
         with ThreadPoolExecutor(usable_cores()) as threads:
@@ -41,7 +51,8 @@ def compute_fingerprint(source: Source, options: Mapping[str, Any], execution: E
         with open_executor(execution, max_workers=len(groups)) as executor:
             tasks = {number: (paths,) for number, paths in enumerate(groups)}
             found = [digests for _, digests in sorted(run_tasks(executor, "fingerprint", _digest_files, tasks))]
-    digests = sorted(zip(inputs, chain.from_iterable(found), strict=True))
+    known = {**checksums, **dict(zip(missing, chain.from_iterable(found), strict=True))}
+    digests = sorted((name, known[name]) for name in inputs)
     return hashlib.sha256(json.dumps([options, digests], sort_keys=True).encode()).hexdigest()
 
 

@@ -8,13 +8,18 @@ number with a fraction?) is asked once a name, and its answer gathered for the r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.schema import UserError
+
+SHORT_RUN: Final = 4
+"""Mean number of rows with one name after another up to which each row is looked up."""
 
 
 def _as_text(values: pl.Series) -> pl.Series:
@@ -27,8 +32,19 @@ def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_te
         return _gather(column.name, as_text(_names(column)), column.to_physical())
     if column.dtype == pl.Null:
         column = column.cast(pl.String)
-    encoded = pc.dictionary_encode(column.to_arrow())
-    return _gather(column.name, as_text(_series(encoded.dictionary)), _series(encoded.indices))
+    starts = _find_runs(column) if column.dtype == pl.String else None
+    encoded = pc.dictionary_encode((column if starts is None else column.gather(starts)).to_arrow())
+    named = _gather(column.name, as_text(_series(encoded.dictionary)), _series(encoded.indices))
+    if starts is None:
+        return named
+    return named.gather(np.repeat(np.arange(len(starts), dtype=np.uint32), np.diff(starts, append=len(column))))
+
+
+def _find_runs(column: pl.Series) -> npt.NDArray[np.int64] | None:
+    """Return where runs of equal texts start, such as a patient's rows; None where they are short."""
+    size = max(0, len(column) - 1)
+    starts = np.flatnonzero(np.append(len(column) > 0, column.slice(1).ne_missing(column.slice(0, size)).to_numpy()))
+    return starts if len(starts) * SHORT_RUN < len(column) else None
 
 
 def from_dictionary(name: str, chunks: pa.ChunkedArray) -> pl.Series:

@@ -180,18 +180,29 @@ def read_parquet(
         wanted += [name for name in optional if name in present]
         groups = range(piece.start, piece.stop or metadata.num_row_groups)
         num_before = sum(metadata.row_group(group).num_rows for group in range(piece.start))
-        if name_columns:
-            file = pq.ParquetFile(
-                path, metadata=metadata, read_dictionary=name_columns, coerce_int96_timestamp_unit="us"
-            )
+        encoded = [name for name in name_columns if name in present and _is_text(file.schema_arrow.field(name).type)]
+        if encoded:
+            file = pq.ParquetFile(path, metadata=metadata, read_dictionary=encoded, coerce_int96_timestamp_unit="us")
         if piece.max_rows is None:
             table = file.read_row_groups(groups, wanted, use_threads=metadata.num_rows > FEW_ROWS)
         else:
             first = list(islice(file.iter_batches(piece.max_rows, columns=wanted), 1))
             table = pa.Table.from_batches(first, None if first else file.schema_arrow).select(wanted)
-        encoded = [name for name in name_columns if pa.types.is_dictionary(table.schema.field(name).type)]
-        series = [names.from_dictionary(name, table[name]) for name in encoded]
+        series = [_to_names(path, name, table[name]) for name in encoded]
         return _to_frame(path, table.drop_columns(encoded)).hstack(series), 1 + num_before
+
+
+def _to_names(path: Path, name: str, column: pa.ChunkedArray) -> pl.Series:
+    try:
+        return names.from_dictionary(name, column)
+    except pa.ArrowInvalid:
+        return names.encode(to_plain(path, name, column))  # which says what is wrong
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def read_batches(path: Path, columns: Sequence[str], max_rows: int) -> Iterator[pl.DataFrame]:
@@ -209,13 +220,11 @@ def read_batches(path: Path, columns: Sequence[str], max_rows: int) -> Iterator[
 def concat_alike(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     """Join the rows of files whose columns have the same types; others stay apart, so that no type changes another's.
 
-    Columns of names have the type of their own names, and are joined as names.
+    Columns of names have the type of their own names; they are joined as names, with texts too.
     """
     groups: dict[tuple[tuple[str, str], ...], list[pl.DataFrame]] = {}
     for frame in frames:
-        kinds = tuple(
-            (name, str(dtype.base_type()) if dtype == pl.Enum else str(dtype)) for name, dtype in frame.schema.items()
-        )
+        kinds = tuple((name, str(pl.String if dtype == pl.Enum else dtype)) for name, dtype in frame.schema.items())
         groups.setdefault(kinds, []).append(frame)
     return [_concat(group) for group in groups.values()]
 
@@ -223,9 +232,9 @@ def concat_alike(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
 def _concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     if len(frames) == 1:
         return frames[0]
-    named = [name for name, dtype in frames[0].schema.items() if dtype == pl.Enum]
     order = frames[0].columns
-    joined = [names.concat([frame[name] for frame in frames]) for name in named]
+    named = [name for name in order if any(frame.schema[name] == pl.Enum for frame in frames)]
+    joined = [names.concat([names.encode(frame[name]) for frame in frames]) for name in named]
     return pl.concat([frame.drop(named) for frame in frames]).with_columns(joined).select(order)
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
 from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, pick_column, reading
 from pipeline.prepare.sources.side_files import read_frame
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
+
+EVENTS: Final = "events/"
+"""Stands before the names of files of events among all inputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +134,10 @@ class Source(SideFileOptions, ABC):
         """Divide the input into pieces, which do not depend on the number of workers."""
         return group_files({name: path.stat().st_size for name, path in self.find_events().items()})
 
+    def cut(self) -> tuple[list[Piece], dict[str, str]]:
+        """Return the pieces, and the sha256 of files that were read for them, by their names among :meth:`inputs`."""
+        return self.pieces(), {}
+
     def sample(self, name: str, path: Path, num_bytes: int) -> tuple[Piece, float]:
         """Return the beginning of a file, of about so many bytes, or the whole file; and its share of the file."""
         if not is_parquet(path):
@@ -156,7 +163,7 @@ class Source(SideFileOptions, ABC):
 
         Both decide the output as the content of the file does: a file in another folder may be of another split.
         """
-        found = {f"events/{name}": path for name, path in self.find_events().items()}
+        found = {EVENTS + name: path for name, path in self.find_events().items()}
         side_files = [(role, top) for role, top in self.find_side_files().items() if top is not None]
         for role, top in side_files:
             found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_tables(top)}

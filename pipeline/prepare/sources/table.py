@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import polars as pl
 
+from pipeline.machine import usable_cores
 from pipeline.prepare import columns, names
 from pipeline.prepare.clean import END_OF_TIME, NO_ORIGIN
 from pipeline.prepare.sources import csv_files, layout
@@ -27,7 +29,7 @@ from pipeline.prepare.sources.reading import (
     read_parquet,
 )
 from pipeline.prepare.sources.side_files import read_frame, read_once
-from pipeline.prepare.sources.source import RawRows, Source
+from pipeline.prepare.sources.source import EVENTS, RawRows, Source
 from pipeline.prepare.sources.wide import PREFIX, list_wide_columns, melt
 from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
@@ -106,14 +108,20 @@ class Table(Source, TableLayout):
         return read_column_names(path) if is_parquet(path) else csv_files.read_header(path, self.dialect)
 
     def pieces(self) -> list[Piece]:
+        return self.cut()[0]
+
+    def cut(self) -> tuple[list[Piece], dict[str, str]]:
         files = self.find_events()
         texts = {name: path for name, path in files.items() if not is_parquet(path)}
         packed = [name for name, path in texts.items() if csv_files.is_stream(path, self.dialect)]
         large = [name for name, path in texts.items() if name not in packed and path.stat().st_size > PIECE_BYTES]
         alone = [name for name in packed if texts[name].stat().st_size > PIECE_BYTES // csv_files.MAX_PACKING]
         whole = cut_files({name: path for name, path in files.items() if name not in (*large, *alone)})
-        cut = [piece for name in large for piece in csv_files.cut_csv(files[name], name)]
-        return whole + cut + [Piece(files=(name,)) for name in alone]
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            cut = list(threads.map(lambda name: csv_files.cut_csv(files[name], name), large))
+        checksums = {EVENTS + name: checksum for name, (_, checksum) in zip(large, cut, strict=True)}
+        pieces = whole + [piece for pieces, _ in cut for piece in pieces]
+        return pieces + [Piece(files=(name,)) for name in alone], checksums
 
     def sample(self, name: str, path: Path, num_bytes: int) -> tuple[Piece, float]:
         if is_parquet(path):
@@ -140,7 +148,9 @@ class Table(Source, TableLayout):
         header = self.read_header(path)
         roles = self.pick_columns(path, header)
         if is_parquet(path):
-            frame, first = read_parquet(path, piece, list(dict.fromkeys(roles.values())))
+            named = {roles[role] for role in (PATIENT_ID, VARIABLE, SITE) if role in roles}
+            named -= {column for role, column in roles.items() if role not in (PATIENT_ID, VARIABLE, SITE)}
+            frame, first = read_parquet(path, piece, list(dict.fromkeys(roles.values())), name_columns=sorted(named))
             yield self._check_columns(path, frame, roles, number, first)
             return
         needed, separator = list(dict.fromkeys(roles.values())), self.dialect.separator_of(path)

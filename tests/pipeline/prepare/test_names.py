@@ -27,6 +27,18 @@ def test_names_are_the_texts_of_their_rows(values: list[str | None]) -> None:
     assert names.test(encoded, lambda name: name == "a").to_list() == (column == "a").to_list()
 
 
+@given(st.lists(st.tuples(st.sampled_from([None, "", "a", "A", "7.0"]), st.integers(1, 30)), max_size=8))
+def test_names_of_long_runs(runs: list[tuple[str | None, int]]) -> None:
+    values = [text for text, size in runs for _ in range(size)]
+    encoded = names.encode(pl.Series("n", values, dtype=pl.String), upper)
+    assert isinstance(encoded.dtype, pl.Enum)
+    assert encoded.name == "n"
+    assert encoded.cast(pl.String).to_list() == [None if text is None else text.upper() for text in values]
+    assert encoded.dtype.categories.to_list() == list(
+        dict.fromkeys(text.upper() for text in values if text is not None)
+    )
+
+
 @given(texts)
 def test_names_that_are_present(values: list[str | None]) -> None:
     encoded = names.encode(pl.Series(["b", *values, "c"], dtype=pl.String))[1:-1]  # b and c have no row

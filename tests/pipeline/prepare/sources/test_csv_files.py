@@ -12,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import preprocess
+from pipeline.prepare import inputs
+from pipeline.prepare.inputs import compute_fingerprint
 from pipeline.prepare.sources import csv_files as module
 from pipeline.prepare.sources import table as table_module
 from pipeline.prepare.sources.csv_files import cut_csv, parse_separator
 from pipeline.prepare.sources.reading import FILE, ROW, Piece
+from pipeline.prepare.sources.row_ends import find_row_ends
 from pipeline.prepare.sources.table import Table
 from pipeline.schema import UserError
+from pipeline.storage.files import file_sha256
 
 cells = st.sampled_from(["", "1", "a,b", 'say "x"', "two\nlines", '"', "\n", '\n"\n', "ü" * 20])
 rows = st.lists(st.tuples(cells, cells, cells, cells), min_size=1, max_size=30)
@@ -55,11 +59,43 @@ def test_a_cut_is_after_a_row_and_not_within_quotes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "PIECE_BYTES", 4)
     monkeypatch.setattr(module, "BLOCK_BYTES", 4)
     (tmp_path / "a.csv").write_bytes(b'a,b\n1,"\n\n\n\n\n"\n2,3\n')
-    assert cut_csv(tmp_path / "a.csv", "a.csv") == [
+    pieces, checksum = cut_csv(tmp_path / "a.csv", "a.csv")
+    assert pieces == [
         Piece(files=("a.csv",), start=0, stop=4),
         Piece(files=("a.csv",), start=4, stop=14, first_row=1),
         Piece(files=("a.csv",), start=14, stop=18, first_row=2),
     ]
+    assert checksum == file_sha256(tmp_path / "a.csv")
+
+
+@given(st.lists(st.sampled_from([b"\n", b"\r\n", b'"', b"a", b",", b"\xc3\xbc"]), max_size=40), st.booleans())
+def test_row_ends_are_line_feeds_outside_of_quotes(parts: list[bytes], inside: bool) -> None:
+    content, quotes, ends = b"".join(parts), int(inside), []
+    for at, byte in enumerate(content, start=1):
+        quotes += byte == ord('"')
+        if byte == ord("\n") and quotes % 2 == 0:
+            ends.append(at)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.prepare.sources.row_ends.COUNTED_BYTES", 3)
+        for block in (content, bytearray(content)):
+            assert find_row_ends(block, inside=inside) == (len(ends), max(ends, default=0))
+
+
+def test_a_file_that_was_cut_is_not_read_again_for_its_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "PIECE_BYTES", 40)
+    for name, rows in (("large.csv", 9), ("small.csv", 0)):
+        (tmp_path / name).write_text("patient_id,minute,variable,value\n" + "p,0,hr,80\n" * rows)
+    source = Table(path=tmp_path)
+    pieces, checksums = source.cut()
+    assert pieces == source.pieces()
+    assert checksums == {"events/large.csv": file_sha256(tmp_path / "large.csv")}
+    hashed: list[Path] = []
+    monkeypatch.setattr(inputs, "file_sha256", lambda path: (hashed.append(path), file_sha256(path))[1])
+    fingerprint = compute_fingerprint(source, {}, checksums=checksums)
+    assert hashed == [tmp_path / "small.csv"]
+    assert fingerprint == compute_fingerprint(source, {})
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "shift_jis", "cp037", "latin-1", "utf-8-sig"])

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.prepare.clean import clean
@@ -106,6 +108,41 @@ def test_text_that_is_no_iso_date_is_a_reject(tmp_path: Path) -> None:
     assert only_rejects(Table(path=tmp_path)) == [("bad_minute", 1, "01/02/2020"), ("bad_minute", 2, "2020-13-45")]
     (tmp_path / "1.csv").write_text("patient_id,time,variable,value\na,01/02/2020,HR,1\n")
     assert only_rejects(Table(path=tmp_path)) == [("bad_minute", 1, "01/02/2020")]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())])
+def test_names_in_parquet_are_those_of_text(tmp_path: Path, kind: pa.DataType) -> None:
+    """Files of all kinds are cleaned together, whatever stores their names, and rejects have them as they came."""
+    names, minutes = [" a", None, "7.0", "NA", ""], ["0", "1", "x", "3", "4"]
+    table = {"patient_id": pa.array(names, pa.string()).cast(kind), "minute": minutes, "variable": ["HR "] * 5}
+    pq.write_table(pa.table(table | {"value": ["1"] * 5}), tmp_path / "1.parquet")
+    text = "".join(f"{name or ''},{minute},HR ,1\n" for name, minute in zip(names, minutes, strict=True))
+    (tmp_path / "2.csv").write_text("patient_id,minute,variable,value\n" + text)
+    source = Table(path=tmp_path)
+    (raw,) = (raw for piece in source.pieces() for raw in source.read(piece))
+    kept, rejected = clean(raw)
+    assert kept.select("file", "row", "patient_id", "variable").rows() == [(0, 1, "a", "HR"), (1, 1, "a", "HR")]
+    assert rejected.select("reason", "row", "patient_id", "variable").rows() == [
+        ("no_patient", 2, None, "HR "), ("bad_minute", 3, "7.0", "HR "), ("no_patient", 4, "NA", "HR "),
+        ("no_patient", 5, "", "HR "), ("no_patient", 2, None, "HR "), ("bad_minute", 3, "7.0", "HR "),
+        ("no_patient", 4, "NA", "HR "), ("no_patient", 5, None, "HR "),
+    ]  # fmt: skip
+
+
+def test_a_column_of_names_may_hold_values_too(tmp_path: Path) -> None:
+    columns = {"id": ["p", "q"], "minute": [0, 1], "code": ["1", "x"]}
+    pl.DataFrame(columns).write_parquet(tmp_path / "1.parquet")
+    source = Table(path=tmp_path, patient_column="id", variable_column="code", value_column="code")
+    assert [row[2:] for row in kept_rows(source)] == [("p", 0.0, "1", 1.0)]
+
+
+def test_names_in_parquet_that_are_no_text_are_named(tmp_path: Path) -> None:
+    bad = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
+    pq.write_table(
+        pa.table({"patient_id": bad, "minute": [0], "variable": ["HR"], "value": [1]}), tmp_path / "1.parquet"
+    )
+    with pytest.raises(UserError, match="1.parquet: column 'patient_id' holds string that is no UTF-8 text"):
+        kept_rows(Table(path=tmp_path))
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
