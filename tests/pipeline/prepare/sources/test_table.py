@@ -141,7 +141,7 @@ def test_names_in_parquet_that_are_no_text_are_named(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"patient_id": bad, "minute": [0], "variable": ["HR"], "value": [1]}), tmp_path / "1.parquet"
     )
-    with pytest.raises(UserError, match="1.parquet: column 'patient_id' holds string that is no UTF-8 text"):
+    with pytest.raises(UserError, match=r"1\.parquet: column 'patient_id' holds string that is no UTF-8 text"):
         kept_rows(Table(path=tmp_path))
 
 
