@@ -66,8 +66,7 @@ def build(
     pieces: list[Piece] = []
 
     def read_fingerprint() -> str:
-        cut, checksums = source.cut()
-        pieces.extend(cut)
+        pieces[:], checksums = source.cut()
         return compute_fingerprint(source, description, execution, checksums)
 
     with claim_output_folder(output.absolute(), read_fingerprint, overwrite=overwrite, log=log) as claimed:

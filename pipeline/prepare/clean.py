@@ -79,7 +79,10 @@ def clean(raw: RawRows) -> tuple[pl.DataFrame, pl.DataFrame]:
     kept = typed.filter(first.is_null()) if reasons else typed
     kept = kept.with_columns(_without_negative_zero(name) for name in (MINUTE, VALUE) if kept.schema[name].is_float())
     reason = pl.Series("reason", reasons, dtype=pl.String).gather(first.drop_nulls())
-    return kept, rows.filter(first.is_not_null()).select(reason, FILE, ROW, *as_text(rows))
+    rejected = rows.filter(first.is_not_null())
+    if raw.read_texts and rejected.height:
+        rejected = raw.read_texts(rejected)
+    return kept, rejected.select(reason, FILE, ROW, *as_text(rejected))
 
 
 def _is_bad_value(column: pl.Series, number: pl.Series) -> pl.Series:

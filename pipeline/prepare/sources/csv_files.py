@@ -6,7 +6,7 @@ import codecs
 import csv
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, Final
 
-import polars as pl
 import pyarrow as pa
 
+from pipeline.prepare.sources.csv_rows import ADVICE
 from pipeline.prepare.sources.listing import CODECS, SEPARATORS
 from pipeline.prepare.sources.reading import PIECE_BYTES, Piece, reading
 from pipeline.prepare.sources.row_ends import Block, find_first_end, find_row_ends
@@ -34,8 +34,6 @@ MARKS: Final = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Encodings by the bytes with which their files begin, as Excel and other programs of Windows write them."""
-
-ADVICE: Final = "if rows have another form, say --separator, --encoding or --decimal_comma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,40 +240,3 @@ def read_parts(path: Path, piece: Piece, dialect: Dialect) -> Iterator[tuple[byt
                 if not start:
                     content = content[find_first_end(content) or len(content) :]
                 yield dialect.to_utf8(path, content, first_row), first_row
-
-
-def parse_rows(
-    path: Path, content: bytes, first_row: int, names: Sequence[str], columns: Sequence[str], separator: str
-) -> pl.DataFrame:
-    """Return columns of rows as text; null where a field is empty.
-
-    Args:
-        path: names the file in an error.
-        content: the rows, without a header.
-        first_row: the number of the first one.
-        names: the header of the file.
-        columns: those of them that are read.
-        separator: what stands between fields.
-    """
-    position = {str(names.index(column)): column for column in columns}
-    header = separator.join(map(str, range(len(names)))).encode() + b"\n"
-    try:
-        frame = pl.read_csv(header + content, columns=list(position), infer_schema=False, separator=separator)
-    except pl.exceptions.PolarsError:
-        problem = _find_broken_row(content, first_row, len(names), separator)
-        raise UserError(f"{path}: cannot be read ({problem}); mend the row; {ADVICE}") from None
-    return frame.rename(position).select(columns)
-
-
-def _find_broken_row(content: bytes, first_row: int, num_columns: int, separator: str) -> str:
-    """Return which row does not fit the header, and why, without quoting it."""
-    rows = csv.reader(io.StringIO(content.decode(), newline=""), delimiter=separator, strict=True)
-    number = first_row
-    try:
-        for number, row in enumerate(rows, start=first_row):
-            if len(row) > num_columns:
-                return f"row {number} has {len(row)} fields, the header {num_columns}"
-            number += 1
-    except csv.Error:
-        pass
-    return f"row {number} opens a quote that is not closed as CSV closes it"

@@ -10,7 +10,8 @@ from typing import ClassVar, Final
 import polars as pl
 
 from pipeline.prepare.columns import to_minutes
-from pipeline.prepare.sources.csv_files import UTF8, parse_rows, read_header
+from pipeline.prepare.sources.csv_files import UTF8, read_header
+from pipeline.prepare.sources.csv_rows import parse_rows
 from pipeline.prepare.sources.label_values import parse_labels
 from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT

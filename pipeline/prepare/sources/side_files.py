@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.prepare.columns import to_variable_names
-from pipeline.prepare.sources.csv_files import UTF8, Dialect, parse_rows, read_header, read_parts
+from pipeline.prepare.sources.csv_files import UTF8, Dialect, read_header, read_parts
+from pipeline.prepare.sources.csv_rows import parse_rows
 from pipeline.prepare.sources.listing import is_parquet, list_tables
 from pipeline.prepare.sources.reading import Piece, pick_column, read_batches, read_column_names, reading
 from pipeline.schema import FIRST_CODE, VARIABLE, UserError

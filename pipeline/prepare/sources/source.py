@@ -21,6 +21,7 @@ from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP,
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
 from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, pick_column, reading
 from pipeline.prepare.sources.side_files import read_frame
+from pipeline.prepare.sources.typed_rows import ReadTexts
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
 
 EVENTS: Final = "events/"
@@ -32,9 +33,10 @@ class RawRows:
     """The rows of a piece, none left out.
 
     ``rows`` has ``file``, ``row``, then ``patient_id``, ``minute``, ``variable``, ``value`` and perhaps ``set_index``
-    and ``site`` in whatever dtype they came; other columns serve the expressions.  ``minute`` makes of them minutes
-    (float64), or instants (``Datetime("us")``) that become minutes from the patient's origin; null or not finite =
-    cannot be used.  It is None where the column ``minute`` holds plain numbers.
+    and ``site`` in whatever dtype they came, or as the numbers that texts are, with ``read_texts``; other columns serve
+    the expressions.  ``minute`` makes of them minutes (float64), or instants (``Datetime("us")``) that become minutes
+    from the patient's origin; null or not finite = cannot be used.  It is None where the column ``minute`` holds plain
+    numbers.
     """
 
     rows: pl.DataFrame
@@ -46,6 +48,7 @@ class RawRows:
     patients: tuple[str, ...] = ()  # that the input names besides those in rows
     num_source_rows: int | None = None  # of the files, where a row of theirs is several of rows
     columns: Mapping[str, str] = field(default_factory=dict)  # names that canonical columns have in the files
+    read_texts: ReadTexts | None = None  # returns rejected rows as they came
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

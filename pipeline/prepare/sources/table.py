@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -15,6 +16,7 @@ from pipeline.machine import usable_cores
 from pipeline.prepare import columns, names
 from pipeline.prepare.clean import END_OF_TIME, NO_ORIGIN
 from pipeline.prepare.sources import csv_files, layout
+from pipeline.prepare.sources.csv_rows import parse_numbers, parse_rows
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, ORIGIN, TIME, TableLayout
 from pipeline.prepare.sources.listing import TABLES, Listing, is_hidden, is_parquet, is_table, list_files
 from pipeline.prepare.sources.reading import (
@@ -30,6 +32,7 @@ from pipeline.prepare.sources.reading import (
 )
 from pipeline.prepare.sources.side_files import read_frame, read_once
 from pipeline.prepare.sources.source import EVENTS, RawRows, Source
+from pipeline.prepare.sources.typed_rows import FileRows, choose_frames
 from pipeline.prepare.sources.wide import PREFIX, list_wide_columns, melt
 from pipeline.prepare.times import MICROSECONDS
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, VALUE, VARIABLE, UserError
@@ -133,30 +136,48 @@ class Table(Source, TableLayout):
         first = self.base / piece.files[0]
         roles = self.pick_columns(first, self.read_header(first))
         named = {MINUTE: roles.get(TIME, roles.get(MINUTE, MINUTE)), VALUE: roles.get(VALUE, VALUE)}
-        frames: list[pl.DataFrame] = []
+        parts: list[FileRows] = []
         for number, name in enumerate(piece.files):
-            for frame in self._read_file(self.base / name, piece, number):
-                frames.append(frame)
-                if sum(frame.height for frame in frames) >= CHUNK_ROWS:
-                    yield from self._to_rows(frames, named)
-                    frames = []
-        if frames:
-            yield from self._to_rows(frames, named)
+            are_numbers = all(part.read_again for part in parts)  # or those read before would be read again
+            for part in self._read_file(self.base / name, piece, number, are_numbers=are_numbers):
+                parts.append(part)
+                if sum(part.frame.height for part in parts) >= CHUNK_ROWS:
+                    yield from self._to_rows(parts, named)
+                    parts = []
+        if parts:
+            yield from self._to_rows(parts, named)
 
-    def _read_file(self, path: Path, piece: Piece, number: int) -> Iterator[pl.DataFrame]:
-        """Yield ``file``, ``row`` and the file's columns by their roles."""
+    def _read_file(self, path: Path, piece: Piece, number: int, *, are_numbers: bool) -> Iterator[FileRows]:
+        """Yield the rows of a file; numbers in text are read as numbers where ``are_numbers``, and all of them are."""
         header = self.read_header(path)
         roles = self.pick_columns(path, header)
         if is_parquet(path):
             named = {roles[role] for role in (PATIENT_ID, VARIABLE, SITE) if role in roles}
             named -= {column for role, column in roles.items() if role not in (PATIENT_ID, VARIABLE, SITE)}
             frame, first = read_parquet(path, piece, list(dict.fromkeys(roles.values())), name_columns=sorted(named))
-            yield self._check_columns(path, frame, roles, number, first)
+            yield FileRows(self._check_columns(path, frame, roles, number, first))
             return
         needed, separator = list(dict.fromkeys(roles.values())), self.dialect.separator_of(path)
+        numbers = self._find_numbers(roles) if are_numbers else set()
+
+        def parse(content: bytes, first: int) -> pl.DataFrame:
+            frame = parse_rows(path, content, first, header, needed, separator)
+            return self._check_columns(path, frame, roles, number, first)
+
         for content, first in csv_files.read_parts(path, piece, self.dialect):
-            frame = csv_files.parse_rows(path, content, first, header, needed, separator)
-            yield self._check_columns(path, frame, roles, number, first)
+            typed = parse_numbers(content, header, needed, numbers, separator) if numbers else None
+            if typed is None:
+                numbers = set()  # what is no number once will be none again
+                yield FileRows(parse(content, first))
+            else:
+                typed = self._check_columns(path, typed, roles, number, first)
+                yield FileRows(typed, partial(parse, content, first))
+
+    def _find_numbers(self, roles: Mapping[str, str]) -> set[str]:
+        """Return the columns of a long CSV file that are read as numbers, if all of their texts are."""
+        if self.decimal_comma or self.categories or self.text_events or not {MINUTE, VALUE} <= roles.keys():
+            return set()
+        return {roles[MINUTE], roles[VALUE]} - {name for role, name in roles.items() if role not in (MINUTE, VALUE)}
 
     def pick_columns(self, path: Path, header: Sequence[str]) -> dict[str, str]:
         """Return the file's columns by their roles; those of variables in a wide table have a prefix."""
@@ -179,7 +200,8 @@ class Table(Source, TableLayout):
             series[role] = columns.check(path, values, KINDS[role]) if role in KINDS else values
         return number_rows(series, file=number, first=first)
 
-    def _to_rows(self, frames: Sequence[pl.DataFrame], named: Mapping[str, str]) -> Iterator[RawRows]:
+    def _to_rows(self, parts: Sequence[FileRows], named: Mapping[str, str]) -> Iterator[RawRows]:
+        frames, read_texts = choose_frames(parts)
         for rows in concat_alike(frames):
             minutes, rules = self._add_minutes(rows)
             if not list_wide_columns(rows):
@@ -190,6 +212,7 @@ class Table(Source, TableLayout):
                     categories=self.categories,
                     text_events=self.text_events,
                     columns=named,
+                    read_texts=read_texts,
                 )
                 continue
             patients = names.encode(rows[PATIENT_ID], columns.to_patient_names).drop_nulls().unique()

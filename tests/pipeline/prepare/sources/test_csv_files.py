@@ -39,6 +39,7 @@ def test_pieces_together_are_the_file(
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "rows.csv"
         path.write_text(content, newline="")
+        patch.setattr(Table, "_find_numbers", lambda *_: set())  # texts are compared
         source = Table(path=path)
         (whole,) = source.pieces()
         expected = next(source.read(whole)).rows
