@@ -33,7 +33,8 @@ def encode(column: pl.Series, as_text: Callable[[pl.Series], pl.Series] = _as_te
     if column.dtype == pl.Null:
         column = column.cast(pl.String)
     starts = _find_runs(column) if column.dtype == pl.String else None
-    encoded = pc.dictionary_encode((column if starts is None else column.gather(starts)).to_arrow())
+    texts = column if starts is None else column.gather(starts)
+    encoded = pc.dictionary_encode(texts.to_arrow(compat_level=pl.CompatLevel.newest()))  # of texts nothing is copied
     named = _gather(column.name, as_text(_series(encoded.dictionary)), _series(encoded.indices))
     if starts is None:
         return named
