@@ -41,6 +41,7 @@ from pipeline.prepare.options import EVENTS_PER_SHARD, BuildOptions
 from pipeline.prepare.publish import WORK
 from pipeline.prepare.rules import Rules
 from pipeline.prepare.sort import Partition
+from pipeline.prepare.sort_samples import Hide
 from pipeline.prepare.sources.labels import Labels, read_labels
 from pipeline.prepare.sources.listing import Listing
 from pipeline.prepare.sources.reading import PIECE_BYTES, ROW_BYTES, Piece, number_rows
@@ -103,7 +104,7 @@ class Made(Source):
         }
         yield RawRows(rows=number_rows(columns))
 
-    def read_labels(self) -> Labels:
+    def read_labels(self, hide: Hide | None = None) -> Labels:
         schema = pa.schema({PATIENT_ID: pa.string(), LABEL: pa.int8()})
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -115,7 +116,7 @@ class Made(Source):
                 rows = pl.DataFrame({"n": numbers}).select(name.alias(PATIENT_ID), pl.lit(0, pl.Int8).alias(LABEL))
                 file.write_table(rows.to_arrow().cast(schema))
             file.close()
-            return read_labels(path)
+            return read_labels(path, hide=hide)
 
 
 def prepared(source: Source, events_per_shard: int, workers: int, has_report: bool = True) -> Figures:

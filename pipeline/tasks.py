@@ -17,7 +17,7 @@ from pipeline.options import Section, option, parse_options
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.sources.label_files import LabelColumns, LabelKind
 from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP, read_labels
-from pipeline.prepare.tasks import default_exclusions, write_task
+from pipeline.prepare.tasks import default_exclusions, read_patient_names, write_task
 from pipeline.prepare.warn import warn_of_splits, warn_of_strangers
 from pipeline.schema import UserError
 
@@ -95,13 +95,13 @@ def add(arguments: Sequence[str]) -> None:
         kind=given.label_kind,
         classes=given.label_classes,
     )
-    labels = read_labels(given.labels, columns)
+    labels = read_labels(given.labels, columns, pseudonyms.hide_names if pseudonyms else None)
     exclude_codes = given.exclude_codes or default_exclusions(manifest.options.get("format", ""), labels)
     if exclude_codes == ("none",):
         exclude_codes = ()
-    task = write_task(directory, manifest, given.name, labels, exclude_codes, pseudonyms=pseudonyms)
+    task = write_task(directory, manifest, given.name, labels, exclude_codes)
     _print_tasks([task])
-    strangers = warn_of_strangers(task, labels, directory, pseudonyms)
+    strangers = warn_of_strangers(task, labels, None if pseudonyms else read_patient_names(directory, manifest))
     for warning in (*labels.warnings, *warn_of_splits(task.splits), *strangers):
         print(f"warning: {warning}", file=sys.stderr)
 

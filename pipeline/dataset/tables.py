@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.schema import EMBEDDINGS_FILE, INDEX_FILE, VOCABULARY_FILE, UserError
 from pipeline.storage.folder import File, Folder, as_folder
 
+BATCH_ROWS: Final = 1 << 16
+"""Maximum number of rows of a table that are read at once, where all are read in parts."""
+
 
 def read_parquet(path: str | Path, schema: pa.Schema) -> pa.Table:
     """Return a Parquet file with exactly the columns of ``schema``, cast to its types."""
@@ -27,10 +31,24 @@ def read_parquet(path: str | Path, schema: pa.Schema) -> pa.Table:
         return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)
 
 
+def iterate_parquet(path: str | Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield at most ``BATCH_ROWS`` rows of what :func:`read_parquet` returns at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=schema.names, use_threads=False):
+            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+
+
 def read_index(directory: Path | Folder, manifest: Manifest, *columns: str) -> pa.Table:
     """Return columns of ``index.parquet`` (by default all), checked against the manifest; as in ``INDEX_SCHEMA``."""
     schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns or INDEX_SCHEMA.names])
     return _read_table(directory, manifest, INDEX_FILE, schema)
+
+
+def iterate_index(directory: Path | Folder, manifest: Manifest, *columns: str) -> Iterator[pa.Table]:
+    """Yield some rows of what :func:`read_index` returns at a time."""
+    folder, schema = as_folder(directory), pa.schema([INDEX_SCHEMA.field(name) for name in columns])
+    with open_checked(folder, manifest, INDEX_FILE) as path, report_damage(folder, INDEX_FILE):
+        yield from iterate_parquet(path, schema)
 
 
 def read_vocabulary(directory: Path | Folder, manifest: Manifest) -> pa.Table:

@@ -29,7 +29,7 @@ from pipeline.prepare.sources.reading import Piece
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.stages import Stages
 from pipeline.prepare.summary import read_summary, write_summary
-from pipeline.prepare.tasks import default_exclusions, write_task
+from pipeline.prepare.tasks import default_exclusions, read_patient_names, write_task
 from pipeline.prepare.warn import warn_of_strangers
 from pipeline.schema import DEFAULT_TASK, SUMMARY_FILE, TASKS_FOLDER
 
@@ -75,7 +75,10 @@ def build(
         work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             check_disk_space(source, output)
-        labels = source.read_labels()  # before the long work: they may be refused
+        pseudonyms = options.pseudonyms
+        labels = source.read_labels(
+            pseudonyms.hide_names if pseudonyms else None
+        )  # before the long work: they may be refused
         for name in WORK_FOLDERS:
             (work / name).mkdir(exist_ok=True)
         notes = source.describe()
@@ -85,24 +88,25 @@ def build(
             results = Stages(StageRunner(executor, work, progress), source, pieces, options).run(execution)
         data, counts = work / "data", results.join_tables(work)
         manifest = results.make_manifest(data, description, fingerprint)
-        task = _write_default_task(data, manifest, labels, options)
+        task = _write_default_task(data, manifest, labels)
         summary = results.summarise(counts, description, task, time.monotonic() - started)
         summary["files_left_out"] = len(source.list_events().left_out)
-        summary["notes"] = [] if options.pseudonyms else notes  # files are often named like patients
+        summary["notes"] = [] if pseudonyms else notes  # files are often named like patients
         summary["warnings"] = results.find_warnings(task)
         if task and labels:
             summary["warnings"] += labels.warnings
-            summary["warnings"] += warn_of_strangers(task, labels, data, options.pseudonyms)
+            names = None if pseudonyms else read_patient_names(data, manifest)
+            summary["warnings"] += warn_of_strangers(task, labels, names)
         summary = write_summary(data / SUMMARY_FILE, summary)
         manifest.save(data)
     return summary
 
 
-def _write_default_task(data: Path, manifest: Manifest, labels: Labels | None, options: BuildOptions) -> Task | None:
+def _write_default_task(data: Path, manifest: Manifest, labels: Labels | None) -> Task | None:
     """Write the task of the input's own labels; return None without any."""
     if (data / TASKS_FOLDER).exists():  # of a run that was stopped before its manifest was written
         shutil.rmtree(data / TASKS_FOLDER)
     if labels is None:
         return None
     exclude_codes = default_exclusions(manifest.options["format"], labels)
-    return write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes, pseudonyms=options.pseudonyms)
+    return write_task(data, manifest, DEFAULT_TASK, labels, exclude_codes)

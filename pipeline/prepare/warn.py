@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import polars as pl
 
 from pipeline.dataset.tasks import SampleCounts, Task
+from pipeline.prepare.join_samples import count_similar_strangers
 from pipeline.prepare.moments import Moments
-from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.scales import Scale, compare_scales
 from pipeline.prepare.sources.labels import Labels
-from pipeline.schema import INDEX_FILE, PATIENT_ID
 
 FLATTENING_SHARE: Final = 0.5
 """Share of a variable's variance, above which a single value flattens all others."""
@@ -93,27 +91,18 @@ def warn_of_splits(splits: Mapping[str, SampleCounts]) -> list[str]:
     return warnings
 
 
-def warn_of_strangers(task: Task, labels: Labels, directory: Path, pseudonyms: Pseudonyms | None) -> list[str]:
+def warn_of_strangers(task: Task, labels: Labels, names: Iterable[pl.Series] | None) -> list[str]:
     """Return a warning where labels name patients that the data set does not have, and say where ids nearly agree.
 
-    Ids nearly agree that differ in zeros before them or in the case of letters alone; of pseudonyms nobody can say so.
+    Ids nearly agree that differ in zeros before them or in the case of letters alone.  ``names`` are those of the data
+    set's patients; None = they are pseudonyms, of which nobody can say so.
     """
     if not task.labels_without_patient:
         return []
     message = f"{task.labels_without_patient:,} labels name no patient of the data set, and are left out"
-    if pseudonyms is not None:
-        return [message]
-    patients = pl.read_parquet(directory / INDEX_FILE, columns=[PATIENT_ID], glob=False)[PATIENT_ID]
-    named = labels.samples.patients
-    strangers = named.filter(~named.is_in(patients.implode()))
-    unlabelled = patients.filter(~patients.is_in(named.implode()))
-    near = _strip_id(strangers).is_in(_strip_id(unlabelled).implode()).sum()
+    near = count_similar_strangers(labels.samples, names) if names is not None else 0
     hint = f"; {near:,} of their ids differ from one of the data set in leading zeros or case alone" if near else ""
     return [message + hint]
-
-
-def _strip_id(ids: pl.Series) -> pl.Series:
-    return ids.str.to_lowercase().str.strip_chars_start("0")
 
 
 def name_some(names: Sequence[str]) -> str:

@@ -106,6 +106,12 @@ class LabelFile:
                 found.update(self._parse(part[self.label], "multiclass", 1).drop_nulls().unique())
         return found
 
+    def read_patients(self) -> Iterator[pl.Series]:
+        """Yield the names of the patients of the rows, some rows at a time, each name once."""
+        for frame in read_frames(self.path, [self.patient]):
+            for part in frame.iter_slices(SLICE_ROWS):
+                yield to_patient_names(part[self.patient].unique()).drop_nulls().unique()
+
     def read_slices(self, kind: Kind) -> Iterator[Slice]:
         """Yield the rows, some at a time; one that lacks patient or time, or whose label is none, is a UserError."""
         first, wanted = 1, [self.patient, self.label, *([self.time] if self.time else [])]

@@ -6,7 +6,7 @@ A table may be larger than memory.  It is read twice, in parts: to see what its 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -16,7 +16,8 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.prepare import names
-from pipeline.prepare.sort_samples import NO_DATE, NO_MINUTE, ContradictionError, SampleSorter, SortedSamples
+from pipeline.prepare.name_hashes import hash_names
+from pipeline.prepare.sort_samples import NO_DATE, NO_MINUTE, ContradictionError, Hide, SampleSorter, SortedSamples
 from pipeline.prepare.sources.label_files import LabelColumns, LabelFile
 from pipeline.prepare.sources.label_values import find_kind, sort_classes
 from pipeline.prepare.sources.listing import list_tables
@@ -61,11 +62,16 @@ class Labels:
 
     @classmethod
     def of_frame(
-        cls, origin: str, frame: pl.DataFrame, kind: Kind = "binary", classes: tuple[str, ...] = CLASSES
+        cls,
+        origin: str,
+        frame: pl.DataFrame,
+        kind: Kind = "binary",
+        classes: tuple[str, ...] = CLASSES,
+        hide: Hide | None = None,
     ) -> Self:
-        """Return the labels of a table in memory, of the columns of :attr:`frame`."""
+        """Return the labels of a table in memory: ``patient_id``, perhaps a time, and ``label``; null = unlabelled."""
         times = next((name for name, column in TIME_COLUMNS.items() if column in frame.columns), None)
-        sorter = SampleSorter(times)
+        sorter = SampleSorter(times, hide)
         time = frame[TIME_COLUMNS[times]] if times else None
         sorter.add(names.encode(frame[PATIENT_ID]), _to_record_times(time), _to_floats(frame[LABEL]))
         try:
@@ -77,14 +83,6 @@ class Labels:
     def time_column(self) -> str | None:
         """Return the column of prediction times that there is."""
         return TIME_COLUMNS[self.samples.times] if self.samples.times else None
-
-    @property
-    def frame(self) -> pl.DataFrame:
-        """Return all samples in order: ``patient_id``, perhaps a time, and ``label`` (null = unlabelled)."""
-        number = np.arange(len(self.samples.patients))
-        patient = self.samples.patients.gather(np.repeat(number, self.samples.sizes))
-        columns = [patient.alias(PATIENT_ID), *self.to_columns(self.samples.gather(number))]
-        return pl.DataFrame(columns).sort(PATIENT_ID, maintain_order=True)
 
     def to_columns(self, records: npt.NDArray[Any]) -> list[pl.Series]:
         """Return times, if there are some, and labels of records as columns; null = missing."""
@@ -110,21 +108,31 @@ def _to_record_times(time: pl.Series | None) -> npt.NDArray[Any] | int:
     return time.cast(pl.Float64).fill_null(NO_MINUTE).to_numpy()
 
 
-def read_labels(path: Path, columns: LabelColumns | None = None) -> Labels:
+def read_labels(path: Path, columns: LabelColumns | None = None, hide: Hide | None = None) -> Labels:
     """Return the labels of a CSV or Parquet file, or of all such files of a folder and its folders.
 
-    Missing means unlabelled, and so does -1 unless labels are numbers.
+    Missing means unlabelled, and so does -1 unless labels are numbers.  ``hide`` says how the data set calls patients.
 
     Raises:
         UserError: a file cannot be read, has no such columns, holds what is no label, or contradicts itself.
     """
+    return read_label_files(_find_files(path), str(path), columns or LabelColumns(), hide)
+
+
+def read_label_patients(path: Path, columns: LabelColumns) -> Iterator[pl.Series]:
+    """Yield the names of the patients who have a sample of :func:`read_labels`, some rows at a time, each once."""
+    for file in _find_files(path):
+        yield from LabelFile.survey(file, columns).read_patients()
+
+
+def _find_files(path: Path) -> list[Path]:
     files = list_tables(path)
     if not files:
         raise UserError(f"{path}: no Parquet or CSV files here; name the label file, or the folder of a task")
-    return read_label_files(files, str(path), columns or LabelColumns())
+    return files
 
 
-def read_label_files(paths: Sequence[Path], origin: str, columns: LabelColumns) -> Labels:
+def read_label_files(paths: Sequence[Path], origin: str, columns: LabelColumns, hide: Hide | None = None) -> Labels:
     """Return the labels of some files as those of one task; see :func:`read_labels`."""
     files = [LabelFile.survey(path, columns) for path in paths]
     for file in files:
@@ -141,7 +149,7 @@ def read_label_files(paths: Sequence[Path], origin: str, columns: LabelColumns) 
             raise UserError(f"{origin}: column {name!r} has fewer than two classes; name another --label_column")
         if not found <= set(classes):
             raise UserError(f"{origin}: column {name!r} has labels that are not in --label_classes; name all classes")
-    sorter, is_soft = SampleSorter(files[0].times), False
+    sorter, is_soft = SampleSorter(files[0].times, hide), False
     for file in files:
         for _, patient, time, label in file.read_slices(kind):
             is_soft |= kind == "binary" and bool((label % 1 != 0).any())
@@ -154,7 +162,7 @@ def read_label_files(paths: Sequence[Path], origin: str, columns: LabelColumns) 
     try:
         samples = sorter.finish()
     except ContradictionError as found_one:
-        where = _find_rows(files, kind, found_one)
+        where = _find_rows(files, kind, found_one, hide)
         raise UserError(f"{origin}: {where} give one sample two labels; keep one") from None
     words = sum((file.facts.words for file in files), Counter[str]())
     return Labels(origin, samples, kind, classes, is_soft, _warn_of_words(name, words))
@@ -168,13 +176,18 @@ def _warn_of_words(name: str, words: Counter[str]) -> tuple[str, ...]:
     return (f"column {name!r} has words that mean missing, so these samples are unlabelled: {which}; {advice}",)
 
 
-def _find_rows(files: Sequence[LabelFile], kind: Kind, wanted: ContradictionError) -> str:
+def _find_rows(files: Sequence[LabelFile], kind: Kind, wanted: ContradictionError, hide: Hide | None) -> str:
     """Return in words the first and the last row of a sample, numbered over all files."""
     rows: list[int] = []
     num_before = 0
+
+    def is_wanted(patients: pl.Series) -> pl.Series:
+        first, second = hash_names(hide(patients) if hide else patients)
+        return pl.Series((first == wanted.hashes[0]) & (second == wanted.hashes[1]))
+
     for file in files:
         for first, patient, time, _ in file.read_slices(kind):
-            is_it = names.test(patient, lambda name: name == wanted.patient).fill_null(False).to_numpy()
+            is_it = names.test(patient, is_wanted).fill_null(False).to_numpy()
             found = np.flatnonzero(is_it & (_to_record_times(time) == (wanted.time if time is not None else 0)))
             rows.extend((num_before + first + found).tolist())
         num_before += file.num_rows

@@ -24,7 +24,7 @@ from pipeline.prepare.columns import (
     to_patient_names,
 )
 from pipeline.prepare.sources.label_files import LabelColumns
-from pipeline.prepare.sources.labels import read_labels
+from pipeline.prepare.sources.labels import read_label_patients
 from pipeline.prepare.sources.layout import ColumnOptions
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_files, list_tables
 from pipeline.prepare.sources.meds_codes import (
@@ -262,7 +262,8 @@ class Meds(Source, MedsOptions, ColumnOptions):
 
 def _read_labelled(path: Path, columns: LabelColumns) -> pl.Series:
     """Return the subjects that have a sample."""
-    return read_labels(path, columns).samples.patients.cast(pl.Int64, strict=False).drop_nulls()
+    parts = [part.cast(pl.Int64, strict=False) for part in read_label_patients(path, columns)]
+    return pl.concat([pl.Series(SUBJECT, dtype=pl.Int64), *parts]).drop_nulls().unique()
 
 
 def _to_subjects(path: Path, column: pl.Series) -> pl.Series:

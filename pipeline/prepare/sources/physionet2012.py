@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 
 import polars as pl
 
+from pipeline.prepare.sort_samples import Hide
 from pipeline.prepare.sources.labels import Labels, read_label_files
 from pipeline.prepare.sources.listing import FileTest, list_files
 from pipeline.prepare.sources.reading import FILE, ROW, Piece
@@ -53,11 +54,11 @@ class PhysioNet2012(Records):
         found = {"labels" if not number else f"labels {number}": path for number, path in enumerate(outcomes)}
         return super().find_side_files() | found
 
-    def read_labels(self) -> Labels | None:
+    def read_labels(self, hide: Hide | None = None) -> Labels | None:
         paths = [path for role, path in self.find_side_files().items() if role.startswith("labels") and path]
         if not paths:
             return None
-        return read_label_files(paths, " and ".join(map(str, paths)), self.label_columns)
+        return read_label_files(paths, " and ".join(map(str, paths)), self.label_columns, hide)
 
     def _find_outcomes(self) -> list[Path]:
         inside = list_files(self.path, lambda path: path.match("Outcomes-*.txt")).files

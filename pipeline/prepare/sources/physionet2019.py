@@ -10,6 +10,7 @@ from typing import ClassVar, Final
 import polars as pl
 
 from pipeline.prepare.columns import to_minutes
+from pipeline.prepare.sort_samples import Hide
 from pipeline.prepare.sources.csv_files import UTF8, read_header
 from pipeline.prepare.sources.csv_rows import parse_rows
 from pipeline.prepare.sources.label_values import parse_labels
@@ -82,12 +83,12 @@ class PhysioNet2019(Records):
                 )
                 others = ()
 
-    def read_labels(self) -> Labels | None:
+    def read_labels(self, hide: Hide | None = None) -> Labels | None:
         """Return the labels of ``--labels``, else a sample an hour: ``SepsisLabel`` at the minute of ``ICULOS``."""
         if self.labels is not None:
-            return super().read_labels()
+            return super().read_labels(hide)
         frames = [frame for piece in self.pieces() for frame in self._read_hourly_labels(piece)]
-        return Labels.of_frame(f"{self.path}: {LABELS}", pl.concat(frames)) if frames else None
+        return Labels.of_frame(f"{self.path}: {LABELS}", pl.concat(frames), hide=hide) if frames else None
 
     def _read_hourly_labels(self, piece: Piece) -> Iterator[pl.DataFrame]:
         """Yield the samples of a piece whose records have labels; a row without its hour is none."""

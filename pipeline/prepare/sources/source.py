@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.options import Section, option
 from pipeline.prepare.columns import to_patient_names
+from pipeline.prepare.sort_samples import Hide
 from pipeline.prepare.sources.label_files import LABEL_ID_COLUMNS, LabelColumns, LabelKind
 from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP, Labels, read_labels
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
@@ -172,10 +173,13 @@ class Source(SideFileOptions, ABC):
             found |= {f"{role}/{path.relative_to(top.parent).as_posix()}": path for path in list_tables(top)}
         return found
 
-    def read_labels(self) -> Labels | None:
-        """Return the labels of the task ``default``; None without labels."""
+    def read_labels(self, hide: Hide | None = None) -> Labels | None:
+        """Return the labels of the task ``default``; None without labels.
+
+        ``hide`` returns the names by which the data set calls patients of some names, if they are others.
+        """
         path = self.find_side_files()["labels"]
-        return None if path is None else read_labels(path, self.label_columns)
+        return None if path is None else read_labels(path, self.label_columns, hide)
 
     @property
     def label_columns(self) -> LabelColumns:

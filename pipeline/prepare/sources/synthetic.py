@@ -15,6 +15,7 @@ import polars as pl
 
 from pipeline.arrays import Floats, Ints
 from pipeline.options import Section, option
+from pipeline.prepare.sort_samples import Hide
 from pipeline.prepare.sources.labels import Labels
 from pipeline.prepare.sources.listing import Listing
 from pipeline.prepare.sources.reading import Piece, number_rows
@@ -113,9 +114,9 @@ class Synthetic(Source, SyntheticOptions):
         num_sets = num_events / EVENTS_PER_SET
         return num_sets.astype(np.int64), num_sets * 600.0
 
-    def read_labels(self) -> Labels | None:
+    def read_labels(self, hide: Hide | None = None) -> Labels | None:
         parts = ({PATIENT_ID: _name_patients(piece), LABEL: self._draw_outcomes(piece)[1]} for piece in self.pieces())
-        return Labels.of_frame(self.name, pl.concat(map(pl.DataFrame, parts)))
+        return Labels.of_frame(self.name, pl.concat(map(pl.DataFrame, parts)), hide=hide)
 
 
 def _name_patients(piece: Piece) -> pl.Series:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Final
 
+from pipeline.prepare.sort_samples import Hide
 from pipeline.prepare.sources.labels import Labels, read_labels
 from pipeline.prepare.sources.layout import MINUTES_OF_UNIT, TIME
 from pipeline.prepare.sources.listing import Listing
@@ -42,13 +43,13 @@ class Yaib(Table):
         outcomes = self.path / OUTCOMES
         return super().find_side_files() | {"labels": self.labels or (outcomes if outcomes.is_file() else None)}
 
-    def read_labels(self) -> Labels | None:
+    def read_labels(self, hide: Hide | None = None) -> Labels | None:
         """Return the labels of ``--labels``, else those of the task's own file."""
         path = self.find_side_files()["labels"]
         if path is None or self.labels is not None:
-            return super().read_labels()
+            return super().read_labels(hide)
         time = self.time_column or TIME
         if time not in read_column_names(path):
-            return read_labels(path, self.label_columns)
+            return read_labels(path, self.label_columns, hide)
         unit = MINUTES_OF_UNIT[self.time_unit or "minutes"]
-        return read_labels(path, replace(self.label_columns, time=time, minutes_of_unit=unit))
+        return read_labels(path, replace(self.label_columns, time=time, minutes_of_unit=unit), hide)

@@ -124,8 +124,8 @@ def test_labels_are_read_once_for_all_pieces(root: Path, tmp_path: Path, monkeyp
         write_events(root, [(number, ADMISSION + timedelta(hours=1), "HR", 80.0)], f"train/{number + 1}")
     write_samples(tmp_path / "task", [(1, ADMISSION, True), (2, ADMISSION + timedelta(days=1), False)])
     monkeypatch.setattr("pipeline.prepare.sources.reading.PIECE_BYTES", 1)
-    read, times = meds.read_labels, []
-    monkeypatch.setattr(meds, "read_labels", lambda *given: (times.append(given), read(*given))[1])
+    read, times = meds.read_label_patients, []
+    monkeypatch.setattr(meds, "read_label_patients", lambda *given: (times.append(given), read(*given))[1])
     source = Meds(path=root, labels=tmp_path / "task", labelled_only=True)
     assert len(source.pieces()) == 4
     summary = build(source, tmp_path / "out", ALL_TRAIN)

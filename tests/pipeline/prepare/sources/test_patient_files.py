@@ -9,6 +9,7 @@ import pytest
 from pipeline.prepare.clean import clean
 from pipeline.prepare.sources.patient_files import PatientFiles
 from pipeline.schema import UserError
+from tests.pipeline.prepare.sources.conftest import Tabulate
 
 
 def write(folder: Path, files: dict[str, dict[str, list[Any]]]) -> PatientFiles:
@@ -54,7 +55,7 @@ def test_files_of_all_splits(tmp_path: Path) -> None:
     assert dict(splits.iter_rows()) == {"200001": "train", "200002": "train", "a b": "valid", "200003": "test"}
 
 
-def test_files_beside_the_folders_are_found(tmp_path: Path) -> None:
+def test_files_beside_the_folders_are_found(tmp_path: Path, tabulate: Tabulate) -> None:
     source = write(tmp_path / "data", {"train/1.parquet": events()})
     assert source.read_labels() is None
     assert set(source.find_side_files().values()) == {None}
@@ -64,7 +65,7 @@ def test_files_beside_the_folders_are_found(tmp_path: Path) -> None:
     labels = source.read_labels()
     assert labels is not None
     assert Path(labels.origin).name == "oc.csv"
-    assert labels.frame.rows() == [("1", 1), ("2", 0), ("3", None)]
+    assert tabulate(labels).rows() == [("1", 1), ("2", 0), ("3", None)]
     assert source.find_side_files()["statistics"] == tmp_path / "data" / "stats.csv"
     assert source.find_side_files()["embeddings"] == tmp_path / "cached.csv"
     assert len(source.inputs()) == 4

@@ -12,6 +12,7 @@ from pipeline.prepare.sources.label_files import LabelColumns
 from pipeline.prepare.sources.labels import read_labels
 from pipeline.prepare.sources.physionet2012 import PhysioNet2012
 from pipeline.schema import UserError
+from tests.pipeline.prepare.sources.conftest import Tabulate
 
 HEADER = "Time,Parameter,Value\n"
 
@@ -67,7 +68,7 @@ def test_records_by_hand(tmp_path: Path) -> None:
     ]
 
 
-def test_labels_of_patients_who_died_later_are_soft(tmp_path: Path) -> None:
+def test_labels_of_patients_who_died_later_are_soft(tmp_path: Path, tabulate: Tabulate) -> None:
     """On the day of leaving 0.35, after 120 days 1/e of that; of an unknown stay days count from admission."""
     source = write(tmp_path / "set-a", r1=HEADER)
     path = tmp_path / "Outcomes-a.txt"
@@ -77,10 +78,10 @@ def test_labels_of_patients_who_died_later_are_soft(tmp_path: Path) -> None:
     assert labels is not None
     assert labels.is_soft
     third = 0.35 / math.e
-    assert labels.frame["label"].to_list() == pytest.approx([0.35, third, 0, 1, third, 0, None, 0.35])
+    assert tabulate(labels)["label"].to_list() == pytest.approx([0.35, third, 0, 1, third, 0, None, 0.35])
     named = read_labels(path, LabelColumns(label="In-hospital_death"))
     assert not named.is_soft
-    assert named.frame["label"].to_list() == [0, 0, 0, 1, 0, 0, None, 0]
+    assert tabulate(named)["label"].to_list() == [0, 0, 0, 1, 0, 0, None, 0]
 
 
 @pytest.mark.parametrize(("first", "reason"), [("", "no_variable"), ("00:01", "no_variable"), ("00:01,HR", None)])
@@ -90,7 +91,7 @@ def test_a_first_row_of_fewer_fields_is_a_row_like_others(tmp_path: Path, first:
     assert rejected["reason"].to_list() == ([] if reason is None else [reason])
 
 
-def test_outcomes_are_found_in_the_folder_or_beside_it(tmp_path: Path) -> None:
+def test_outcomes_are_found_in_the_folder_or_beside_it(tmp_path: Path, tabulate: Tabulate) -> None:
     source = write(tmp_path / "set-b", r1=HEADER)
     assert source.read_labels() is None
     header = "RecordID,SAPS-I,In-hospital_death\n"
@@ -99,7 +100,7 @@ def test_outcomes_are_found_in_the_folder_or_beside_it(tmp_path: Path) -> None:
     labels = source.read_labels()
     assert labels is not None
     assert Path(labels.origin).name == "Outcomes-b.txt"  # of several, that of set-b
-    assert labels.frame.rows() == [("1", 1), ("2", 0), ("3", None)]
+    assert tabulate(labels).rows() == [("1", 1), ("2", 0), ("3", None)]
     (tmp_path / "set-b" / "Outcomes-c.txt").write_text(header + "1,6,0\n")
     labels = source.read_labels()
     assert labels is not None

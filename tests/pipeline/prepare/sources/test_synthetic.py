@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.prepare.clean import clean
 from pipeline.prepare.sources.synthetic import Synthetic
+from tests.pipeline.prepare.sources.conftest import Tabulate
 
 
 def rows(source: Synthetic) -> pl.DataFrame:
@@ -40,7 +41,7 @@ def test_the_seed_decides_everything() -> None:
     assert not first.equals(other)
 
 
-def test_pieces_have_patients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_have_patients_of_their_own(monkeypatch: pytest.MonkeyPatch, tabulate: Tabulate) -> None:
     monkeypatch.setattr("pipeline.prepare.sources.synthetic.PATIENTS_PER_PIECE", {"icu": 8})
     source = Synthetic(num_patients=20)
     first, second = (clean(next(source.read(piece)))[0] for piece in source.pieces()[:2])
@@ -48,18 +49,18 @@ def test_pieces_have_patients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert first["value"][:100].to_list() != second["value"][:100].to_list()
     given = source.read_labels()
     assert given is not None
-    labels = given.frame
+    labels = tabulate(given)
     assert labels["patient_id"].to_list() == [f"synthetic-{number:07d}" for number in range(20)]
 
 
-def test_the_outcome_can_be_learned_but_not_known() -> None:
+def test_the_outcome_can_be_learned_but_not_known(tabulate: Tabulate) -> None:
     """The area under the ROC curve of one variable's mean is clearly above chance, and below certainty."""
     from sklearn.metrics import roc_auc_score
 
     source = Synthetic(num_patients=1000)
     given = source.read_labels()
     assert given is not None
-    labels = given.frame
+    labels = tabulate(given)
     assert 0.15 < labels["label"].mean() < 0.25
     events = rows(source).cast({"patient_id": pl.String})
     means = events.group_by("patient_id", "variable").agg(pl.col("value").mean()).join(labels, on="patient_id")

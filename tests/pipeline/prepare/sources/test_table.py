@@ -13,6 +13,7 @@ import pytest
 from pipeline.prepare.clean import clean
 from pipeline.prepare.sources.table import Table
 from pipeline.schema import UserError
+from tests.pipeline.prepare.sources.conftest import Tabulate
 
 CSV = "patient_id,minute,variable,value\na,0,HR,80\na,1.5,RR,\n,2,HR,1\n"
 NOON = datetime.datetime(2020, 1, 1, 12)
@@ -158,7 +159,7 @@ def test_a_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     assert [(row[1], row[3]) for row in kept_rows(source)] == [(number + 1, float(number)) for number in range(1000)]
 
 
-def test_labels_use_the_patient_column_or_a_usual_one(tmp_path: Path) -> None:
+def test_labels_use_the_patient_column_or_a_usual_one(tmp_path: Path, tabulate: Tabulate) -> None:
     (tmp_path / "1.csv").write_text(CSV.replace("patient_id", "stay"))
     for header in ("stay", "ts_id"):
         (tmp_path / "labels.csv").write_text(f"{header},died\n1.0,true\n2,False\n")
@@ -166,7 +167,7 @@ def test_labels_use_the_patient_column_or_a_usual_one(tmp_path: Path) -> None:
         assert list(source.inputs()) == ["events/1.csv", "labels/labels.csv"]  # the labels are no events
         labels = source.read_labels()
         assert labels is not None
-        assert labels.frame.rows() == [("1", 1), ("2", 0)]
+        assert tabulate(labels).rows() == [("1", 1), ("2", 0)]
 
 
 @pytest.mark.parametrize(
