@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import task_schema
-from pipeline.dataset.tables import add_prefix, read_parquet, report_damage
+from pipeline.dataset.tables import add_prefix, iterate_parquet, read_parquet, report_damage
 from pipeline.schema import FORMAT_VERSION, SPLITS, TASKS_FOLDER, Kind, Times, UserError
 from pipeline.storage.files import seal, sync, unseal, write_atomically
 from pipeline.storage.folder import File, Folder, as_folder
@@ -144,14 +144,22 @@ def check_task_name(name: str) -> None:
 
 def read_task_table(directory: Path | Folder, task: Task, *columns: str) -> pa.Table:
     """Return columns of the table of a task (by default all), checked against its JSON."""
-    folder, schema = as_folder(directory), task_schema(task.kind, soft=task.soft_labels)
+    return pa.concat_tables(_read_task(as_folder(directory), task, columns, is_whole=True))
+
+
+def iterate_task_table(directory: Path | Folder, task: Task, *columns: str) -> Iterator[pa.Table]:
+    """Yield some rows of what :func:`read_task_table` returns at a time."""
+    return _read_task(as_folder(directory), task, columns, is_whole=False)
+
+
+def _read_task(folder: Folder, task: Task, columns: Sequence[str], *, is_whole: bool) -> Iterator[pa.Table]:
+    schema = task_schema(task.kind, soft=task.soft_labels)
     if columns:
         schema = pa.schema([schema.field(name) for name in columns])
-    tables = []
     for prefix, part, file in folder.parts(task.table()):
         with part.local_file(file) as path, report_damage(part, file.name):
-            tables.append(add_prefix(read_parquet(path, schema), prefix))
-    return pa.concat_tables(tables)
+            for table in [read_parquet(path, schema)] if is_whole else iterate_parquet(path, schema):
+                yield add_prefix(table, prefix)
 
 
 def has_task(directory: Path | Folder, name: str) -> bool:

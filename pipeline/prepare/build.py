@@ -75,10 +75,7 @@ def build(
         work, fingerprint = claimed
         if not (work / JOURNAL).exists():
             check_disk_space(source, output)
-        pseudonyms = options.pseudonyms
-        labels = source.read_labels(
-            pseudonyms.hide_names if pseudonyms else None
-        )  # before the long work: they may be refused
+        labels = source.read_labels(options.hide)  # before the long work: they may be refused
         for name in WORK_FOLDERS:
             (work / name).mkdir(exist_ok=True)
         notes = source.describe()
@@ -91,12 +88,11 @@ def build(
         task = _write_default_task(data, manifest, labels)
         summary = results.summarise(counts, description, task, time.monotonic() - started)
         summary["files_left_out"] = len(source.list_events().left_out)
-        summary["notes"] = [] if pseudonyms else notes  # files are often named like patients
+        summary["notes"] = [] if options.pseudonyms else notes  # files are often named like patients
         summary["warnings"] = results.find_warnings(task)
         if task and labels:
-            summary["warnings"] += labels.warnings
-            names = None if pseudonyms else read_patient_names(data, manifest)
-            summary["warnings"] += warn_of_strangers(task, labels, names)
+            names = None if options.pseudonyms else read_patient_names(data, manifest)
+            summary["warnings"] += [*labels.warnings, *warn_of_strangers(task, labels, names)]
         summary = write_summary(data / SUMMARY_FILE, summary)
         manifest.save(data)
     return summary

@@ -9,6 +9,7 @@ from pipeline.options import Section, option
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.reference import ReferenceDataSet
 from pipeline.prepare.rules import Rules
+from pipeline.prepare.sort_samples import Hide
 from pipeline.prepare.sources.source import Source
 from pipeline.prepare.splits import SplitRule
 
@@ -31,6 +32,11 @@ class BuildOptions(ShardOptions):
     rules: Rules = field(default_factory=Rules)
     pseudonyms: Pseudonyms | None = None  # replaces patients' ids
     reference: ReferenceDataSet | None = None  # its vocabulary and statistics replace the source's, splits included
+
+    @property
+    def hide(self) -> Hide | None:
+        """Return what makes patients' names those of the data set, if they are others."""
+        return self.pseudonyms.hide_names if self.pseudonyms else None
 
     def describe(self, source: Source) -> dict[str, Any]:
         """Return everything that decides the output besides the input's files, as the manifest holds it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrays import Ints
+from pipeline.arrays import Floats, Ints
 from pipeline.dataset.manifest import Manifest, ShardEntry
 from pipeline.dataset.shards import FlatPatients, read_shard
-from pipeline.dataset.tables import read_index, read_vocabulary
-from pipeline.dataset.tasks import Task, describe_labels, find_tasks, read_task_table
+from pipeline.dataset.tables import iterate_index, read_vocabulary
+from pipeline.dataset.tasks import Task, describe_labels, find_tasks, iterate_task_table
+from pipeline.reports.lengths import Lengths, find_medians
 from pipeline.reports.page import draw_figure, read_object, write_page
 from pipeline.sampling.plan import plan_epoch
 from pipeline.sampling.policy import Policy
@@ -49,18 +50,17 @@ LOGARITHMIC_RATIO = 30  # of the largest to the smallest value, above which the 
 def write_data_report(directory: Path) -> Path:
     """Write ``report.html`` of a data directory into it and return its path."""
     manifest = Manifest.load(directory)
-    index = read_index(directory, manifest, "split", "num_events", "num_sets", "max_set_size")
     vocabulary = read_vocabulary(directory, manifest)
     split = next((name for name in SPLITS if manifest.splits.get(name)), "train")
     entries = manifest.splits.get(split, [])
     starts = accumulate((entry.num_events for entry in entries), initial=0)
     read = [entry for entry, start in zip(entries, starts, strict=False) if start < MAX_EVENTS_READ]
     shards = [read_shard(directory, entry) for entry in read]
-    lengths = {name: index[name].to_numpy() for name in ("num_events", "num_sets", "max_set_size")}
-    lengths["set_size"] = np.concatenate([np.zeros(0, np.int64), *(np.diff(shard.set_offsets) for shard in shards)])
-    lengths["variable"] = vocabulary.filter(pc.field("count") > 0)["count"].to_numpy()
-    planned = index.filter(pc.field("split") == split).select(["num_events", "num_sets"])
-    stride = max(1, -(-planned.num_rows // MAX_PATIENTS_PLANNED))
+    stride = max(1, -(-sum(entry.num_patients for entry in entries) // MAX_PATIENTS_PLANNED))
+    lengths, planned = _read_lengths(directory, manifest, split, stride)
+    lengths["set_size"] = Lengths(*(np.diff(shard.set_offsets) for shard in shards))
+    counts = vocabulary.filter(pc.field("count") > 0)["count"]
+    lengths["variable"] = Lengths(counts)
     return write_page(
         directory / REPORT_FILE,
         "data_report.html.jinja",
@@ -69,6 +69,7 @@ def write_data_report(directory: Path) -> Path:
         draw_histograms=draw_histograms,
         lengths=lengths,
         manifest=manifest,
+        num_counted=pc.sum(counts).as_py() or 0,
         max_variables=MAX_VARIABLES,
         reach=SPREAD_REACH,
         shards=shards,
@@ -78,8 +79,26 @@ def write_data_report(directory: Path) -> Path:
         tasks=[describe_task(directory, task) for task in find_tasks(directory, manifest)],
         summary=read_object(directory / SUMMARY_FILE),
         variables=_describe_variables(vocabulary, shards),
-        waste=_padding_waste(*(column.to_numpy()[::stride].astype(np.int64) for column in planned.columns)),
+        waste=_padding_waste(*planned),
     )
+
+
+def _read_lengths(
+    directory: Path, manifest: Manifest, split: str, stride: int
+) -> tuple[dict[str, Lengths], tuple[Ints, Ints]]:
+    """Return the lengths of all patients, and the numbers of events and of sets of one in ``stride`` of a split."""
+    lengths = {name: Lengths() for name in ("num_events", "num_sets", "max_set_size")}
+    planned, num_seen = [np.zeros((2, 0), np.int64)], 0
+    for part in iterate_index(directory, manifest, "split", *lengths):
+        for name, counted in lengths.items():
+            counted.add(part[name])
+        own = part.filter(pc.field("split") == split)
+        planned.append(
+            np.stack([own[name].to_numpy()[-num_seen % stride :: stride] for name in ("num_events", "num_sets")])
+        )
+        num_seen += own.num_rows
+    num_events, num_sets = np.concatenate(planned, axis=1)
+    return lengths, (num_events, num_sets)
 
 
 def _count(split: str, entries: Sequence[ShardEntry]) -> dict[str, Any]:
@@ -89,20 +108,36 @@ def _count(split: str, entries: Sequence[ShardEntry]) -> dict[str, Any]:
 
 def describe_task(directory: Path, task: Task) -> list[dict[str, Any]]:
     """Return a row for each split of a task: counts, labels in words, samples a patient and median lengths."""
-    table, rows = read_task_table(directory, task, "split", "num_events", "prediction_minute"), []
+    num_events = {split: Lengths() for split in SPLITS}
+    for split, samples in _iterate_splits(directory, task, "num_events"):
+        num_events[split].add(samples["num_events"])
+    minutes = find_medians(functools.partial(_iterate_minutes, directory, task)) if task.times else {}
+    rows = []
     for split in SPLITS:
-        samples, counts = table.filter(pc.field("split") == split), task.splits[split]
-        if not samples.num_rows:
+        counts = task.splits[split]
+        if not len(num_events[split]):
             continue
-        minutes = samples["prediction_minute"].drop_null()
         rows.append(
             dataclasses.asdict(counts)
             | {"task": task.name, "kind": task.kind, "split": split, "labels": describe_labels(task, [split])}
             | {"samples_per_patient": counts.num_samples / counts.num_patients}
-            | {"median_events": float(np.median(samples["num_events"]))}
-            | {"median_hours": float(np.median(minutes)) / 60 if len(minutes) else None}
+            | {"median_events": num_events[split].median}
+            | {"median_hours": minutes[split] / 60 if split in minutes else None}
         )
     return rows
+
+
+def _iterate_minutes(directory: Path, task: Task) -> Iterator[tuple[str, Floats]]:
+    for split, samples in _iterate_splits(directory, task, "prediction_minute"):
+        yield split, samples["prediction_minute"].drop_null().to_numpy()
+
+
+def _iterate_splits(directory: Path, task: Task, column: str) -> Iterator[tuple[str, pa.Table]]:
+    """Yield some rows of a column of the table of a task at a time, all of one split."""
+    for part in iterate_task_table(directory, task, "split", column):
+        for split in SPLITS:
+            if (own := part.filter(pc.field("split") == split)).num_rows:
+                yield split, own
 
 
 def _padding_waste(num_events: Ints, num_sets: Ints) -> dict[str, dict[str, list[float]]]:
@@ -138,22 +173,23 @@ def _describe_variables(vocabulary: pa.Table, shards: Sequence[FlatPatients]) ->
     return rows
 
 
-def draw_histograms(lengths: Mapping[str, tuple[str, Ints]]) -> str | None:
+def draw_histograms(lengths: Mapping[str, tuple[str, Lengths]]) -> str | None:
     """Return an image of a histogram for each title, of what is counted and its lengths; None without any lengths."""
     panels = {}
     for title, (counted, values) in lengths.items():
         if len(values):
-            draw = functools.partial(draw_histogram, values=values, counted=counted)
-            panels[f"{title}: median {np.median(values):,.4g}"] = draw
+            draw = functools.partial(draw_histogram, lengths=values, counted=counted)
+            panels[f"{title}: median {values.median:,.4g}"] = draw
     return draw_figure(panels)
 
 
-def draw_histogram(axis: Axes, *, values: Ints, counted: str) -> None:
-    """Draw how many of the positive whole numbers ``values`` lie in each of at most ``MAX_BINS`` ranges.
+def draw_histogram(axis: Axes, *, lengths: Lengths, counted: str) -> None:
+    """Draw how many of some lengths lie in each of at most ``MAX_BINS`` ranges.
 
     Every range holds a whole number, so that none is empty because it is narrow.
     """
-    low, high = int(values.min()), int(values.max())
+    values, counts = lengths.distinct
+    low, high = int(values[0]), int(values[-1])
     width = -(-(high + 1 - low) // MAX_BINS)
     edges = np.arange(low, high + 1 + width, width)
     if high > LOGARITHMIC_RATIO * low:
@@ -161,7 +197,7 @@ def draw_histogram(axis: Axes, *, values: Ints, counted: str) -> None:
         axis.set_xscale("log")
         axis.set_xticks(edges[:: max(1, len(edges) // 4)])
         axis.minorticks_off()
-    axis.stairs(np.histogram(values, edges - 0.5)[0], edges - 0.5, fill=True)
+    axis.stairs(np.histogram(values, edges - 0.5, weights=counts)[0], edges - 0.5, fill=True)
     axis.set(ylabel=counted, ylim=(0, None))
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_major_formatter("{x:,.0f}")

@@ -16,6 +16,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.schemas import INDEX_SCHEMA, VOCABULARY_SCHEMA
 from pipeline.dataset.shards import write_shard
 from pipeline.reports.data_report import MAX_VARIABLES, draw_histogram, write_data_report
+from pipeline.reports.lengths import Lengths
 from pipeline.schema import UserError
 from pipeline.storage.files import file_sha256
 from tests.data_dirs import Patient, add_task, shard_table
@@ -197,7 +198,7 @@ def test_padding_of_many_patients_is_that_of_some(tmp_path: Path, monkeypatch: p
 )
 def test_histogram(values: list[int], heights: list[float], scale: str) -> None:
     axis = Figure().add_subplot()
-    draw_histogram(axis, values=np.array(values, np.int32), counted="patients")
+    draw_histogram(axis, lengths=Lengths(np.array(values, np.int32)), counted="patients")
     (bars,) = axis.patches
     count, edges, _ = bars.get_data()
     assert count[count > 0] / count.max() == pytest.approx(heights)
