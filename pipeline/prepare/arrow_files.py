@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,14 +35,6 @@ def bound_partition(partition: int, num_partitions: int) -> tuple[int, int]:
     """Return the first hash of a partition, and that of the next."""
     first, last = (-(-(number << HASH_BITS) // num_partitions) for number in (partition, partition + 1))
     return first, last
-
-
-def read_partition_slice(path: Path, partition: int, num_partitions: int) -> pa.Table:
-    """Return the rows of a partition of a table sorted by ``hash``."""
-    table = read_table(path)
-    bounds = np.array(bound_partition(partition, num_partitions), dtype=np.uint64)
-    start, stop = np.searchsorted(table["hash"].to_numpy(), bounds)
-    return table.slice(start, stop - start)
 
 
 def load_table(path: Path) -> pa.Table:

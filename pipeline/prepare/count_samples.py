@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from pipeline.arrays import Ints, harden, offsets_from_sizes
+from pipeline.arrays import Ints, find_runs, harden, offsets_from_sizes
 from pipeline.dataset.tasks import SampleCounts
 from pipeline.prepare.sources.labels import Labels
 from pipeline.schema import LABEL, PATIENT_ID, SPLITS
@@ -68,7 +68,7 @@ def _count_samples(samples: pl.DataFrame, labels: Labels) -> SampleCounts:
     of_class = harden(label.to_numpy()).astype(np.int64) if labels.classes else np.zeros(0, np.int64)
     return SampleCounts(
         num_samples=samples.height,
-        num_patients=samples["patient"].n_unique(),
+        num_patients=len(find_runs(samples["patient"].to_numpy())),
         num_labelled=len(label),
         num_without_events=int((samples["num_events"] == 0).sum()),
         class_counts=np.bincount(of_class, minlength=len(labels.classes)).tolist(),

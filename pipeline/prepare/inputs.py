@@ -1,4 +1,4 @@
-"""Look at an input as a whole: its fingerprint, the disk it needs, and its splits of patients."""
+"""Look at an input as a whole: its fingerprint, and the disk it needs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-import polars as pl
-
 from pipeline.machine import usable_cores
-from pipeline.prepare.arrow_files import write_table
 from pipeline.prepare.executors import LOCAL, ONE_PROCESS, ExecutionOptions, open_executor, run_tasks
-from pipeline.prepare.options import BuildOptions
-from pipeline.prepare.sources.reading import SPLIT, group_files, reading
+from pipeline.prepare.sources.reading import group_files, reading
 from pipeline.prepare.sources.source import Source
-from pipeline.schema import PATIENT_ID, SPLITS, UserError
+from pipeline.schema import UserError
 from pipeline.storage.files import file_sha256
 
 NOTHING_KNOWN: Final[Mapping[str, str]] = MappingProxyType({})
@@ -77,15 +73,3 @@ def check_disk_space(source: Source, output: Path) -> None:
     if needed > free:
         amounts = f"at least {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free"
         raise UserError(f"{output}: the work needs {amounts}; free some, or name an --output on another disk")
-
-
-def write_known_patients(source: Source, options: BuildOptions, work: Path) -> None:
-    """Write the splits of patients that the input gives to ``known.arrow``, sorted by hash like the spills."""
-    splits = None if options.reference else source.find_splits()
-    if splits is None:
-        splits = pl.DataFrame(schema={PATIENT_ID: pl.String, SPLIT: pl.String})
-    if options.pseudonyms is not None:
-        splits = splits.with_columns(options.pseudonyms.hide_names(splits[PATIENT_ID]))
-    number = pl.col(SPLIT).replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8)
-    hashes = pl.Series("hash", options.split_rule.hash_patients(splits[PATIENT_ID].to_list())[0])
-    write_table(work / "known.arrow", splits.with_columns(number, hashes).sort("hash").to_arrow())

@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from pipeline.arrays import find_runs
 from pipeline.dataset.lists import to_lists
-from pipeline.prepare.arrow_files import read_partition_slice, write_parquet, write_table
+from pipeline.prepare.arrow_files import write_parquet, write_table
 from pipeline.prepare.clean import DUPLICATE, NO_ORIGIN, REJECTS_SCHEMA
 from pipeline.prepare.event_filter import EventFilter, equals_previous
 from pipeline.prepare.gather import MEASURED, MOMENTS, locate
+from pipeline.prepare.known_splits import Known, assign_known_splits, read_known_splits
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.order import sort_order
 from pipeline.prepare.rules import Limits, Rules
@@ -61,7 +62,7 @@ class Partition:
         """
         paths = [self.work / name for name in json.loads((self.work / SPILL_LIST).read_bytes())]
         rows = read_partition(paths, self.number, self.num_partitions)
-        known = read_partition_slice(self.work / "known.arrow", self.number, self.num_partitions)
+        known = read_known_splits(self.work, self.number, self.num_partitions)
         events, origins = _sort_events(rows, self.origin)
         events.drop(DUPLICATE, equals_previous(events.kept, ["patient", "set", "variable", "value", "minute"]))
         patients = _describe_patients(rows.patient_ids, known, self.split_rule)
@@ -254,16 +255,11 @@ def _count_minutes(
     return minute, np.where(first == NEVER, NO_TIME, first)
 
 
-def _describe_patients(patient_ids: list[str], known: pa.Table, rule: SplitRule) -> pl.DataFrame:
+def _describe_patients(patient_ids: list[str], known: Known, rule: SplitRule) -> pl.DataFrame:
     """Return ``patient_id``, ``split`` (position in ``SPLITS``) and ``by_hash``, in order."""
-    frame = pl.from_arrow(known)
-    assert isinstance(frame, pl.DataFrame)
-    patients = pl.DataFrame({PATIENT_ID: pl.Series(patient_ids, dtype=pl.String)})
-    patients = patients.join(frame, on=PATIENT_ID, how="left", maintain_order="left")
-    by_hash = patients[SPLIT].is_null()
-    assigned = rule.assign_splits(patients[PATIENT_ID].filter(by_hash).to_list())
-    split = patients[SPLIT].scatter(by_hash.arg_true(), pl.Series(assigned, dtype=patients.schema[SPLIT]))
-    return patients.with_columns(split, by_hash=by_hash)
+    split, by_hash = assign_known_splits(patient_ids, known, rule)
+    patients = pl.Series(PATIENT_ID, patient_ids, dtype=pl.String)
+    return pl.DataFrame([patients, pl.Series(SPLIT, split, dtype=pl.Int8), pl.Series("by_hash", by_hash)])
 
 
 def _tabulate_rejects(rows: PartitionRows, rejected: dict[str, pl.DataFrame]) -> pa.Table:

@@ -59,5 +59,9 @@ class SplitRule(Section):
 
     def assign_splits(self, patient_ids: Sequence[str]) -> npt.NDArray[np.int8]:
         """Return [P] the position of each patient's split in ``SPLITS``."""
-        fraction = self.hash_patients(patient_ids)[1] / 2.0**HASH_BITS
+        return self.split_by(self.hash_patients(patient_ids)[1])
+
+    def split_by(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int8]:
+        """Return [P] the positions of splits of patients by the second of their hashes."""
+        fraction = hashes / 2.0**HASH_BITS
         return np.searchsorted(np.cumsum(self.split_fractions[:-1]), fraction, side="right").astype(np.int8)

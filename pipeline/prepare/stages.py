@@ -18,8 +18,8 @@ from pipeline.prepare.arrow_files import write_table
 from pipeline.prepare.clean import describe_reasons
 from pipeline.prepare.executors import ExecutionOptions, open_executor
 from pipeline.prepare.gather import MEASURED, MOMENTS, SCALES, gather_all
-from pipeline.prepare.inputs import write_known_patients
 from pipeline.prepare.journal import IsUsedUp, Stage, StageRunner, is_cleared, is_needed
+from pipeline.prepare.known_splits import write_known_splits
 from pipeline.prepare.merge import MAX_SPILLS, MergedSpills, group_spills, merge_spills, name_merged
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.options import BuildOptions
@@ -55,7 +55,8 @@ class Stages:
     options: BuildOptions
 
     def run(self, execution: ExecutionOptions) -> Results:
-        write_known_patients(self.source, self.options, self.runner.work)
+        given = None if self.options.reference else self.source.find_splits()
+        write_known_splits(given, self.options, self.runner.work)
         spilled = self.read_pieces()
         total = self._count_partitions(spilled)
         if len(self.pieces) >= min(execution.workers, total):

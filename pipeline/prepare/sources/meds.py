@@ -51,8 +51,8 @@ from pipeline.prepare.sources.reading import (
     read_parquet,
     reading,
 )
-from pipeline.prepare.sources.side_files import read_frame, read_once
-from pipeline.prepare.sources.source import Origin, RawRows, Source, check_splits
+from pipeline.prepare.sources.side_files import read_once
+from pipeline.prepare.sources.source import GivenSplits, Origin, RawRows, Source, read_split_slices
 from pipeline.prepare.splits import SplitName
 from pipeline.schema import MINUTE, PATIENT_ID, SPLITS, VALUE, VARIABLE, UserError
 
@@ -236,24 +236,22 @@ class Meds(Source, MedsOptions, ColumnOptions):
     def _is_excluded(self, codes: pl.Series) -> pl.Series:
         return names.find_expressions(codes, self._expressions)
 
-    def read_splits(self) -> pl.DataFrame | None:
+    def read_splits(self) -> GivenSplits | None:
         path = self.find_side_files().get("subject_splits")
-        if path is None:
-            return None
-        frame = pl.concat(self._read_split_file(part) for part in list_tables(path))
-        known = dict(self.split_map)
-        unknown = (~frame[SPLIT].is_in(list(known)).fill_null(False)).arg_true()
-        if len(unknown):
-            where, name = f"{path}: row {unknown[0] + 1}", frame[SPLIT][unknown[0]]
-            advice = "say which is which: --split_map NAME=train,OTHER=test"
-            raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
-        return check_splits(path, frame[SUBJECT_ID], frame[SPLIT].replace_strict(known))
+        return None if path is None else GivenSplits(path, lambda: self._read_splits(path))
 
-    def _read_split_file(self, path: Path) -> pl.DataFrame:
-        frame = read_frame(path, (SPLIT,), "subject_id,split")
-        subject_id = pick_column(path, frame.columns, None, SUBJECT_IDS, "a header subject_id,split")
-        subject = _to_subjects(path, frame[subject_id]).cast(pl.String)
-        return pl.DataFrame({SUBJECT_ID: subject, SPLIT: frame[SPLIT].cast(pl.String)})
+    def _read_splits(self, path: Path) -> Iterator[pl.DataFrame]:
+        known, num_before = dict(self.split_map), 0
+        for part in list_tables(path):
+            for first, subjects, splits in read_split_slices(part, SUBJECT_IDS, "subject_id,split"):
+                patients = _to_subjects(part, subjects, first).cast(pl.String)
+                unknown = (~splits.is_in(list(known)).fill_null(False)).arg_true()
+                if len(unknown):
+                    where, name = f"{path}: row {num_before + unknown[0] + 1}", splits[unknown[0]]
+                    advice = "say which is which: --split_map NAME=train,OTHER=test"
+                    raise UserError(f"{where} has split {name!r}, not one of {', '.join(known)}; {advice}")
+                yield pl.DataFrame({PATIENT_ID: patients, SPLIT: splits.replace_strict(known)})
+                num_before += len(splits)
 
     def read_descriptions(self) -> dict[str, str]:
         path = self.find_side_files().get("codes")
@@ -266,8 +264,11 @@ def _read_labelled(path: Path, columns: LabelColumns) -> pl.Series:
     return pl.concat([pl.Series(SUBJECT, dtype=pl.Int64), *parts]).drop_nulls().unique()
 
 
-def _to_subjects(path: Path, column: pl.Series) -> pl.Series:
-    """Return subjects as int64; raise UserError where one is no whole number that int64 holds."""
+def _to_subjects(path: Path, column: pl.Series, first: int = 1) -> pl.Series:
+    """Return subjects as int64; raise UserError where one is no whole number that int64 holds.
+
+    ``first`` is the number of the first row.
+    """
     if column.dtype.is_integer() and column.dtype != pl.UInt64:
         return column.cast(pl.Int64).rename(SUBJECT)
     text = to_patient_names(check(path, column, NAMES))
@@ -275,7 +276,7 @@ def _to_subjects(path: Path, column: pl.Series) -> pl.Series:
     wrong = (subjects.is_null() & text.is_not_null()).arg_true()
     if len(wrong):
         raise UserError(
-            f"{path}: row {wrong[0] + 1} has a {column.name} that is no int64, as MEDS has it; mend the file"
+            f"{path}: row {wrong[0] + first} has a {column.name} that is no int64, as MEDS has it; mend the file"
         )
     return subjects.rename(SUBJECT)
 

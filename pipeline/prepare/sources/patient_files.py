@@ -17,13 +17,14 @@ from pipeline.prepare.columns import MINUTES, NAMES, NUMBERS, check, to_numbers,
 from pipeline.prepare.sources.listing import Listing, is_hidden
 from pipeline.prepare.sources.reading import (
     FILE,
+    SPLIT,
     Piece,
     concat_alike,
     number_rows,
     pick_column,
     read_parquet,
 )
-from pipeline.prepare.sources.source import RawRows, Source, check_splits
+from pipeline.prepare.sources.source import GivenSplits, RawRows, Source
 from pipeline.schema import MINUTE, PATIENT_ID, SET_INDEX, SPLITS, VALUE, VARIABLE
 
 TIME: Final = "time"
@@ -80,9 +81,10 @@ class PatientFiles(Source):
             series[IS_CARRY] = to_numbers(frame[IS_CARRY])
         return number_rows(series, file=number)
 
-    def read_splits(self) -> pl.DataFrame | None:
+    def read_splits(self) -> GivenSplits:
         names = list(self.find_events())
-        return check_splits(self.path, _to_patients(names), pl.Series([name.partition("/")[0] for name in names]))
+        splits = pl.Series(SPLIT, [name.partition("/")[0] for name in names], dtype=pl.String)
+        return GivenSplits(self.path, lambda: iter([pl.DataFrame([_to_patients(names), splits])]))
 
 
 def _to_patients(names: Iterable[str]) -> pl.Series:

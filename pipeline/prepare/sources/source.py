@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -21,7 +22,7 @@ from pipeline.prepare.sources.label_files import LABEL_ID_COLUMNS, LabelColumns,
 from pipeline.prepare.sources.labels import LABEL_CLASSES_HELP, LABEL_KIND_HELP, Labels, read_labels
 from pipeline.prepare.sources.listing import Listing, is_parquet, list_tables
 from pipeline.prepare.sources.reading import ROW_BYTES, SPLIT, Piece, group_files, pick_column, reading
-from pipeline.prepare.sources.side_files import read_frame
+from pipeline.prepare.sources.side_files import read_column_titles, read_frames
 from pipeline.prepare.sources.typed_rows import ReadTexts
 from pipeline.schema import PATIENT_ID, SPLITS, UserError
 
@@ -69,6 +70,20 @@ class Origin:
             return np.array([name == self.variable for name in variables], dtype=np.bool_)
         never = re.compile(self.never)
         return np.array([never.search(name) is None for name in variables], dtype=np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenSplits:
+    """Splits of patients that an input gives.
+
+    Attributes:
+        path: the file or folder that they are from.
+        read: yields ``patient_id`` (none missing) and ``split``, some rows at a time; the same again when it is called
+            again.
+    """
+
+    path: Path
+    read: Callable[[], Iterator[pl.DataFrame]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +203,17 @@ class Source(SideFileOptions, ABC):
         kind, classes = self.label_kind, self.label_classes
         return LabelColumns(label=self.label_column, patient=patient, kind=kind, classes=classes)
 
-    def find_splits(self) -> pl.DataFrame | None:
+    def find_splits(self) -> GivenSplits | None:
         """Return the splits of ``--splits``, or else those that the input has; see :meth:`read_splits`."""
         if self.splits is None:
             return self.read_splits()
-        frames = [_read_split_file(path, self.label_columns.patient) for path in list_tables(self.splits)]
-        if not frames:
+        paths, patient = list_tables(self.splits), self.label_columns.patient
+        if not paths:
             raise UserError(f"{self.splits}: no Parquet or CSV files here; name the file of splits")
-        return check_splits(self.splits, *pl.concat(frames).get_columns())
+        return GivenSplits(self.splits, lambda: chain.from_iterable(_read_split_file(path, patient) for path in paths))
 
-    def read_splits(self) -> pl.DataFrame | None:
-        """Return ``patient_id``, ``split``, a row a patient (or subject); None where a hash splits patients."""
+    def read_splits(self) -> GivenSplits | None:
+        """Return the splits that the input has; None where a hash splits patients."""
         return None
 
     def describe(self) -> list[str]:
@@ -213,24 +228,26 @@ class Source(SideFileOptions, ABC):
         return {}
 
 
-def _read_split_file(path: Path, patient: str | None) -> pl.DataFrame:
-    """Return ``patient_id`` and ``split`` of a file of ``--splits``."""
-    frame = read_frame(path, (SPLIT,), "patient_id,split")
+def _read_split_file(path: Path, patient: str | None) -> Iterator[pl.DataFrame]:
+    """Yield ``patient_id`` and ``split`` of a file of ``--splits``, some rows at a time."""
     id_columns = [patient, *LABEL_ID_COLUMNS] if patient else LABEL_ID_COLUMNS
-    ids = to_patient_names(frame[pick_column(path, frame.columns, None, id_columns, "a header patient_id,split")])
-    split = frame[SPLIT].cast(pl.String).str.strip_chars()
-    wrong = (ids.is_null() | ~split.is_in(SPLITS).fill_null(False)).arg_true()
-    if len(wrong):
-        raise UserError(f"{path}: row {wrong[0] + 1} has no patient, or no split among {', '.join(SPLITS)}; mend it")
-    return pl.DataFrame({PATIENT_ID: ids, SPLIT: split})
+    for first, patients, splits in read_split_slices(path, id_columns, "patient_id,split"):
+        ids, split = to_patient_names(patients), splits.str.strip_chars()
+        wrong = (ids.is_null() | ~split.is_in(SPLITS).fill_null(False)).arg_true()
+        if len(wrong):
+            row = f"row {wrong[0] + first}"
+            raise UserError(f"{path}: {row} has no patient, or no split among {', '.join(SPLITS)}; mend it")
+        yield pl.DataFrame({PATIENT_ID: ids, SPLIT: split})
 
 
-def check_splits(path: Path, patients: pl.Series, splits: pl.Series) -> pl.DataFrame:
-    """Return ``patient_id``, ``split``, each pair once; raise UserError where a patient is in two splits."""
-    frame = pl.DataFrame({PATIENT_ID: patients, SPLIT: splits}).unique().sort(PATIENT_ID, SPLIT)
-    repeated = frame.filter(pl.col(PATIENT_ID).is_duplicated())
-    if repeated.height:
-        (patient, first), (_, second) = repeated.rows()[:2]
-        number = patients.filter(splits == first).to_list().index(patient) + 1
-        raise UserError(f"{path}: patient number {number} of {first} is in {second} too; leave it in one")
-    return frame
+def read_split_slices(path: Path, id_columns: Sequence[str], header: str) -> Iterator[tuple[int, pl.Series, pl.Series]]:
+    """Yield some rows of a file of splits at a time: the number of the first, the patients as they came, and splits.
+
+    Patients are the first of the ``id_columns`` that the file has; ``header`` is one that it should have.
+    """
+    titles, first = read_column_titles(path), 1
+    split = pick_column(path, titles, SPLIT, (), f"a header {header}")
+    patient = pick_column(path, titles, None, id_columns, f"a header {header}")
+    for frame in read_frames(path, list(dict.fromkeys([patient, split]))):
+        yield first, frame[patient], frame[split].cast(pl.String)
+        first += frame.height

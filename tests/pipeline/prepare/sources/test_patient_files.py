@@ -7,6 +7,8 @@ import polars as pl
 import pytest
 
 from pipeline.prepare.clean import clean
+from pipeline.prepare.known_splits import write_known_splits
+from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.sources.patient_files import PatientFiles
 from pipeline.schema import UserError
 from tests.pipeline.prepare.sources.conftest import Tabulate
@@ -50,8 +52,7 @@ def test_files_of_all_splits(tmp_path: Path) -> None:
     ]
     assert rejected.select("reason", "row", "patient_id", "value").rows() == [("bad_value", 2, "a b", "x")]
     assert {patient for raw in parts for patient in raw.patients} == {"200001", "200002", "200003", "a b"}
-    splits = source.read_splits()
-    assert splits is not None
+    (splits,) = source.read_splits().read()
     assert dict(splits.iter_rows()) == {"200001": "train", "200002": "train", "a b": "valid", "200003": "test"}
 
 
@@ -87,7 +88,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, files: dict[str, dict[str,
 
     def read_all() -> None:
         for piece in source.pieces():
-            source.read_splits()
+            write_known_splits(source.read_splits(), BuildOptions(), tmp_path)
             list(source.read(piece))
 
     with pytest.raises(UserError, match=message):
