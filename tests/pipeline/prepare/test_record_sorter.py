@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.prepare import record_sorter
-from pipeline.prepare.record_sorter import RecordSorter, SortedRecords, cut_keys
+from pipeline.prepare.record_sorter import RecordSorter, RunWriter, SortedRecords, SpillFile, cut_keys
 from pipeline.schema import UserError
 
 DTYPE = np.dtype([("key", np.uint64), ("other", np.float64)])
@@ -59,6 +59,27 @@ def test_ranges_together_are_all_records_in_order(
         keys = [key for key, _ in chain(*rows)]
         most = max((keys.count(key) for key in keys), default=0)
         assert len(keys) <= max(run_rows, stride) + (2 * num_runs + 1) * stride + most
+
+
+@given(
+    sizes=st.lists(st.integers(0, 7), max_size=9),
+    stride=st.integers(1, 4),
+    bounds=st.tuples(*[st.none() | st.integers(0, 70)] * 2),
+)
+def test_a_run_written_in_parts_is_read_by_ranges(
+    sizes: list[int], stride: int, bounds: tuple[int | None, int | None]
+) -> None:
+    records = np.zeros(sum(sizes), DTYPE)
+    records["key"] = np.arange(len(records)) // 2
+    low, high = bounds
+    with patch.object(record_sorter, "STRIDE", stride):
+        writer = RunWriter(SpillFile(), DTYPE)
+        for part in np.split(records, np.cumsum(sizes))[:-1] if sizes else []:
+            writer.append(part)
+        run = writer.finish()
+        by_hand = [key for key in records["key"].tolist() if (low or 0) <= key and (high is None or key < high)]
+        assert run.read(bounds)["key"].tolist() == by_hand
+    assert run.keys.tolist() == records["key"][::stride].tolist()
 
 
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
