@@ -4,7 +4,7 @@
 
 Each is a slope: a small and a larger input, each in a process of its own, and the difference of what they took, by
 what the larger has more.  Seconds are those of all cores that worked, but for ``seconds_per_task``, which waits for the
-disk too.  A few minutes; on Linux.  ``benchmarks.scale_costs`` computes with them.
+disk too.  Ten minutes; on Linux.  ``benchmarks.scale_costs`` computes with them.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def measure() -> Figures:
     def large(number: int) -> tuple[Source, int, int]:
         return Synthetic(num_patients=number), 1 << 40, 1  # one partition
 
-    of_patient = slope(prepared, patients(600_000), patients(1_100_000), 500_000)
+    of_patient = slope(prepared, patients(2_200_000), patients(4_200_000), 2_000_000)  # above all that is held of any
     of_pairs = slope(prepared, wide(100), wide(1000), 1)
     of_partition = slope(prepared, many(500), many(4500), 1)  # so many that a few MB more of heap matter little
     of_task = slope(prepared, tasks(10), tasks(310), 300)
