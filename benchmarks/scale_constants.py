@@ -313,7 +313,8 @@ def measure() -> Figures:
         input_bytes = path.stat().st_size / pl.scan_parquet(path).select(pl.len()).collect().item()
     return {
         "base_bytes": alone(own_peak),
-        "gzip_bytes_per_event": slope(gzipped, (4_000_000,), (10_000_000,), 6_000_000)["peak_bytes"],
+        "gzip_bytes": alone(gzipped, 20_000_000)["peak_bytes"],
+        "gzip_bytes_per_event": slope(gzipped, (20_000_000,), (60_000_000,), 40_000_000)["peak_bytes"],
         "hash_seconds_per_byte": slope(hashed, (1 << 26,), (1 << 29,), (1 << 29) - (1 << 26))["seconds"],
         "input_bytes_per_event": input_bytes,
         "gather_seconds_per_partition_and_variable": slope(gathered, (20,), (320,), 300 * 2000)["seconds"],

@@ -201,10 +201,10 @@ def _in_units(value: float, words: Sequence[str]) -> str:
 
 LIMITS: Final = (
     Limit(
-        what="a gzipped CSV with all the events: it is one piece, and one worker's memory holds it",
+        what="memory of a worker that reads a gzipped CSV with all the events",
         most=WORKER_BYTES,
         show=size,
-        of=lambda it, c: c["base_bytes"] + it.events * c["gzip_bytes_per_event"],
+        of=lambda it, c: c["gzip_bytes"] + it.events * c["gzip_bytes_per_event"],
     ),
     Limit(
         what="opening, merging, gathering and joining, as a part of all other work",
