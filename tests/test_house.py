@@ -23,9 +23,9 @@ predictions are good for, 185 looks at patients and latents, 130 samples that sh
 along, 430 sampling by class and weight and several data sets as one, 240 trackers and what is watched within an epoch,
 110 machines that are lost or started otherwise, 250 shards that are fetched ahead and read as batches need them, 320
 input and output in object storage, 300 spills that are merged and what tasks find gathered on workers, 110 workers of
-a cluster that come and go, 115 tables that are verified piece by piece, 300 labels and given splits that are joined with
-patients, and reports, in bounded memory, 110 names and numbers of tables that are read as such and files that are read
-once.  The aim is 6,000 without these."""
+a cluster that come and go, 115 tables that are verified piece by piece, 300 labels and given splits that are joined
+with patients, and reports, in bounded memory, 110 names and numbers of tables that are read as such and files that
+are read once.  The aim is 6,000 without these."""
 
 MAX_LINES = 26_550
 """All lines of all files; the aim is 10,000."""
