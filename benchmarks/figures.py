@@ -118,8 +118,8 @@ TABLES: dict[str, Sequence[Figure]] = {
             "… killed five times on the way: other bytes; memory of a billion, to that of a tenth",
             "billion",
             lambda it: (
-                f"{'none' if it['kinds']['parquet']['same_bytes_after_kills'] else 'some'}; "
-                f"{it['kinds']['parquet']['memory_by_that_of_a_tenth']:.2f} ×"
+                f"{'none' if all(kind['same_bytes_after_kills'] for kind in it['kinds'].values()) else 'some'}; "
+                f"{max(kind['memory_by_that_of_a_tenth'] for kind in it['kinds'].values()):.2f} ×"
             ),
         ),
         Figure(

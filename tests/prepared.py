@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from pipeline.prepare.rules import Range, Rules
@@ -28,6 +29,11 @@ Stay = dict[float, list[Event]]
 
 StoredPatient = tuple[str, int | None, list[tuple[float | None, list[tuple[int, float | None]]]]]
 """patient, label, and sets of (minute, events), an event being (code, scaled value)."""
+
+
+def assign_splits(rule: SplitRule, patient_ids: Sequence[str]) -> npt.NDArray[np.int8]:
+    """Return [P] the position of each patient's split in ``SPLITS``, where the input gives none."""
+    return rule.split_by(rule.hash_patients(patient_ids)[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ def expected(
             seen.add((patient, minute, variable, number))
             stays[patient][-math.inf if minute is None else math.floor(minute)].append((variable, number, minute))
 
-    split_of = {patient: (splits or {}).get(patient, SPLITS[rule.assign_splits([patient])[0]]) for patient in stays}
+    split_of = {patient: (splits or {}).get(patient, SPLITS[assign_splits(rule, [patient])[0]]) for patient in stays}
     train = [stay for patient, stay in stays.items() if split_of[patient] == "train"]
     limited = _limit_outliers(stays, train, rules, rejects) if rules.outlier_std is not None else set()
     set_minute: dict[tuple[str, float], float | None] = {}

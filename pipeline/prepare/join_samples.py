@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import polars as pl
 
 from pipeline.arrays import Ints, concatenate_ranges
 from pipeline.prepare.name_hashes import hash_names, hash_similar, look_up
-from pipeline.prepare.record_sorter import Records, RecordSorter, SortedRecords, cut_keys
+from pipeline.prepare.record_sorter import Records, RecordSorter, SortedRecords, cut_keys, to_records
 from pipeline.prepare.sort_samples import SortedSamples, find_patients, sample_type
 
 PATIENT: Final = np.dtype([("first", np.uint64), ("second", np.uint64), ("row", np.int64)])
@@ -76,7 +76,7 @@ def sort_patients(names: Iterable[pl.Series]) -> SortedRecords:
     """Return the patients of an index by the hashes of their names, which come in parts."""
     sorter, num_rows = RecordSorter(PATIENT), 0
     for part in names:
-        sorter.add(_to_records(PATIENT, *hash_names(part), np.arange(num_rows, num_rows := num_rows + len(part))))
+        sorter.add(to_records(PATIENT, *hash_names(part), np.arange(num_rows, num_rows := num_rows + len(part))))
     return sorter.finish()
 
 
@@ -90,7 +90,7 @@ def join_samples(samples: SortedSamples, patients: SortedRecords) -> JoinedSampl
         number = match.number[has_samples]
         chosen = match.samples.take(concatenate_ranges(match.starts[number], sizes[number]))
         row = np.repeat(match.patients["row"][has_samples], sizes[number])
-        sorter.add(_to_records(dtype, row, chosen["time"], chosen["label"]))
+        sorter.add(to_records(dtype, row, chosen["time"], chosen["label"]))
         num_found += len(number)
         num_strange += len(match.samples) - len(chosen)
     return JoinedSamples(sorter.finish(), num_found, num_strange)
@@ -100,12 +100,12 @@ def count_similar_strangers(samples: SortedSamples, names: Iterable[pl.Series]) 
     """Return how many patients of the samples are not among ``names``, but similar to one who has no sample."""
     named, similar = RecordSorter(NAMED), RecordSorter(SIMILAR)
     for part in names:
-        named.add(_to_records(NAMED, *hash_names(part), hash_similar(part)))
+        named.add(to_records(NAMED, *hash_names(part), hash_similar(part)))
     for match in _match(samples, named.finish()):
         strangers = match.samples.take(match.starts[:-1][match.is_stranger])["similar"]
         unlabelled = match.patients["similar"][match.number < 0]
         for hashes, is_stranger in ((strangers, True), (unlabelled, False)):
-            similar.add(_to_records(SIMILAR, hashes, is_stranger))
+            similar.add(to_records(SIMILAR, hashes, is_stranger))
     found = similar.finish()
     return sum(_count_similar(found.read(keys)) for keys in cut_keys(found))
 
@@ -113,12 +113,3 @@ def count_similar_strangers(samples: SortedSamples, names: Iterable[pl.Series]) 
 def _count_similar(records: Records) -> int:
     is_stranger = records["is_stranger"]
     return int(np.isin(records["similar"][is_stranger], records["similar"][~is_stranger]).sum())
-
-
-def _to_records(dtype: np.dtype[Any], first: npt.NDArray[Any], *others: Any) -> Records:
-    """Return records of these fields; the first one has as many values as there are records."""
-    assert dtype.names is not None
-    records = np.empty(len(first), dtype)
-    for name, values in zip(dtype.names, (first, *others), strict=True):
-        records[name] = values
-    return records

@@ -15,7 +15,7 @@ from pipeline.prepare.arrow_files import bound_partition
 from pipeline.prepare.column_file import ColumnWriter, open_columns
 from pipeline.prepare.name_hashes import look_up
 from pipeline.prepare.options import BuildOptions
-from pipeline.prepare.record_sorter import Records, RecordSorter, cut_keys
+from pipeline.prepare.record_sorter import Records, RecordSorter, cut_keys, to_records
 from pipeline.prepare.sources.reading import SPLIT
 from pipeline.prepare.sources.source import GivenSplits
 from pipeline.prepare.splits import SplitRule
@@ -39,10 +39,8 @@ def write_known_splits(given: GivenSplits | None, options: BuildOptions, work: P
     """Write the splits that an input gives to ``KNOWN``; raise UserError where a patient is in two."""
     sorter, num_rows = RecordSorter(KNOWN_TYPE, "other", SPLIT), 0
     for rows in given.read() if given else ():
-        records = np.empty(rows.height, KNOWN_TYPE)
-        records["hash"], records["other"] = _hash(rows, options)
-        records[SPLIT] = rows[SPLIT].replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8).to_numpy()
-        sorter.add(records)
+        split = rows[SPLIT].replace_strict(list(SPLITS), range(len(SPLITS)), return_dtype=pl.Int8)
+        sorter.add(to_records(KNOWN_TYPE, *_hash(rows, options), split))
         num_rows += rows.height
     known, wrong = sorter.finish(), np.empty(0, KNOWN_TYPE)
     with replace_atomically(work / KNOWN) as temporary:

@@ -96,6 +96,15 @@ class Run:
         return _cut(np.frombuffer(content, self.dtype), keys)
 
 
+def to_records(dtype: np.dtype[Any], first: npt.NDArray[Any], *others: Any) -> Records:
+    """Return records of these fields; the first one has as many values as there are records."""
+    assert dtype.names is not None
+    records = np.empty(len(first), dtype)
+    for name, values in zip(dtype.names, (first, *others), strict=True):
+        records[name] = values
+    return records
+
+
 def _key(records: Records) -> npt.NDArray[Any]:
     assert records.dtype.names is not None
     key: npt.NDArray[Any] = records[records.dtype.names[0]]

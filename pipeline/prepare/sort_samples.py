@@ -12,7 +12,16 @@ import polars as pl
 
 from pipeline.arrays import Ints
 from pipeline.prepare.name_hashes import hash_names, hash_similar
-from pipeline.prepare.record_sorter import Records, RecordSorter, Run, RunWriter, SortedRecords, SpillFile, cut_keys
+from pipeline.prepare.record_sorter import (
+    Records,
+    RecordSorter,
+    Run,
+    RunWriter,
+    SortedRecords,
+    SpillFile,
+    cut_keys,
+    to_records,
+)
 from pipeline.schema import Times
 
 Hide: TypeAlias = Callable[[pl.Series], pl.Series]
@@ -83,13 +92,10 @@ class SampleSorter:
         if self._hide is not None:
             names = self._hide(names)
         position = patient.to_physical().to_numpy()
-        records = np.empty(len(patient), sample_type(self._times))
-        for name, hashes in zip(("first", "second", "similar"), (*hash_names(names), hash_similar(names)), strict=True):
-            records[name] = hashes[position]
-        records["time"], records["label"] = time, label
-        records["number"] = np.arange(self._num_added, self._num_added + len(records))
-        self._num_added += len(records)
-        self._sorter.add(records)
+        hashes = (each[position] for each in (*hash_names(names), hash_similar(names)))
+        number = np.arange(self._num_added, self._num_added + len(patient))
+        self._num_added += len(patient)
+        self._sorter.add(to_records(sample_type(self._times), *hashes, time, label, number))
 
     def finish(self) -> SortedSamples:
         """Return all samples, each once; raise ContradictionError where two labels of a sample differ.

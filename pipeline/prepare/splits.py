@@ -57,11 +57,7 @@ class SplitRule(Section):
         pairs = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2) >> np.uint64(64 - HASH_BITS)
         return pairs[:, 0], pairs[:, 1]
 
-    def assign_splits(self, patient_ids: Sequence[str]) -> npt.NDArray[np.int8]:
-        """Return [P] the position of each patient's split in ``SPLITS``."""
-        return self.split_by(self.hash_patients(patient_ids)[1])
-
     def split_by(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int8]:
-        """Return [P] the positions of splits of patients by the second of their hashes."""
+        """Return [P] the position of each patient's split in ``SPLITS``, by the second of its hashes."""
         fraction = hashes / 2.0**HASH_BITS
         return np.searchsorted(np.cumsum(self.split_fractions[:-1]), fraction, side="right").astype(np.int8)

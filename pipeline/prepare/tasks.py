@@ -64,14 +64,14 @@ def write_task(
     check_task_name(name)
     if name in list_tasks(directory):
         raise UserError(f"{directory}: has a task {name!r} already; remove it first, or choose another --name")
-    excluded = _find_codes(directory, manifest, exclude_codes)
     folder = as_folder(directory)  # which verifies a file once
+    excluded = _find_codes(folder, manifest, exclude_codes)
     if labels.samples.times == "date" and not _knows_dates(folder, manifest):
         raise UserError(f"{labels.origin}: has dates, but the data set was made of minutes; give prediction_minute")
     joined = join_samples(labels.samples, sort_patients(read_patient_names(folder, manifest)))
     if len(labels.samples) and not joined.num_found:
         raise UserError(f"{labels.origin}: names no patient of the input; give the labels of these patients")
-    counter, counts, shards = _LengthCounter(directory, manifest, excluded), SampleCounter(labels), Counter[str]()
+    counter, counts, shards = _LengthCounter(folder, manifest, excluded), SampleCounter(labels), Counter[str]()
 
     def make_parts() -> Iterator[pl.DataFrame]:
         for samples in place_samples(labels, _read_index(folder, manifest), joined.records):
@@ -101,14 +101,14 @@ def write_task(
     return task
 
 
-def _find_codes(directory: Path, manifest: Manifest, expressions: tuple[str, ...]) -> Ints:
+def _find_codes(folder: Folder, manifest: Manifest, expressions: tuple[str, ...]) -> Ints:
     """Return the codes of the vocabulary in whose names an expression is found.
 
     Names of unknown variables are not kept, so any of them may be such a one: they are excluded with the others.
     """
     if not expressions:
         return np.zeros(0, np.int64)
-    found = find_expressions(pl.Series(read_vocabulary(directory, manifest)["variable"].to_pylist()), expressions)
+    found = find_expressions(pl.Series(read_vocabulary(folder, manifest)["variable"].to_pylist()), expressions)
     found[UNKNOWN_CODE] = True
     return found.arg_true().to_numpy().astype(np.int64)
 
@@ -138,8 +138,8 @@ def _knows_dates(folder: Folder, manifest: Manifest) -> bool:
 class _LengthCounter:
     """Counts the events and sets of samples; shards are read one by one, each once."""
 
-    def __init__(self, directory: Path, manifest: Manifest, excluded: Ints) -> None:
-        self._folder, self._excluded = as_folder(directory), excluded
+    def __init__(self, folder: Folder, manifest: Manifest, excluded: Ints) -> None:
+        self._folder, self._excluded = folder, excluded
         self._entries = {entry.path: entry for entries in manifest.splits.values() for entry in entries}
         self._schema = WINDOW_SCHEMA if not len(excluded) else WINDOW_SCHEMA.append(SHARD_SCHEMA.field("code"))
         self._read: tuple[str, pa.Table] | None = None

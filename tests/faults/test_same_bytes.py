@@ -31,6 +31,7 @@ from pipeline.prepare.sources.source import Source
 from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from tests.faults.conftest import cases
+from tests.prepared import assign_splits
 
 NUMBER = cases(100, 2000)
 START = datetime(2024, 3, 30, 23, 59, 59)
@@ -242,7 +243,7 @@ def test_the_same_events_give_the_same_bytes(write: Any, tried: Callable[[str, i
         chance = random.Random(seed)
         time = "time" if write is write_meds or are_dates else "minute"
         kept = [str(patient) for patient, _, variable, _ in rows if variable is not None]
-        if not any(split == 0 for split in OPTIONS.split_rule.assign_splits(kept)):
+        if not any(split == 0 for split in assign_splits(OPTIONS.split_rule, kept)):
             rows = [(2, *rows[0][1:]), *[(6, *row[1:]) for row in rows]]
             options_here = ALL_TRAIN
         else:

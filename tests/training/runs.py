@@ -142,10 +142,6 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-if __name__ == "__main__":  # what torchrun starts in a test
-    sys.exit((run_and_stall if "STALL" in os.environ else run_shortly)(sys.argv[1:]))
-
-
 def assert_close(found: Any, expected: Any) -> None:
     """Compare what JSON holds, numbers up to rounding.
 
@@ -156,3 +152,7 @@ def assert_close(found: Any, expected: Any) -> None:
             assert_close(found[name], value)
     else:
         assert found == (pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else expected)
+
+
+if __name__ == "__main__":  # what torchrun starts in a test
+    sys.exit((run_and_stall if "STALL" in os.environ else run_shortly)(sys.argv[1:]))

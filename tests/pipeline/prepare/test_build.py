@@ -34,7 +34,7 @@ from pipeline.prepare.sources.table import Table
 from pipeline.prepare.splits import SplitRule
 from pipeline.schema import MANIFEST_FILE, SPLITS, UserError
 from tests.faults.conftest import cases
-from tests.prepared import Row, assert_same, expected, read_prepared
+from tests.prepared import Row, assert_same, assign_splits, expected, read_prepared
 
 HALVES = BuildOptions(split_rule=SplitRule(split_fractions=(0.5, 0.25, 0.25)), events_per_shard=7)
 ALL_TRAIN = BuildOptions(split_rule=SplitRule(split_fractions=(1.0, 0.0, 0.0)))
@@ -244,7 +244,7 @@ def test_tars_and_parquet_hold_the_same_shards(tmp_path: Path) -> None:
 def test_a_variable_that_train_does_not_know_keeps_its_raw_value_under_the_unknown_code(tmp_path: Path) -> None:
     rule = HALVES.split_rule
     by_split = {
-        split: next(name for name in map(str, range(99)) if SPLITS[rule.assign_splits([name])[0]] == split)
+        split: next(name for name in map(str, range(99)) if SPLITS[assign_splits(rule, [name])[0]] == split)
         for split in SPLITS
     }
     rows: list[Row] = [

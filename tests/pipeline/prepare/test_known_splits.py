@@ -19,6 +19,7 @@ from pipeline.prepare.options import BuildOptions
 from pipeline.prepare.pseudonyms import Pseudonyms
 from pipeline.prepare.sources.source import GivenSplits
 from pipeline.schema import SPLITS, UserError
+from tests.prepared import assign_splits
 
 NAMES = [*"abcdef", "é", "01", "1"]
 
@@ -76,6 +77,6 @@ def test_splits_are_those_of_a_dictionary(
         own = [name for name, at in zip(names, partition, strict=True) if at == number]
         assert len(part["hash"]) == sum(hide(name) in own for name, _ in rows)
         found, by_hash = assign_known_splits(own, part, rule)
-        by_rule = [SPLITS[at] for at in rule.assign_splits(own)]
+        by_rule = [SPLITS[at] for at in assign_splits(rule, own)]
         assert [SPLITS[at] for at in found] == [given_split.get(*pair) for pair in zip(own, by_rule, strict=True)]
         assert by_hash.tolist() == [name not in given_split for name in own]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pipeline.prepare.moments import Moments
 from pipeline.prepare.splits import SplitRule
 from pipeline.prepare.vocabulary import make_vocabulary, vocabulary_fingerprint
+from tests.prepared import assign_splits
 
 NAMES = ["a", "b", "ü"]
 Events = list[tuple[int, float]]
@@ -119,12 +120,12 @@ def test_the_fingerprint_tells_vocabularies_apart() -> None:
 def test_splits_follow_the_fractions_and_the_id_alone() -> None:
     names = [f"patient {number}" for number in range(20_000)]
     rule = SplitRule(split_fractions=(0.5, 0.2, 0.3))
-    splits = rule.assign_splits(names)
+    splits = assign_splits(rule, names)
     assert np.bincount(splits) / len(names) == pytest.approx([0.5, 0.2, 0.3], abs=0.015)
-    assert rule.assign_splits(names[::-3]).tolist() == splits[::-3].tolist()
-    assert SplitRule(split_fractions=(0.5, 0.2, 0.3), split_seed=1).assign_splits(names).tolist() != splits.tolist()
-    assert set(SplitRule(split_fractions=(0.5, 0.0, 0.5)).assign_splits(names).tolist()) == {0, 2}
-    assert set(SplitRule(split_fractions=(1.0, 0.0, 0.0)).assign_splits(names).tolist()) == {0}
+    assert assign_splits(rule, names[::-3]).tolist() == splits[::-3].tolist()
+    assert assign_splits(SplitRule(split_fractions=(0.5, 0.2, 0.3), split_seed=1), names).tolist() != splits.tolist()
+    assert set(assign_splits(SplitRule(split_fractions=(0.5, 0.0, 0.5)), names).tolist()) == {0, 2}
+    assert set(assign_splits(SplitRule(split_fractions=(1.0, 0.0, 0.0)), names).tolist()) == {0}
 
 
 def test_the_split_says_nothing_of_the_partition() -> None:
@@ -135,7 +136,7 @@ def test_the_split_says_nothing_of_the_partition() -> None:
 
 def test_splits_are_the_same_for_ever() -> None:
     """Data sets prepared by an earlier version must be extended by a later one."""
-    assert SplitRule().assign_splits([str(number) for number in range(16)]).tolist() == [
+    assert assign_splits(SplitRule(), [str(number) for number in range(16)]).tolist() == [
         1,
         1,
         1,
