@@ -6,7 +6,8 @@ patient attend to one another: a variable is then one vector, as it is one group
 Bi-Axial Transformer, arXiv:2508.12418, and the FT-Transformer's tokens, arXiv:2106.11959).  The same features reach the
 last layers by a shorter way too, a dense layer over the features of all variables, which learns in few steps.  The
 last layers are an ensemble (compare TabM, arXiv:2410.24210): each ensemble head is trained on its own, their mean
-probability predicts.  Where a model has several outcomes, each has an ensemble of its own.
+probability predicts.  Where a model has several outcomes, each has an ensemble of its own.  In evaluation boosted trees
+on the same features have a share in the logit of each head, where there are some (:mod:`model.trees`).
 
 Shape suffixes: B patients, S sets, R slots of the set layout or factors of a code, V (patient, variable) pairs that
 occur, U codes that occur, C all codes or the classes of an outcome, E width of their embeddings, D width, F features,
@@ -29,6 +30,7 @@ from model.noise import StepNoise
 from model.prepared import PreparedBatch
 from model.segments import attention_pool, pool_prefixes, take_rows
 from model.set_vae import run_block
+from model.trees import BoostedTrees
 from pipeline.loading.batch import PatientBatch
 
 AXIS_SALT, ENSEMBLE_SALT = 2, 1024
@@ -178,6 +180,9 @@ class OutcomeHead(nn.Module):
         self.ensembles = nn.ModuleList(Ensemble(config, number) for number in range(len(config.outcomes)))
         self.sees_contexts = config.without != "contexts"
         self.factors = CodeFactors(config) if config.variable_axis and has_factors(config) else None
+        self.trees, self.tree_share = None, config.tree_share
+        if config.tree_share:
+            self.trees = BoostedTrees(config.num_codes)
 
     def forward(
         self,
@@ -218,7 +223,12 @@ class OutcomeHead(nn.Module):
             )
             pooled_BD = torch.cat([pooled_BD, axis_BD.to(pooled_BD.dtype)], dim=1)
         pooled_BD = self.norm(pooled_BD)
-        return tuple(ensemble(prepared, factors_VR, pooled_BD, features_VF, noise) for ensemble in self.ensembles)
+        logits = tuple(ensemble(prepared, factors_VR, pooled_BD, features_VF, noise) for ensemble in self.ensembles)
+        if self.trees is None or noise is not None:  # ensemble heads learn by themselves
+            return logits
+        odds_B = self.trees(prepared.features, variables)
+        of_trees_B1C = torch.stack([-odds_B / 2, odds_B / 2], 1)[:, None]
+        return (torch.lerp(logits[0].float(), of_trees_B1C, self.tree_share),)
 
     @staticmethod
     def _pool_sets(prepared: PreparedBatch, context_SD: Tensor, score_S1: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from training.state import build_model, build_state
 from training.step import StepSettings, select_trained
 from training.targets import TEACHER_FILE, Teacher
 from training.teacher import find_teacher
+from training.trees import choose_tree_share, fit_trees
 from training.validation import choose_monitor
 
 CAPACITY_BATCHES = 64
@@ -42,6 +43,9 @@ CAPACITY_BATCHES = 64
 
 ENSEMBLES = "head.ensembles."
 """What the names of the parameters begin with that belong to an outcome."""
+
+TREES = "head.trees."
+"""What the names of the buffers begin with that are fitted anew to each run's labels."""
 
 FEATURE_PATIENTS = 20_000
 """Enough for means and deviations of summary features, however large the split is."""
@@ -74,13 +78,16 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     threads = choose_threads(threads, world, limit=THREAD_LIMIT[options.model.preset])
     torch.set_num_threads(threads)
 
-    model = build_model(options.model, data, seed=options.run.seed).to(world.device)
+    tree_share = choose_tree_share(options.model, options.loss, data)
+    model = build_model(options.model, data, seed=options.run.seed, tree_share=tree_share).to(world.device)
     if saved is not None:
         saved.check_same_model(directory / "checkpoints" / "last.pt", model.config)
     elif options.optimisation.init_from is not None:
         initialise(model, Path(options.optimisation.init_from), data)
     else:
         fit_features(model, data, seed=options.run.seed)
+    if saved is None:
+        fit_trees(model, data, world, options.loss, seed=options.run.seed)
     select_trained(model, options.loss, options.optimisation)
     memory = None
     if options.run.max_memory is not None or options.data.batch_size == "auto":
@@ -194,9 +201,11 @@ def initialise(model: SeqSetVAE, path: Path, data: DataSet) -> None:
     saved = Checkpoint.load(path)
     if "members" in saved.state:
         raise UserError(f"--init_from {path}: averages several models; name the last.pt of one below RUN/members")
-    saved.check_same_model(path, model.config, but=("outcomes",))
+    saved.check_same_model(path, model.config, but=("outcomes", "tree_share"))
     saved.check_same_vocabulary(path, data.manifest.vocabulary_fingerprint)
     there, here = saved.state["ema_model"], model.state_dict()
+    there = {name: tensor for name, tensor in there.items() if not name.startswith(TREES)}
+    there |= {name: tensor for name, tensor in here.items() if name.startswith(TREES)}
     shapes = ([of[name].shape for name in of if name.startswith(ENSEMBLES)] for of in (there, here))
     if not operator.eq(*shapes):
         there = {name: tensor for name, tensor in there.items() if not name.startswith(ENSEMBLES)}

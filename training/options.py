@@ -206,7 +206,7 @@ _FLAGS = {
     AtResume.SAME: (
         "task", "batch_size", "max_memory", "max_events", "max_sequence_length", "truncate", "share_windows",
         "bucketing", "bucket_width", "group_events", "seed", "preset", "event_form", "objective", "precision", "folds",
-        "repeats", "without", "distill", "sampling", "data_weights",
+        "repeats", "without", "tree_share", "distill", "sampling", "data_weights",
     ),
     AtResume.OBEYED: (
         "data_dir", "sampling_weights", "on_bad_shard", "use_dynamic_padding", "event_dropout", "dropout",

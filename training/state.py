@@ -70,10 +70,10 @@ class TrainState:
             raise UserError(f"loss or weights are not finite at step {self.progress.step}: {advice}")
 
 
-def build_model(options: ModelOptions, data: DataSet, *, seed: int) -> SeqSetVAE:
+def build_model(options: ModelOptions, data: DataSet, *, seed: int, tree_share: float) -> SeqSetVAE:
     """Return an untrained model for this data; the same weights for the same seed on every rank and device."""
     changes: dict[str, Any] = {name: getattr(options, name) for name in ("event_form", "dropout", "without")}
-    changes["outcomes"] = data.outcomes
+    changes |= {"outcomes": data.outcomes, "tree_share": tree_share}
     embeddings, manifest = None, data.manifest
     if manifest.embedding_dim is not None:
         embeddings = torch.from_numpy(load_embeddings(data.folder, manifest))

@@ -37,8 +37,7 @@ class Summaries:
     """Summaries of the variables of a vocabulary; ``names`` [F] says what each is."""
 
     def __init__(self, vocabulary: pa.Table) -> None:
-        count = vocabulary["count"].to_numpy()[FIRST_CODE:]
-        codes = FIRST_CODE + np.sort(np.argsort(-count, kind="stable")[:MAX_VARIABLES])
+        codes = most_frequent(vocabulary, MAX_VARIABLES)
         self._mean, self._std = (vocabulary[name].to_numpy() for name in ("mean", "std"))
         self._row = np.full(vocabulary.num_rows, -1)
         self._row[codes] = np.arange(len(codes))
@@ -82,6 +81,12 @@ class Summaries:
         ratios = [at(a, "mean") / at(b, "mean") if at(b, "mean") else np.nan for a, b in RATIOS]
         changes = [at(name, "last") - at(name, "first") for name in CHANGES]
         return np.array([*table.ravel(), *ratios, *changes, len(row)])
+
+
+def most_frequent(vocabulary: pa.Table, number: int) -> npt.NDArray[np.int64]:
+    """Return the codes, ascending, of so many variables: those with most events in the train split."""
+    count = vocabulary["count"].to_numpy()[FIRST_CODE:]
+    return FIRST_CODE + np.sort(np.argsort(-count, kind="stable")[:number])
 
 
 def _summarize_part(value: Floats) -> Iterator[float]:

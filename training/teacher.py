@@ -31,12 +31,12 @@ TEACHER_FOLDS = 4
 """Parts into which patients are dealt: each is answered for by models of the others."""
 
 FEWEST_TAUGHT, MOST_TAUGHT = 500, 50_000
-"""Labelled samples from which on, and up to which, there is a teacher where nobody asks for one: of fewer it learns
+"""Labelled samples from which on, and up to which, trees are fitted where nobody asks for them: of fewer they learn
 little, of more the model learns enough by itself.
 """
 
 FEWEST_OF_CLASS = 50
-"""Samples of each class that it needs then."""
+"""Samples of each class that they need then."""
 
 AUTO_WEIGHT = 0.4
 
@@ -56,7 +56,7 @@ def find_teacher(
     """
     weight = loss.distill if loss.learns_outcome else 0.0
     if weight == "auto":
-        weight = AUTO_WEIGHT if _is_taught(data) else 0.0
+        weight = AUTO_WEIGHT if has_labels_for_trees(data) else 0.0
     if not weight:
         return None
     if kept is not None:
@@ -65,8 +65,8 @@ def find_teacher(
     return fit_teacher(data, world, weight=weight, threads=threads)
 
 
-def _is_taught(data: DataSet) -> bool:
-    """Return whether there is a teacher where nobody asks for one."""
+def has_labels_for_trees(data: DataSet) -> bool:
+    """Return whether trees are fitted where nobody asks for them: to teach, and for the outcome head."""
     if [task.kind for task in data.tasks] != ["binary"]:
         return False
     counts = data.tasks[0].splits["train"]

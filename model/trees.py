@@ -1,0 +1,77 @@
+"""Boosted trees on the summary features of a sample's variables, as buffers of the model (docs/model.md §5).
+
+A tree asks whether a number is beyond a threshold, and what it answers jumps there; layers of a network answer
+smoothly, and on tables of clinical variables each sees what the other does not (Grinsztajn et al. 2022,
+arXiv:2207.08815).  The trees are fitted once, before training, and no gradient reaches them.
+
+Shape suffixes: B samples, V (sample, variable) pairs that occur, F summary features, X features of all variables that
+the trees read, T trees, N nodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.features import NUM_FEATURES, VariableLayout
+
+NUM_TREES, DEPTH = 250, 3
+
+MAX_VARIABLES = 64
+"""Most variables that trees read."""
+
+STEPS_PER_UNIT = 1024
+"""Features are rounded to 1/1024: a feature that is summed in another order, and differs in its last bits, must not go
+the other way where two patients of training differed by as little.
+"""
+
+
+ABSENT = 1024.0
+"""Beyond every feature: those are asinh or log of float32 numbers."""
+
+
+class BoostedTrees(nn.Module):
+    """The log-odds of a binary outcome, a sum over complete binary trees.
+
+    Node n asks whether its feature is at most its threshold, and leads to node 2 n + 1 if so, to 2 n + 2 if not.
+
+    Args:
+        num_codes: number of codes.
+    """
+
+    place: Tensor
+    feature: Tensor
+    threshold: Tensor
+    answer: Tensor
+    bias: Tensor
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.num_variables, inner = min(num_codes, MAX_VARIABLES), 2**DEPTH - 1
+        # The place of each code among the variables that are read; what is not read goes behind them.
+        self.register_buffer("place", torch.full((num_codes,), self.num_variables))
+        self.register_buffer("feature", torch.zeros(NUM_TREES, inner, dtype=torch.int64))
+        self.register_buffer("threshold", torch.full((NUM_TREES, inner), torch.inf))
+        self.register_buffer("answer", torch.zeros(NUM_TREES, inner + 1))
+        self.register_buffer("bias", torch.zeros(()))
+
+    def tabulate(self, features_VF: Tensor, variables: VariableLayout) -> Tensor:
+        """Return [B, X] float32, the features of all variables that are read, twice: those of a variable that does not
+        occur are less than any other in the first half, and greater in the second.  So a tree can put the samples
+        without it on either side of a threshold.
+        """
+        rounded_VF = (features_VF.float() * STEPS_PER_UNIT).round() / STEPS_PER_UNIT
+        cell_V = variables.patient, self.place[variables.code]
+        shape = variables.num_patients, self.num_variables + 1, NUM_FEATURES
+        halves = (rounded_VF.new_full(shape, fill).index_put(cell_V, rounded_VF) for fill in (-ABSENT, ABSENT))
+        return torch.cat([half[:, :-1].flatten(1) for half in halves], 1)
+
+    def forward(self, features_VF: Tensor, variables: VariableLayout) -> Tensor:
+        """Return the log-odds [B] float32 of each sample."""
+        table_BX = self.tabulate(features_VF, variables)
+        node_BT = torch.zeros(len(table_BX), NUM_TREES, dtype=torch.int64, device=table_BX.device)
+        tree_T = torch.arange(NUM_TREES, device=table_BX.device)
+        for _ in range(DEPTH):
+            beyond_BT = table_BX.gather(1, self.feature[tree_T, node_BT]) > self.threshold[tree_T, node_BT]
+            node_BT = 2 * node_BT + 1 + beyond_BT
+        return self.bias + self.answer[tree_T, node_BT - self.answer.shape[1] + 1].sum(1)
