@@ -51,7 +51,7 @@ class BoostedTrees(nn.Module):
         # The place of each code among the variables that are read; what is not read goes behind them.
         self.register_buffer("place", torch.full((num_codes,), self.num_variables))
         self.register_buffer("feature", torch.zeros(NUM_TREES, inner, dtype=torch.int64))
-        self.register_buffer("threshold", torch.full((NUM_TREES, inner), torch.inf))
+        self.register_buffer("threshold", torch.full((NUM_TREES, inner), ABSENT))
         self.register_buffer("answer", torch.zeros(NUM_TREES, inner + 1))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -69,7 +69,7 @@ class BoostedTrees(nn.Module):
     def forward(self, features_VF: Tensor, variables: VariableLayout) -> Tensor:
         """Return the log-odds [B] float32 of each sample."""
         table_BX = self.tabulate(features_VF, variables)
-        node_BT = torch.zeros(len(table_BX), NUM_TREES, dtype=torch.int64, device=table_BX.device)
+        node_BT = table_BX.new_zeros((table_BX.shape[0], NUM_TREES), dtype=torch.int64)
         tree_T = torch.arange(NUM_TREES, device=table_BX.device)
         for _ in range(DEPTH):
             beyond_BT = table_BX.gather(1, self.feature[tree_T, node_BT]) > self.threshold[tree_T, node_BT]

@@ -67,6 +67,7 @@ def write_model_cards(
                 summary=summary,
                 test=test["tasks"][outcome.name] | {"active_units": test["active_units"]} if test and several else test,
                 torch_version=torch.__version__,
+                tree_share=config.tree_share,
                 unit=unit,
                 variables=config.num_codes - FIRST_CODE,
                 width=config.width,

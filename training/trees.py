@@ -138,4 +138,4 @@ def _complete(trees: BoostedTrees, number: int, tree: Any, columns: npt.NDArray[
 def _round_down(threshold: float) -> float:
     """Return the greatest float32 that is not above a threshold: the same float32 numbers are at most it."""
     rounded = np.float32(threshold)
-    return float(rounded if rounded <= threshold else np.nextafter(rounded, np.float32(-np.inf)))
+    return float(rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32(-np.inf)))

@@ -36,6 +36,11 @@ def test_the_model_card_says_what_was_measured_and_what_was_not() -> None:
     (_, untested), (_, checklist) = write_model_cards(config, options, {"train": 5000}, {**summary, "test": None})
     assert "Not tested" in untested
     assert "no test split" in checklist
+    assert "boosted trees" not in text + checklist
+    with_trees = dataclasses.replace(config, tree_share=0.25)
+    cards = write_model_cards(with_trees, options, {"train": 5000, "test": 12}, summary)
+    words = "25 % that of boosted trees", "with a share of 0.25 in the logit"
+    assert all(part in card for (_, card), part in zip(cards, words, strict=True))
     pretrain = dataclasses.replace(options, loss=LossOptions(objective="pretrain"))
     ((_, pretrained),) = write_model_cards(config, pretrain, {"train": 5000}, summary)
     assert "outcome head was not trained" in pretrained

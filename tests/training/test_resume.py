@@ -186,6 +186,7 @@ OTHER_VALUES: dict[str, list[str]] = {
     "precision": ["--precision", "fp16"],
     "repeats": ["--repeats", "2"],
     "without": ["--without", "contexts"],
+    "tree_share": ["--tree_share", "0.5"],
     "distill": ["--distill", "0.5"],
     "sampling": ["--sampling", "balanced"],
     "data_weights": ["--data_weights", "1"],
