@@ -327,7 +327,7 @@ def test_pretraining_needs_and_uses_no_label(data: Path, tmp_path: Path) -> None
     options = TrainOptions(data=DataOptions(data_dir=str(data)), run=RunOptions(output_dir="-"))
     folder = options.data.open_folder()
     found = DataSet(options=options.data, folder=folder, manifest=Manifest.load(folder), tasks=(), quarantined={})
-    untrained = build_model(options.model, found, seed=0, tree_share=0.0).state_dict()
+    untrained = build_model(options, found).state_dict()
     after = weights(tmp_path)
     assert torch.equal(after["head.ensembles.0.output"], untrained["head.ensembles.0.output"])
     assert not torch.equal(after["decoder.output.weight"], untrained["decoder.output.weight"])

@@ -35,7 +35,7 @@ from training.state import build_model, build_state
 from training.step import StepSettings, select_trained
 from training.targets import TEACHER_FILE, Teacher
 from training.teacher import find_teacher
-from training.trees import choose_tree_share, fit_trees
+from training.trees import fit_trees
 from training.validation import choose_monitor
 
 CAPACITY_BATCHES = 64
@@ -78,16 +78,11 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
     threads = choose_threads(threads, world, limit=THREAD_LIMIT[options.model.preset])
     torch.set_num_threads(threads)
 
-    tree_share = choose_tree_share(options.model, options.loss, data)
-    model = build_model(options.model, data, seed=options.run.seed, tree_share=tree_share).to(world.device)
+    model = build_model(options, data).to(world.device)
     if saved is not None:
         saved.check_same_model(directory / "checkpoints" / "last.pt", model.config)
-    elif options.optimisation.init_from is not None:
-        initialise(model, Path(options.optimisation.init_from), data)
     else:
-        fit_features(model, data, seed=options.run.seed)
-    if saved is None:
-        fit_trees(model, data, world, options.loss, seed=options.run.seed)
+        prepare_model(model, options, data, world)
     select_trained(model, options.loss, options.optimisation)
     memory = None
     if options.run.max_memory is not None or options.data.batch_size == "auto":
@@ -191,6 +186,15 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
         advice = "put the best checkpoint back, or start anew"
         raise UserError(f"{path}: not the best checkpoint of this run ({found}); {advice}")
     return best.metrics
+
+
+def prepare_model(model: SeqSetVAE, options: TrainOptions, data: DataSet, world: World) -> None:
+    """Give a model what it has before its first step: the weights of ``--init_from`` or moments of features, and trees."""
+    if options.optimisation.init_from is not None:
+        initialise(model, Path(options.optimisation.init_from), data)
+    else:
+        fit_features(model, data, seed=options.run.seed)
+    fit_trees(model, data, world, options.loss, seed=options.run.seed)
 
 
 def initialise(model: SeqSetVAE, path: Path, data: DataSet) -> None:

@@ -31,7 +31,7 @@ def inspect_batches(options: TrainOptions, manifest: Manifest) -> int:
     """
     world = World(0, 1, choose_device(options.run.device, 0))
     data = agree_on_data(options.data, manifest, world, options.task, *SPLITS)
-    model = build_model(options.model, data, seed=options.run.seed, tree_share=0.0).to(world.device)
+    model = build_model(options, data).to(world.device)
     print(data.describe())
     data.check_train_split()
     done = 0

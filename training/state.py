@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.config import ModelOptions, SeqSetVAEConfig
+from model.config import SeqSetVAEConfig
 from model.seqsetvae import SeqSetVAE
 from pipeline.dataset.tables import load_embeddings
 from pipeline.loading.loader import PatientLoader
@@ -18,7 +18,9 @@ from pipeline.schema import UserError
 from training.collapse import CollapseGauges
 from training.data import DataSet
 from training.metrics import Progress
+from training.options import TrainOptions
 from training.schedule import OptimisationOptions, parameter_groups
+from training.trees import choose_tree_share
 
 ADAM_EPS = 1e-6
 """With the usual 1e-8, weights that matter to nothing would follow the rounding noise of their gradients."""
@@ -70,18 +72,19 @@ class TrainState:
             raise UserError(f"loss or weights are not finite at step {self.progress.step}: {advice}")
 
 
-def build_model(options: ModelOptions, data: DataSet, *, seed: int, tree_share: float) -> SeqSetVAE:
+def build_model(options: TrainOptions, data: DataSet) -> SeqSetVAE:
     """Return an untrained model for this data; the same weights for the same seed on every rank and device."""
-    changes: dict[str, Any] = {name: getattr(options, name) for name in ("event_form", "dropout", "without")}
-    changes |= {"outcomes": data.outcomes, "tree_share": tree_share}
+    chosen = options.model
+    changes: dict[str, Any] = {name: getattr(chosen, name) for name in ("event_form", "dropout", "without")}
+    changes |= {"outcomes": data.outcomes, "tree_share": choose_tree_share(chosen, options.loss, data)}
     embeddings, manifest = None, data.manifest
     if manifest.embedding_dim is not None:
         embeddings = torch.from_numpy(load_embeddings(data.folder, manifest))
         changes |= {"embedding_dim": manifest.embedding_dim, "frozen_embeddings": True}
-    torch.manual_seed(seed)
-    config = SeqSetVAEConfig.preset(options.preset, num_codes=manifest.num_codes, **changes)
+    torch.manual_seed(options.run.seed)
+    config = SeqSetVAEConfig.preset(chosen.preset, num_codes=manifest.num_codes, **changes)
     model = SeqSetVAE(config, embeddings)
-    model.gradient_checkpointing = options.gradient_checkpointing
+    model.gradient_checkpointing = chosen.gradient_checkpointing
     return model
 
 

@@ -24,7 +24,7 @@ from training.data import DataSet
 from training.parallel import World
 from training.predictions import labels_of_batch
 from training.summaries import most_frequent
-from training.teacher import has_labels_for_trees
+from training.teacher import MOST_TAUGHT, has_labels_for_trees
 
 AUTO_SHARE = 0.25
 
@@ -37,7 +37,7 @@ def choose_tree_share(options: ModelOptions, loss: LossOptions, data: DataSet) -
     """Return the share of boosted trees in the logit of the outcome; 0 = there are none.
 
     Raises:
-        UserError: they are asked for, and there is not one binary task alone, or no summary features.
+        UserError: they are asked for, and there is not one binary task alone, no summary features or too many samples.
     """
     share, are_used = options.tree_share, loss.learns_outcome and options.without != "summary_features"
     if share == "auto":
@@ -48,6 +48,9 @@ def choose_tree_share(options: ModelOptions, loss: LossOptions, data: DataSet) -
         raise UserError(f"--tree_share {share:g} needs the summary features; leave out one of it and --without")
     if [task.kind for task in data.tasks] != ["binary"]:
         raise UserError(f"--tree_share {share:g} is for one binary task; leave it out, or name one with --task")
+    if (num_labelled := data.tasks[0].splits["train"].num_labelled) > MOST_TAUGHT:
+        few = f"trees are fitted to at most {MOST_TAUGHT:,} samples, and {num_labelled:,} have a label"
+        raise UserError(f"--tree_share {share:g}: {few}; leave it out")
     return share
 
 

@@ -24,6 +24,7 @@ from pipeline.schema import UserError
 from tests.model.helpers import NUM_CODES, random_batch
 from tests.training.runs import assert_same, read_summary, run, weights, write_tiny_data
 from tests.training.test_teacher import ALONE, open_data
+from training.options import RunOptions, TrainOptions
 from training.state import build_model
 from training.trees import choose_tree_share, fit_trees
 
@@ -99,7 +100,7 @@ def test_what_share_there_is(
     assert choose_tree_share(options, LossOptions(objective=objective), opened) == expected
 
 
-def test_what_has_no_trees_is_refused(data: Path) -> None:
+def test_what_has_no_trees_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--tree_share 0\.5 needs the summary features"):
         choose_tree_share(ModelOptions(tree_share=0.5, without="summary_features"), LossOptions(), open_data(data))
     with pytest.raises(UserError, match=r"--tree_share 0\.5 is for one binary task"):
@@ -107,11 +108,17 @@ def test_what_has_no_trees_is_refused(data: Path) -> None:
     one = np.zeros((3, 2), np.float32), np.ones(3, np.int64), np.ones(3, np.float32)
     with pytest.raises(UserError, match="--tree_share needs training samples of both classes"):
         training.trees._fit(BoostedTrees(NUM_CODES), *one, seed=0)
+    monkeypatch.setattr(training.trees, "MOST_TAUGHT", 3)
+    with pytest.raises(
+        UserError, match=r"--tree_share 0\.5: trees are fitted to at most 3 samples, and .* have a label"
+    ):
+        choose_tree_share(ModelOptions(tree_share=0.5), LossOptions(), open_data(data))
 
 
 def test_trees_learn_from_labelled_training_samples_alone_and_from_their_first_hours_when_asked(data: Path) -> None:
     opened, found = open_data(data), []
-    model = build_model(ModelOptions(), opened, seed=0, tree_share=0.5)
+    options = TrainOptions(data=opened.options, run=RunOptions(output_dir="-"), model=ModelOptions(tree_share=0.5))
+    model = build_model(options, opened)
     with mock.patch.object(training.trees, "_fit", lambda trees, *given, seed: found.append((trees, *given))):
         for loss in (LossOptions(), LossOptions(prefix_weight=0.6)):
             fit_trees(model, opened, ALONE, loss, seed=0)
