@@ -189,7 +189,7 @@ def find_best(saved: Checkpoint | None, directory: Path) -> dict[str, Any] | Non
 
 
 def prepare_model(model: SeqSetVAE, options: TrainOptions, data: DataSet, world: World) -> None:
-    """Give a model what it has before its first step: the weights of ``--init_from`` or moments of features, and trees."""
+    """Give a model what it has before its first step: weights of ``--init_from`` or moments of features, and trees."""
     if options.optimisation.init_from is not None:
         initialise(model, Path(options.optimisation.init_from), data)
     else:
