@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.features import NUM_FEATURES, VariableLayout
 
-NUM_TREES, DEPTH = 250, 3
+NUM_TREES, DEPTH = 400, 3
 
 MAX_VARIABLES = 64
 """Most variables that trees read."""
