@@ -208,6 +208,7 @@ TABLES: dict[str, Sequence[Figure]] = {
             )
             for label, text in (
                 ("SeqSetVAE, two models averaged", lambda it: scores(it["models"]["SeqSetVAE"])),
+                ("… without trees in its head", lambda it: scores(it["models"]["SeqSetVAE, --tree_share 0"])),
                 ("stack of trees and a linear model", lambda it: scores(it["models"]["stack, all other folds"])),
                 ("mean logit of both", lambda it: scores(it["models"]["mean logit of both"])),
             )
