@@ -68,10 +68,11 @@ class BoostedTrees(nn.Module):
 
     def forward(self, features_VF: Tensor, variables: VariableLayout) -> Tensor:
         """Return the log-odds [B] float32 of each sample."""
-        table_BX = self.tabulate(features_VF, variables)
-        node_BT = table_BX.new_zeros((table_BX.shape[0], NUM_TREES), dtype=torch.int64)
-        tree_T = torch.arange(NUM_TREES, device=table_BX.device)
-        for _ in range(DEPTH):
-            beyond_BT = table_BX.gather(1, self.feature[tree_T, node_BT]) > self.threshold[tree_T, node_BT]
-            node_BT = 2 * node_BT + 1 + beyond_BT
-        return self.bias + self.answer[tree_T, node_BT - self.answer.shape[1] + 1].sum(1)
+        table_XB = self.tabulate(features_VF, variables).T
+        feature_TNB = table_XB[self.feature.flatten()].view(*self.feature.shape, table_XB.shape[1])
+        is_beyond_TNB = feature_TNB > self.threshold[..., None]
+        answer_TNB = self.answer[..., None]
+        for depth in reversed(range(DEPTH)):  # from the leaves up, each node passes on the answer of one child
+            nodes = slice(2**depth - 1, 2 ** (depth + 1) - 1)
+            answer_TNB = torch.where(is_beyond_TNB[:, nodes], answer_TNB[:, 1::2], answer_TNB[:, ::2])
+        return self.bias + answer_TNB.sum((0, 1))
