@@ -58,7 +58,7 @@ def test_a_tree_by_hand() -> None:
     """Is the mean of code 3 at most 0?  Who has none goes with the small in one tree, with the great in another."""
     batch = random_batch([[2], [2], [2]])
     batch.code[:] = torch.tensor([3, 3, 3, 3, 5, 5])
-    batch.value[:] = torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
+    batch.value[:] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     batch.has_value[:] = True
     trees = BoostedTrees(NUM_CODES)
     trees.place[3] = 4
