@@ -180,9 +180,8 @@ class OutcomeHead(nn.Module):
         self.ensembles = nn.ModuleList(Ensemble(config, number) for number in range(len(config.outcomes)))
         self.sees_contexts = config.without != "contexts"
         self.factors = CodeFactors(config) if config.variable_axis and has_factors(config) else None
-        self.trees, self.tree_share = None, config.tree_share
-        if config.tree_share:
-            self.trees = BoostedTrees(config.num_codes)
+        self.trees = BoostedTrees(config.num_codes) if config.tree_share else None
+        self.tree_share = config.tree_share
 
     def forward(
         self,

@@ -5,7 +5,7 @@ smoothly, and on tables of clinical variables each sees what the other does not 
 arXiv:2207.08815).  The trees are fitted once, before training, and no gradient reaches them.
 
 Shape suffixes: B samples, V (sample, variable) pairs that occur, F summary features, X features of all variables that
-the trees read, T trees, N nodes.
+the trees read, T trees, N nodes of a tree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ STEPS_PER_UNIT = 1024
 """Features are rounded to 1/1024: a feature that is summed in another order, and differs in its last bits, must not go
 the other way where two patients of training differed by as little.
 """
-
 
 ABSENT = 1024.0
 """Beyond every feature: those are asinh or log of float32 numbers."""

@@ -19,6 +19,7 @@ from model.losses import LossOptions
 from pipeline.arrays import is_labelled
 from pipeline.dataset.patients import fingerprint_patients
 from pipeline.dataset.tables import read_vocabulary
+from pipeline.loading.loader import PatientLoader
 from pipeline.schema import UserError
 from training.console import log_main
 from training.data import DataSet
@@ -73,18 +74,22 @@ def has_labels_for_trees(data: DataSet) -> bool:
     return FEWEST_TAUGHT <= counts.num_labelled <= MOST_TAUGHT and min(counts.class_counts) >= FEWEST_OF_CLASS
 
 
+def check_labels_for_trees(data: DataSet, flag: str) -> None:
+    """Raise UserError, naming the ``flag`` that asks for trees, where they cannot be fitted to the task."""
+    if [task.kind for task in data.tasks] != ["binary"]:
+        raise UserError(f"{flag} is for one binary task; leave it out, or name one with --task")
+    if (num_labelled := data.tasks[0].splits["train"].num_labelled) > MOST_TAUGHT:
+        few = f"trees are fitted to at most {MOST_TAUGHT:,} samples, and {num_labelled:,} have a label"
+        raise UserError(f"{flag}: {few}; leave it out")
+
+
 def fit_teacher(data: DataSet, world: World, *, weight: float, threads: int | None = None) -> Teacher:
     """Return the teacher of the training samples, fitted by rank 0 and equal on all ranks, whatever the threads.
 
     Raises:
         UserError: there is not one binary task alone, too few or too many samples have a label, or one class does.
     """
-    if [task.kind for task in data.tasks] != ["binary"]:
-        raise UserError(f"--distill {weight:g} is for one binary task; leave it out, or name one with --task")
-    num_labelled = data.tasks[0].splits["train"].num_labelled
-    if num_labelled > MOST_TAUGHT:
-        few = f"a teacher is fitted to at most {MOST_TAUGHT:,} samples, and {num_labelled:,} have a label"
-        raise UserError(f"--distill {weight:g}: {few}; leave it out")
+    check_labels_for_trees(data, f"--distill {weight:g}")
     chosen = data.chosen.get("train")
     patients = "all" if chosen is None else fingerprint_patients(chosen)
     key = (data.manifest.fingerprint, data.tasks[0].table_sha256, patients, *data.quarantined_shards)
@@ -118,14 +123,18 @@ def _answer_in_folds(data: DataSet, threads: int) -> dict[str, float]:
     return dict(zip(keys, probability.tolist(), strict=True))
 
 
+def read_train_samples(data: DataSet) -> PatientLoader:
+    """Return large batches of all training samples on the CPU, each sample once and a patient of its own."""
+    changes: dict[str, Any] = {"batch_size": 256, "max_events": None, "share_windows": False}
+    return data.open_loader("train", seed=0, shuffle=False, world=World(0, 1, torch.device("cpu")), **changes)
+
+
 def _read_samples(data: DataSet) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[Any], list[str]]:
     """Return summaries [N, F], label [N], patient [N] and key of the labelled training samples."""
     summaries = Summaries(read_vocabulary(data.folder, data.manifest))
 
     def read() -> Iterator[tuple[Floats, Floats, list[str], list[str]]]:
-        changes: dict[str, Any] = {"batch_size": 256, "max_events": None, "share_windows": False}
-        alone = World(0, 1, torch.device("cpu"))
-        for batch in data.open_loader("train", seed=0, shuffle=False, world=alone, **changes):
+        for batch in read_train_samples(data):
             (label,) = labels_of_batch(batch, data.outcomes)
             known = np.flatnonzero(is_labelled(label))
             patients, keys = ([of[at] for at in known] for of in (batch.patient_id, batch.sample_key))

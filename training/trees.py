@@ -24,7 +24,7 @@ from training.data import DataSet
 from training.parallel import World
 from training.predictions import labels_of_batch
 from training.summaries import most_frequent
-from training.teacher import MOST_TAUGHT, has_labels_for_trees
+from training.teacher import check_labels_for_trees, has_labels_for_trees, read_train_samples
 
 AUTO_SHARE = 0.25
 
@@ -46,11 +46,7 @@ def choose_tree_share(options: ModelOptions, loss: LossOptions, data: DataSet) -
         return 0.0
     if not are_used:
         raise UserError(f"--tree_share {share:g} needs the summary features; leave out one of it and --without")
-    if [task.kind for task in data.tasks] != ["binary"]:
-        raise UserError(f"--tree_share {share:g} is for one binary task; leave it out, or name one with --task")
-    if (num_labelled := data.tasks[0].splits["train"].num_labelled) > MOST_TAUGHT:
-        few = f"trees are fitted to at most {MOST_TAUGHT:,} samples, and {num_labelled:,} have a label"
-        raise UserError(f"--tree_share {share:g}: {few}; leave it out")
+    check_labels_for_trees(data, f"--tree_share {share:g}")
     return share
 
 
@@ -81,9 +77,7 @@ def fit_trees(model: SeqSetVAE, data: DataSet, world: World, loss: LossOptions, 
 def _read_samples(trees: BoostedTrees, data: DataSet, loss: LossOptions) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the features [B, X], the labels [B] and the weights [B] of labelled training samples."""
     hours = loss.prefix_hours
-    changes: dict[str, Any] = {"batch_size": 256, "max_events": None, "share_windows": False}
-    alone = World(0, 1, torch.device("cpu"))
-    for batch in data.open_loader("train", seed=0, shuffle=False, world=alone, **changes):
+    for batch in read_train_samples(data):
         samples = Prefixes.after_hours(batch, hours).separate(batch) if hours else batch
         (label,) = labels_of_batch(samples, data.outcomes)
         variables = VariableLayout.build(samples)

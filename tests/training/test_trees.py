@@ -108,7 +108,7 @@ def test_what_has_no_trees_is_refused(data: Path, monkeypatch: pytest.MonkeyPatc
     one = np.zeros((3, 2), np.float32), np.ones(3, np.int64), np.ones(3, np.float32)
     with pytest.raises(UserError, match="--tree_share needs training samples of both classes"):
         training.trees._fit(BoostedTrees(NUM_CODES), *one, seed=0)
-    monkeypatch.setattr(training.trees, "MOST_TAUGHT", 3)
+    monkeypatch.setattr("training.teacher.MOST_TAUGHT", 3)
     with pytest.raises(
         UserError, match=r"--tree_share 0\.5: trees are fitted to at most 3 samples, and .* have a label"
     ):
