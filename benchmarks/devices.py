@@ -65,7 +65,7 @@ def train(options: argparse.Namespace, devices: int, threads: int | None, *more:
         flags = ["--data_dir", options.data_dir, "--output_dir", folder, "--max_epochs", "1", "--devices", str(devices)]
         flags += ["--preset", options.preset, "--batch_size", str(options.batch_size), *more]
         flags += [] if threads is None else ["--threads", str(threads)]
-        command = [sys.executable, "train.py", "--distill", "0", *flags]
+        command = [sys.executable, "train.py", "--distill", "0", "--tree_share", "0", *flags]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         return dict(json.loads((Path(folder) / "summary.json").read_text()))
 

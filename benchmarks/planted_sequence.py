@@ -58,7 +58,7 @@ PRESSURE = 75.0, 10.0
 OTHERS = {"Temperature": (37.0, 0.7, 0.3), "Potassium": (4.1, 0.5, 0.15)}
 """Mean, standard deviation and share of the sets that have it, of each measurement that means nothing."""
 
-TRAIN_FLAGS = ["--objective", "supervised", "--distill", "0", "--event_dropout", "0"]
+TRAIN_FLAGS = ["--objective", "supervised", "--distill", "0", "--tree_share", "0", "--event_dropout", "0"]
 TRAIN_FLAGS += ["--batch_size", "64", "--learning_rate", "4e-4"]
 """Before the model attends to the set before, the outcome's gradient is small beside its noise: it takes large batches
 and a low rate to find the effect.  Event dropout would leave doses out, and a teacher that is fitted to summaries has

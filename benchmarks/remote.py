@@ -34,7 +34,7 @@ from benchmarks.steps import read_run
 from benchmarks.synthetic import write_synthetic_data
 
 ROOT = Path(__file__).parents[1]
-TRAIN = ["--max_epochs", "1", "--distill", "0", "--preset", "small", "--log_steps", "1"]
+TRAIN = ["--max_epochs", "1", "--distill", "0", "--tree_share", "0", "--preset", "small", "--log_steps", "1"]
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def main() -> None:
 
 def watch(flags: list[str], run_dir: Path) -> tuple[list[dict[str, float]], float]:
     """Train, and return the memory after each epoch and the peak of the whole run, in MiB."""
-    command = [sys.executable, "train.py", "--distill", "0", *flags, "--output_dir", str(run_dir)]
+    command = [sys.executable, "train.py", "--distill", "0", "--tree_share", "0", *flags, "--output_dir", str(run_dir)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     rows: list[dict[str, float]] = []
     peak, size, log = 0.0, 0, run_dir / "metrics.jsonl"

@@ -39,7 +39,7 @@ def main() -> None:
         made = ["synthetic", "--num_patients", str(given.num_patients), "--output", str(data), "--workers", "1"]
         assert preprocess.main(made) == 0
         flags = ["--data_dir", str(data), "--output_dir", str(run), "--resume", "--checkpoint_steps", "20"]
-        flags += ["--distill", "0"]
+        flags += ["--distill", "0", "--tree_share", "0"]
         end = time.monotonic() + 60 * given.minutes
         while time.monotonic() < end:
             before = time.process_time()

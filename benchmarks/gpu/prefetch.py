@@ -31,6 +31,7 @@ def main() -> None:
         "batch_size": 64 if on_gpu else 16,
         "max_epochs": 50,
         "distill": 0,
+        "tree_share": 0,
         "log_steps": 1 if options.quick else 5,
     }
     compared = COMPARED[-1:] if options.quick else COMPARED + (ON_GPU if on_gpu else [])

@@ -22,7 +22,8 @@ def main() -> None:
         "precision": "bf16" if on_gpu else "fp32",
         "batch_size": 32 if on_gpu else 16,
         "max_epochs": 3 if on_gpu else 1,
-        "distill": 0,  # a teacher is fitted on the CPU
+        "distill": 0,  # a teacher, and trees, are fitted on the CPU
+        "tree_share": 0,
         "log_steps": 1 if options.quick else 10,
     }
     with tempfile.TemporaryDirectory() as folder:
