@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import torch
 from torch.profiler import record_function
 
 from model.losses import LossOptions
@@ -25,7 +24,7 @@ from pipeline.dataset.tasks import has_task
 from pipeline.options import from_dict
 from pipeline.schema import PRIVATE_UMASK, UserError
 from pipeline.storage.files import write_atomically
-from training.begin import THREAD_LIMIT, begin_run
+from training.begin import begin_run, set_threads
 from training.card import is_summary_of, summarize_run, write_model_cards, write_summary
 from training.checkpoint import Checkpoint, load_model
 from training.console import format_metric, format_quality, log_main
@@ -37,12 +36,13 @@ from training.inspection import inspect_batches
 from training.meds_predictions import check_meds_task
 from training.memory import is_out_of_memory
 from training.options import TrainOptions, check_same_options, parse_train_options
-from training.parallel import World, choose_threads, run
+from training.parallel import World, run
 from training.patients import write_patient_pages
 from training.peers import end_with_line
 from training.profiling import format_table
 from training.report import write_run_report
 from training.run import Run, Stopped
+from training.side_by_side import train_side_by_side
 from training.step import train_step
 from training.trackers import show_line
 
@@ -171,18 +171,31 @@ def finish(job: Run) -> None:
 def cross_fit(options: TrainOptions, manifest: Manifest, world: World) -> int:
     """Train a model for each fold, then the final models on all patients of train and valid, and join these."""
     check_cross_fit(options, world)
+    set_threads(options, world, options.run.threads)
     data = agree_on_data(options.data, manifest, world, options.task, *manifest.splits)
-    for member in fold_members(options):
-        log_main(world, f"{member.name}:")
-        if code := train(member.options_of(options), manifest, world, member):
-            return code
+    if code := train_members(options, manifest, world, fold_members(options)):
+        return code
     world.wait()  # the first rank writes what is predicted
     found = join_folds(options, data) if options.cross_fit.folds else None
-    for member in final_members(options):
-        log_main(world, f"{member.name}:")
-        if code := train(member.options_of(options, stop_after=found.epochs if found else 0), manifest, world, member):
-            return code
+    epochs = found.epochs if found else 0
+    if code := train_members(options, manifest, world, final_members(options), stop_after=epochs):
+        return code
     return finish_cross_fit(options, data, world, found)
+
+
+def train_members(
+    options: TrainOptions, manifest: Manifest, world: World, members: Sequence[Member], *, stop_after: int = 0
+) -> int:
+    """Train models of cross-fitting, each as a run of its own; return 0, or the code of one that stopped."""
+    runs = {member: member.options_of(options, stop_after=stop_after) for member in members}
+    processes = min(options.cross_fit.parallel_models, len(members))
+    if processes > 1:
+        return train_side_by_side(train, manifest, runs, processes=processes, device=options.run.device)
+    for member, own in runs.items():
+        log_main(world, f"{member.name}:")
+        if code := train(own, manifest, world, member):
+            return code
+    return 0
 
 
 def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
@@ -218,7 +231,7 @@ def evaluate(options: TrainOptions, manifest: Manifest, world: World) -> int:
     if not data.manifest.splits.get(split):
         nobody = f"has no patients in split {split}; choose another with --evaluate_split"
         raise UserError(f"{options.data.data_dir}: {nobody}")
-    torch.set_num_threads(choose_threads(options.run.threads, world, limit=THREAD_LIMIT[options.model.preset]))
+    set_threads(options, world, options.run.threads)
     content = evaluate_checkpoint(Evaluator(options, data, world), model)
     if world.is_main:
         print(f"{split} {format_quality(content)}, loss {format_metric(content['loss'])}")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +26,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["tests.training.runs", "preprocess", "pipeline.tasks", "sklearn.calibration", "sklearn.metrics", "pytest"]
 )
+
+
+def start_server() -> None:
+    """Start what forks the processes of ``CONTEXT``, if it does not run; its threads would be forked, so it has one."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
+        forkserver.ensure_running()
 
 
 class Output:
@@ -57,9 +63,8 @@ class Command:
         self._out, self._err = Output(), Output()
         words = [str(word) for word in arguments]
         self._process = CONTEXT.Process(target=_run, args=(main, words, environment, self._out, self._err))
-        # The server starts with the first process; its threads would be forked, so it has but one.
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-            self._process.start()
+        start_server()
+        self._process.start()
         atexit.register(self._process.kill)
 
     @property

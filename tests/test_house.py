@@ -15,10 +15,10 @@ FILES = sorted(
     for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
 )
 
-MAX_STATEMENT_LINES = 15_470
+MAX_STATEMENT_LINES = 15_560
 """Lines of all files together that are neither blank nor a comment, a docstring or an import.  1,230 of them are
 kernels and what they need, 320 capacities, graphs and processes that prepare batches, 1,660 column rules, formats and
-labels of tables, 700 tasks, 470 their kinds and several at once, 70 buckets of gradients, 360 cross-fitting, 210 what
+labels of tables, 700 tasks, 470 their kinds and several at once, 70 buckets of gradients, 450 cross-fitting, 210 what
 predictions are good for, 185 looks at patients and latents, 130 samples that share passes, 330 models that are taken
 along, 430 sampling by class and weight and several data sets as one, 240 trackers and what is watched within an epoch,
 110 machines that are lost or started otherwise, 250 shards that are fetched ahead and read as batches need them, 320
@@ -27,7 +27,7 @@ a cluster that come and go, 115 tables that are verified piece by piece, 300 lab
 with patients, and reports, in bounded memory, 110 names and numbers of tables that are read as such and files that
 are read once, 140 boosted trees.  The aim is 6,000 without these."""
 
-MAX_LINES = 26_820
+MAX_LINES = 26_980
 """All lines of all files; the aim is 10,000."""
 
 MAX_FILE_LINES = 300

@@ -75,8 +75,7 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
         data.open_loader("train", world=world.alone(), **data.sampling)
     best = find_best(saved, directory)
     threads = saved.state["progress"]["threads"] if saved and options.run.threads is None else options.run.threads
-    threads = choose_threads(threads, world, limit=THREAD_LIMIT[options.model.preset])
-    torch.set_num_threads(threads)
+    threads = set_threads(options, world, threads)
 
     model = build_model(options, data).to(world.device)
     if saved is not None:
@@ -112,6 +111,13 @@ def begin_run(options: TrainOptions, manifest: Manifest, world: World, member: M
             state.gauges.reset()  # the first rank holds the sums of all
     state.progress.threads = threads
     return Run(options, data, world, memory, state, settings, best, saved is not None, pool, member)
+
+
+def set_threads(options: TrainOptions, world: World, asked: int | None) -> int:
+    """Give operations on this process's CPU the threads that are asked for, or that the preset gains from."""
+    threads = choose_threads(asked, world, limit=THREAD_LIMIT[options.model.preset])
+    torch.set_num_threads(threads)
+    return threads
 
 
 def make_preparer(

@@ -21,7 +21,7 @@ console = Console(stderr=True, highlight=False)
 def log_main(world: World, text: str) -> None:
     """Print a line on standard error, on the first rank only."""
     if world.is_main:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(world.name + text, markup=False, soft_wrap=True)
 
 
 def format_metric(value: float | None) -> str:
@@ -61,7 +61,7 @@ class EpochBar:
     def __init__(self, world: World, max_epochs: int) -> None:
         self.world, self.max_epochs, self.epoch = world, max_epochs, 0
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        visible = world.is_main and console.is_terminal
+        visible = world.is_main and console.is_terminal and not world.name  # of several runs there would be several
         self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not visible)
         self.task = self.bar.add_task("", visible=False, now="")
 
@@ -89,5 +89,8 @@ class EpochBar:
     def end(self, epoch: int, metrics: dict[str, Any], *, step: int | None, improved: bool) -> None:
         """Print the metrics of a validation, of an epoch or at a ``step`` within it."""
         place = f"epoch {epoch + 1}/{self.max_epochs}" + ("" if step is None else f", step {step:,}")
+        if metrics["loss"] is None:  # nobody is left to validate, as where a final model learns from all
+            log_main(self.world, f"{place}: done")
+            return
         text = f"{place}: loss {format_metric(metrics['loss'])}, {format_quality(metrics)}"
         log_main(self.world, text + (" (best so far)" if improved else ""))

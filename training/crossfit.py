@@ -79,6 +79,8 @@ class OutOfFold:
 def check_cross_fit(options: TrainOptions, world: World) -> None:
     """Raise UserError where the folder holds another kind of run, or cross-fitting without ``--resume``."""
     directory = Path(options.run.output_dir)
+    if options.cross_fit.parallel_models > 1 and world.size > 1:
+        raise UserError("--parallel_models starts its own processes; start one, without torchrun")
     if (directory / "checkpoints" / "last.pt").exists():
         raise UserError(f"--output_dir {directory} holds a run of one model; name another for --folds or --final_seeds")
     if members_folder(options).exists() and not options.run.resume:

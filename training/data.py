@@ -205,7 +205,7 @@ def agree_on_data(options: DataOptions, manifest: Manifest, world: World, task: 
     tasks = load_tasks(folder, manifest, task)
     if options.on_bad_shard == "quarantine":
         entries = [entry for split in splits for entry in manifest.splits.get(split, [])]
-        found = check_shards(folder, entries[world.local_rank :: world.local_size], fetch_ahead=options.fetch_ahead)
+        found = check_shards(folder, world.own_part(entries), fetch_ahead=options.fetch_ahead)
     identity = (hashlib.sha256(manifest.encode()).hexdigest(), [each.table_sha256 for each in tasks])
     answers = world.gather((identity, found))
     others = [rank for rank, (other, _) in enumerate(answers) if other != answers[0][0]]

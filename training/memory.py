@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,5 +139,6 @@ def held_bytes(device: torch.device, parameter_bytes: int) -> int:
 def free_bytes(device: torch.device, processes: int) -> int:
     """Return what this process could hold in all, if the others of this machine's ``processes`` take as much."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        sharing = math.ceil(processes / torch.cuda.device_count())
+        return torch.cuda.mem_get_info(device)[0] // sharing + torch.cuda.memory_reserved(device)
     return psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss

@@ -130,11 +130,17 @@ class CrossFitOptions(Section):
         1, "Number of final models, of other seeds, whose predictions are averaged. With --folds, or where there are "
         "several, they learn from all patients of train and valid.", minimum=1,
     )  # fmt: skip
+    parallel_models: int = option(
+        1, "Number of these models that are trained at the same time, each by a process of its own: with GPUs each on "
+        "one, in turn, without on its share of the cores.", minimum=1,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.folds == 1:
             raise UserError("--folds 1: a model would have nobody to learn from; give 2 or more, or 0 for none")
+        if self.parallel_models > 1 and not self.is_on:
+            raise UserError("--parallel_models is for the models of --folds and --final_seeds; leave it out")
 
     @property
     def is_on(self) -> bool:
@@ -180,6 +186,8 @@ class TrainOptions:
             raise UserError(
                 "--meds_predictions is for one --data_dir, whose patients are called as they were; name one"
             )
+        if self.cross_fit.parallel_models > 1 and devices > 1:
+            raise UserError("--parallel_models trains each model in one process; leave --devices")
         if self.cross_fit.is_on and (self.run.validate_steps or self.run.validate_patients):
             raise UserError("--folds validates whole epochs; leave --validate_steps and --validate_patients")
         if self.cross_fit.is_on and self.evaluation.meds_predictions:
@@ -220,7 +228,7 @@ _FLAGS = {
     AtResume.IRRELEVANT: (
         "cache_dir", "cache_bytes", "fetch_ahead", "prefetch", "prefetch_workers", "init_from", "output_dir", "resume",
         "evaluate", "evaluate_split", "baselines", "meds_predictions", "export_latents", "export", "inspect",
-        "recalibrate", "subgroups", "patients",
+        "recalibrate", "subgroups", "patients", "parallel_models",
     ),
 }  # fmt: skip
 AT_RESUME = {name: what for what, names in _FLAGS.items() for name in names}

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -32,10 +32,11 @@ BUSY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among those of the run: its ``rank`` among all ``size``, its ``local_rank`` on this machine.
+    """This process among those of the run: its ``rank`` among all ``size``.
 
-    Rank 0 writes the files.  ``control`` is a group of all ranks for small messages between hosts, which no device has
-    to be waited for.
+    Rank 0 writes the files.  ``local_rank`` tells it from the ``local_size`` processes that share this machine, those
+    of runs beside this one too.  ``control`` is a group of all ranks for small messages between hosts, which no device
+    has to be waited for.  ``name`` is that of a run beside others, and its lines begin with it.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     control: Any = field(default=None, compare=False)
+    name: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -52,6 +54,10 @@ class World:
     def alone(self) -> World:
         """Return a world of this process only, on the same device."""
         return World(0, 1, self.device)
+
+    def own_part(self, items: Sequence[T]) -> Sequence[T]:
+        """Return what this process does of what the processes of its run on this machine do together."""
+        return items[self.local_rank :: self.local_size] if self.size > 1 else items
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up ``tensor`` over all ranks, in place."""

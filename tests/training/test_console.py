@@ -33,6 +33,18 @@ def test_the_bar_shows_the_rate_of_all_ranks(monkeypatch: pytest.MonkeyPatch) ->
     assert "epoch 1/3: loss 1.0000, AUROC undefined, AUPRC 0.5000 (best so far)" in shown
 
 
+def test_of_several_runs_each_line_says_whose_it_is_and_no_bar_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("training.console.console", Console(file=screen, force_terminal=True, color_system=None))
+    with EpochBar(World(0, 1, CPU, name="final_0: "), 2) as bar:
+        bar.begin(0, 4, 0)
+        bar.advance(Throughput(num_patients=6, num_events=90, event_cells=100, waited=1.0, seconds=2.0))
+        bar.end(0, {"auroc": None, "auprc": None, "loss": None}, step=None, improved=True)
+        bar.end(1, {"auroc": 0.5, "auprc": 0.5, "loss": 1.0}, step=7, improved=False)
+    lines = ["final_0: epoch 1/2: done", "final_0: epoch 2/2, step 7: loss 1.0000, AUROC 0.5000, AUPRC 0.5000"]
+    assert screen.getvalue().splitlines() == lines
+
+
 def test_only_the_first_rank_writes_the_log(tmp_path: Path) -> None:
     with open_metrics_log(tmp_path, World(1, 2, CPU), 0) as lines:
         assert lines is None

@@ -17,6 +17,7 @@ import training.checkpoint
 import training.run_files
 from pipeline.dataset.manifest import Manifest
 from pipeline.schema import FIRST_CODE
+from tests.processes import CONTEXT, start_server
 from tests.training.runs import (
     assert_same,
     read_folder,
@@ -27,7 +28,7 @@ from tests.training.runs import (
     weights,
     write_tiny_data,
 )
-from training import crossfit
+from training import crossfit, side_by_side
 from training.calibration import LEAST_SLOPE, calibration_of
 from training.checkpoint import Checkpoint, load_model
 
@@ -180,6 +181,20 @@ def test_a_kill_changes_nothing(data: Path, finished: Path, tmp_path: Path, numb
     assert [line["step"] for line in lines] == [line["step"] for line in read_metrics(finished / "members" / "final_1")]
 
 
+def test_models_side_by_side_are_those_of_one_after_another(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_server()
+    monkeypatch.setattr(side_by_side, "get_context", lambda _: CONTEXT)  # it imports nothing
+    assert run(data, tmp_path, *FLAGS, "--parallel_models", "2") == 0
+    for member in sorted(path.name for path in (finished / "members").iterdir()):
+        there, here = (weights(out / "members" / member, "last") for out in (tmp_path, finished))
+        assert_same(there, here)
+    for name in ("predictions_out_of_fold.parquet", "predictions_test.parquet"):
+        assert pq.read_table(tmp_path / name).equals(pq.read_table(finished / name))
+    assert read_summary(tmp_path)["out_of_fold"] == read_summary(finished)["out_of_fold"]
+
+
 def test_what_cannot_be_joined_is_refused_in_a_line(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +206,8 @@ def test_what_cannot_be_joined_is_refused_in_a_line(
         "--folds 1": (tmp_path / "a", ["--folds", "1"]),
         "predicts nothing": (tmp_path / "a", ["--folds", "2", "--objective", "pretrain"]),
         "averages several models": (tmp_path / "a", ["--init_from", best]),
+        "--parallel_models is for the models of": (tmp_path / "a", ["--parallel_models", "2"]),
+        "leave --devices": (tmp_path / "a", [*FLAGS, "--parallel_models", "2", "--devices", "2"]),
     }
     for words, (out, flags) in refused.items():
         assert run(data, out, *flags) == 2
