@@ -68,6 +68,14 @@ def fail_beside(options: TrainOptions, manifest: Any, world: World, member: Memb
     return wait_until_stopped(options, manifest, world, member)
 
 
+def stop_beside(options: TrainOptions, manifest: Any, world: World, member: Member) -> int:
+    """The first run stops when the second has begun, as if a signal was for it alone."""
+    if member.seed == 0:
+        wait_for(lambda: bool(begun(Path(options.run.output_dir))))
+        return 128 + signal.SIGINT
+    return wait_until_stopped(options, manifest, world, member)
+
+
 def die_beside(options: TrainOptions, manifest: Any, world: World, member: Member) -> int:
     """The first run is killed when the second has begun."""
     if member.seed == 0:
@@ -101,6 +109,7 @@ def test_each_run_is_alone_and_shares_the_machine(tmp_path: Path) -> None:
 def test_a_signal_stops_all_and_nothing_more_begins(tmp_path: Path) -> None:
     def interrupt() -> None:
         wait_for(lambda: len(begun(tmp_path)) == 2)
+        time.sleep(3 * side_by_side.PERIOD)  # whatever might be given to one that is busy
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
@@ -122,6 +131,12 @@ def test_a_run_that_fails_or_is_killed_stops_the_other(
 ) -> None:
     with pytest.raises(error, match=words):
         train_all(train, runs_below(tmp_path, 3))
+    assert [path.name for path in tmp_path.glob("*.saved")] == ["model_1.saved"]
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_run_that_stops_stops_the_other(tmp_path: Path) -> None:
+    assert train_all(stop_beside, runs_below(tmp_path, 3)) == 128 + signal.SIGINT
     assert [path.name for path in tmp_path.glob("*.saved")] == ["model_1.saved"]
 
 
