@@ -19,7 +19,10 @@ MAX_HELD: Final = 1.85
 """Times the most that a step has been seen to add to the heap that gaps and the next step may take together."""
 
 
-def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def usable_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """Return how many CPU cores this process can keep busy, at least 1.
 
     That is the minimum of its CPU affinity and of the CPU quotas (rounded down) of its cgroup and those above it, of
@@ -27,24 +30,48 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     cores = len(affinity(0)) if affinity else getattr(os, "process_cpu_count", os.cpu_count)() or 1
-    lines = membership.read_text().splitlines() if membership.exists() else []
-    return max(1, math.floor(min([cores, *(quota for line in lines for quota in _read_quotas(cgroups, line))])))
+    quotas = (quota for place in _find_cgroups(cgroups, membership, "cpu") for quota in _read_quotas(place))
+    return max(1, math.floor(min([cores, *quotas])))
 
 
-def _read_quotas(cgroups: Path, line: str) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, of the cgroup that a line of the membership names and of those above it."""
-    _, controllers, path = line.split(":", 2)
-    if controllers and "cpu" not in controllers.split(","):
-        return
-    root = cgroups / "cpu" if controllers else cgroups
-    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-    folder = root / path.lstrip("/")
-    # A container may see its own cgroup as the root, whatever the path says: a folder that is missing has no quota.
-    for place in (folder, *folder.parents):
-        if place.is_relative_to(root) and all((place / name).exists() for name in files):
+def usable_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Return how many bytes this process could take beside what it has, at least 0.
+
+    That is the minimum of what the machine has available and of what its cgroup and those above it have left, of
+    version 1 or 2, which are mounted at ``cgroups``.  Of files that a cgroup has read what was not used lately is free.
+    """
+    left = (left for place in _find_cgroups(cgroups, membership, "memory") for left in _read_memory(place))
+    return max(0, min([psutil.virtual_memory().available, *left]))
+
+
+def _find_cgroups(cgroups: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroups that may limit what a controller gives, and of those above them."""
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = cgroups / controller if controllers else cgroups
+        folder = root / path.lstrip("/")
+        # A container may see its own cgroup as the root, whatever the path says: a folder that is missing has no limit.
+        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(root))
+
+
+def _read_quotas(place: Path) -> Iterator[float]:
+    """Yield the CPU quota of a cgroup, in cores, if it has one."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        if all((place / name).exists() for name in files):
             quota, period = " ".join((place / name).read_text() for name in files).split()
             if quota not in ("max", "-1"):
                 yield int(quota) / int(period)
+
+
+def _read_memory(place: Path) -> Iterator[int]:
+    """Yield the bytes that are left of the memory of a cgroup, if it is limited."""
+    for prefix, names in {"": ("max", "current"), "total_": ("limit_in_bytes", "usage_in_bytes")}.items():
+        limit, usage, statistics = (place / f"memory.{name}" for name in (*names, "stat"))
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            numbers = dict(line.split() for line in statistics.read_text().splitlines())
+            yield int(text) - int(usage.read_text()) + int(numbers[f"{prefix}inactive_file"])
 
 
 def peak_rss_bytes() -> int:

@@ -15,7 +15,7 @@ FILES = sorted(
     for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
 )
 
-MAX_STATEMENT_LINES = 15_560
+MAX_STATEMENT_LINES = 15_580
 """Lines of all files together that are neither blank nor a comment, a docstring or an import.  1,230 of them are
 kernels and what they need, 320 capacities, graphs and processes that prepare batches, 1,660 column rules, formats and
 labels of tables, 700 tasks, 470 their kinds and several at once, 70 buckets of gradients, 450 cross-fitting, 210 what
@@ -25,9 +25,9 @@ along, 430 sampling by class and weight and several data sets as one, 240 tracke
 input and output in object storage, 300 spills that are merged and what tasks find gathered on workers, 110 workers of
 a cluster that come and go, 115 tables that are verified piece by piece, 300 labels and given splits that are joined
 with patients, and reports, in bounded memory, 110 names and numbers of tables that are read as such and files that
-are read once, 140 boosted trees.  The aim is 6,000 without these."""
+are read once, 140 boosted trees, 20 limits of a container's memory.  The aim is 6,000 without these."""
 
-MAX_LINES = 26_980
+MAX_LINES = 27_010
 """All lines of all files; the aim is 10,000."""
 
 MAX_FILE_LINES = 300

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.loading.batch import PatientBatch
+from pipeline.machine import rss_bytes, usable_memory
 from pipeline.sampling.cost import CostModel
 from pipeline.schema import UserError
 from pipeline.storage.files import write_atomically
@@ -132,7 +132,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def held_bytes(device: torch.device, parameter_bytes: int) -> int:
     """Return what this process holds between two steps: weights, moments, gradients, and on the CPU all else."""
-    now = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    now = torch.cuda.memory_allocated(device) if device.type == "cuda" else rss_bytes()
     return now + 3 * parameter_bytes
 
 
@@ -141,4 +141,4 @@ def free_bytes(device: torch.device, processes: int) -> int:
     if device.type == "cuda":
         sharing = math.ceil(processes / torch.cuda.device_count())
         return torch.cuda.mem_get_info(device)[0] // sharing + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available // processes + psutil.Process().memory_info().rss
+    return usable_memory() // processes + rss_bytes()

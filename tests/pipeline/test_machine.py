@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline import machine
-from pipeline.machine import peak_rss_bytes, release_free_memory, usable_cores
+from pipeline.machine import peak_rss_bytes, release_free_memory, usable_cores, usable_memory
 
 
 def cgroup(root: Path, folder: str, **files: str) -> None:
@@ -47,6 +48,42 @@ def test_usable_cores_are_the_minimum_of_affinity_and_quotas(
     assert usable_cores(tmp_path / "cgroup", tmp_path / "membership") == expected
 
 
+GIB = 1 << 30
+V1, V2 = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), ("max", "current", "inactive_file")
+
+
+def memory_files(version: tuple[str, str, str], limit: str, usage: int, cached: int = 0) -> dict[str, str]:
+    names = (f"memory_{version[0]}", f"memory_{version[1]}", "memory_stat")
+    return dict(zip(names, (limit, str(usage), f"anon 7\n{version[2]} {cached}\nactive_file 9"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("membership", "cgroups", "expected"),
+    [
+        ("0::/", {}, 8 * GIB),
+        ("0::/", {"": memory_files(V2, "max", 5)}, 8 * GIB),
+        ("0::/", {"": memory_files(V2, str(3 * GIB), GIB)}, 2 * GIB),
+        ("0::/", {"": memory_files(V2, str(3 * GIB), GIB, 100)}, 2 * GIB + 100),
+        ("0::/", {"": memory_files(V2, str(90 * GIB), GIB)}, 8 * GIB),
+        ("0::/", {"": memory_files(V2, str(GIB), 2 * GIB)}, 0),
+        ("0::/a/b", {"a": memory_files(V2, "4000", 500), "a/b": memory_files(V2, "max", 400)}, 3500),
+        ("0::/a/b", {"a": memory_files(V2, "4000", 500), "a/b": memory_files(V2, "2000", 400)}, 1600),
+        ("0::/not/here", {"": memory_files(V2, "4000", 500)}, 3500),
+        ("4:memory:/a\n3:cpu:/b\n0::/", {"memory/a": memory_files(V1, "900", 300, 50)}, 650),
+        ("4:memory:/a", {"memory": memory_files(V1, str((1 << 63) - 4096), 300)}, 8 * GIB),
+        ("3:cpu:/a", {"memory/a": memory_files(V1, "900", 300)}, 8 * GIB),
+    ],
+)
+def test_usable_memory_is_the_minimum_of_the_machine_and_its_cgroups(
+    membership: str, cgroups: dict[str, dict[str, str]], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    for folder, files in cgroups.items():
+        cgroup(tmp_path / "cgroup", folder, **files)
+    (tmp_path / "membership").write_text(membership + "\n")
+    assert usable_memory(tmp_path / "cgroup", tmp_path / "membership") == expected
+
+
 def test_affinity_may_be_the_minimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cgroup(tmp_path, "", cpu_max="800000 100000")
     (tmp_path / "membership").write_text("0::/\n")
@@ -65,6 +102,7 @@ def test_systems_without_affinity_and_cgroups_have_all_cores(tmp_path: Path, mon
 
 def test_this_machine_has_a_core_and_memory() -> None:
     assert 1 <= usable_cores() <= 16
+    assert usable_memory() > 1 << 20
     release_free_memory()
     assert peak_rss_bytes() > 1 << 20
 
