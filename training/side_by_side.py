@@ -80,7 +80,7 @@ def _receive(connection: Connection, member: Member) -> int:
     """Return the exit code of a run that has ended, or raise what it raised."""
     try:
         answer = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):  # the second where it had not read what it is to train
         raise ChildProcessError(f"{member.name} {KILLED}") from None
     if isinstance(answer, Exception):
         raise answer

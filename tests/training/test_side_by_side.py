@@ -140,6 +140,20 @@ def test_a_run_that_stops_stops_the_other(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.saved")] == ["model_1.saved"]
 
 
+class Deadly:
+    """What ends the process that it is sent to."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (1,)
+
+
+@pytest.mark.usefixtures("forked")
+def test_processes_that_end_before_they_train_are_found(tmp_path: Path) -> None:
+    train: Any = Deadly()
+    with pytest.raises(ChildProcessError, match="model_. was killed"):
+        train_all(train, runs_below(tmp_path, 3))
+
+
 def train_until_killed(arguments: Sequence[str]) -> int:
     return train_all(wait_until_stopped, runs_below(Path(arguments[0])))
 
