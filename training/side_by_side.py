@@ -5,6 +5,7 @@ They have nothing to say to one another, so that this gains more than sharing th
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.machine import exit_with_parent
 from training.folds import Member
 from training.options import TrainOptions
-from training.parallel import StopSignal, World, choose_device
+from training.parallel import StopSignal, World, choose_device, count_idle_cores
 
 Train: TypeAlias = Callable[[TrainOptions, Manifest, World, Member], int]
 
@@ -45,12 +46,13 @@ def train_side_by_side(
         ChildProcessError: a process was killed.
         Exception: whatever ``train`` raises, from the first run that does.
     """
+    alone = World(0, 1, torch.device("cpu"), local_size=processes, idle_cores=count_idle_cores())
     workers, busy = dict[Connection, SpawnProcess](), dict[Connection, Member]()
     left = list(runs.items())[::-1]
-    with StopSignal(World(0, 1, torch.device("cpu"))) as stop:
+    with StopSignal(alone) as stop:
         try:
             for place in range(processes):
-                connection, process = _start(train, manifest, place, processes, device)
+                connection, process = _start(train, manifest, dataclasses.replace(alone, local_rank=place), device)
                 workers[connection] = process
             while left or busy:
                 # One that is busy is given nothing else: what is stopped must find nothing to begin.
@@ -87,27 +89,25 @@ def _receive(connection: Connection, member: Member) -> int:
     return int(answer)
 
 
-def _start(
-    train: Train, manifest: Manifest, place: int, processes: int, device: str
-) -> tuple[Connection, SpawnProcess]:
+def _start(train: Train, manifest: Manifest, world: World, device: str) -> tuple[Connection, SpawnProcess]:
     """Start one of the processes; return the connection to it too, over which it is sent runs, and None at the end."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, train, manifest, place, processes, device))
+    process = context.Process(target=_work, args=(theirs, train, manifest, world, device))
     process.start()
     theirs.close()  # so that ours ends where the process does
     return ours, process
 
 
-def _work(connection: Connection, train: Train, manifest: Manifest, place: int, processes: int, device: str) -> None:
+def _work(connection: Connection, train: Train, manifest: Manifest, world: World, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it, and stops this one
     exit_with_parent()
-    chosen = choose_device(device, place % max(torch.cuda.device_count(), 1))
+    chosen = choose_device(device, world.local_rank % max(torch.cuda.device_count(), 1))
     while (task := connection.recv()) is not None:
         member, options = task
-        world = World(0, 1, chosen, place, processes, name=f"{member.name}: ")
+        own = dataclasses.replace(world, device=chosen, name=f"{member.name}: ")
         try:
-            answer: int | Exception = train(options, manifest, world, member)
+            answer: int | Exception = train(options, manifest, own, member)
         except Exception as error:  # the first process raises it
             error.add_note(traceback.format_exc())
             answer = error

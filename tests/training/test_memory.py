@@ -19,7 +19,7 @@ from pipeline.loading.batch import PatientBatch
 from pipeline.sampling.cost import CostModel
 from pipeline.schema import UserError
 from tests.model.helpers import random_batch
-from training.memory import StepMemory, count_amounts, fit_peaks, halve, is_out_of_memory, measure_peak
+from training.memory import StepMemory, count_amounts, fit_peaks, free_bytes, halve, is_out_of_memory, measure_peak
 
 CPU = torch.device("cpu")
 SETS = [[1, 3], [2], [4, 1, 1], [5], [1, 1]]
@@ -33,6 +33,20 @@ def test_peak_is_the_most_held_at_any_moment() -> None:
             kept[:] = [torch.empty(1000, dtype=torch.float32)]  # the next is there before this one goes
 
     assert measure_peak(step, CPU) == 8000
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, 1000), (2, 1000), (3, 550), (4, 550), (5, 400)])
+def test_runs_that_share_a_gpu_share_its_memory(processes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (900, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 100)
+    assert free_bytes(torch.device("cuda", 1), processes) == expected
+
+
+def test_processes_share_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.memory.usable_memory", lambda: 900)
+    monkeypatch.setattr("training.memory.rss_bytes", lambda: 50)
+    assert [free_bytes(CPU, processes) for processes in (1, 3)] == [950, 350]
 
 
 def test_fit_finds_the_weights_of_which_peaks_are_made() -> None:

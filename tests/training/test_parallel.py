@@ -59,6 +59,20 @@ def test_threads_are_the_idle_cores_of_this_process(
     assert choose_threads(None, World(0, ranks, CPU, 0, ranks), limit=limit) == expected
 
 
+def test_a_run_beside_others_has_its_share_of_the_cores_that_were_idle_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 16)
+    monkeypatch.setattr(parallel, "count_idle_cores", lambda: 8)  # the run beside this one has taken the others
+    assert choose_threads(None, World(0, 1, CPU, 1, 2, idle_cores=16)) == 8
+    assert choose_threads(None, World(0, 1, CPU, 1, 2, idle_cores=8)) == 4
+    assert choose_threads(None, World(0, 1, CPU, 1, 2)) == 4
+
+
+def test_ranks_of_a_machine_share_work_and_runs_beside_one_another_do_not() -> None:
+    assert World(3, 4, CPU, 1, 2).own_part(list(range(5))) == [1, 3]
+    assert World(0, 1, CPU, 1, 2).own_part(list(range(5))) == list(range(5))
+
+
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert choose_threads(None, World(0, 1, CPU)) == 3

@@ -86,6 +86,7 @@ def die_beside(options: TrainOptions, manifest: Any, world: World, member: Membe
 
 def note_world(options: TrainOptions, _: object, world: World, member: Member) -> int:
     place = f"{world.rank} {world.size} {world.local_rank} {world.local_size} {world.name}{os.getpid()}"
+    place += f" {world.idle_cores}"
     (Path(options.run.output_dir) / member.name).write_text(place)
     return 0
 
@@ -95,11 +96,12 @@ def train_all(train: side_by_side.Train, runs: dict[Member, TrainOptions]) -> in
 
 
 @pytest.mark.usefixtures("forked")
-def test_each_run_is_alone_and_shares_the_machine(tmp_path: Path) -> None:
+def test_each_run_is_alone_and_shares_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "count_idle_cores", lambda: 12)
     assert train_all(note_world, runs_below(tmp_path, 5)) == 0
     notes = [(tmp_path / f"model_{seed}").read_text().split() for seed in range(5)]
     assert [note[:2] for note in notes] == [["0", "1"]] * 5
-    assert {note[3] for note in notes} == {"2"}
+    assert {(note[3], note[6]) for note in notes} == {("2", "12")}
     assert [note[4] for note in notes] == [f"model_{seed}:" for seed in range(5)]
     place_of = {note[5]: note[2] for note in notes}
     assert sorted(place_of.values()) in (["0", "1"], ["0"], ["1"]), "one process may have been quick enough for all"
@@ -150,7 +152,7 @@ class Deadly:
 @pytest.mark.usefixtures("forked")
 def test_processes_that_end_before_they_train_are_found(tmp_path: Path) -> None:
     train: Any = Deadly()
-    with pytest.raises(ChildProcessError, match="model_. was killed"):
+    with pytest.raises(ChildProcessError, match=r"model_\d was killed"):
         train_all(train, runs_below(tmp_path, 3))
 
 
@@ -175,7 +177,7 @@ def test_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch, gpus: int, chos
         return torch.device("cpu")
 
     def train(options: TrainOptions, _: object, world: World, member: Member) -> int:
-        assert world == World(0, 1, torch.device("cpu"), 2, 3, name="model_0: ")
+        assert world == World(0, 1, torch.device("cpu"), 2, 3, name="model_0: ", idle_cores=4)
         return 7
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -185,6 +187,6 @@ def test_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch, gpus: int, chos
     ours, theirs = multiprocessing.Pipe()
     for task in [*runs_below(Path(), 1).items(), None]:
         ours.send(task)
-    side_by_side._work(theirs, train, MANIFEST, 2, 3, "auto")
+    side_by_side._work(theirs, train, MANIFEST, World(0, 1, torch.device("meta"), 2, 3, idle_cores=4), "auto")
     assert asked == [("auto", chosen)]
     assert ours.recv() == 7
