@@ -93,10 +93,11 @@ class HeapTrimmer:
 
     Args:
         limit: bytes that this process may hold; None = as many as there are.
+        spare: bytes that gaps may take beside what a step needs.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._limit = limit or sys.maxsize
+    def __init__(self, limit: int | None = None, *, spare: int = 0) -> None:
+        self._limit, self._spare = limit or sys.maxsize, spare
         self._floor: int | None = None  # resident memory after it went back
         self._largest = 0  # bytes that a step added to it, and bytes per event of that step
         self._rate = 0.0
@@ -109,7 +110,8 @@ class HeapTrimmer:
             return
         held, adds = rss_bytes(), self._rate * num_events
         gaps = held - self._floor
-        self._is_first = gaps + adds > MAX_HELD * self._largest or (held + adds > self._limit and gaps > adds / 4)
+        too_many = gaps + adds > MAX_HELD * self._largest + self._spare
+        self._is_first = too_many or (held + adds > self._limit and gaps > adds / 4)
         if self._is_first:
             release_free_memory()
             self._floor = rss_bytes()

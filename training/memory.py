@@ -32,6 +32,7 @@ MARGIN = 0.9
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler would write lines of its own
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor, and takes large pages then
 
 
 def measure_peak(step: Callable[[], object], device: torch.device) -> int:

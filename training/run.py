@@ -13,7 +13,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from model.losses import Losses, beta_at
-from pipeline.machine import HeapTrimmer, peak_rss_bytes, release_free_memory
+from pipeline.machine import HeapTrimmer, peak_rss_bytes, release_free_memory, usable_memory
 from pipeline.options import to_dict
 from pipeline.storage.cache import parse_bytes
 from training.checkpoint import Checkpoint
@@ -35,6 +35,10 @@ from training.state import TrainState
 from training.step import StepSettings
 from training.trackers import open_trackers, show_line
 from training.validation import Validation, is_better, rank_validations
+
+SPARE = 1 / 32
+"""Share of the memory that is free, without ``--max_memory``, that gaps of the heap may take: getting back what was
+given back takes time."""
 
 
 class Stopped(Exception):  # no error: a signal asked for it
@@ -70,7 +74,8 @@ class Run:
         watched = sample_patients(self.data, "valid", self.options.run.validate_patients)
         self._validator = dataclasses.replace(self.evaluator, data=watched)
         max_memory = self.options.run.max_memory
-        self._heap = HeapTrimmer(parse_bytes(max_memory) if max_memory else None)
+        spare = 0 if max_memory else int(SPARE * usable_memory() / self.world.local_size)
+        self._heap = HeapTrimmer(parse_bytes(max_memory) if max_memory else None, spare=spare)
         self._meters = Meters(self.world, self.state.progress, self.state.model.config.outcomes)
         self._began = time.perf_counter() - self.state.progress.seconds
         self._step_ended = self._step_started = time.perf_counter()

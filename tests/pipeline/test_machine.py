@@ -130,6 +130,21 @@ def test_memory_is_given_back_before_a_step_that_would_raise_the_peak(monkeypatc
     assert returned == [1, 3, 4]
 
 
+@pytest.mark.parametrize(("spare", "returned"), [(0, [1, 3]), (11, [1, 3]), (12, [1]), (99, [1])])
+def test_gaps_may_take_spare_memory(spare: int, returned: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above: gaps of 52, and 45 that the last step adds, are 12 more than the 1.7 times 50 that a step may take."""
+    looks = [300, 300, 100, 150, 150, 152, 152, 100, 140, 140]
+    monkeypatch.setattr(machine, "MAX_HELD", 1.7)
+    monkeypatch.setattr(machine, "rss_bytes", lambda: looks.pop(0))
+    found: list[int] = []
+    monkeypatch.setattr(machine, "release_free_memory", lambda: found.append(number))
+    trimmer = machine.HeapTrimmer(spare=spare)
+    for number, num_events in enumerate((10, 10, 5, 9)):  # noqa: B007 # seen by the function above
+        trimmer.begin_step(num_events)
+        trimmer.end_step(num_events)
+    assert found == returned
+
+
 def test_memory_is_given_back_before_a_step_that_would_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = [200, 200, 100, 150, 150, 152, 152, 100, 140, 100, 160]
     monkeypatch.setattr(machine, "rss_bytes", lambda: looks.pop(0))
