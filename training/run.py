@@ -36,7 +36,7 @@ from training.step import StepSettings
 from training.trackers import open_trackers, show_line
 from training.validation import Validation, is_better, rank_validations
 
-SPARE = 1 / 32
+SPARE = 1 / 64
 """Share of the memory that is free, without ``--max_memory``, that gaps of the heap may take: getting back what was
 given back takes time."""
 
