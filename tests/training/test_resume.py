@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -70,18 +71,17 @@ def killed_in(name: str, *, after: int = 0) -> Iterator[None]:
         yield
 
 
-def kill_at_write(patch: pytest.MonkeyPatch, number: int) -> list[str]:
-    """Let the process end after so many files were written; the names of those that were."""
+def copy_before_writes(patch: pytest.MonkeyPatch, out: Path, copies: Path) -> list[str]:
+    """Keep what a kill before each file that is written would leave of a run; the names of those files."""
     write, written = train.write_atomically, list[str]()
 
-    def counted(path: Path, content: bytes) -> None:
-        if len(written) == number:
-            raise Killed
+    def copied(path: Path, content: bytes) -> None:
+        shutil.copytree(out, copies / str(len(written)))
         write(path, content)
         written.append(path.name)
 
     for module in (train, training.card, training.checkpoint, training.run_files):
-        patch.setattr(module, "write_atomically", counted)
+        patch.setattr(module, "write_atomically", copied)
     return written
 
 
@@ -103,28 +103,21 @@ def test_a_kill_between_any_two_writes_changes_nothing(
     more: list[str], lines: list[tuple[str, int]], data: Path, tmp_path: Path
 ) -> None:
     flags = ["--max_epochs", "1", "--checkpoint_steps", "3", "--log_steps", "2", *more]
-    assert run(data, tmp_path / "whole", *flags) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        written = copy_before_writes(patch, tmp_path / "whole", tmp_path)
+        assert run(data, tmp_path / "whole", *flags) == 0
     assert [(line["kind"], line["step"]) for line in read_metrics(tmp_path / "whole")] == lines
     files = sorted(path.stem for path in (tmp_path / "whole" / "checkpoints").iterdir())
     assert len(files) == (4 if more else 2)
     expected = untimed(read_summary(tmp_path / "whole"))
-    for number in itertools.count():
+    for number, name in enumerate(written):
         out = tmp_path / str(number)
-        with pytest.MonkeyPatch.context() as patch:
-            written = kill_at_write(patch, number)
-            try:
-                run(data, out, *flags)
-            except Killed:
-                pass
-            else:
-                break
         assert run(data, out, *flags, "--resume") == 0
         assert sorted(path.stem for path in (out / "checkpoints").iterdir()) == files
-        for name, which in itertools.product(files, ("model", "ema_model")):
-            assert_same(weights(out, name, which), weights(tmp_path / "whole", name, which))
-        assert untimed(read_summary(out)) == expected, written
-        assert [(line["kind"], line["step"]) for line in read_metrics(out)] == lines, written
-    assert number == len(written)
+        for file, which in itertools.product(files, ("model", "ema_model")):
+            assert_same(weights(out, file, which), weights(tmp_path / "whole", file, which))
+        assert untimed(read_summary(out)) == expected, (number, name)
+        assert [(line["kind"], line["step"]) for line in read_metrics(out)] == lines, (number, name)
     best = written.index("best.pt")
     assert "last.pt" in written[best:], "the best checkpoint before the last that counts it"
 
