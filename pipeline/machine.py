@@ -16,10 +16,12 @@ from typing import Final
 import psutil
 
 MAX_HELD: Final = 1.85
-"""Times the most that a step has been seen to add to the heap that gaps and the next step may take together."""
+"""Times the most that a step has been seen to add to the heap that gaps and the next step may take together, beside
+what is spare."""
 
 
-CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUPS: Final = Path("/sys/fs/cgroup")
+MEMBERSHIP: Final = Path("/proc/self/cgroup")
 
 
 def usable_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:

@@ -17,7 +17,6 @@ import training.checkpoint
 import training.run_files
 from pipeline.dataset.manifest import Manifest
 from pipeline.schema import FIRST_CODE
-from tests.processes import CONTEXT, start_server
 from tests.training.runs import (
     assert_same,
     read_folder,
@@ -28,7 +27,7 @@ from tests.training.runs import (
     weights,
     write_tiny_data,
 )
-from training import crossfit, side_by_side
+from training import crossfit
 from training.calibration import LEAST_SLOPE, calibration_of
 from training.checkpoint import Checkpoint, load_model
 
@@ -181,11 +180,8 @@ def test_a_kill_changes_nothing(data: Path, finished: Path, tmp_path: Path, numb
     assert [line["step"] for line in lines] == [line["step"] for line in read_metrics(finished / "members" / "final_1")]
 
 
-def test_models_side_by_side_are_those_of_one_after_another(
-    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start_server()
-    monkeypatch.setattr(side_by_side, "get_context", lambda _: CONTEXT)  # it imports nothing
+@pytest.mark.usefixtures("forked")
+def test_models_side_by_side_are_those_of_one_after_another(data: Path, finished: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path, *FLAGS, "--parallel_models", "2") == 0
     for member in sorted(path.name for path in (finished / "members").iterdir()):
         there, here = (weights(out / "members" / member, "last") for out in (tmp_path, finished))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.schema import UserError
-from tests.processes import CONTEXT, Command, start_server
+from tests.processes import Command
 from training import side_by_side
 from training.data import DataOptions
 from training.folds import Member
@@ -25,13 +25,6 @@ from training.parallel import StopSignal, World
 
 MANIFEST: Any = None
 """What is trained here looks at no data."""
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that import nothing."""
-    start_server()
-    monkeypatch.setattr(side_by_side, "get_context", lambda _: CONTEXT)
 
 
 def runs_below(folder: Path, number: int = 2) -> dict[Member, TrainOptions]:
